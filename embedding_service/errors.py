@@ -1,0 +1,77 @@
+"""Every error this package raises on purpose, as one tree.
+
+    EmbeddingServiceError
+        RequestError            the request itself is wrong; sending it again will not help
+            InvalidRequest      malformed: wrong dtype, truncated bytes, unknown option
+            NotFound            no such model, version or table
+            OutOfRange          a row id outside its table
+            RequestTooLarge     over a limit of the service
+        ServiceError            the service could not answer now; the same request may succeed later
+            Unavailable         nobody who holds the rows can be reached
+            DeadlineExceeded    the answer did not come in time
+            ProtocolError       the peer answered with something this client does not understand
+        StoreError              a checkpoint or store on disk
+            ImportRefused       the checkpoint cannot be imported as asked
+            CorruptPart         a part whose bytes do not match its checksum
+        PlacementError          the parts do not fit the shards
+
+Each message names the input at fault and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class EmbeddingServiceError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class RequestError(EmbeddingServiceError):
+    """The request itself is wrong; sending it again will not help."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """Malformed: wrong dtype or shape, truncated id bytes, an unknown option (gRPC INVALID_ARGUMENT)."""
+
+
+class NotFound(RequestError, LookupError):
+    """No such model, version or table; the message lists the known ones (gRPC NOT_FOUND)."""
+
+
+class OutOfRange(RequestError, IndexError):
+    """A row id outside its table; the message gives the first bad position, its id and the bound (gRPC OUT_OF_RANGE)."""
+
+
+class RequestTooLarge(RequestError):
+    """Over a limit of the service; the message gives the limit (gRPC RESOURCE_EXHAUSTED)."""
+
+
+class ServiceError(EmbeddingServiceError):
+    """The service could not answer now; the same request may succeed later."""
+
+
+class Unavailable(ServiceError, ConnectionError):
+    """Nobody who holds the rows can be reached; the message names rows and shards (gRPC UNAVAILABLE)."""
+
+
+class DeadlineExceeded(ServiceError, TimeoutError):
+    """The answer did not come within the call's deadline (gRPC DEADLINE_EXCEEDED)."""
+
+
+class ProtocolError(ServiceError):
+    """The peer answered with something this client does not understand."""
+
+
+class StoreError(EmbeddingServiceError):
+    """A checkpoint or a store on disk is not as it must be."""
+
+
+class ImportRefused(StoreError):
+    """The checkpoint cannot be imported as asked; nothing was changed in the store."""
+
+
+class CorruptPart(StoreError):
+    """A part whose bytes do not match the manifest's checksum; it is never served."""
+
+
+class PlacementError(EmbeddingServiceError):
+    """The parts do not fit the shards; the message gives the bytes needed and the bytes there are."""
