@@ -1,0 +1,156 @@
+from embedding_service.wire import embedding_pb2 as _embedding_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PartRef(_message.Message):
+    __slots__ = ("model", "version", "table", "part")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    table: str
+    part: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
+
+class ShardReport(_message.Message):
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats", "draining")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    HAS_PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    shard_id: str
+    address: str
+    device: str
+    tier: str
+    memory_limit: int
+    has_parts: bool
+    parts: _containers.RepeatedCompositeFieldContainer[PartRef]
+    failures: _containers.RepeatedCompositeFieldContainer[PartFailure]
+    term: int
+    epoch: int
+    stats: ShardStats
+    draining: bool
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ...) -> None: ...
+
+class PartFailure(_message.Message):
+    __slots__ = ("part", "message")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    part: PartRef
+    message: str
+    def __init__(self, part: _Optional[_Union[PartRef, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ShardStats(_message.Message):
+    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FORWARDED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ANONYMOUS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    uptime_seconds: float
+    lookups: int
+    rows: int
+    row_bytes: int
+    forwarded_rows: int
+    errors: int
+    lookups_per_second: float
+    rows_per_second: float
+    held_bytes: int
+    anonymous_bytes: int
+    file_bytes: int
+    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("term", "has_parts", "parts", "routing", "released")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    HAS_PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    has_parts: bool
+    parts: _containers.RepeatedCompositeFieldContainer[PartRef]
+    routing: _embedding_pb2.Routing
+    released: bool
+    def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ..., released: bool = ...) -> None: ...
+
+class WatchRoutingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("term", "epoch", "shards", "models", "problems")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    epoch: int
+    shards: _containers.RepeatedCompositeFieldContainer[ShardStatus]
+    models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ShardStatus(_message.Message):
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "parts", "parts_wanted", "stats", "draining")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    shard_id: str
+    address: str
+    device: str
+    tier: str
+    memory_limit: int
+    parts: int
+    parts_wanted: int
+    stats: ShardStats
+    draining: bool
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., parts: _Optional[int] = ..., parts_wanted: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ...) -> None: ...
+
+class ModelStatus(_message.Message):
+    __slots__ = ("model", "parts", "parts_ready", "bytes", "serving")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_READY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    model: _embedding_pb2.ModelInfo
+    parts: int
+    parts_ready: int
+    bytes: int
+    serving: bool
+    def __init__(self, model: _Optional[_Union[_embedding_pb2.ModelInfo, _Mapping]] = ..., parts: _Optional[int] = ..., parts_ready: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: bool = ...) -> None: ...
