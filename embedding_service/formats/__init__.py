@@ -1,1 +1,27 @@
-"""How one row lies in bytes, a file a kind of row. See `base.RowFormat`."""
+"""How one row lies in bytes, a file a kind of row. See `base.RowFormat`.
+
+Decoding is pure torch: the light client does it without FBGEMM. Encoding, which only an import needs, uses FBGEMM.
+A new format is one class here.
+"""
+
+from __future__ import annotations
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.formats.base import RowFormat, UnencodableRow
+from embedding_service.formats.nbit import Int4Format, Int8Format
+from embedding_service.formats.plain import Bf16Format, Fp16Format, Fp32Format
+
+FORMATS: dict[str, RowFormat] = {
+    row_format.name: row_format for row_format in (Fp32Format(), Fp16Format(), Bf16Format(), Int8Format(), Int4Format())
+}
+
+
+def get_format(name: str) -> RowFormat:
+    """Return the format of that name. Raises InvalidRequest naming the known ones."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise InvalidRequest(f"unknown dtype {name!r}; known: {', '.join(FORMATS)}") from None
+
+
+__all__ = ["FORMATS", "RowFormat", "UnencodableRow", "get_format"]

@@ -1,0 +1,100 @@
+"""What every row format can do.
+
+A format only knows one row's bytes. Where rows lie is the store's business, and how they are gathered the row tiers'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from embedding_service.errors import InvalidRequest
+
+
+class UnencodableRow(InvalidRequest):
+    """A row whose values the format cannot hold; `row` is its index in the tensor given to `encode`."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row} {reason}")
+        self.row = row
+        self.reason = reason
+
+
+class RowFormat(ABC):
+    """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state: `get_format(name)` gives its one instance."""
+
+    name: ClassVar[str]
+    # The safetensors dtype of a part in this format, for people who open one with the safetensors library.
+    tensor_dtype: ClassVar[str]
+
+    @abstractmethod
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a stored row of `dim` values. Raises InvalidRequest for a dim that the format cannot hold."""
+
+    @abstractmethod
+    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
+        """Shape of the safetensors tensor that holds `rows` rows."""
+
+    @abstractmethod
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float Tensor[n, dim] on the CPU -> uint8 Tensor[n, row_bytes].
+
+        Raises UnencodableRow for the first row that would not come back near to what it was (not finite, overflow).
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        stored: torch.Tensor,
+        dim: int,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """uint8 Tensor[n, row_bytes] -> Tensor[n, dim] of `dtype` (float32, float16 or bfloat16), in `out` where given.
+
+        `out` decides the dtype when given. Equal bit for bit to FBGEMM's CPU kernel for inference tables.
+        """
+
+    def check_stored(self, stored: torch.Tensor, dim: int) -> None:
+        """Raise InvalidRequest unless `stored` is uint8 [n, row_bytes(dim)]."""
+        row_bytes = self.row_bytes(dim)
+        if stored.dtype != torch.uint8 or stored.dim() != 2 or stored.shape[1] != row_bytes:
+            raise InvalidRequest(
+                f"stored {self.name} rows of {dim} values must be uint8 [n, {row_bytes}], "
+                f"got {stored.dtype} {list(stored.shape)}"
+            )
+
+
+def output(stored: torch.Tensor, dim: int, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return `out` if it fits `stored`, or a new Tensor[n, dim]. Raises InvalidRequest for a wrong shape or dtype."""
+    if out is None:
+        out = torch.empty(stored.shape[0], dim, dtype=dtype, device=stored.device)
+    if out.shape != (stored.shape[0], dim) or out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InvalidRequest(
+            f"out must be float32, float16 or bfloat16 [{stored.shape[0]}, {dim}], got {out.dtype} {list(out.shape)}"
+        )
+    return out
+
+
+def narrow_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Write float `values` into `out` with the rounding of FBGEMM's CPU kernels.
+
+    Those round float32 to bfloat16 half up in magnitude ((bits + 0x8000) >> 16) where torch rounds half to even. Few
+    bits times a half-precision scale make ties common: about 2 % of int8 values differ between the two.
+    """
+    if out.dtype != torch.bfloat16 or values.dtype == torch.bfloat16:
+        return out.copy_(values)
+    bits = values.to(torch.float32, copy=True).view(torch.int32).add_(0x8000).bitwise_right_shift_(16)
+    return out.copy_(bits.to(torch.int16).view(torch.bfloat16))
+
+
+def check_finite(rows: torch.Tensor) -> None:
+    """Raise UnencodableRow for the first row with a NaN or an infinity."""
+    # One sum finds any of them in one pass; it may overflow by itself, so only then look closer.
+    if torch.isfinite(rows.sum(dtype=torch.float32)):
+        return
+    bad = ~torch.isfinite(rows).all(dim=1)
+    if bad.any():
+        raise UnencodableRow(int(bad.int().argmax()), "holds a value that is not finite (NaN or infinity)")

@@ -1,0 +1,117 @@
+"""int8 and int4: FBGEMM's row-wise n-bit layout for inference on CPUs.
+
+A row is [scale: fp16][bias: fp16][codes], without padding; value = code * scale + bias. FBGEMM's
+IntNBitTableBatchedEmbeddingBagsCodegen reads these bytes as they are (row_alignment 1).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.formats.base import RowFormat, UnencodableRow, check_finite, narrow_into, output
+
+HEADER_BYTES = 4  # fp16 scale, fp16 bias
+
+
+class NbitFormat(RowFormat):
+    """Codes of a few bits with one scale and one bias a row."""
+
+    tensor_dtype = "U8"
+
+    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
+        """Rows of bytes."""
+        return rows, self.row_bytes(dim)
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Quantize with FBGEMM's quantizer.
+
+        The error of a value is at most half a step plus what rounding scale and bias to fp16 adds: |bias| / 2^11 and,
+        at the far end of the row, range / 2^11 (or steps / 2^25 where the scale is below fp16's normal numbers).
+        """
+        self.row_bytes(rows.shape[1])
+        rows = rows.to(torch.float32).contiguous()
+        check_finite(rows)
+        codes, header = self._quantize(rows)
+        if not torch.isfinite(header.sum(dtype=torch.float32)):
+            bad = ~torch.isfinite(header).all(dim=1)
+            raise UnencodableRow(int(bad.int().argmax()), f"overflows the fp16 scale or bias of {self.name}")
+        stored = torch.empty(len(rows), HEADER_BYTES + codes.shape[1], dtype=torch.uint8)
+        stored[:, :HEADER_BYTES] = header.view(torch.uint8)
+        stored[:, HEADER_BYTES:] = codes
+        return stored
+
+    def decode(
+        self,
+        stored: torch.Tensor,
+        dim: int,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Dequantize; a float32 `out` is written straight into, others through a float32 scratch."""
+        self.check_stored(stored, dim)
+        out = output(stored, dim, out, dtype)
+        values = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        header = _compact(stored[:, :HEADER_BYTES]).view(torch.float16).float()
+        self._unpack(stored[:, HEADER_BYTES:], values)
+        # Code times scale is exact in float32 (8 + 11 bits), so two steps round as FBGEMM's fused multiply-add does.
+        values.mul_(header[:, :1]).add_(header[:, 1:])
+        return out if values is out else narrow_into(out, values)
+
+    @abstractmethod
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [n, dim] -> codes uint8 [n, row_bytes - 4], header float16 [n, 2]."""
+
+    @abstractmethod
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
+        """Codes uint8 [n, row_bytes - 4] -> the codes as numbers in `values` [n, dim]."""
+
+
+def _compact(columns: torch.Tensor) -> torch.Tensor:
+    """Copy columns of bytes to memory of their own: within rows of an odd length they cannot be viewed as floats."""
+    return columns.clone(memory_format=torch.contiguous_format)
+
+
+class Int8Format(NbitFormat):
+    """One byte a value."""
+
+    name = "int8"
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a row: header and one byte a value."""
+        return HEADER_BYTES + dim
+
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        import fbgemm_gpu  # noqa: F401 (registers torch.ops.fbgemm; heavy, and only servers have it)
+
+        # FBGEMM's 8-bit rows end in a float32 scale and bias; its inference tables want fp16 ones in front.
+        fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows)
+        header = _compact(fused[:, -8:]).view(torch.float32).to(torch.float16)
+        return fused[:, : rows.shape[1]], header
+
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
+        values.copy_(codes)
+
+
+class Int4Format(NbitFormat):
+    """Two values a byte, the first in the low half."""
+
+    name = "int4"
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a row: header and half a byte a value; FBGEMM's quantizer wants dim to be a multiple of 4."""
+        if dim % 4:
+            raise InvalidRequest(f"int4 needs a dim that is a multiple of 4, got {dim}: use int8")
+        return HEADER_BYTES + dim // 2
+
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        import fbgemm_gpu  # noqa: F401 (registers torch.ops.fbgemm; heavy, and only servers have it)
+
+        fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+        return fused[:, :-HEADER_BYTES], _compact(fused[:, -HEADER_BYTES:]).view(torch.float16)
+
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
+        values[:, 0::2] = codes & 0x0F
+        values[:, 1::2] = codes >> 4
