@@ -1,0 +1,193 @@
+"""What every n-gram family shares: how a hasher is found, and what token ids it takes."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from embedding_service.errors import InvalidRequest, StoreError
+
+NO_TOKEN = -1
+"""In token ids: there is no token here. Left padding before a sequence starts; look-back stops at it."""
+
+_families: dict[str, type["NgramHasher"]] = {}
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """One table of a model: its heads' rows stacked in head order, then rows no id ever names (padding), if any."""
+
+    name: str
+    rows: int
+    head_rows: tuple[int, ...]
+
+
+class NgramHasher(ABC):
+    """Turns token ids into row ids the way one model family does. Immutable and thread-safe.
+
+    A family subclasses it with `family` set and the abstract methods filled in; defining the class registers it.
+    """
+
+    family: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        _families[cls.family] = cls
+
+    def __init__(self, vocab_size: int, context_length: int, tables: tuple[TableShape, ...]) -> None:
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.tables = tables
+
+    @staticmethod
+    def from_config(config: object) -> "NgramHasher":
+        """The hasher of a model.
+
+        config: a transformers config, the same as a mapping, or the path of a checkpoint folder or its config.json.
+        Raises InvalidRequest for a family that is not known or a config that lacks its keys, StoreError for a path
+        without a readable config.
+        """
+        keys = _config_keys(config)
+        for family in _families.values():
+            if family.recognizes(keys):
+                return family.from_params(family.family, family.params_of(keys))
+        raise InvalidRequest(
+            f"no n-gram family for model_type={keys.get('model_type')!r}, architectures={keys.get('architectures')!r}; "
+            f"known families: {', '.join(sorted(_families))}"
+        )
+
+    @staticmethod
+    def from_params(family: str, params: Mapping[str, Any]) -> "NgramHasher":
+        """The hasher that gave these `family` and `params()`. Raises InvalidRequest for others."""
+        if family not in _families:
+            raise InvalidRequest(f"unknown n-gram family {family!r}; known families: {', '.join(sorted(_families))}")
+        try:
+            return _families[family](**params)
+        except TypeError as error:  # a name too many or too few, or a value of the wrong type
+            raise InvalidRequest(f"hash parameters of family {family!r} do not fit: {error}") from None
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this config is of this family."""
+
+    @classmethod
+    @abstractmethod
+    def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What `params()` will return, from the config of a model of this family."""
+
+    @abstractmethod
+    def params(self) -> dict[str, Any]:
+        """All that decides the ids, JSON-able: the keyword arguments of this class."""
+
+    @abstractmethod
+    def _hash(self, tokens: Tensor) -> Tensor:
+        """int64 [B, context_length + S] tokens, S > 0, in range, the context first -> int64 [B, S, L, H] row ids."""
+
+    @property
+    def num_tables(self) -> int:
+        """L, the tables a token reads from."""
+        return len(self.tables)
+
+    @property
+    def num_heads(self) -> int:
+        """H, the rows a token reads from each table."""
+        return len(self.tables[0].head_rows)
+
+    def row_ids(self, token_ids: Tensor, context: Tensor | None = None) -> Tensor:
+        """The rows of their tables that each token reads.
+
+        token_ids: int64 [B, S], each in [0, vocab_size), or NO_TOKEN for padding. A padded position gets the ids of
+        token 0, which are valid; the caller masks what it reads there.
+        context: int64 [B, C], the tokens that come directly before; None at a sequence's start. Any C will do: what is
+        missing counts as NO_TOKEN, and only the last context_length tokens count.
+        Returns int64 [B, S, L, H] on the device of token_ids, head offsets added.
+        Raises InvalidRequest for a wrong type, dtype or shape and for a token out of range, naming its position.
+        On an accelerator the range check waits for the device.
+        """
+        tokens = self._with_context(token_ids, context)
+        if not token_ids.numel():
+            return token_ids.new_empty(*token_ids.shape, self.num_tables, self.num_heads)
+        return self._hash(tokens)
+
+    def next_context(self, token_ids: Tensor, context: Tensor | None = None) -> Tensor:
+        """The context of the tokens after these: int64 [B, context_length], padded on the left with NO_TOKEN.
+
+        Takes and raises what `row_ids` does. Feeding a sequence in chunks with the context carried along gives the ids
+        of feeding it whole.
+        """
+        return self._with_context(token_ids, context)[:, -self.context_length :].clone()
+
+    def _with_context(self, token_ids: Tensor, context: Tensor | None) -> Tensor:
+        """Exactly context_length tokens of context, then the tokens, all checked."""
+        _check_tensor("token_ids", token_ids)
+        missing = self.context_length
+        tokens = token_ids
+        if context is not None:
+            _check_tensor("context", context)
+            if context.shape[0] != token_ids.shape[0]:
+                raise InvalidRequest(
+                    f"context has {context.shape[0]} sequences, token_ids {token_ids.shape[0]}; give one context each"
+                )
+            context = context[:, -self.context_length :].to(token_ids.device)
+            missing -= context.shape[1]
+            tokens = torch.cat((context, token_ids), 1)
+        if missing:
+            tokens = pad(tokens, (missing, 0), value=NO_TOKEN)
+        self._check_range(tokens)
+        return tokens
+
+    def _check_range(self, tokens: Tensor) -> None:
+        if not tokens.numel():
+            return
+        low, high = torch.aminmax(tokens)
+        if low.item() >= NO_TOKEN and high.item() < self.vocab_size:
+            return
+        row, column = ((tokens < NO_TOKEN) | (tokens >= self.vocab_size)).nonzero()[0].tolist()
+        # A position counts in token_ids; in the context it is negative, -1 being the token directly before.
+        position = column - self.context_length
+        raise InvalidRequest(
+            f"{'token_ids' if position >= 0 else 'context'}[{row}, {position}] is {int(tokens[row, column])}, "
+            f"not in [0, {self.vocab_size}) nor {NO_TOKEN} (no token)"
+        )
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.params().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidRequest(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise InvalidRequest(f"{name} must be int64, got {value.dtype}; convert it with .long()")
+    if value.dim() != 2:
+        raise InvalidRequest(f"{name} must be [batch, length], got the shape {list(value.shape)}")
+
+
+def _config_keys(config: object) -> Mapping[str, Any]:
+    if isinstance(config, (str, Path)):
+        return _read_config(Path(config))
+    if isinstance(config, Mapping):
+        return config
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    raise InvalidRequest(f"config must be a transformers config, a mapping or a path, got {type(config).__name__}")
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"cannot read the config {file}: {error.strerror}; is {path} a checkpoint?") from error
+    except ValueError as error:
+        raise StoreError(f"the config {file} is not JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise StoreError(f"the config {file} is not a JSON object")
+    return keys

@@ -1,0 +1,145 @@
+"""Family longcat: LongCat-Flash-Lite and its kin (`LongcatFlashNgramForCausalLM`).
+
+Source: "Scaling Embeddings Outperforms Scaling Experts in Language Models" (arXiv 2601.21204) and the model code
+published with LongCat-Flash-Lite.
+"""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape
+
+_MODEL_TYPES = {"longcat_flash_ngram", "longcat_flash"}
+_ARCHITECTURES = {"LongcatFlashNgramForCausalLM", "LongcatFlashForCausalLM", "LongcatCausalLM"}
+
+# Configs of the same family spell the three keys in two ways.
+_KEYS = {
+    "ngram_vocab_size_ratio": "oe_vocab_size_ratio",
+    "emb_neighbor_num": "oe_neighbor_num",
+    "emb_split_num": "oe_split_num",
+}
+# Switches of kindred models that change the ids in ways this file does not compute.
+_UNSUPPORTED = ("oe_ignored_token_ids", "ngram_exclude_sp_token", "text_vocab_size")
+# The default of the published config class, for a config.json that leaves the key out.
+_DEFAULT_EOS = 2
+
+
+class LongcatHasher(NgramHasher):
+    """K hash functions for each n-gram length n in 2..N, all into one table.
+
+        rows of head i = int(r * V) + 2i + 1,    i = (n - 2) * K + j,    j in 0..K-1
+        id at t = (sum over d < n of x[t-d] * V^d) mod rows, plus the rows of the heads before
+
+    where x[t-d], the token d before t, counts as 0 once look-back has met an EOS, a NO_TOKEN or the sequence's start.
+    An EOS at t itself ends nothing yet: it is hashed with what came before it.
+
+    The published code knows one EOS id. A config may list several; then each ends a segment. None cuts nothing.
+    """
+
+    family = "longcat"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        ngram_vocab_size_ratio: float,
+        emb_neighbor_num: int,
+        emb_split_num: int,
+        eos_token_ids: list[int],
+    ) -> None:
+        if vocab_size < 1 or emb_neighbor_num < 2 or emb_split_num < 1 or not 0 < ngram_vocab_size_ratio < float("inf"):
+            raise InvalidRequest(
+                "longcat needs vocab_size >= 1, emb_neighbor_num >= 2, emb_split_num >= 1, ngram_vocab_size_ratio > 0; "
+                f"got {vocab_size}, {emb_neighbor_num}, {emb_split_num} and {ngram_vocab_size_ratio}"
+            )
+        base = int(ngram_vocab_size_ratio * vocab_size)
+        heads = emb_split_num * (emb_neighbor_num - 1)
+        head_rows = tuple(base + 2 * head + 1 for head in range(heads))
+        if emb_neighbor_num * vocab_size * head_rows[-1] >= 2**53:
+            raise InvalidRequest(
+                f"vocab_size {vocab_size} with heads of {head_rows[-1]} rows is beyond exact hashing (sums of 2^53)"
+            )
+        super().__init__(vocab_size, emb_neighbor_num - 1, (TableShape("ngram", sum(head_rows), head_rows),))
+        self.ngram_vocab_size_ratio = ngram_vocab_size_ratio
+        self.emb_neighbor_num = emb_neighbor_num
+        self.emb_split_num = emb_split_num
+        self.eos_token_ids = tuple(index(eos) for eos in eos_token_ids)
+        # A head of n-grams sees n tokens: its further powers are 0.
+        powers = [
+            [pow(vocab_size, d, rows) if d < 2 + head // emb_split_num else 0 for head, rows in enumerate(head_rows)]
+            for d in range(emb_neighbor_num)
+        ]
+        # Always made on the CPU, whatever the default device of whoever builds a model around this.
+        cpu = torch.device("cpu")
+        self._constants = {
+            cpu: (
+                torch.tensor(powers, dtype=torch.float64, device=cpu),
+                torch.tensor(head_rows, device=cpu),
+                torch.tensor([0, *accumulate(head_rows[:-1])], device=cpu),
+            )
+        }
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """By model_type or architectures; by its keys where a config names neither."""
+        model_type, architectures = config.get("model_type"), config.get("architectures")
+        if model_type or architectures:
+            return model_type in _MODEL_TYPES or not _ARCHITECTURES.isdisjoint(architectures or ())
+        return all(_value(config, key) is not None for key in _KEYS)
+
+    @classmethod
+    def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class. Raises InvalidRequest where keys are missing or would ask for other ids than ours."""
+        missing = [key for key in ("vocab_size", *_KEYS) if _value(config, key) is None]
+        if missing:
+            raise InvalidRequest(f"this LongCat config has no n-gram tables: it lacks {', '.join(missing)}")
+        unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+        if unsupported:
+            raise InvalidRequest(f"family longcat does not know {', '.join(unsupported)}: its ids would be wrong")
+        eos = config.get("eos_token_id", _DEFAULT_EOS)
+        return {
+            "vocab_size": config["vocab_size"],
+            **{key: _value(config, key) for key in _KEYS},
+            "eos_token_ids": [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos],
+        }
+
+    def params(self) -> dict[str, Any]:
+        """The config's own keys, with the EOS ids always as a list."""
+        return {
+            "vocab_size": self.vocab_size,
+            "ngram_vocab_size_ratio": self.ngram_vocab_size_ratio,
+            "emb_neighbor_num": self.emb_neighbor_num,
+            "emb_split_num": self.emb_split_num,
+            "eos_token_ids": list(self.eos_token_ids),
+        }
+
+    def _hash(self, tokens: Tensor) -> Tensor:
+        powers, rows, offsets = self._constants_on(tokens.device)
+        # [B, S, N], the token itself first, then ever older ones.
+        grams = tokens.unfold(1, self.emb_neighbor_num, 1).flip(-1)
+        older = grams[..., 1:]
+        connected = older != NO_TOKEN
+        for eos in self.eos_token_ids:
+            connected &= older != eos
+        grams = grams.clamp_min(0)
+        grams[..., 1:] *= connected.cumprod(-1)
+        # In float64 because every device multiplies matrices of it; all sums stay below 2^53, so they are exact.
+        sums = (grams.double() @ powers).long()
+        return sums.fmod_(rows).add_(offsets).unsqueeze(2)
+
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._constants:
+            powers, rows, offsets = self._constants[torch.device("cpu")]
+            self._constants[device] = (powers.to(device), rows.to(device), offsets.to(device))
+        return self._constants[device]
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    return config.get(_KEYS.get(key, key)) if value is None else value
