@@ -1,0 +1,235 @@
+"""`EmbeddingClient`: the public face of the service for Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedding_service.client.router import Bytes, Router, Steps, Want, run, run_async
+from embedding_service.client.transport import GrpcTransport
+from embedding_service.errors import InvalidRequest
+from embedding_service.formats import get_format
+from embedding_service.ngram import NgramHasher
+from embedding_service.placement.routing import Model, Table
+from embedding_service.wire import embedding_pb2 as wire
+
+_ENCODINGS = {
+    torch.float32: wire.ROW_ENCODING_FLOAT32,
+    torch.float16: wire.ROW_ENCODING_FLOAT16,
+    torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A served model: `tables` maps a table's name to (rows, dim, dtype)."""
+
+    name: str
+    version: str
+    family: str
+    tables: dict[str, tuple[int, int, str]]
+
+
+class EmbeddingClient:
+    """Looks rows up in an embedding service; asks the shards that hold them directly, in parallel.
+
+    A context manager; safe to share between threads and event loops. Every method raises the errors of
+    `embedding_service.errors`: RequestError when the request is wrong, ServiceError when the service could not answer
+    within the deadline.
+
+    Args:
+        address: `host:port` of any shard (or a name that stands for all of them), or several.
+        timeout: Seconds a call may take in all, retries included, where the call gives none.
+    """
+
+    def __init__(self, address: str | Sequence[str], *, timeout: float = 10.0) -> None:
+        seeds = [address] if isinstance(address, str) else list(address)
+        if not seeds or not all(":" in seed for seed in seeds):
+            raise InvalidRequest(f"address must be HOST:PORT, got {address!r}")
+        self._timeout = timeout
+        self._transport = GrpcTransport()
+        self._router = Router(seeds)
+        self._hashers: dict[str, NgramHasher] = {}
+
+    def __enter__(self) -> EmbeddingClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop all connections; calls under way fail with Unavailable."""
+        self._transport.close()
+
+    def lookup(
+        self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
+    ) -> Tensor:
+        """Rows of one table.
+
+        Args:
+            table: `model/table` or `model@version/table`.
+            ids: Row ids, any integer dtype and shape [*]; repetitions cost nothing on the wire.
+            dtype: float32, float16 or bfloat16.
+            timeout: Seconds, retries included.
+
+        Returns:
+            `dtype` Tensor[*, dim] on the device of `ids`.
+
+        Raises:
+            NotFound, OutOfRange, InvalidRequest: no such model, table or row; not an integer tensor.
+            Unavailable, DeadlineExceeded: the rows could not be had in time.
+        """
+        return run(self._lookup(table, ids, dtype, timeout), self._transport)
+
+    async def lookup_async(
+        self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
+    ) -> Tensor:
+        """`lookup` for asyncio."""
+        return await run_async(self._lookup(table, ids, dtype, timeout), self._transport)
+
+    def lookup_ngrams(
+        self,
+        model: str,
+        token_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        timeout: float | None = None,
+    ) -> Tensor:
+        """The n-gram rows of every token: hashed here, looked up there.
+
+        Args:
+            model: `name` or `name@version`.
+            token_ids: int64 [B, S]; -1 is "no token" (left padding).
+            context: int64 [B, C], the tokens directly before; None at a sequence's start.
+            dtype: float32, float16 or bfloat16.
+            timeout: Seconds, retries included.
+
+        Returns:
+            `dtype` Tensor[B, S, L, H, dim] on the device of `token_ids`: L tables, H heads.
+
+        Raises:
+            As `lookup`, and InvalidRequest for token ids out of range.
+        """
+        return run(self._lookup_ngrams(model, token_ids, context, dtype, timeout), self._transport)
+
+    async def lookup_ngrams_async(
+        self,
+        model: str,
+        token_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        timeout: float | None = None,
+    ) -> Tensor:
+        """`lookup_ngrams` for asyncio."""
+        return await run_async(self._lookup_ngrams(model, token_ids, context, dtype, timeout), self._transport)
+
+    def hasher(self, model: str, *, timeout: float | None = None) -> NgramHasher:
+        """What the client hashes this model's token ids with. Raises NotFound, InvalidRequest (no n-gram family)."""
+        return self._hasher_of(run(self._router.model(model, self._deadline(timeout)), self._transport))
+
+    def models(self, *, timeout: float | None = None) -> list[ModelDescription]:
+        """What is served now."""
+        deadline = self._deadline(timeout)
+        routing = run(self._router.newest_routing(deadline), self._transport)
+        return [
+            ModelDescription(
+                name=model.name,
+                version=model.version,
+                family=model.family,
+                tables={table.name: (table.rows, table.dim, table.dtype) for table in model.tables.values()},
+            )
+            for model in routing.models
+        ]
+
+    def _deadline(self, timeout: float | None) -> float:
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+    def _hasher_of(self, model: Model) -> NgramHasher:
+        if model.full_name not in self._hashers:
+            self._hashers[model.full_name] = model.hasher()
+        return self._hashers[model.full_name]
+
+    def _lookup(self, name: str, ids: Tensor, dtype: torch.dtype, timeout: float | None) -> Steps[Tensor]:
+        model_name, slash, table_name = name.partition("/")
+        if not slash or not table_name:
+            raise InvalidRequest(f"table must be named as MODEL/TABLE, got {name!r}")
+        flat = _flat_ids(ids)
+        rows = yield from self._rows(model_name, lambda model: [(model.table(table_name), flat)], dtype, timeout)
+        return rows[0].view(*ids.shape, -1).to(ids.device)
+
+    def _lookup_ngrams(
+        self, name: str, token_ids: Tensor, context: Tensor | None, dtype: torch.dtype, timeout: float | None
+    ) -> Steps[Tensor]:
+        shape: list[int] = []
+
+        def ids_of(model: Model) -> list[tuple[Table, np.ndarray[Any, Any]]]:
+            hasher = self._hasher_of(model)
+            row_ids = hasher.row_ids(token_ids, context)
+            shape[:] = row_ids.shape
+            return [
+                (model.table(table.name), _flat_ids(row_ids[:, :, index])) for index, table in enumerate(hasher.tables)
+            ]
+
+        rows = yield from self._rows(name, ids_of, dtype, timeout)
+        batch, length, tables, heads = shape
+        if tables == 1:
+            return rows[0].view(batch, length, 1, heads, -1).to(token_ids.device)
+        return torch.stack([table.view(batch, length, heads, -1) for table in rows], 2).to(token_ids.device)
+
+    def _rows(
+        self,
+        name: str,
+        ids_of: Callable[[Model], list[tuple[Table, np.ndarray[Any, Any]]]],
+        dtype: torch.dtype,
+        timeout: float | None,
+    ) -> Steps[list[Tensor]]:
+        """Fetch each row once, decode it once, then spread: for each (table, ids [n]) a Tensor[n, dim]."""
+        if dtype not in _ENCODINGS:
+            raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        inverses: list[np.ndarray[Any, Any]] = []
+
+        def wants_of(model: Model) -> list[Want]:
+            inverses.clear()
+            wants = []
+            for table, ids in ids_of(model):
+                unique, inverse = np.unique(ids, return_inverse=True)
+                inverses.append(inverse)
+                wants.append(_want(table, unique, dtype))
+            return wants
+
+        wants, stored = yield from self._router.fetch(name, wants_of, self._deadline(timeout))
+        return [
+            _decode(want, rows, dtype).index_select(0, torch.from_numpy(inverse))
+            for want, rows, inverse in zip(wants, stored, inverses, strict=True)
+        ]
+
+
+def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:
+    if not isinstance(ids, Tensor):
+        raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InvalidRequest(f"ids must be an integer tensor, got {ids.dtype}")
+    return ids.detach().reshape(-1).to("cpu", torch.int64).numpy()
+
+
+def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:
+    """Rows cross the wire as stored, or converted by the shard where that is fewer bytes."""
+    converted = table.dim * dtype.itemsize
+    if converted < table.row_bytes:
+        return Want(table, ids, _ENCODINGS[dtype], converted)
+    return Want(table, ids, wire.ROW_ENCODING_STORED, table.row_bytes)
+
+
+def _decode(want: Want, rows: Bytes, dtype: torch.dtype) -> Tensor:
+    stored = torch.from_numpy(rows)
+    if want.encoding == wire.ROW_ENCODING_STORED:
+        return get_format(want.table.dtype).decode(stored, want.table.dim, dtype=dtype)
+    return stored.view(dtype)

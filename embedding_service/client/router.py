@@ -1,0 +1,344 @@
+"""Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
+
+`Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to wait
+(seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio; shards
+drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the
+protocol").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.client.transport import Call, Failure, Transport
+from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
+from embedding_service.placement.routing import Ids, Model, Routing, Table
+from embedding_service.status import error_of
+from embedding_service.wire import embedding_pb2 as wire
+
+T = TypeVar("T")
+Steps = Generator[list[Call] | float, Any, T]
+Bytes = npt.NDArray[np.uint8]
+
+# A shard that takes this long for its routing is not worth waiting for: another one knows it too.
+ROUTING_TIMEOUT = 2.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
+
+
+class Want(NamedTuple):
+    """Rows of one table: `ids` int64 [n], `encoding` of the answer and its bytes a row."""
+
+    table: Table
+    ids: Ids
+    encoding: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """What one shard is asked of one want: the rows at `positions` of its ids."""
+
+    want: int
+    positions: Ids
+    call: Call
+
+
+class Router:
+    """Knows the routing, asks owners, follows redirects, retries what may be retried.
+
+    Thread-safe: the routing is immutable and swapped whole.
+    """
+
+    def __init__(self, seeds: Sequence[str], routing: Routing | None = None) -> None:
+        self._seeds = list(seeds)
+        self._routing = routing
+        self._turn = itertools.count(random.randrange(1 << 16))
+
+    def adopt(self, routing: Routing) -> None:
+        """Take a routing from elsewhere, if it is newer."""
+        if self._routing is None or routing.age > self._routing.age:
+            self._routing = routing
+
+    def routing(self, deadline: float) -> Steps[Routing]:
+        """The routing, asked for if there is none yet. `deadline` is on time.monotonic's clock, in seconds."""
+        if self._routing is None:
+            yield from self._learn(deadline)
+        assert self._routing is not None
+        return self._routing
+
+    def fetch(
+        self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float
+    ) -> Steps[tuple[list[Want], list[Bytes]]]:
+        """Rows of one version of a model: the wants and for each uint8 [n, row_bytes] in the order of its ids.
+
+        `wants_of` is called again should that version be replaced meanwhile, so that versions are never mixed.
+
+        Raises:
+            NotFound, OutOfRange, InvalidRequest, RequestTooLarge: what the request asks for does not exist.
+            Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
+        """
+        while True:
+            model = yield from self.model(name, deadline)
+            wants = list(wants_of(model))
+            for want in wants:
+                want.table.check(model.full_name, want.ids)
+            try:
+                rows = yield from self._fetch_version(model, wants, deadline)
+            except NotFound:
+                if name == model.full_name:
+                    raise
+                continue  # the version was retired while we asked: take the one that replaced it
+            return wants, rows
+
+    def newest_routing(self, deadline: float) -> Steps[Routing]:
+        """The routing, asked for again."""
+        yield from self.routing(deadline)
+        yield from self._refresh([], deadline)
+        return (yield from self.routing(deadline))
+
+    def model(self, name: str, deadline: float) -> Steps[Model]:
+        """A served model by `name` or `name@version`; raises NotFound, naming the served ones."""
+        routing = yield from self.routing(deadline)
+        try:
+            return routing.model(name)
+        except NotFound:
+            # It may have been published since we learnt the routing.
+            routing = yield from self.newest_routing(deadline)
+            return routing.model(name)
+
+    def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[list[Bytes]]:
+        rows = [np.empty((len(want.ids), want.row_bytes), np.uint8) for want in wants]
+        missing = {index: np.arange(len(want.ids)) for index, want in enumerate(wants) if len(want.ids)}
+        avoid: set[str] = set()
+        for pause in _pauses():
+            routing = yield from self.routing(deadline)
+            current = routing.model(model.full_name)
+            legs, nowhere = self._legs(routing, current, wants, missing, avoid, deadline)
+            answers = yield [leg.call for leg in legs]
+            failures: list[tuple[_Leg, Failure]] = []
+            for leg, answer in zip(legs, answers, strict=True):
+                if isinstance(answer, Failure):
+                    failures.append((leg, answer))
+                else:
+                    rows[leg.want][leg.positions] = _rows_of(answer, leg, model, wants[leg.want])
+            if not failures and not nowhere:
+                return rows
+            redirects = self._judge(failures, avoid)
+            missing = _still_missing(failures, nowhere)
+            if time.monotonic() + pause >= deadline:
+                raise _gave_up(model, wants, missing, failures, routing)
+            yield from self._refresh(redirects, deadline)
+            if self._routing is routing:
+                yield pause
+        raise AssertionError("unreachable: pauses never end")
+
+    def _legs(
+        self,
+        routing: Routing,
+        model: Model,
+        wants: Sequence[Want],
+        missing: dict[int, Ids],
+        avoid: set[str],
+        deadline: float,
+    ) -> tuple[list[_Leg], dict[int, Ids]]:
+        """Who is asked for what; and the positions whose part nobody holds at the moment."""
+        legs: list[_Leg] = []
+        nowhere: dict[int, Ids] = {}
+        timeout = max(deadline - time.monotonic(), 0.001)
+        shunned = [index for index, address in enumerate(routing.addresses) if address in avoid]
+        for index, positions in missing.items():
+            want, table = wants[index], model.tables[wants[index].table.name]
+            owners = _choose(table.owners, want.ids[positions] // table.rows_per_part, next(self._turn), shunned)
+            most = _most_ids(routing.limits, want.row_bytes)
+            for shard, group in _groups(owners, positions):
+                if shard < 0:
+                    nowhere[index] = group
+                    continue
+                for start in range(0, len(group), most):
+                    chunk = group[start : start + most]
+                    request = _request(model, want, want.ids[chunk], routing)
+                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout)))
+        return legs, nowhere
+
+    def _judge(self, failures: Sequence[tuple[_Leg, Failure]], avoid: set[str]) -> list[str]:
+        """Raise for what no retry mends; remember whom to avoid; return who said that it no longer holds the rows."""
+        redirects = []
+        for leg, failure in failures:
+            if failure.code is grpc.StatusCode.ABORTED:
+                redirects.append(leg.call.address)
+            elif failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                avoid.add(leg.call.address)
+            elif failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise error_of(failure.code, failure.message)
+        return redirects
+
+    def _refresh(self, first: Sequence[str], deadline: float) -> Steps[None]:
+        """Ask for a newer routing: those who sent us away first, they know it. None being newer is fine."""
+        known = self._routing
+        addresses = (
+            [*first, *self._seeds, *random.sample(known.addresses, len(known.addresses))] if known else self._seeds
+        )
+        for address in dict.fromkeys(addresses):
+            timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
+            if timeout <= 0:
+                return
+            [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
+            if isinstance(answer, wire.Routing):
+                self.adopt(Routing(answer))
+                if not first or self._routing is not known:
+                    return
+
+    def _learn(self, deadline: float) -> Steps[None]:
+        """The first routing, from the seeds, until one answers."""
+        for pause in _pauses():
+            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask", {})
+            for address in self._seeds:
+                timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
+                [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
+                if isinstance(answer, wire.Routing):
+                    return self.adopt(Routing(answer))
+                failure = answer
+            if time.monotonic() + pause >= deadline:
+                raise Unavailable(
+                    f"no embedding service answers at {', '.join(self._seeds)} ({failure.code.name}: {failure.message}); "
+                    "check the address, and `embedding-service status` there"
+                )
+            yield pause
+        return None
+
+
+def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, shunned: list[int]) -> npt.NDArray[np.int32]:
+    """For each part one of its owners, in turn; a shunned one only where there is no other; -1 where there is none."""
+    copies = owners.shape[1]
+    chosen = owners[parts, turn % copies]
+    for column in range(1, copies):
+        poor = (chosen < 0) | np.isin(chosen, shunned)
+        if not poor.any():
+            break
+        other = owners[parts, (turn + column) % copies]
+        better = poor & (other >= 0) & ((chosen < 0) | ~np.isin(other, shunned))
+        chosen = np.where(better, other, chosen)
+    return chosen
+
+
+def _groups(owners: npt.NDArray[np.int32], positions: Ids) -> Iterator[tuple[int, Ids]]:
+    """The positions of each owner."""
+    first = int(owners[0])
+    if (owners == first).all():
+        yield first, positions
+        return
+    order = np.argsort(owners, kind="stable")
+    owners, positions = owners[order], positions[order]
+    cuts = np.flatnonzero(np.diff(owners)) + 1
+    for group in np.split(np.arange(len(owners)), cuts):
+        yield int(owners[group[0]]), positions[group]
+
+
+def _most_ids(limits: wire.Limits, row_bytes: int) -> int:
+    # 64 bytes cover what a request holds besides its ids many times over: names are bounded by the service.
+    by_response = limits.response_bytes // row_bytes if limits.response_bytes else 1 << 20
+    by_request = limits.request_bytes // 8 if limits.request_bytes else 1 << 20
+    return max(1, min(by_response, by_request))
+
+
+def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> wire.LookupRequest:
+    narrow = want.table.rows <= 1 << 32
+    field = {"ids_uint32": ids.astype("<u4").tobytes()} if narrow else {"ids_int64": ids.astype("<i8").tobytes()}
+    return wire.LookupRequest(
+        model=model.full_name,
+        table=want.table.name,
+        encoding=want.encoding,  # type: ignore[arg-type]
+        term=routing.age[0],
+        epoch=routing.age[1],
+        **field,  # type: ignore[arg-type]
+    )
+
+
+def _rows_of(answer: wire.LookupResponse, leg: _Leg, model: Model, want: Want) -> Bytes:
+    expected = len(leg.positions) * want.row_bytes
+    if len(answer.rows) != expected or answer.version != model.version:
+        raise ProtocolError(
+            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} bytes of "
+            f"{model.full_name}/{want.table.name} were asked; is it a service of another release?"
+        )
+    return np.frombuffer(answer.rows, np.uint8).reshape(-1, want.row_bytes)
+
+
+def _still_missing(failures: Sequence[tuple[_Leg, Failure]], nowhere: dict[int, Ids]) -> dict[int, Ids]:
+    pieces: dict[int, list[Ids]] = {index: [positions] for index, positions in nowhere.items()}
+    for leg, _ in failures:
+        pieces.setdefault(leg.want, []).append(leg.positions)
+    return {index: np.concatenate(positions) for index, positions in pieces.items()}
+
+
+def _gave_up(
+    model: Model,
+    wants: Sequence[Want],
+    missing: dict[int, Ids],
+    failures: Sequence[tuple[_Leg, Failure]],
+    routing: Routing,
+) -> Exception:
+    """Names the rows and the shards concerned."""
+    rows = "; ".join(
+        f"{len(positions)} of {len(wants[index].ids)} rows of {model.full_name}/{wants[index].table.name} "
+        f"(the first: row {int(wants[index].ids[positions[0]])})"
+        for index, positions in missing.items()
+    )
+    by_address = {leg.call.address: failure for leg, failure in failures}
+    names = dict(zip(routing.addresses, routing.shard_ids, strict=True))
+    shards = "; ".join(
+        f"shard {names.get(address, '?')} at {address}: {failure.code.name} {failure.message}"
+        for address, failure in by_address.items()
+    )
+    message = f"no answer by the deadline for {rows}; {shards or 'no shard holds them at the moment'}"
+    if any(failure.code is grpc.StatusCode.DEADLINE_EXCEEDED for failure in by_address.values()):
+        return DeadlineExceeded(message)
+    return Unavailable(message)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait before each further try: doubling to a bound, spread so that clients do not come in step."""
+    pause = FIRST_PAUSE
+    while True:
+        yield pause * random.uniform(0.5, 1.5)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def run(steps: Steps[T], transport: Transport) -> T:
+    """Drive steps on the calling thread."""
+    answers: Any = None
+    try:
+        while True:
+            step = steps.send(answers)
+            if isinstance(step, float):
+                answers = time.sleep(step)
+            else:
+                answers = [future.result() for future in [transport.send(call) for call in step]]
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+async def run_async(steps: Steps[T], transport: Transport) -> T:
+    """Drive steps on the running event loop."""
+    answers: Any = None
+    try:
+        while True:
+            step = steps.send(answers)
+            if isinstance(step, float):
+                answers = await asyncio.sleep(step)
+            else:
+                futures: list[Future[Any]] = [transport.send(call) for call in step]
+                answers = [await asyncio.wrap_future(future) for future in futures]
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]

@@ -1,0 +1,133 @@
+"""The routing as clients and shards read it: which shards hold the parts that a batch of ids lies in.
+
+Light on purpose (numpy and the wire): every client imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
+from embedding_service.ngram import NgramHasher
+from embedding_service.wire import embedding_pb2 as wire
+
+Ids = npt.NDArray[np.int64]
+
+
+def version_order(version: str) -> list[tuple[int, int, str]]:
+    """A sort key under which "10" comes after "9", and "2026-11" after "2026-9"."""
+    pieces = re.findall(r"\d+|\D+", version)
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and who holds its parts.
+
+    Attributes:
+        owners: int32 [parts, R]: indices into `Routing.addresses`, -1 where a part has fewer than R owners.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    dtype: str
+    row_bytes: int
+    rows_per_part: int
+    owners: npt.NDArray[np.int32]
+
+    def check(self, model: str, ids: Ids) -> None:
+        """Raise OutOfRange unless all of `ids` [n] are rows of this table."""
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.rows):
+            position = int(np.flatnonzero((ids < 0) | (ids >= self.rows))[0])
+            raise OutOfRange(
+                f"id {int(ids[position])} at position {position} is outside table {model}/{self.name}: "
+                f"ids must be from 0 to {self.rows - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class Model:
+    """One served version of a model: its tables in the order of its family's layers."""
+
+    name: str
+    version: str
+    family: str
+    hash_params: str
+    tables: dict[str, Table]
+
+    @property
+    def full_name(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
+    def table(self, name: str) -> Table:
+        """A table by its name; raises NotFound, naming the known ones."""
+        if name not in self.tables:
+            raise NotFound(f"no table {name!r} in model {self.full_name}; its tables: {', '.join(self.tables)}")
+        return self.tables[name]
+
+    def hasher(self) -> NgramHasher:
+        """What turns token ids into this model's row ids; raises InvalidRequest for a model without an n-gram family."""
+        if not self.family:
+            raise InvalidRequest(f"model {self.full_name} has no n-gram family: look its rows up by id")
+        return NgramHasher.from_params(self.family, json.loads(self.hash_params))
+
+
+class Routing:
+    """An immutable view of a `Routing` message."""
+
+    def __init__(self, message: wire.Routing) -> None:
+        self.message = message
+        self.age = (message.term, message.epoch)
+        self.limits = message.limits
+        self.addresses = [shard.address for shard in message.shards]
+        self.shard_ids = [shard.id for shard in message.shards]
+        self._models: dict[str, Model] = {}
+        for placement in sorted(message.models, key=lambda placement: version_order(placement.model.version)):
+            model = _model(placement)
+            self._models[model.full_name] = model
+            self._models[model.name] = model  # the newest version comes last and stays
+
+    @property
+    def models(self) -> list[Model]:
+        """Every served version of every model."""
+        return [model for name, model in sorted(self._models.items()) if name == model.full_name]
+
+    def model(self, name: str) -> Model:
+        """`name` (its newest served version) or `name@version`; raises NotFound, naming the known ones."""
+        if name not in self._models:
+            known = ", ".join(model.full_name for model in self.models) or "none yet"
+            raise NotFound(f"no model {name!r} is served; served models: {known}")
+        return self._models[name]
+
+
+def _model(placement: wire.ModelPlacement) -> Model:
+    info = placement.model
+    tables = {
+        table.name: Table(
+            name=table.name,
+            rows=table.rows,
+            dim=table.dim,
+            dtype=table.dtype,
+            row_bytes=table.row_bytes,
+            rows_per_part=table.rows_per_part,
+            owners=_owner_matrix([part.shards for part in owners.parts]),
+        )
+        for table, owners in zip(info.tables, placement.tables, strict=True)
+    }
+    return Model(info.name, info.version, info.family, info.hash_params, tables)
+
+
+def _owner_matrix(owners: list[Iterable[int]]) -> npt.NDArray[np.int32]:
+    rows = [list(row) for row in owners]
+    matrix = np.full((len(rows), max(map(len, rows), default=0) or 1), -1, dtype=np.int32)
+    for part, shards in enumerate(rows):
+        matrix[part, : len(shards)] = shards
+    return matrix

@@ -1,0 +1,95 @@
+"""One linear range of virtual addresses for a whole table.
+
+A part's bytes are a whole number of pages (the store sees to it), so the parts of a table can be mapped side by side,
+each where its rows belong: row r lies at r * row_bytes whatever part it is in and whichever parts are held. A row id is
+then an index into one tensor, and one FBGEMM call serves a batch that spans parts. Addresses of parts that are not held
+are reserved without memory; touching one ends the process, so callers check what is held first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import torch
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+
+_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+_MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def round_up(nbytes: int, unit: int = PAGE) -> int:
+    """The smallest multiple of `unit` that holds `nbytes`."""
+    return -(-nbytes // unit) * unit
+
+
+class AddressSpace:
+    """A reserved range of `nbytes` addresses, into which memory and files are mapped by offset.
+
+    Offsets must be multiples of the page size; lengths are rounded up to it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        # One huge page more than asked, so that the range can begin on a huge page's boundary.
+        self._reserved = round_up(nbytes) + HUGE_PAGE
+        self._origin = self._mmap(None, self._reserved, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._base = round_up(self._origin, HUGE_PAGE)
+        # Room for FBGEMM's vector loads behind the last row is the rest of that huge page's reservation.
+        self.tensor: torch.Tensor = torch.frombuffer(
+            (ctypes.c_uint8 * nbytes).from_address(self._base), dtype=torch.uint8
+        )
+
+    def map_memory(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Back [offset, offset + nbytes) with zeroed memory, in huge pages where the kernel gives them.
+
+        Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
+        """
+        address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS)
+        _libc.madvise(address, round_up(nbytes), _MADV_HUGEPAGE)
+        return self.tensor[offset : offset + nbytes]
+
+    def map_file(self, offset: int, nbytes: int, fd: int, file_offset: int) -> torch.Tensor:
+        """Show `nbytes` of an open file from `file_offset` (a multiple of the page size) at `offset`, read-only.
+
+        Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
+        """
+        address = self._map(offset, nbytes, _PROT_READ, _MAP_SHARED, fd, file_offset)
+        # Rows are asked at random: read-ahead would fill the page cache with neighbours nobody asked for.
+        _libc.madvise(address, round_up(nbytes), _MADV_RANDOM)
+        return self.tensor[offset : offset + nbytes]
+
+    def unmap(self, offset: int, nbytes: int) -> None:
+        """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""
+        self._map(offset, nbytes, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
+
+    def close(self) -> None:
+        """Give everything back. `tensor` and all views of it must not be touched afterwards."""
+        if self._origin:
+            _libc.munmap(self._origin, self._reserved)
+            self._origin = 0
+
+    def _map(self, offset: int, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
+        if offset % PAGE or file_offset % PAGE:
+            raise ValueError(f"offset {offset} and file offset {file_offset} must be multiples of {PAGE}")
+        if not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ValueError(f"[{offset}, {offset + nbytes}) lies outside the {self.nbytes} reserved bytes")
+        return self._mmap(self._base + offset, round_up(nbytes), protection, flags | _MAP_FIXED, fd, file_offset)
+
+    @staticmethod
+    def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
+        result = _libc.mmap(address, nbytes, protection, flags, fd, file_offset)
+        if result is None or result == ctypes.c_void_p(-1).value:
+            code = ctypes.get_errno()
+            raise MemoryError(f"mapping {nbytes:,} bytes failed: {os.strerror(code)}")
+        return int(result)
