@@ -23,7 +23,7 @@ class UnencodableRow(InvalidRequest):
 
 
 class RowFormat(ABC):
-    """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state: `get_format(name)` gives its one instance."""
+    """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state; `get_format(name)` gives its instance."""
 
     name: ClassVar[str]
     # The safetensors dtype of a part in this format, for people who open one with the safetensors library.

@@ -1,0 +1,1 @@
+"""Checkpoints read into tables, a file a model family. See `base.Importer`."""

@@ -1,0 +1,131 @@
+"""The manifest: what one version of a model's tables is, and where every row of it lies."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from embedding_service.errors import InvalidRequest, NotFound, StoreError
+from embedding_service.formats import get_format
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+def check_name(name: str) -> str:
+    """Return a valid model, version or table name (it becomes a folder). Raises InvalidRequest."""
+    if not _NAME.fullmatch(name) or len(name) > 128:
+        raise InvalidRequest(
+            f"{name!r} cannot be a name: use up to 128 letters, digits and _ . + - and begin with a letter, digit or _"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Frozen):
+    """A contiguous row range of a table: one file."""
+
+    index: int = Field(ge=0)
+    first_row: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    # Relative to the version's folder, with forward slashes.
+    file: str
+    # Of the rows alone, without the file's header; the checksum is over these.
+    bytes: int = Field(ge=1)
+    checksum: str = Field(pattern=r"^xxh3-128:[0-9a-f]{32}$")
+
+
+class Table(_Frozen):
+    """A matrix [rows, dim] stored in one dtype; row r lies in part r // rows_per_part."""
+
+    name: Name
+    rows: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    dtype: str
+    row_bytes: int = Field(ge=1)
+    rows_per_part: int = Field(ge=1)
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.row_bytes
+
+    @model_validator(mode="after")
+    def _parts_cover_the_rows(self) -> Table:
+        expected_row_bytes = get_format(self.dtype).row_bytes(self.dim)
+        if self.row_bytes != expected_row_bytes:
+            raise ValueError(f"{self.dtype} rows of {self.dim} have {expected_row_bytes} bytes, not {self.row_bytes}")
+        if len(self.parts) != -(-self.rows // self.rows_per_part):
+            raise ValueError(f"table {self.name}: {len(self.parts)} parts for {self.rows} rows")
+        for index, part in enumerate(self.parts):
+            first_row = index * self.rows_per_part
+            rows = min(self.rows_per_part, self.rows - first_row)
+            if (part.index, part.first_row, part.rows, part.bytes) != (index, first_row, rows, rows * self.row_bytes):
+                raise ValueError(f"table {self.name}: part {index} must be rows {first_row} to {first_row + rows - 1}")
+        return self
+
+
+class Dense(_Frozen):
+    """What of the checkpoint stays with the worker."""
+
+    tensors: tuple[str, ...]
+
+
+class Provenance(_Frozen):
+    """Where the tables came from."""
+
+    checkpoint: str
+    # The checkpoint's safetensors files that held rows, with their bytes.
+    files: dict[str, int]
+    # The safetensors dtype of the rows there.
+    source_dtype: str
+    imported_at: str
+    importer: str
+
+
+class Manifest(_Frozen):
+    """One version of one model, as STORE/MODEL/VERSION/manifest.json says it."""
+
+    format_version: Literal[1] = 1
+    model: Name
+    version: Name
+    # "longcat", ...; empty for tables that are addressed by row id only.
+    family: str
+    # What NgramHasher.from_params takes.
+    hash_params: dict[str, Any]
+    tables: tuple[Table, ...] = Field(min_length=1)
+    dense: Dense | None = None
+    provenance: Provenance | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows of all tables."""
+        return sum(table.bytes for table in self.tables)
+
+    def table(self, name: str) -> Table:
+        """Return a table by name. Raises NotFound naming the known ones."""
+        for table in self.tables:
+            if table.name == name:
+                return table
+        known = ", ".join(table.name for table in self.tables)
+        raise NotFound(f"model {self.model}@{self.version} has no table {name!r}; it has: {known}")
+
+    def to_json(self) -> str:
+        """As it lies on disk."""
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Read a manifest; `source` names it in errors. Raises StoreError."""
+        try:
+            return cls.model_validate_json(text)
+        except (ValidationError, InvalidRequest) as error:
+            raise StoreError(f"{source} is not a manifest that this version can read: {error}") from error

@@ -1,0 +1,170 @@
+"""One part on disk: a safetensors file with one tensor, "rows", whose data begins on a page.
+
+Every part of a table but the last is a whole number of pages long, so a shard can map the parts side by side into one
+range of addresses in which a row id is an index.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from embedding_service.errors import CorruptPart, InvalidRequest
+from embedding_service.formats import RowFormat
+from embedding_service.store.manifest import Part
+from embedding_service.store.tensorfile import PAGE_BYTES, BadTensorFile, header_bytes, read_spans
+
+DEFAULT_PART_BYTES = 256 << 20
+CHUNK_BYTES = 4 << 20
+TENSOR_NAME = "rows"
+
+
+def rows_per_part(row_bytes: int, part_bytes: int = DEFAULT_PART_BYTES) -> int:
+    """Most rows that fill whole pages and at most `part_bytes`. Raises InvalidRequest if there are none."""
+    step = PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes)
+    if part_bytes < step * row_bytes:
+        raise InvalidRequest(
+            f"parts of {part_bytes:,} bytes are too small: rows of {row_bytes} bytes fill whole pages "
+            f"only every {step * row_bytes:,} bytes"
+        )
+    return part_bytes // (step * row_bytes) * step
+
+
+def part_file(table: str, index: int) -> str:
+    """Name of a part's file within the version's folder."""
+    return f"{table}/part-{index:05d}.safetensors"
+
+
+class PartLayout(NamedTuple):
+    """Where a part's rows lie in its file, in bytes, and the tensor's dtype and shape there."""
+
+    offset: int
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def part_layout(path: Path) -> PartLayout:
+    """Read and check a part's header. Raises CorruptPart if this is no whole part file."""
+    try:
+        spans = read_spans(path)
+    except BadTensorFile as error:
+        raise CorruptPart(f"{error}: import the table again") from error
+    if list(spans) != [TENSOR_NAME]:
+        raise CorruptPart(f"{path} is not a part: it holds {sorted(spans)} and not one tensor {TENSOR_NAME!r}")
+    span = spans[TENSOR_NAME]
+    if span.offset % PAGE_BYTES or path.stat().st_size != span.offset + span.bytes:
+        raise CorruptPart(f"{path} is not a part: its rows do not lie from a page's start to the file's end")
+    return PartLayout(span.offset, span.bytes, span.dtype, span.shape)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor) -> None:
+    """Fill `buffer` (contiguous, exactly part.bytes) with the part's rows, hashing on the way.
+
+    Raises CorruptPart if the file or its checksum is not the manifest's (the buffer then holds rubbish), InvalidRequest
+    for a buffer of another size. Other threads run meanwhile.
+    """
+    view = byte_view(buffer) if isinstance(buffer, torch.Tensor) else buffer.cast("B")
+    if len(view) != part.bytes:
+        raise InvalidRequest(f"a buffer of {len(view):,} bytes for part {part.file} of {part.bytes:,}")
+    _read_checked(path, part, lambda begin, end: view[begin:end])
+
+
+def verify(path: Path, part: Part) -> None:
+    """Read the whole part, chunk by chunk, and raise CorruptPart unless it is what the manifest says."""
+    scratch = memoryview(bytearray(min(CHUNK_BYTES, part.bytes)))
+    _read_checked(path, part, lambda begin, end: scratch[: end - begin])
+
+
+def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview]) -> None:
+    """Read the part's bytes [begin, end) into place(begin, end), chunk by chunk."""
+    layout = part_layout(path)
+    if layout.bytes != part.bytes or layout.shape[:1] != (part.rows,):
+        raise CorruptPart(
+            f"{path}: expected {part.rows:,} rows in {part.bytes:,} bytes, got {list(layout.shape)} in {layout.bytes:,}"
+        )
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        file.seek(layout.offset)
+        for begin in range(0, part.bytes, CHUNK_BYTES):
+            chunk = place(begin, min(begin + CHUNK_BYTES, part.bytes))
+            _read_exactly(file, chunk, path)
+            digest.update(chunk)
+    if (got := _checksum(digest)) != part.checksum:
+        raise CorruptPart(f"{path} is corrupt: expected {part.checksum}, got {got}. Import the table again")
+
+
+def _read_exactly(file: FileIO, chunk: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(chunk):
+        count = file.readinto(chunk[done:])
+        if not count:
+            raise CorruptPart(f"{path} ended while it was read")
+        done += count
+
+
+def _checksum(digest: xxhash.xxh3_128) -> str:
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+class PartWriter:
+    """Writes one part chunk by chunk; the file takes its name only when it is whole and on disk.
+
+    Use as a context manager: leaving it by an exception removes what was written.
+    """
+
+    def __init__(
+        self, folder: Path, table: str, index: int, *, first_row: int, rows: int, dim: int, row_format: RowFormat
+    ):
+        self._path = folder / part_file(table, index)
+        self._partial = self._path.with_suffix(".partial")
+        self._part = (index, first_row, rows, rows * row_format.row_bytes(dim))
+        self._digest = xxhash.xxh3_128()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb", buffering=0)
+        self._file.write(header_bytes({TENSOR_NAME: (row_format.tensor_dtype, row_format.part_shape(rows, dim))}))
+
+    def write(self, stored: torch.Tensor) -> None:
+        """Append rows: uint8 Tensor[n, row_bytes], contiguous."""
+        view = byte_view(stored)
+        self._digest.update(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def finish(self) -> Part:
+        """Bring the file to disk under its name and return its entry for the manifest."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.rename(self._path)
+        index, first_row, rows, size = self._part
+        table = self._path.parent.name
+        return Part(
+            index=index,
+            first_row=first_row,
+            rows=rows,
+            file=part_file(table, index),
+            bytes=size,
+            checksum=_checksum(self._digest),
+        )
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
