@@ -1,0 +1,77 @@
+"""A safetensors checkpoint folder, read one tensor at a time: what is not asked for is never opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from embedding_service.errors import StoreError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face checkpoint folder by name.
+
+    folder: holds config.json and either model.safetensors or several files with model.safetensors.index.json.
+    Raises StoreError: config.json or the safetensors files are missing or unreadable.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = self._read_json("config.json")
+        self._open_files: dict[str, Any] = {}
+        self._files = self._find_files()
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._files)
+
+    def slice(self, name: str) -> Any:
+        """A tensor not read yet (safetensors' slice): `[...]` reads it, `get_shape()` tells its shape.
+
+        Raises StoreError: there is no such tensor, or its file is missing or damaged.
+        """
+        if name not in self._files:
+            raise StoreError(f"{self.folder} has no tensor {name!r}: the checkpoint is not complete")
+        file = self._files[name]
+        try:
+            return self._open(file).get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot read {name!r} from {self.folder / file}: {error}; fetch the checkpoint again"
+            ) from error
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, read. Raises what `slice` raises."""
+        return self.slice(name)[...]
+
+    def _open(self, file: str) -> Any:
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(str(self.folder / file), framework="pt")
+        return self._open_files[file]
+
+    def _find_files(self) -> dict[str, str]:
+        if (self.folder / INDEX).exists():
+            return self._read_json(INDEX)["weight_map"]
+        try:
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{self.folder} holds neither {INDEX} nor a readable {SINGLE} ({error}): "
+                "give the folder of a safetensors checkpoint"
+            ) from error
+
+    def _read_json(self, file: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / file).read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"cannot read {file} in {self.folder} ({error}): give the folder of a checkpoint"
+            ) from error

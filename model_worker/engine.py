@@ -1,0 +1,258 @@
+"""The generation engine: many requests, one batch, one token each a step.
+
+Rules
+- A request joins and leaves the batch between two steps. It is prefilled alone, without padding; then its cache is
+  joined to the batch's, left-padded to the longest. Padding is masked, so a request's logits do not depend on who
+  shares its batch, but for float rounding.
+- At most one request joins a step, so that those who run are never held up by more than one prompt.
+- What goes wrong in a prefill ends that request; what goes wrong in a step ends the requests of that batch. The engine
+  goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from embedding_service.errors import EmbeddingServiceError
+from embedding_service.ngram import NO_TOKEN
+from model_worker.sampling import SamplingParams, choose
+from model_worker.text import TextStream, Tokenizer
+from model_worker.token_cache import join, keep, token_layer
+
+FinishReason = Literal["stop", "length"]
+
+_log = logging.getLogger(__name__)
+
+
+class EngineBusy(Exception):
+    """The queue is full: ask again later."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a request: new text, its end (finish_reason set), or its failure (error set)."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+
+class Request:
+    """One sequence to generate."""
+
+    def __init__(
+        self, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, emit: Callable[[Event], None]
+    ) -> None:
+        self.prompt = prompt
+        self.params = params
+        self.emit = emit
+        self.completion: list[int] = []
+        """The tokens generated so far, a closing EOS included."""
+        self.cancelled = False
+        self.text = TextStream(tokenizer, params.stop)
+        self.generator = params.generator()
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: it leaves before the next step. From any thread."""
+        self.cancelled = True
+
+    def advance(self, logits: Tensor, eos: frozenset[int]) -> bool:
+        """Choose the next token from float [V] logits and emit what is new. False when the request is over."""
+        token = choose(logits, self.params, self.generator)
+        self.completion.append(token)
+        text, reason = self._text_and_end(token, eos)
+        if text or reason:
+            self.emit(Event(text, reason))
+        return reason is None
+
+    def _text_and_end(self, token: int, eos: frozenset[int]) -> tuple[str, FinishReason | None]:
+        if token in eos:
+            return self.text.finish(), "stop"
+        text = self.text.push(token)
+        if self.text.stopped:
+            return text, "stop"
+        if len(self.completion) == self.params.max_tokens:
+            text += self.text.finish()
+            return text, "stop" if self.text.stopped else "length"
+        return text, None
+
+
+class Engine:
+    """Runs a causal language model on its own thread.
+
+    model: a transformers model that `model_worker.attach` has fed.
+    tokenizer: its tokenizer.
+    max_batch: requests that run at once.
+    max_queue: requests that may wait beside those.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, *, max_batch: int = 8, max_queue: int = 64
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_batch = max_batch
+        self._max_queue = max_queue
+        self._eos = _eos_tokens(model)
+        self._changed = threading.Condition()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        # Row i is the sequence of self._running[i]; None while nobody runs.
+        self._cache: DynamicCache | None = None
+        self._stopping = False
+        self.requests = 0
+        """Requests taken since the start."""
+        self.tokens = 0
+        """Tokens generated since the start."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and completion together."""
+        return self._model.config.max_position_embeddings
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread still runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._running)
+
+    def submit(self, prompt: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> Request:
+        """Queue a request.
+
+        prompt: at least one token id; together with params.max_tokens at most `context_length`.
+        params: how to generate.
+        emit: called on the engine's thread with each event; the last one has finish_reason or error set.
+        Raises EngineBusy: max_queue requests wait already.
+        """
+        request = Request(prompt, params, self._tokenizer, emit)
+        with self._changed:
+            if len(self._waiting) >= self._max_queue:
+                raise EngineBusy(f"{len(self._waiting)} requests wait already, the most this worker takes")
+            self.requests += 1
+            self._waiting.append(request)
+            self._changed.notify()
+        return request
+
+    def close(self) -> None:
+        """Stop after the step at hand; requests that run or wait get an error. Returns when the thread has ended."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._work_comes():
+                self._drop([request for request in self._running if request.cancelled])
+                self._admit()
+                self._step()
+        self._fail([*self._running, *self._waiting], EmbeddingServiceError("the worker is shutting down"))
+
+    def _work_comes(self) -> bool:
+        """Wait until there is something to do; False when the engine is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._running)
+            return not self._stopping
+
+    def _admit(self) -> None:
+        """Prefill the next waiting request and take it into the batch, if there is one and a place for it."""
+        with self._changed:
+            if not self._waiting or len(self._running) >= self._max_batch:
+                return
+            request = self._waiting.popleft()
+        if request.cancelled:
+            return
+        cache = DynamicCache(config=self._model.config)
+        try:
+            logits = self._forward(torch.tensor([request.prompt]), cache)
+        except Exception as error:
+            self._fail([request], error)
+            return
+        if self._advance(request, logits[0]):
+            self._cache = join(self._cache, cache)
+            self._running.append(request)
+
+    def _step(self) -> None:
+        """One token for everyone who runs."""
+        if self._cache is None:
+            return
+        newest = torch.tensor([[request.completion[-1]] for request in self._running])
+        try:
+            logits = self._forward(newest, self._cache)
+        except Exception as error:
+            self._fail(self._running, error)
+            self._running, self._cache = [], None
+            return
+        pairs = zip(self._running, logits, strict=True)
+        self._drop([request for request, row in pairs if not self._advance(request, row)])
+
+    def _advance(self, request: Request, logits: Tensor) -> bool:
+        self.tokens += 1
+        try:
+            return request.advance(logits, self._eos)
+        except Exception as error:
+            self._fail([request], error)
+            return False
+
+    def _drop(self, leaving: list[Request]) -> None:
+        """Take requests out of the batch."""
+        if not leaving or self._cache is None:
+            return
+        staying = [row for row, request in enumerate(self._running) if request not in leaving]
+        self._running = [self._running[row] for row in staying]
+        if staying:
+            keep(self._cache, staying)
+        else:
+            self._cache = None
+
+    def _fail(self, requests: list[Request], error: Exception) -> None:
+        if not isinstance(error, EmbeddingServiceError):
+            _log.error("%d requests failed", len(requests), exc_info=error)
+        for request in requests:
+            request.emit(Event(error=error))
+
+    def _forward(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        """Run int64 [B, S] tokens after what the cache holds -> float32 [B, V] logits of the last, on the CPU."""
+        past = token_layer(cache, self._model.config.num_hidden_layers).tokens()
+        seen = torch.cat([past.cpu(), tokens], dim=1) if past is not None else tokens
+        mask = (seen != NO_TOKEN).long()
+        positions = (mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :]
+        device = self._model.device
+        output = self._model(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float().cpu()
+
+
+def _eos_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Every token that ends a sequence, by the config and by the generation config."""
+    found: set[int] = set()
+    for config in (model.config, model.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)

@@ -1,0 +1,289 @@
+"""Family longcat: transformers' LongCat-Flash with its n-gram tables elsewhere.
+
+The input embedding of a token is (word + sum_i P_i e_i) / (1 + heads), e_i being the row that head i of the n-gram
+tables gives and P_i that head's projection. Source: "Scaling Embeddings Outperforms Scaling Experts in Language Models"
+(arXiv 2601.21204) and the code published with LongCat-Flash-Lite. The words, the projections and the transformer live
+here; the rows come from a `RowSource`: the embedding service, or `LocalTables` as the reference.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
+
+from embedding_service.errors import InvalidRequest, StoreError
+from embedding_service.ngram import NO_TOKEN, NgramHasher
+from model_worker.checkpoint import Checkpoint
+from model_worker.token_cache import TokenLayer, token_layer
+
+ARCHITECTURE = "LongcatFlashNgramForCausalLM"
+WORDS = ("model.embed_tokens.weight", "model.ngram_embeddings.word_embeddings.weight")
+TABLE = "model.ngram_embeddings.embedders.{}.weight"
+PROJECTION = "model.ngram_embeddings.post_projs.{}.weight"
+
+_NGRAM_TENSORS = "model.ngram_embeddings."
+# The published model's draft layers for speculative decoding, which transformers' class leaves out too.
+_DRAFT_TENSORS = "model.mtp."
+# An expert's projection that a checkpoint may hold for the zero experts too, which compute nothing.
+_EXPERT_GATE_OR_UP = re.compile(r"\.mlp\.experts\.(\d+)\.(?:gate|up)_proj\.weight$")
+# Keys of a published config that say what this file settles itself.
+_OWN_CONFIG_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
+
+
+class RowSource(Protocol):
+    """Where rows come from: an `EmbeddingClient`, or `LocalTables`."""
+
+    def lookup_ngrams(
+        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The rows of every token: int64 [B, S] and the [B, C] before them -> [B, S, L, H, dim]; -1 is no token."""
+
+    def hasher(self, model: str) -> NgramHasher:
+        """How the source turns the model's tokens into rows."""
+
+
+class LocalTables:
+    """The tables of a checkpoint in this process: the reference that the service is compared with.
+
+    checkpoint: a folder that holds the n-gram tables.
+    Raises StoreError: the folder is no checkpoint, or lacks a table.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        files = Checkpoint(checkpoint)
+        self._hasher = NgramHasher.from_config(files.config)
+        self._rows = torch.cat([files.tensor(TABLE.format(head)) for head in range(self._hasher.num_heads)])
+        self.table_bytes = self._rows.nbytes
+
+    def lookup_ngrams(
+        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """See `RowSource`; `model` is not looked at, there is only one."""
+        return nn.functional.embedding(self._hasher.row_ids(token_ids, context), self._rows).to(dtype)
+
+    def hasher(self, model: str) -> NgramHasher:
+        """See `RowSource`."""
+        return self._hasher
+
+
+class NgramEmbedding(nn.Module):
+    """The fused input embedding, but for the words: rows of a source, through the projections.
+
+    projections: [heads, hidden, dim], P_i of each head.
+    source: gives the rows.
+    name: the model's name in the source.
+    """
+
+    def __init__(self, projections: Tensor, source: RowSource, name: str) -> None:
+        super().__init__()
+        heads, hidden, dim = projections.shape
+        # One matrix for all heads: sum_i P_i e_i = [P_0 .. P_n] [e_0 .. e_n].
+        side_by_side = projections.transpose(0, 1).reshape(hidden, heads * dim)
+        self.projection = nn.Linear(heads * dim, hidden, bias=False, device="meta")
+        self.projection.weight = nn.Parameter(side_by_side, requires_grad=projections.requires_grad)
+        self.source = source
+        self.name = name
+        self.hasher = source.hasher(name)
+        self.lookups = 0
+        self.tokens = 0
+        self.wait_seconds = 0.0
+
+    def forward(self, words: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """Fuse.
+
+        words: [B, S, hidden], the word embeddings of the tokens.
+        tokens: int64 [B, S], NO_TOKEN for padding.
+        context: int64 [B, C], the tokens before them; None at a sequence's start.
+        Returns [B, S, hidden], in the dtype of the words.
+        Raises EmbeddingServiceError: whatever the source raises.
+        """
+        weight = self.projection.weight
+        before = time.perf_counter()
+        rows = self.source.lookup_ngrams(
+            self.name, tokens.cpu(), None if context is None else context.cpu(), dtype=weight.dtype
+        )
+        self.wait_seconds += time.perf_counter() - before
+        self.lookups += 1
+        self.tokens += tokens.numel()
+        return (words + self.projection(rows.to(weight.device).flatten(-3))) / (1 + self.hasher.num_heads)
+
+
+def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> LongcatFlashForCausalLM:
+    """The dense part of a LongCat n-gram checkpoint as a transformers model, ready for `attach`.
+
+    The n-gram tables are never read, nor is a file opened that holds nothing else.
+
+    checkpoint: the whole checkpoint's folder, or its dense half.
+    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    Raises InvalidRequest: another architecture.
+    StoreError: tensors are missing, have other shapes than the config says, or are not known.
+    """
+    files = Checkpoint(checkpoint)
+    architectures = files.config.get("architectures") or []
+    if ARCHITECTURE not in architectures:
+        raise InvalidRequest(f"{checkpoint} is a checkpoint of {architectures}; this worker serves {ARCHITECTURE}")
+    config = _flash_config(files.config)
+    words = files.slice(_words_name(files))
+    tensors: dict[str, Any] = {name: files.slice(name) for name in _transformer_names(files, config)}
+    tensors[WORDS[0]] = words
+    try:
+        loaded: Any = _FlashWithoutZeroExperts.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype or words[:1].dtype, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise StoreError(f"the tensors of {checkpoint} do not fit its config.json: {error}") from error
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise StoreError(f"{checkpoint}: {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:8]}")
+    model.config.name_or_path = str(checkpoint)
+    return model
+
+
+def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> NgramEmbedding:
+    """See `model_worker.attach`. Returns the module that now feeds the model."""
+    if not isinstance(hf_model, LongcatFlashForCausalLM):
+        raise InvalidRequest(f"cannot attach to a {type(hf_model).__name__}: only LongcatFlashForCausalLM so far")
+    body = hf_model.model
+    if hasattr(body, "ngram_embeddings"):
+        raise InvalidRequest(
+            "the model has n-gram embeddings already: attach once, to one loaded by model_worker.longcat.load_model"
+        )
+    if not hf_model.config.name_or_path:
+        raise InvalidRequest("the model was not loaded from a checkpoint, so its projections cannot be found: load it")
+    files = Checkpoint(hf_model.config.name_or_path)
+    _check_words(files, body.embed_tokens.weight)
+    _check_same_hash(NgramHasher.from_config(files.config), client.hasher(name), name)
+    embedding = NgramEmbedding(_projections(files).to(body.embed_tokens.weight), client, name)
+    _check_dim(embedding, body.embed_tokens.weight)
+    body.ngram_embeddings = embedding
+    body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
+    return embedding
+
+
+_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+
+
+def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Before LongcatFlashModel.forward: token ids become fused embeddings, and the cache learns the tokens."""
+    kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}
+    input_ids = kwargs.pop("input_ids", None)
+    if input_ids is None or kwargs.get("inputs_embeds") is not None:
+        raise InvalidRequest("n-grams need token ids: give input_ids, not inputs_embeds")
+    tokens = _without_padding(input_ids, kwargs.get("attention_mask"))
+    history = _history(body, kwargs)
+    past = None if history is None else history.tokens()
+    context = None if past is None else past[:, -body.ngram_embeddings.hasher.context_length :]
+    kwargs["inputs_embeds"] = body.ngram_embeddings(body.embed_tokens(input_ids), tokens, context)
+    if history is not None:
+        history.append(tokens)
+    return (), kwargs
+
+
+def _history(body: Any, kwargs: dict[str, Any]) -> TokenLayer | None:
+    """The token layer of the call's cache (made here if the model is to make one), None without a cache."""
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = body.config.use_cache
+    if kwargs.get("past_key_values") is None:
+        if not use_cache:
+            return None
+        kwargs["past_key_values"] = DynamicCache(config=body.config)
+    return token_layer(kwargs["past_key_values"], body.config.num_hidden_layers)
+
+
+def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The token ids with NO_TOKEN where the mask says padding."""
+    if attention_mask is None:
+        return input_ids
+    if attention_mask.dim() != 2:
+        raise InvalidRequest(
+            f"attention_mask must be [batch, length], got {list(attention_mask.shape)}: n-grams must know the padding"
+        )
+    return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, NO_TOKEN)
+
+
+class _FlashWithoutZeroExperts(LongcatFlashForCausalLM):
+    """LongcatFlashForCausalLM with room for the experts that have weights only.
+
+    Published checkpoints hold no weights for the zero (identity) experts; transformers 5.23 asks for gate and up
+    projections of them, which its forward never reads, and refuses the checkpoint without.
+    """
+
+    def __init__(self, config: LongcatFlashConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            experts = layer.mlp.experts
+            if experts.gate_up_proj is not None:
+                experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[: config.n_routed_experts].clone())
+
+
+def _flash_config(keys: dict[str, Any]) -> LongcatFlashConfig:
+    """The config transformers has for the dense part; the n-gram keys stay on it as plain attributes."""
+    flash = {key: value for key, value in keys.items() if key not in _OWN_CONFIG_KEYS}
+    if "num_layers" in flash:
+        # Each layer holds two attention sublayers; published configs do not agree which of the two this key counts.
+        flash.pop("num_hidden_layers", None)
+    return LongcatFlashConfig.from_dict(flash)
+
+
+def _transformer_names(files: Checkpoint, config: LongcatFlashConfig) -> list[str]:
+    """All tensors but the n-gram embedding's, the words, the draft layers and what zero experts do not need."""
+
+    def needed(name: str) -> bool:
+        expert = _EXPERT_GATE_OR_UP.search(name)
+        return not (
+            name.startswith((_NGRAM_TENSORS, _DRAFT_TENSORS))
+            or name in WORDS
+            or (expert and int(expert[1]) >= config.n_routed_experts)
+        )
+
+    return sorted(filter(needed, files.names))
+
+
+def _words_name(files: Checkpoint) -> str:
+    for name in WORDS:
+        if name in files.names:
+            return name
+    raise StoreError(f"{files.folder} has no word embeddings: neither {WORDS[0]} nor {WORDS[1]}")
+
+
+def _projections(files: Checkpoint) -> Tensor:
+    """[heads, hidden, dim]."""
+    heads = NgramHasher.from_config(files.config).num_heads
+    return torch.stack([files.tensor(PROJECTION.format(head)) for head in range(heads)])
+
+
+def _check_words(files: Checkpoint, words: Tensor) -> None:
+    """Alone, transformers knows one of the two names: under the other it would have made the words up at random."""
+    stored = files.slice(_words_name(files))[:1].to(words)
+    if _words_name(files) != WORDS[0] and not torch.equal(stored, words[:1]):
+        raise InvalidRequest(
+            f"{files.folder} keeps its words in {WORDS[1]}, which from_pretrained does not read: "
+            "load the model with model_worker.longcat.load_model"
+        )
+
+
+def _check_same_hash(ours: NgramHasher, theirs: NgramHasher, name: str) -> None:
+    if (ours.family, ours.params()) != (theirs.family, theirs.params()):
+        raise InvalidRequest(
+            f"the tables of {name!r} are hashed with {theirs.params()}, this checkpoint with {ours.params()}: "
+            "it is another model; give the name of the one imported from this checkpoint"
+        )
+
+
+def _check_dim(embedding: NgramEmbedding, words: Tensor) -> None:
+    """Look one token up: proves that the source answers, with rows the projections fit."""
+    rows = embedding.source.lookup_ngrams(embedding.name, torch.zeros(1, 1, dtype=torch.int64), dtype=words.dtype)
+    width, hidden = rows[0, 0].numel(), words.shape[1]
+    if embedding.projection.weight.shape != (hidden, width):
+        raise InvalidRequest(
+            f"a token's rows of {embedding.name!r} are {width} values wide; the projections of this checkpoint take "
+            f"{embedding.projection.in_features}"
+        )

@@ -1,0 +1,89 @@
+"""The KV cache carries the token ids it was made from, so that n-grams can look back over it.
+
+The ids lie in one more layer of transformers' `DynamicCache`. Whatever transformers does to a cache (reorder its beams,
+repeat, select, crop or copy it) it does to every layer, so the look-back can never come from another sequence than the
+keys and values do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.ngram import NO_TOKEN
+
+
+class TokenLayer(DynamicLayer):
+    """A cache layer whose keys are token ids, [B, 1, S, 1] int64; its values are empty."""
+
+    def append(self, tokens: Tensor) -> None:
+        """Add LongTensor[B, S] at the end; NO_TOKEN marks padding."""
+        keys = tokens[:, None, :, None]
+        self.update(keys, keys[..., :0])
+
+    def tokens(self) -> Tensor | None:
+        """LongTensor[B, S], all of them; None while there are none."""
+        return self.keys[:, 0, :, 0] if self.keys is not None and self.keys.numel() else None
+
+
+def token_layer(cache: object, model_layers: int) -> TokenLayer:
+    """The token ids of a cache; an empty cache gets its token layer here.
+
+    cache: a `DynamicCache`, as `generate` makes by default.
+    model_layers: key-value layers of the model.
+    Raises InvalidRequest: another class of cache, or one that holds positions whose tokens are not known.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise InvalidRequest(
+            f"{type(cache).__name__} is not supported with remote n-gram tables: use transformers' DynamicCache "
+            "(the default; leave out cache_implementation)"
+        )
+    layer = cache.layers[-1] if cache.layers else None
+    if not isinstance(layer, TokenLayer):
+        cache.layers.extend(DynamicLayer() for _ in range(model_layers - len(cache.layers)))
+        layer = TokenLayer()
+        cache.layers.append(layer)
+    if layer.get_seq_length() != cache.get_seq_length():
+        raise InvalidRequest(
+            f"the KV cache holds {cache.get_seq_length()} positions but the token ids of {layer.get_seq_length()}: "
+            "it was filled before attach() or by a call that failed; start with a new cache"
+        )
+    return layer
+
+
+def join(first: DynamicCache | None, second: DynamicCache) -> DynamicCache:
+    """One cache with the sequences of both, `first`'s before `second`'s, left-padded to the longer of the two."""
+    if first is None:
+        return second
+    for ours, theirs in zip(_dynamic(first), _dynamic(second), strict=True):
+        width = max(ours.keys.shape[-2], theirs.keys.shape[-2])
+        fill = NO_TOKEN if isinstance(ours, TokenLayer) else 0
+        ours.keys = torch.cat([_left_padded(layer.keys, width, fill) for layer in (ours, theirs)])
+        ours.values = torch.cat([_left_padded(layer.values, width, fill) for layer in (ours, theirs)])
+    return first
+
+
+def keep(cache: DynamicCache, rows: list[int]) -> None:
+    """Keep only these sequences of a cache, and drop the left padding that none of them needs any more."""
+    cache.batch_select_indices(torch.tensor(rows))
+    layers = _dynamic(cache)
+    padding = int((layers[-1].tokens() == NO_TOKEN).cumprod(dim=1).sum(dim=1).min())
+    for layer in layers:
+        layer.keys = layer.keys[..., padding:, :]
+        layer.values = layer.values[..., padding:, :]
+
+
+def _dynamic(cache: DynamicCache) -> list[Any]:
+    """Its layers, all of them with keys and values as `token_layer` and a forward pass leave them."""
+    return list(cache.layers)
+
+
+def _left_padded(states: Tensor, width: int, fill: int) -> Tensor:
+    """[..., S, D] -> [..., width, D]."""
+    return pad(states, (0, 0, width - states.shape[-2], 0), value=fill)
