@@ -1,7 +1,7 @@
 """Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
 
-`Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to wait
-(seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio; shards
+`Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
+wait (seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio; shards
 drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the
 protocol").
 """
@@ -211,8 +211,8 @@ class Router:
                 failure = answer
             if time.monotonic() + pause >= deadline:
                 raise Unavailable(
-                    f"no embedding service answers at {', '.join(self._seeds)} ({failure.code.name}: {failure.message}); "
-                    "check the address, and `embedding-service status` there"
+                    f"no embedding service answers at {', '.join(self._seeds)} "
+                    f"({failure.code.name}: {failure.message}); check the address, and `embedding-service status` there"
                 )
             yield pause
         return None
@@ -269,8 +269,8 @@ def _rows_of(answer: wire.LookupResponse, leg: _Leg, model: Model, want: Want) -
     expected = len(leg.positions) * want.row_bytes
     if len(answer.rows) != expected or answer.version != model.version:
         raise ProtocolError(
-            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} bytes of "
-            f"{model.full_name}/{want.table.name} were asked; is it a service of another release?"
+            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} bytes "
+            f"of {model.full_name}/{want.table.name} were asked; is it a service of another release?"
         )
     return np.frombuffer(answer.rows, np.uint8).reshape(-1, want.row_bytes)
 
@@ -322,7 +322,7 @@ def run(steps: Steps[T], transport: Transport) -> T:
         while True:
             step = steps.send(answers)
             if isinstance(step, float):
-                answers = time.sleep(step)
+                time.sleep(step)
             else:
                 answers = [future.result() for future in [transport.send(call) for call in step]]
     except StopIteration as end:
@@ -336,7 +336,7 @@ async def run_async(steps: Steps[T], transport: Transport) -> T:
         while True:
             step = steps.send(answers)
             if isinstance(step, float):
-                answers = await asyncio.sleep(step)
+                await asyncio.sleep(step)
             else:
                 futures: list[Future[Any]] = [transport.send(call) for call in step]
                 answers = [await asyncio.wrap_future(future) for future in futures]

@@ -1,4 +1,4 @@
-"""Sending one request to one address. `Transport` has a single method; everything above it is shared by sync and async."""
+"""Sending one request to one address: a single method, under which sync and async part; above it they share all."""
 
 from __future__ import annotations
 

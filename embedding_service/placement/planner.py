@@ -33,7 +33,7 @@ from torchrec.quant.embedding_modules import EmbeddingCollection
 from embedding_service.errors import PlacementError
 from embedding_service.placement.parts import PartKey
 
-# TorchRec warns on every plan that the topology did not come from its training-job factory, which knows nothing of ours.
+# TorchRec warns at every plan that the topology is not from its factory for training jobs, which knows none of ours.
 logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
 
 

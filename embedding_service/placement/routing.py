@@ -6,7 +6,6 @@ Light on purpose (numpy and the wire): every client imports it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,12 +17,6 @@ from embedding_service.ngram import NgramHasher
 from embedding_service.wire import embedding_pb2 as wire
 
 Ids = npt.NDArray[np.int64]
-
-
-def version_order(version: str) -> list[tuple[int, int, str]]:
-    """A sort key under which "10" comes after "9", and "2026-11" after "2026-9"."""
-    pieces = re.findall(r"\d+|\D+", version)
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Model:
         return self.tables[name]
 
     def hasher(self) -> NgramHasher:
-        """What turns token ids into this model's row ids; raises InvalidRequest for a model without an n-gram family."""
+        """What hashes this model's token ids; raises InvalidRequest for a model without an n-gram family."""
         if not self.family:
             raise InvalidRequest(f"model {self.full_name} has no n-gram family: look its rows up by id")
         return NgramHasher.from_params(self.family, json.loads(self.hash_params))
@@ -90,10 +83,10 @@ class Routing:
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
         self._models: dict[str, Model] = {}
-        for placement in sorted(message.models, key=lambda placement: version_order(placement.model.version)):
+        for placement in message.models:
             model = _model(placement)
             self._models[model.full_name] = model
-            self._models[model.name] = model  # the newest version comes last and stays
+            self._models[model.name] = model  # the newest version comes last, and stays
 
     @property
     def models(self) -> list[Model]:

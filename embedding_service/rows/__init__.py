@@ -1,0 +1,14 @@
+"""Rows in memory, a file a tier. FBGEMM lives here.
+
+A new tier is one file beside `ram.py` with a subclass of `TableRows`, entered into `TIERS`.
+"""
+
+from __future__ import annotations
+
+from embedding_service.rows.base import TableRows
+from embedding_service.rows.mmap import MmapTable
+from embedding_service.rows.ram import RamTable
+
+TIERS: dict[str, type[TableRows]] = {"ram": RamTable, "mmap": MmapTable}
+
+__all__ = ["TIERS", "MmapTable", "RamTable", "TableRows"]

@@ -1,0 +1,86 @@
+"""Rows in a CPU's memory: one linear range of addresses a table, read by FBGEMM's kernels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+
+from embedding_service.formats import get_format
+from embedding_service.rows.address_space import AddressSpace
+from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
+from embedding_service.store.manifest import Part, Table
+
+# What FBGEMM's n-bit kernel reads, and writes. It has no bfloat16 tables; torch converts those.
+_STORED_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
+_OUTPUT_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "bf16": SparseType.BF16}
+_TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class HostTable(TableRows):
+    """Parts side by side in one `AddressSpace`, so that a row id is an index whatever part it lies in."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self._space = AddressSpace(table.bytes)
+        self._rows = self._space.tensor.view(table.rows, table.row_bytes)
+        self._kernels: dict[str, IntNBitTableBatchedEmbeddingBagsCodegen] = {}
+
+    def close(self) -> None:
+        """Give all memory back; nothing may be gathered afterwards."""
+        self._held[:] = False
+        self._readers.when_gone(self._space.close)
+
+    @abstractmethod
+    def _place(self, part: Part, path: Path, offset: int) -> None:
+        """Make the part's bytes readable at `offset` of the address space, verified."""
+
+    def _load(self, part: Part, path: Path) -> None:
+        offset = part.first_row * self.table.row_bytes
+        try:
+            self._place(part, path, offset)
+        except BaseException:
+            self._space.unmap(offset, part.bytes)
+            raise
+
+    def _unload(self, part: Part) -> None:
+        self._space.unmap(part.first_row * self.table.row_bytes, part.bytes)
+
+    def _gather(self, ids: Ids, encoding: str) -> Bytes:
+        indices = torch.from_numpy(ids)
+        if encoding in (STORED, self.table.dtype):
+            return self._rows.index_select(0, indices).numpy()
+        if self.table.dtype not in _STORED_TYPES:
+            stored = self._rows.index_select(0, indices)
+            values = get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_TORCH_TYPES[encoding])
+        elif not len(ids):
+            values = torch.empty(0, self.table.dim, dtype=_TORCH_TYPES[encoding])
+        else:
+            values = self._kernel(encoding)(indices, torch.tensor([0, len(ids)]))
+        return values.view(torch.uint8).numpy().reshape(len(ids), -1)
+
+    def _kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:
+        if encoding not in self._kernels:
+            self._kernels[encoding] = self._build_kernel(encoding)
+        return self._kernels[encoding]
+
+    def _build_kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:
+        """FBGEMM's module around our memory: it is told that it has weights, and never allocates any."""
+        table = self.table
+        kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
+            [(table.name, table.rows, table.dim, _STORED_TYPES[table.dtype], EmbeddingLocation.HOST)],
+            device="cpu",
+            pooling_mode=PoolingMode.NONE,
+            output_dtype=_OUTPUT_TYPES[encoding],
+            bounds_check_mode=BoundsCheckMode.NONE,  # every id was checked before it came here
+        )
+        kernel.initialize_physical_weights_placements_and_offsets()
+        kernel.initialize_logical_weights_placements_and_offsets()
+        kernel.weights_host = self._space.tensor
+        kernel.host_size = self._space.nbytes
+        kernel.weight_initialized = True
+        return kernel
