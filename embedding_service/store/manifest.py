@@ -85,8 +85,9 @@ class Provenance(_Frozen):
     checkpoint: str
     # The checkpoint's safetensors files that held rows, with their bytes.
     files: dict[str, int]
-    # The safetensors dtype of the rows there.
+    # The safetensors dtype of the rows there, and their bytes.
     source_dtype: str
+    source_bytes: int
     imported_at: str
     importer: str
 

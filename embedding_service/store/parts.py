@@ -20,7 +20,7 @@ import xxhash
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import RowFormat
 from embedding_service.store.manifest import Part
-from embedding_service.store.tensorfile import PAGE_BYTES, BadTensorFile, header_bytes, read_spans
+from embedding_service.store.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
 
 DEFAULT_PART_BYTES = 256 << 20
 CHUNK_BYTES = 4 << 20
@@ -64,11 +64,6 @@ def part_layout(path: Path) -> PartLayout:
     if span.offset % PAGE_BYTES or path.stat().st_size != span.offset + span.bytes:
         raise CorruptPart(f"{path} is not a part: its rows do not lie from a page's start to the file's end")
     return PartLayout(span.offset, span.bytes, span.dtype, span.shape)
-
-
-def byte_view(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from embedding_service.errors import StoreError
 
 ITEM_BYTES = {
@@ -38,6 +40,11 @@ class TensorSpan:
     shape: tuple[int, ...]
     offset: int
     bytes: int
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:

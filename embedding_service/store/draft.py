@@ -1,0 +1,215 @@
+"""A version under way: locked, resumable, invisible until it is published.
+
+Parts are written into a folder beside the versions, STORE/MODEL/.VERSION.importing, and noted in its journal as they
+are finished. Publishing writes the manifest and renames the folder. A remote store has no rename: there the folder is a
+temporary one on this machine, each finished part is copied to its final place, and the manifest follows last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import xxhash
+from pydantic import ValidationError
+
+from embedding_service.errors import CorruptPart, ImportRefused
+from embedding_service.store.manifest import Manifest, Part, check_name
+from embedding_service.store.parts import verify
+from embedding_service.store.store import MANIFEST_FILE, Store
+from embedding_service.store.tensorfile import PAGE_BYTES
+
+_JOURNAL, _LOCK = "journal", "lock"
+
+
+class Draft:
+    """A version of a local store under way. Get one from `open_draft`."""
+
+    def __init__(self, store: Store, model: str, version: str, folder: Path) -> None:
+        self.store, self.model, self.version, self.folder = store, model, version, folder
+        self._finished: dict[str, Part] = {}
+
+    def resume(self, fingerprint: str) -> None:
+        """Take over the finished parts of an earlier run with the same fingerprint; else begin anew."""
+        first, *lines = self._journal_lines() or [""]
+        if first == fingerprint:
+            self._finished = {part.file: part for part in map(_read_part, lines) if part and self._is_whole(part)}
+        else:
+            self._clear()
+        lines = [fingerprint, *(part.model_dump_json() for part in self._finished.values())]
+        _write_durably(self.folder / _JOURNAL, "".join(f"{line}\n" for line in lines))
+
+    def finished(self, file: str) -> Part | None:
+        """The entry of a part that is there already."""
+        return self._finished.get(file)
+
+    def keep(self, part: Part) -> None:
+        """Note a part that was just written: an import that comes after this one's death need not do it again."""
+        self._finished[part.file] = part
+        with (self.folder / _JOURNAL).open("a") as journal:
+            journal.write(part.model_dump_json() + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def check_space(self, part_bytes: list[int]) -> None:
+        """Raise ImportRefused unless the disk has room for the parts still to be written, given their bytes."""
+        check_disk_space(self.folder, self._disk_bytes(part_bytes), "Free some, or choose a smaller --dtype")
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make the version visible, all at once."""
+        _write_durably(self.folder / MANIFEST_FILE, manifest.to_json())
+        for table in manifest.tables:
+            _sync_folder(self.folder / table.name)
+        (self.folder / _JOURNAL).unlink()
+        (self.folder / _LOCK).unlink()
+        _sync_folder(self.folder)
+        self.folder.rename(self.folder.parent / self.version)
+        _sync_folder(self.folder.parent)
+
+    def abandon_if_empty(self) -> None:
+        """Leave no trace where nothing was finished."""
+        if self.folder.exists() and len(self._journal_lines()) < 2:
+            shutil.rmtree(self.folder)
+            with contextlib.suppress(OSError):  # not empty: the model has other versions
+                self.folder.parent.rmdir()
+
+    def _disk_bytes(self, part_bytes: list[int]) -> int:
+        return sum(part_bytes)
+
+    def _is_whole(self, part: Part) -> bool:
+        try:
+            verify(self.folder / part.file, part)
+        except CorruptPart:
+            return False
+        return True
+
+    def _journal_lines(self) -> list[str]:
+        try:
+            return (self.folder / _JOURNAL).read_text().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+
+
+class RemoteDraft(Draft):
+    """A version of a remote store under way; resumed on the same machine only."""
+
+    def keep(self, part: Part) -> None:
+        """Copy the part to its final place; here only the journal remembers it."""
+        location = self.store.location(self.model, self.version, part.file)
+        self.store.filesystem.makedirs(location.rpartition("/")[0], exist_ok=True)
+        self.store.filesystem.put_file(str(self.folder / part.file), location)
+        super().keep(part)
+        (self.folder / part.file).unlink()
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest, which makes the version visible."""
+        location = self.store.location(self.model, self.version, MANIFEST_FILE)
+        self.store.filesystem.pipe_file(location, manifest.to_json().encode())
+        shutil.rmtree(self.folder)
+
+    def _disk_bytes(self, part_bytes: list[int]) -> int:
+        return max(part_bytes, default=0)  # one at a time is on this machine
+
+    def _is_whole(self, part: Part) -> bool:
+        # By its size: to check more it would have to be fetched, and shards do that before they serve it.
+        location = self.store.location(self.model, self.version, part.file)
+        return (
+            self.store.filesystem.exists(location) and self.store.filesystem.size(location) == PAGE_BYTES + part.bytes
+        )
+
+
+@contextlib.contextmanager
+def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
+    """Begin or go on with a version. Raises ImportRefused: the name is taken, or another import of it is running."""
+    check_name(model)
+    check_name(version)
+    _refuse_taken(store, model, version)
+    draft = _draft(store, model, version)
+    with _locked(draft.folder, f"{model}@{version}"):
+        try:
+            _refuse_taken(store, model, version)  # again: another may just have published it
+            yield draft
+        finally:
+            draft.abandon_if_empty()
+
+
+def _draft(store: Store, model: str, version: str) -> Draft:
+    if store.is_local:
+        return Draft(store, model, version, Path(store.location(model, f".{version}.importing")))
+    key = xxhash.xxh3_64_hexdigest(f"{store.url}/{model}/{version}".encode())
+    return RemoteDraft(store, model, version, Path(tempfile.gettempdir()) / f"embedding-service-import-{key}")
+
+
+def _refuse_taken(store: Store, model: str, version: str) -> None:
+    location = store.location(model, version)
+    # A remote version without a manifest is one whose import died; a local one is something we did not write.
+    if store.has(model, version) or (store.is_local and Path(location).exists()):
+        numbers = [int(known) for known in store.versions(model) if known.isdecimal()]
+        raise ImportRefused(
+            f"name taken: {location} is there already. Choose another --name, or add a version to it with "
+            f"--version {max(numbers, default=1) + 1}"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold the folder's lock file, which dies with this process however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("wb", buffering=0)
+    except OSError as error:
+        raise ImportRefused(f"cannot write to {folder.parent}: {error.strerror}") from error
+    with lock:
+        if not _take(lock, folder / _LOCK):
+            raise ImportRefused(f"another import of {what} is running ({folder}): wait, or choose another --name")
+        yield
+
+
+def _take(lock: FileIO, path: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # What we hold may be the lock of a folder that was published between our opening and locking it.
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
+    """Raise ImportRefused unless `needed` bytes are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ImportRefused(f"no disk space: {folder.parent} needs {needed:,} bytes, {free:,} are free. {remedy}")
+
+
+def _read_part(line: str) -> Part | None:
+    try:
+        return Part.model_validate(json.loads(line))
+    except (ValueError, ValidationError):
+        return None  # the line that was being written when the process died
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""Family longcat: one tensor a head, stacked into the one table "ngram"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from embedding_service.errors import ImportRefused, InvalidRequest
+
+# The one place where the store knows another package: the family's geometry is written down once, with its hashing.
+from embedding_service.ngram import LongcatHasher
+from embedding_service.store.checkpoint import Checkpoint
+from embedding_service.store.importers.base import Importer, TableSource, check_one_dtype, take_matrix
+
+_HEAD = re.compile(r"model\.ngram_embeddings\.embedders\.(\d+)\.weight")
+
+
+class LongcatImporter(Importer):
+    """LongCat-Flash-Lite and its kin.
+
+    `model.ngram_embeddings.embedders.{i}.weight`, [rows of head i, hidden_size / heads], one for each head i. Words and
+    projections (`post_projs`) stay with the worker.
+    """
+
+    family = LongcatHasher.family
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """As the hasher does."""
+        return LongcatHasher.recognizes(config)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        try:
+            self._hasher = LongcatHasher(**LongcatHasher.params_of(checkpoint.config))
+        except (InvalidRequest, TypeError) as error:
+            raise ImportRefused(f"{checkpoint.folder}/config.json: {error}") from error
+
+    def hash_params(self) -> dict[str, Any]:
+        """The hasher's."""
+        return self._hasher.params()
+
+    def is_table(self, tensor_name: str) -> bool:
+        """Heads only."""
+        return _HEAD.fullmatch(tensor_name) is not None
+
+    def tables(self) -> list[TableSource]:
+        """The heads in order."""
+        table = self._hasher.tables[0]
+        dim = self._dim(len(table.head_rows))
+        self._refuse_further_heads(len(table.head_rows))
+        heads = [
+            take_matrix(self._checkpoint, f"model.ngram_embeddings.embedders.{head}.weight", rows, dim)
+            for head, rows in enumerate(table.head_rows)
+        ]
+        check_one_dtype(heads)
+        return [TableSource(table.name, tuple(heads))]
+
+    def _dim(self, heads: int) -> int:
+        hidden = self._checkpoint.config.get("hidden_size")
+        if not isinstance(hidden, int) or hidden < heads or hidden % heads:
+            raise ImportRefused(
+                f"{self._checkpoint.folder}/config.json: hidden_size {hidden!r} cannot be shared by {heads} heads"
+            )
+        return hidden // heads
+
+    def _refuse_further_heads(self, heads: int) -> None:
+        for name in self._checkpoint.tensors:
+            match = _HEAD.fullmatch(name)
+            if match and int(match[1]) >= heads:
+                raise ImportRefused(
+                    f"{self._checkpoint.folder} holds tensor {name}, but its config speaks of {heads} heads: "
+                    "emb_neighbor_num or emb_split_num is not this checkpoint's"
+                )

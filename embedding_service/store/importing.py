@@ -1,0 +1,229 @@
+"""Importing: a checkpoint's tables become a published version of a model.
+
+Rows stream through in chunks: read, encoded on as many threads as there are cores, written and hashed in order. Memory
+is a few chunks, whatever the size of table or part.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version as installed_version
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import xxhash
+
+from embedding_service.errors import ImportRefused, StoreError
+from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
+from embedding_service.store.checkpoint import Checkpoint, SourceTensor
+from embedding_service.store.draft import Draft, open_draft
+from embedding_service.store.importers import Importer, TableSource, find_importer
+from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
+from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, part_file, rows_per_part
+from embedding_service.store.progress import Meter, Progress
+from embedding_service.store.store import Store
+from embedding_service.store.tensorfile import PAGE_BYTES
+
+# Bytes of a chunk in float32. Larger is no faster: a chunk should stay in a core's cache between its passes.
+_CHUNK_BYTES = 4 << 20
+KEEP = "keep"
+
+
+def import_checkpoint(
+    checkpoint: str | Path,
+    store: str | Path | Store,
+    name: str,
+    *,
+    version: str = "1",
+    dtype: str = "int8",
+    part_bytes: int = DEFAULT_PART_BYTES,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
+
+    dtype: "int8", "int4", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
+    Goes on where an earlier call with the same checkpoint and options was interrupted. Until all is done the store
+    shows nothing of it. Raises ImportRefused (not a checkpoint, unknown family, missing or misshapen tensor, no disk
+    space, name taken), InvalidRequest (name, dtype, part size), StoreError (reading or writing failed midway).
+    """
+    source = Checkpoint(Path(checkpoint))
+    importer = find_importer(source)
+    plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
+    store = store if isinstance(store, Store) else Store(store)
+    with open_draft(store, name, version) as draft, _explained_write_errors(store):
+        draft.resume(_fingerprint(source, plans))
+        slots = [slot for plan in plans for slot in plan.slots()]
+        draft.check_space([slot.bytes + PAGE_BYTES for slot in slots if not draft.finished(slot.file)])
+        meter = Meter(sum(plan.source.bytes for plan in plans), progress)
+        with ThreadPoolExecutor(_threads(), "import") as pool:
+            tables = tuple(_write_table(plan, draft, pool, meter) for plan in plans)
+        manifest = _manifest(name, version, source, importer, plans, tables)
+        draft.publish(manifest)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A part that is to be."""
+
+    index: int
+    first_row: int
+    rows: int
+    bytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class _TablePlan:
+    """How one table of the checkpoint will lie in the store."""
+
+    source: TableSource
+    row_format: RowFormat
+    row_bytes: int
+    rows_per_part: int
+
+    def slots(self) -> list[_Slot]:
+        """Every part in order; the last holds what is left."""
+        slots = []
+        for index, first_row in enumerate(range(0, self.source.rows, self.rows_per_part)):
+            rows = min(self.rows_per_part, self.source.rows - first_row)
+            slots.append(_Slot(index, first_row, rows, rows * self.row_bytes, part_file(self.source.name, index)))
+        return slots
+
+
+def _plan(source: TableSource, dtype: str, part_bytes: int) -> _TablePlan:
+    if dtype == KEEP:
+        row_format = next(known for known in FORMATS.values() if known.tensor_dtype == source.dtype)
+    else:
+        row_format = get_format(dtype)
+    row_bytes = row_format.row_bytes(source.dim)
+    return _TablePlan(source, row_format, row_bytes, rows_per_part(row_bytes, part_bytes))
+
+
+def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan]) -> str:
+    """Tell apart imports whose parts would differ: of another checkpoint, dtype or part size."""
+    files = [(file.name, stat.st_size, stat.st_mtime_ns) for file in checkpoint.files() for stat in [file.stat()]]
+    tables = [
+        (plan.source.name, [tensor.name for tensor in plan.source.tensors], plan.row_format.name, plan.rows_per_part)
+        for plan in plans
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps([checkpoint.config, files, tables], sort_keys=True).encode())
+
+
+def _write_table(plan: _TablePlan, draft: Draft, pool: ThreadPoolExecutor, meter: Meter) -> Table:
+    parts = tuple(_finish_part(plan, slot, draft, pool, meter) for slot in plan.slots())
+    return Table(
+        name=plan.source.name,
+        rows=plan.source.rows,
+        dim=plan.source.dim,
+        dtype=plan.row_format.name,
+        row_bytes=plan.row_bytes,
+        rows_per_part=plan.rows_per_part,
+        parts=parts,
+    )
+
+
+def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, pool: ThreadPoolExecutor, meter: Meter) -> Part:
+    source_row_bytes = plan.source.bytes // plan.source.rows
+    if part := draft.finished(slot.file):
+        meter.add(slot.rows * source_row_bytes)
+        return part
+    with PartWriter(
+        draft.folder,
+        plan.source.name,
+        slot.index,
+        first_row=slot.first_row,
+        rows=slot.rows,
+        dim=plan.source.dim,
+        row_format=plan.row_format,
+    ) as writer:
+        for stored in _in_order(pool, _chunks(plan, slot)):
+            writer.write(stored)
+            meter.add(len(stored) * source_row_bytes)
+        part = writer.finish()
+    draft.keep(part)
+    return part
+
+
+def _chunks(plan: _TablePlan, slot: _Slot) -> Iterator[Callable[[], torch.Tensor]]:
+    """Jobs whose results, side by side, are the part: each reads and encodes some rows of one source tensor."""
+    chunk_rows = max(1, _CHUNK_BYTES // (4 * plan.source.dim))
+    ends = list(accumulate(tensor.span.shape[0] for tensor in plan.source.tensors))
+    for tensor, tensor_first, tensor_end in zip(plan.source.tensors, [0, *ends], ends, strict=False):
+        first, end = max(slot.first_row, tensor_first), min(slot.first_row + slot.rows, tensor_end)
+        for begin in range(first, end, chunk_rows):
+            yield partial(_encode, plan, tensor, tensor_first, begin - tensor_first, min(chunk_rows, end - begin))
+
+
+def _encode(plan: _TablePlan, tensor: SourceTensor, tensor_first: int, begin: int, count: int) -> torch.Tensor:
+    try:
+        return plan.row_format.encode(tensor.read_rows(begin, count))
+    except UnencodableRow as error:
+        row = begin + error.row
+        raise ImportRefused(
+            f"{tensor.file}: tensor {tensor.name} row {row} (row {tensor_first + row} of table {plan.source.name}) "
+            f"{error.reason}. Repair the checkpoint, or import it with --dtype keep"
+        ) from error
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Results of the jobs in their order, only as many begun ahead as keep the pool busy."""
+    pending: deque[Future[torch.Tensor]] = deque()
+    for job in jobs:
+        pending.append(pool.submit(job))
+        if len(pending) > _threads() + 1:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _manifest(
+    name: str,
+    version: str,
+    checkpoint: Checkpoint,
+    importer: Importer,
+    plans: list[_TablePlan],
+    tables: tuple[Table, ...],
+) -> Manifest:
+    files = sorted({tensor.file for plan in plans for tensor in plan.source.tensors})
+    return Manifest(
+        model=name,
+        version=version,
+        family=importer.family,
+        hash_params=importer.hash_params(),
+        tables=tables,
+        dense=Dense(tensors=tuple(tensor for tensor in checkpoint.tensors if not importer.is_table(tensor))),
+        provenance=Provenance(
+            checkpoint=str(checkpoint.folder.resolve()),
+            files={file.name: file.stat().st_size for file in files},
+            source_dtype=plans[0].source.dtype,
+            source_bytes=sum(plan.source.bytes for plan in plans),
+            imported_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            importer=f"embedding-service {installed_version('embedding-service')}",
+        ),
+    )
+
+
+@contextmanager
+def _explained_write_errors(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise StoreError(
+            f"writing to {store.url} failed: {what}. Finished parts are kept: run the same import again to go on"
+        ) from error
