@@ -1,9 +1,9 @@
 """Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
 
 `Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
-wait (seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio; shards
-drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the
-protocol").
+wait (seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio;
+shards drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of
+the protocol").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
-from embedding_service.placement.routing import Ids, Model, Routing, Table
+from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
 
@@ -65,6 +65,11 @@ class Router:
         self._routing = routing
         self._turn = itertools.count(random.randrange(1 << 16))
 
+    @property
+    def current(self) -> Routing | None:
+        """The newest routing it has seen."""
+        return self._routing
+
     def adopt(self, routing: Routing) -> None:
         """Take a routing from elsewhere, if it is newer."""
         if self._routing is None or routing.age > self._routing.age:
@@ -92,7 +97,7 @@ class Router:
             model = yield from self.model(name, deadline)
             wants = list(wants_of(model))
             for want in wants:
-                want.table.check(model.full_name, want.ids)
+                check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
             try:
                 rows = yield from self._fetch_version(model, wants, deadline)
             except NotFound:
@@ -269,8 +274,8 @@ def _rows_of(answer: wire.LookupResponse, leg: _Leg, model: Model, want: Want) -
     expected = len(leg.positions) * want.row_bytes
     if len(answer.rows) != expected or answer.version != model.version:
         raise ProtocolError(
-            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} bytes "
-            f"of {model.full_name}/{want.table.name} were asked; is it a service of another release?"
+            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} "
+            f"bytes of {model.full_name}/{want.table.name} were asked; is it a service of another release?"
         )
     return np.frombuffer(answer.rows, np.uint8).reshape(-1, want.row_bytes)
 

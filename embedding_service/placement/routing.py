@@ -19,6 +19,15 @@ from embedding_service.wire import embedding_pb2 as wire
 Ids = npt.NDArray[np.int64]
 
 
+def check_ids(ids: Ids, rows: int, table: str) -> None:
+    """Raise OutOfRange unless all of `ids` [n] are in [0, rows); `table` names the table in the message."""
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        position = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
+        raise OutOfRange(
+            f"id {int(ids[position])} at position {position} is outside table {table}: ids must be from 0 to {rows - 1}"
+        )
+
+
 @dataclass(frozen=True)
 class Table:
     """A table and who holds its parts.
@@ -34,15 +43,6 @@ class Table:
     row_bytes: int
     rows_per_part: int
     owners: npt.NDArray[np.int32]
-
-    def check(self, model: str, ids: Ids) -> None:
-        """Raise OutOfRange unless all of `ids` [n] are rows of this table."""
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.rows):
-            position = int(np.flatnonzero((ids < 0) | (ids >= self.rows))[0])
-            raise OutOfRange(
-                f"id {int(ids[position])} at position {position} is outside table {model}/{self.name}: "
-                f"ids must be from 0 to {self.rows - 1}"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from embedding_service.wire import embedding_pb2 as _embedding_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -20,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats", "draining")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -32,7 +33,6 @@ class ShardReport(_message.Message):
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
-    DRAINING_FIELD_NUMBER: _ClassVar[int]
     shard_id: str
     address: str
     device: str
@@ -44,8 +44,7 @@ class ShardReport(_message.Message):
     term: int
     epoch: int
     stats: ShardStats
-    draining: bool
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")
@@ -84,18 +83,16 @@ class ShardStats(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("term", "has_parts", "parts", "routing", "released")
+    __slots__ = ("term", "has_parts", "parts", "routing")
     TERM_FIELD_NUMBER: _ClassVar[int]
     HAS_PARTS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
-    RELEASED_FIELD_NUMBER: _ClassVar[int]
     term: int
     has_parts: bool
     parts: _containers.RepeatedCompositeFieldContainer[PartRef]
     routing: _embedding_pb2.Routing
-    released: bool
-    def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ..., released: bool = ...) -> None: ...
+    def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ...) -> None: ...
 
 class WatchRoutingRequest(_message.Message):
     __slots__ = ()
@@ -116,30 +113,48 @@ class Status(_message.Message):
     epoch: int
     shards: _containers.RepeatedCompositeFieldContainer[ShardStatus]
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
-    problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    problems: _containers.RepeatedCompositeFieldContainer[Problem]
+    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ...) -> None: ...
+
+class Problem(_message.Message):
+    __slots__ = ("kind", "message")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Problem.Kind]
+        KIND_WAITING: _ClassVar[Problem.Kind]
+        KIND_STORE: _ClassVar[Problem.Kind]
+        KIND_PLACEMENT: _ClassVar[Problem.Kind]
+        KIND_SHARD: _ClassVar[Problem.Kind]
+    KIND_UNSPECIFIED: Problem.Kind
+    KIND_WAITING: Problem.Kind
+    KIND_STORE: Problem.Kind
+    KIND_PLACEMENT: Problem.Kind
+    KIND_SHARD: Problem.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: Problem.Kind
+    message: str
+    def __init__(self, kind: _Optional[_Union[Problem.Kind, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStatus(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "parts", "parts_wanted", "stats", "draining")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "parts", "parts_missing", "stats")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     MEMORY_LIMIT_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
-    PARTS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    PARTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
-    DRAINING_FIELD_NUMBER: _ClassVar[int]
     shard_id: str
     address: str
     device: str
     tier: str
     memory_limit: int
     parts: int
-    parts_wanted: int
+    parts_missing: int
     stats: ShardStats
-    draining: bool
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., parts: _Optional[int] = ..., parts_wanted: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., parts: _Optional[int] = ..., parts_missing: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
     __slots__ = ("model", "parts", "parts_ready", "bytes", "serving")

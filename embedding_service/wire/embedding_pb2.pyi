@@ -69,10 +69,10 @@ class StreamLookupResponse(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     rows: LookupResponse
-    error: LookupError
-    def __init__(self, request_id: _Optional[int] = ..., rows: _Optional[_Union[LookupResponse, _Mapping]] = ..., error: _Optional[_Union[LookupError, _Mapping]] = ...) -> None: ...
+    error: LookupFailure
+    def __init__(self, request_id: _Optional[int] = ..., rows: _Optional[_Union[LookupResponse, _Mapping]] = ..., error: _Optional[_Union[LookupFailure, _Mapping]] = ...) -> None: ...
 
-class LookupError(_message.Message):
+class LookupFailure(_message.Message):
     __slots__ = ("code", "message", "term", "epoch")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]

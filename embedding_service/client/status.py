@@ -1,0 +1,42 @@
+"""Asking the controller how the service does, from any address of it."""
+
+from __future__ import annotations
+
+import grpc
+
+from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.status import error_of
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.control_pb2_grpc import ControlServiceStub
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
+
+
+def get_status(address: str, timeout: float = 5.0) -> control.Status:
+    """The controller's view. `address` is the controller's or any shard's, which names the controller.
+
+    Raises ServiceError where neither can be reached.
+    """
+    try:
+        return _ask(address, timeout)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+            raise _unreachable(address, error) from None
+    try:
+        with grpc.insecure_channel(address) as channel:
+            routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=timeout)
+    except grpc.RpcError as error:
+        raise error_of(error.code(), error.details() or "") from None
+    try:
+        return _ask(routing.controller, timeout)
+    except grpc.RpcError as error:
+        raise _unreachable(routing.controller, error) from None
+
+
+def _ask(address: str, timeout: float) -> control.Status:
+    with grpc.insecure_channel(address) as channel:
+        return ControlServiceStub(channel).GetStatus(control.GetStatusRequest(), timeout=timeout)
+
+
+def _unreachable(address: str, error: grpc.RpcError) -> EmbeddingServiceError:
+    return Unavailable(f"no controller answers at {address} ({error.code().name}: {error.details()})")

@@ -1,0 +1,1 @@
+"""The commands of `embedding-service`, by what they work on; `cli` puts them together. All heavy imports are late."""

@@ -1,0 +1,113 @@
+"""`up`, `controller`, `shard`: the processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedding_service.commands.text import parse_bytes
+
+StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
+TierOption = Annotated[str, typer.Option(help="Where rows are kept: ram, or mmap for tables larger than memory.")]
+ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, each on another shard.")]
+AdvertiseOption = Annotated[
+    str | None,
+    typer.Option(help="HOST or HOST:PORT under which others reach this process, where --listen does not say."),
+]
+
+
+def up(
+    store: StoreOption,
+    shards: Annotated[int, typer.Option(min=1, help="Shard processes.")] = 4,
+    replicas: ReplicasOption = 1,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port at which every shard answers.")] = 7070,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; nothing beyond loopback unless told to.")
+    ] = "127.0.0.1",
+    tier: TierOption = "ram",
+    memory: Annotated[
+        str | None, typer.Option(help="Bytes each shard offers for rows [default: its share of what is available].")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
+) -> None:
+    """Controller and shards on this machine: the embedded default. Ends on Ctrl-C or SIGTERM, and they with it."""
+    from embedding_service.commands.up import UpOptions, run
+
+    run(
+        UpOptions(
+            store=store,
+            shards=shards,
+            replicas=replicas,
+            host=host,
+            port=port,
+            tier=tier,
+            memory=parse_bytes(memory) if memory else None,
+            cache=cache,
+        )
+    )
+
+
+def controller(
+    store: StoreOption,
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:7069",
+    advertise: AdvertiseOption = None,
+    replicas: ReplicasOption = 1,
+    expect_shards: Annotated[
+        int, typer.Option(min=0, help="Shards to wait for before the first plan; 0: until no more come.")
+    ] = 0,
+    lost_after: Annotated[float, typer.Option(help="Seconds without a word after which a shard counts as gone.")] = 5.0,
+    grace: Annotated[
+        float, typer.Option(help="Seconds a shard keeps a part that clients were routed away from.")
+    ] = 5.0,
+) -> None:
+    """The process that knows the shards, places the parts and publishes the routing."""
+    from embedding_service.controller.server import ControllerOptions, main
+
+    main(
+        ControllerOptions(
+            store=store,
+            listen=listen,
+            advertise=advertise,
+            replicas=replicas,
+            expect_shards=expect_shards,
+            lost_after=lost_after,
+            grace=grace,
+        )
+    )
+
+
+def shard(
+    store: StoreOption,
+    controller: Annotated[str, typer.Option(help="HOST:PORT of the controller.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:0",
+    shared_listen: Annotated[
+        str | None, typer.Option(help="A second HOST:PORT that all shards of this machine listen on together.")
+    ] = None,
+    advertise: AdvertiseOption = None,
+    id: Annotated[str | None, typer.Option(help="Name of this shard; keep it over restarts.")] = None,
+    tier: TierOption = "ram",
+    memory: Annotated[
+        str | None, typer.Option(help="Bytes to offer for rows [default: 80% of what is available; mmap: the disk].")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
+) -> None:
+    """A process that holds parts and answers lookups."""
+    from embedding_service.shard.server import ShardOptions, main
+
+    given = {"shard_id": id, "cache": cache}
+    main(
+        ShardOptions(
+            controller=controller,
+            store=store,
+            listen=listen,
+            shared_listen=shared_listen,
+            advertise=advertise,
+            tier=tier,
+            memory_limit=parse_bytes(memory) if memory else 0,
+            threads=threads,
+            **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
+        )
+    )

@@ -1,0 +1,98 @@
+"""`status`, `models`, `lookup`: asking a running service."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from embedding_service.commands.text import format_bytes
+
+AddressArgument = Annotated[str, typer.Argument(help="HOST:PORT of any shard or of the controller.")]
+DEFAULT_ADDRESS = "localhost:7070"
+
+
+def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
+    """Shards, parts, memory and rates; models; and what stands in the way. Exit code 1 if something does."""
+    from rich.console import Console
+
+    from embedding_service.client.status import get_status
+
+    current = get_status(address)
+    console = Console()
+    for table in status_tables(current):
+        console.print(table)
+    console.print(f"routing: term {current.term}, epoch {current.epoch}", highlight=False)
+    for problem in current.problems:
+        console.print(f"problem: {problem.message}", style="red", highlight=False)
+    if current.problems:
+        raise typer.Exit(1)
+
+
+def status_tables(current):  # type: ignore[no-untyped-def]  # wire Status -> rich tables; both are imported late
+    """A Status message as tables for people."""
+    from rich.table import Table
+
+    shards = Table("shard", "address", "tier", title="shards", title_justify="left")
+    for heading in ("parts", "rows held", "of limit", "memory", "mapped", "lookups", "rows", "sent", "rows/s"):
+        shards.add_column(heading, justify="right")
+    for shard in current.shards:
+        stats = shard.stats
+        missing = f" (+{shard.parts_missing})" if shard.parts_missing else ""
+        shards.add_row(
+            shard.shard_id,
+            shard.address,
+            f"{shard.device} {shard.tier}",
+            f"{shard.parts}{missing}",
+            format_bytes(stats.held_bytes),
+            format_bytes(shard.memory_limit),
+            format_bytes(stats.anonymous_bytes),
+            format_bytes(stats.file_bytes),
+            f"{stats.lookups:,}",
+            f"{stats.rows:,}",
+            format_bytes(stats.row_bytes),
+            f"{stats.rows_per_second:,.0f}",
+        )
+    models = Table("model", "family", "tables", title="models", title_justify="left")
+    for heading in ("rows", "size", "parts ready", "state"):
+        models.add_column(heading, justify="right")
+    for model in current.models:
+        info = model.model
+        models.add_row(
+            f"{info.name}@{info.version}",
+            info.family,
+            ", ".join(f"{table.name} [{table.rows:,} x {table.dim}] {table.dtype}" for table in info.tables),
+            f"{sum(table.rows for table in info.tables):,}",
+            format_bytes(model.bytes),
+            f"{model.parts_ready} of {model.parts}",
+            "serving" if model.serving else "loading",
+        )
+    return [shards, models]
+
+
+def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:
+    """What is served now, a line a table."""
+    from embedding_service import EmbeddingClient
+
+    with EmbeddingClient(address) as client:
+        for model in client.models():
+            for table, (rows, dim, dtype) in model.tables.items():
+                family = f" ({model.family})" if model.family else ""
+                typer.echo(f"{model.name}@{model.version}/{table}: {rows:,} rows of {dim} {dtype}{family}")
+
+
+def lookup(
+    table: Annotated[str, typer.Argument(help="MODEL/TABLE or MODEL@VERSION/TABLE.")],
+    ids: Annotated[list[int], typer.Argument(help="Row ids.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT of any shard.")] = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(help="Seconds in all.")] = 10.0,
+) -> None:
+    """Print rows, one a line: the id, then the values."""
+    import torch
+
+    from embedding_service import EmbeddingClient
+
+    with EmbeddingClient(address, timeout=timeout) as client:
+        rows = client.lookup(table, torch.tensor(ids, dtype=torch.int64))
+    for row_id, row in zip(ids, rows.tolist(), strict=True):
+        typer.echo(f"{row_id}: " + " ".join(f"{value:.6g}" for value in row))

@@ -1,0 +1,26 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+
+def parse_bytes(text: str) -> int:
+    """Read "256MiB", "4 GB", "1.5G" (an i or no B makes it binary) or "4096". Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?))?", text.strip().lower())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no size: write 256MiB, 4GB or a number of bytes")
+    number, prefix, suffix = match.groups()
+    base = 1000 if suffix == "b" else 1024
+    return int(float(number) * base ** ("kmgt".index(prefix) + 1 if prefix else 0))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,190 @@
+"""`up`: controller and shards on one machine, as child processes that end with this one."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from embedding_service.client.status import get_status
+from embedding_service.commands.query import status_tables
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
+from embedding_service.store.store import Store
+from embedding_service.wire import control_pb2 as control
+
+# From SIGTERM on: what has not ended by then is killed.
+STOP_SECONDS = 4.5
+POLL_SECONDS = 0.1
+# Without anything getting ready for so long, something is wrong that nobody reports.
+STALL_SECONDS = 120.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """What `up` starts; `memory` is bytes a shard, None for an equal share of what is available."""
+
+    store: str
+    shards: int
+    replicas: int
+    host: str
+    port: int
+    tier: str
+    memory: int | None
+    cache: Path | None
+
+
+def run(options: UpOptions) -> None:
+    """Start everything, say when it serves, and stay until SIGINT or SIGTERM, or until nothing is left to stay for.
+
+    Raises:
+        NotFound: the store has no model.
+        InvalidRequest: the port is taken.
+        PlacementError: the models do not fit the shards.
+    """
+    _check(options)
+    console = Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        controller = f"{options.host}:{_free_port(options.host)}"
+        children["controller"] = _start(_controller_command(options, controller))
+        for index in range(options.shards):
+            name = f"shard-{index}"
+            children[name] = _start(_shard_command(options, controller, name))
+        status = _wait_until_serving(children, controller)
+        for table in status_tables(status):
+            console.print(table)
+        print(f"ready: {options.shards} shards at {options.host}:{options.port}, controller {controller}", flush=True)
+        _watch(children, console)
+    except KeyboardInterrupt:
+        console.print("ending")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _stop(children.values())
+
+
+def _check(options: UpOptions) -> None:
+    store = Store(options.store)
+    if not store.models():
+        raise NotFound(f"no model in store {options.store}: `embedding-service import` puts one there")
+    with socket.socket() as probe:
+        # The shards share the port; without this look another service's shards would share it too, unnoticed.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise InvalidRequest(
+                f"cannot listen on {options.host}:{options.port} ({error.strerror}): give another --port"
+            ) from None
+
+
+def _controller_command(options: UpOptions, controller: str) -> list[str]:
+    return [
+        "controller",
+        f"--store={options.store}",
+        f"--listen={controller}",
+        f"--replicas={options.replicas}",
+        f"--expect-shards={options.shards}",
+    ]
+
+
+def _shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
+    command = [
+        "shard",
+        f"--store={options.store}",
+        f"--controller={controller}",
+        f"--listen={options.host}:0",
+        f"--shared-listen={options.host}:{options.port}",
+        f"--id={name}",
+        f"--tier={options.tier}",
+    ]
+    memory = options.memory
+    if memory is None and options.tier == "ram":
+        from embedding_service.shard.memory import available_memory
+
+        memory = available_memory() * 8 // 10 // options.shards
+    if memory is not None:
+        command.append(f"--memory={memory}")
+    if options.cache:
+        command.append(f"--cache={options.cache}")
+    return command
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "embedding_service", *arguments],
+        stdin=subprocess.DEVNULL,
+        # Ctrl-C is for us: we end them in order. Should we die, the kernel tells them to end.
+        start_new_session=True,
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+
+
+def _wait_until_serving(children: dict[str, subprocess.Popen[bytes]], controller: str) -> control.Status:
+    ready, last_progress = -1, time.monotonic()
+    while True:
+        for name, child in children.items():
+            if child.poll() is not None:
+                raise Unavailable(f"{name} ended with exit code {child.returncode}; its last words are above")
+        try:
+            status = get_status(controller, timeout=2.0)
+        except EmbeddingServiceError:
+            status = control.Status()
+        if status.models and all(model.serving for model in status.models):
+            return status
+        for problem in status.problems:
+            if problem.kind in (control.Problem.KIND_STORE, control.Problem.KIND_PLACEMENT):
+                raise PlacementError(problem.message)
+        now_ready = len(status.shards) + sum(model.parts_ready for model in status.models)
+        if now_ready > ready:
+            ready, last_progress = now_ready, time.monotonic()
+        failing = [problem.message for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
+        if time.monotonic() - last_progress > (5.0 if failing else STALL_SECONDS):
+            raise Unavailable("; ".join(failing) or f"nothing got ready for {STALL_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _watch(children: dict[str, subprocess.Popen[bytes]], console: Console) -> None:
+    """Say who ended. The controller places a dead shard's parts anew; restarting processes is the platform's work."""
+    alive = dict(children)
+    while any(name != "controller" for name in alive):
+        for name, child in list(alive.items()):
+            if child.poll() is not None:
+                del alive[name]
+                console.print(f"{name} ended with exit code {child.returncode}", style="red")
+        time.sleep(POLL_SECONDS)
+    raise Unavailable("no shard is left")
+
+
+def _stop(children: Collection[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for child in children:
+        try:
+            child.wait(max(deadline - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,93 @@
+"""The shards as they report themselves. Soft state: a controller that starts anew is told everything again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from embedding_service.placement.parts import PartKey
+from embedding_service.wire import control_pb2 as control
+
+
+@dataclass
+class Shard:
+    """One shard: its last report, and what it was last told.
+
+    Attributes:
+        connection: Counts registrations, so that a stream that ends late does not end its successor.
+        outbox: Set when there is something new to tell it.
+        assigned: What it shall hold; None before the first decision.
+        grace: Parts it shall hold no longer, and until when (monotonic seconds) it keeps them for clients who do not
+            know yet.
+    """
+
+    report: control.ShardReport
+    connection: int = 0
+    connected: bool = True
+    heard: float = field(default_factory=time.monotonic)
+    held: set[PartKey] = field(default_factory=set)
+    failures: dict[PartKey, str] = field(default_factory=dict)
+    outbox: asyncio.Event = field(default_factory=asyncio.Event)
+    assigned: frozenset[PartKey] | None = None
+    grace: dict[PartKey, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its shard id."""
+        return self.report.shard_id
+
+
+class Fleet:
+    """All shards that are there, or were until a moment ago.
+
+    Args:
+        lost_after: Seconds without a word after which a shard counts as gone.
+    """
+
+    def __init__(self, lost_after: float) -> None:
+        self.shards: dict[str, Shard] = {}
+        self.joined = time.monotonic()
+        self._lost_after = lost_after
+
+    @property
+    def newest_term(self) -> int:
+        """The highest term that any shard has seen."""
+        return max((shard.report.term for shard in self.shards.values()), default=0)
+
+    def join(self, report: control.ShardReport) -> Shard:
+        """A shard registers, for the first time or again."""
+        known = self.shards.get(report.shard_id)
+        shard = Shard(report, connection=known.connection + 1 if known else 0)
+        self.shards[shard.name] = shard
+        self.joined = time.monotonic()
+        self.hear(shard, report)
+        return shard
+
+    def hear(self, shard: Shard, report: control.ShardReport) -> bool:
+        """Take a report in; returns whether its parts changed."""
+        shard.report, shard.heard = report, time.monotonic()
+        if report.has_parts:
+            shard.held = {PartKey.from_wire(part) for part in report.parts}
+            shard.failures = {PartKey.from_wire(failure.part): failure.message for failure in report.failures}
+        return report.has_parts
+
+    def leave(self, shard: Shard) -> None:
+        """Its stream ended; it may be back in a moment."""
+        shard.connected = False
+
+    def forget_lost(self) -> list[str]:
+        """Drop shards that were not heard of for too long; returns their names."""
+        oldest = time.monotonic() - self._lost_after
+        lost = [shard.name for shard in self.shards.values() if shard.heard < oldest]
+        for name in lost:
+            del self.shards[name]
+        return lost
+
+    def holders(self) -> dict[PartKey, list[str]]:
+        """For each part the shards that hold it now."""
+        holders: dict[PartKey, list[str]] = {}
+        for name in sorted(self.shards):
+            for key in self.shards[name].held:
+                holders.setdefault(key, []).append(name)
+        return holders

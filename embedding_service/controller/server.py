@@ -1,0 +1,352 @@
+"""The controller process: hears the shards, decides, publishes the routing, tells the shards what to hold.
+
+Rules (ARCHITECTURE.md, "Rules of the protocol"): a part enters the routing when a shard reports that it holds it; a
+shard drops a part only a grace time after the routing stopped naming it for that part; (term, epoch) only grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import grpc
+
+from embedding_service.controller import decisions
+from embedding_service.controller.fleet import Fleet, Shard
+from embedding_service.errors import PlacementError, StoreError
+from embedding_service.placement.parts import PartKey
+from embedding_service.placement.routing import Routing
+from embedding_service.serving import (
+    RequestLimits,
+    RoutingService,
+    Server,
+    cancel,
+    reachable_address,
+    run_process,
+    until_told_to_end,
+)
+from embedding_service.store.manifest import Manifest
+from embedding_service.store.store import Store
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25
+SCAN_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ControllerOptions:
+    """How the controller runs.
+
+    Attributes:
+        store: Path or URL of the store whose models are served, each in its newest version.
+        listen: host:port; port 0 takes a free one.
+        advertise: How others reach it, where that is not `listen`.
+        replicas: Copies of every part, each on another shard.
+        expect_shards: The first plan waits for so many shards (at most `patience` seconds); 0: until none has come for
+            `settle` seconds.
+        lost_after: Seconds without a word after which a shard counts as gone.
+        grace: Seconds a shard keeps a part after the routing stopped naming it.
+        limits: What one lookup may ask for; clients learn it from the routing.
+    """
+
+    store: str
+    listen: str = "127.0.0.1:7069"
+    advertise: str | None = None
+    replicas: int = 1
+    expect_shards: int = 0
+    settle: float = 2.0
+    patience: float = 60.0
+    lost_after: float = 5.0
+    grace: float = 5.0
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+
+class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceServicer):
+    """Keeps (routing, assignments) in step with (store, shards)."""
+
+    def __init__(self, options: ControllerOptions, address: str) -> None:
+        self._options = options
+        self._address = address
+        self._store = Store(options.store)
+        self._fleet = Fleet(options.lost_after)
+        self._catalog: dict[str, list[Manifest]] = {}
+        self._scanned = float("-inf")
+        self._target: dict[PartKey, list[str]] = {}
+        self._wanted: list[Manifest] = []
+        self._term = 0
+        self._routing: Routing | None = None
+        self._published = asyncio.Condition()
+        self._dirty = asyncio.Event()
+        self._settled = False
+        self._store_problem = ""
+        self._plan_problem = ""
+
+    # Shards and watchers
+
+    async def Register(
+        self, reports: AsyncIterator[control.ShardReport], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[control.Assignment]:
+        """A shard's life."""
+        first = await anext(reports, None)
+        if first is None:
+            return
+        shard = self._fleet.join(first)
+        log.info("shard %s registered: %s, holds %d parts", shard.name, first.address, len(shard.held))
+        self._dirty.set()
+        listening = asyncio.create_task(self._listen(shard, reports))
+        try:
+            while self._fleet.shards.get(shard.name) is shard and shard.connected:
+                await shard.outbox.wait()
+                shard.outbox.clear()
+                if shard.assigned is not None:
+                    yield self._assignment(shard)
+        finally:
+            self._fleet.leave(shard)
+            await cancel([listening])
+
+    async def _listen(self, shard: Shard, reports: AsyncIterator[control.ShardReport]) -> None:
+        try:
+            async for report in reports:
+                if self._fleet.hear(shard, report):
+                    self._dirty.set()
+        finally:
+            self._fleet.leave(shard)
+            shard.outbox.set()
+
+    async def WatchRouting(
+        self, request: control.WatchRoutingRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[wire.Routing]:
+        """The routing now, and again each time it changes."""
+        seen = (0, 0)
+        while True:
+            async with self._published:
+                while self._routing is None or self._routing.age <= seen:
+                    await self._published.wait()
+            seen = self._routing.age
+            yield self._routing.message
+
+    def current_routing(self) -> Routing | None:
+        """The routing that was last published."""
+        return self._routing
+
+    async def GetStatus(self, request: control.GetStatusRequest, context: grpc.aio.ServicerContext) -> control.Status:
+        """Everything a person wants to know."""
+        holders = self._fleet.holders()
+        served = {model.full_name for model in self._routing.models} if self._routing else set()
+        status = control.Status(problems=list(self._problems()))
+        status.term, status.epoch = self._routing.age if self._routing else (self._term, 0)
+        for _, shard in sorted(self._fleet.shards.items()):
+            status.shards.append(_shard_status(shard))
+        for manifest in self._wanted:
+            keys = decisions.part_keys(manifest)
+            status.models.add(
+                model=decisions.model_info(manifest),
+                parts=len(keys),
+                parts_ready=sum(key in holders for key in keys),
+                bytes=manifest.bytes,
+                serving=f"{manifest.model}@{manifest.version}" in served,
+            )
+        return status
+
+    def _problems(self) -> Iterator[control.Problem]:
+        problem = control.Problem
+        if not self._settled:
+            expected = self._options.expect_shards or "more"
+            message = f"waiting for shards: {len(self._fleet.shards)} registered, {expected} expected"
+            yield problem(kind=problem.KIND_WAITING, message=message)
+        if self._store_problem:
+            yield problem(kind=problem.KIND_STORE, message=self._store_problem)
+        elif self._settled and not self._catalog:
+            message = f"no model in {self._options.store}: `embedding-service import` puts one there"
+            yield problem(kind=problem.KIND_STORE, message=message)
+        if self._plan_problem:
+            yield problem(kind=problem.KIND_PLACEMENT, message=self._plan_problem)
+        for name, shard in sorted(self._fleet.shards.items()):
+            for key, message in sorted(shard.failures.items()):
+                yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: {key}: {message}")
+            if not shard.connected:
+                yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: not connected")
+
+    # Deciding
+
+    async def run(self) -> None:
+        """Decide whenever something changed, until cancelled."""
+        await self._settle()
+        while True:
+            await self._scan()
+            if self._fleet.forget_lost() or self._dirty.is_set() or self._graces_end():
+                self._dirty.clear()
+                await self._decide()
+            try:
+                await asyncio.wait_for(self._dirty.wait(), TICK_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _settle(self) -> None:
+        """Wait for the shards: the first to come must not get everything, nor a restart move what is still held."""
+        began = time.monotonic()
+        while True:
+            shards, now = len(self._fleet.shards), time.monotonic()
+            if self._options.expect_shards:
+                if shards >= self._options.expect_shards or now - began > self._options.patience:
+                    break
+            elif shards and now - max(began, self._fleet.joined) > self._options.settle:
+                break
+            await asyncio.sleep(0.05)
+        self._settled = True
+
+    async def _scan(self) -> None:
+        """Look for new versions in the store."""
+        if time.monotonic() - self._scanned < SCAN_SECONDS:
+            return
+        try:
+            catalog = await asyncio.to_thread(self._read_store)
+            self._store_problem = ""
+        except (StoreError, OSError) as error:
+            self._store_problem = f"store {self._options.store}: {error}"
+            log.error("%s", self._store_problem)
+            catalog = self._catalog
+        self._scanned = time.monotonic()
+        if catalog != self._catalog:
+            self._catalog = catalog
+            self._dirty.set()
+
+    def _read_store(self) -> dict[str, list[Manifest]]:
+        known = {
+            (manifest.model, manifest.version): manifest for versions in self._catalog.values() for manifest in versions
+        }
+        return {
+            model: [
+                known.get((model, version)) or self._store.manifest(model, version)
+                for version in self._store.versions(model)
+            ]
+            for model in self._store.models()
+        }
+
+    def _graces_end(self) -> bool:
+        now = time.monotonic()
+        return any(now >= until for shard in self._fleet.shards.values() for until in shard.grace.values())
+
+    async def _decide(self) -> None:
+        shards = self._fleet.shards
+        self._term = max(self._term, self._fleet.newest_term + (self._routing is None))
+        served = [(model.name, model.version) for model in self._routing.models] if self._routing else []
+        self._wanted, _ = decisions.choose_versions(self._catalog, served, self._fleet.holders())
+        if decisions.needs_plan(self._wanted, self._target, set(shards), self._options.replicas):
+            await self._plan()
+        holders = self._fleet.holders()  # planning took time
+        self._wanted, serving = decisions.choose_versions(self._catalog, served, holders)
+        addresses = {name: shard.report.address for name, shard in shards.items()}
+        await self._publish(decisions.build_routing(serving, self._target, holders, addresses))
+        self._assign()
+
+    async def _plan(self) -> None:
+        from embedding_service.placement.planner import Node, PartDemand, plan  # torchrec takes seconds to import
+
+        def run() -> dict[PartKey, list[str]]:
+            return plan(demands, nodes, self._options.replicas).shards_of
+
+        demands = [
+            PartDemand(PartKey(manifest.model, manifest.version, table.name, part.index), part.rows, table.row_bytes)
+            for manifest in self._wanted
+            for table in manifest.tables
+            for part in table.parts
+        ]
+        nodes = [
+            Node(name, shard.report.memory_limit, frozenset(shard.held | (shard.assigned or frozenset())))
+            for name, shard in sorted(self._fleet.shards.items())
+        ]
+        try:
+            self._target = await asyncio.to_thread(run)
+            self._plan_problem = ""
+            log.info("planned %d parts on %d shards", len(demands), len(nodes))
+        except PlacementError as error:
+            if self._plan_problem != str(error):
+                log.error("cannot place the models: %s", error)
+            self._plan_problem = str(error)
+
+    async def _publish(self, routing: wire.Routing) -> None:
+        routing.controller = self._address
+        routing.limits.CopyFrom(self._options.limits.to_wire())
+        term, epoch = self._routing.age if self._routing else (0, 0)
+        routing.term, routing.epoch = term, epoch
+        if self._routing and term == self._term and routing == self._routing.message:
+            return
+        routing.term, routing.epoch = self._term, epoch + 1 if term == self._term else 1
+        async with self._published:
+            self._routing = Routing(routing)
+            self._published.notify_all()
+        log.info("published routing (%d, %d): %d models", routing.term, routing.epoch, len(routing.models))
+
+    def _assign(self) -> None:
+        """Tell each shard what to hold: what was planned for it, and for a grace time what clients may still ask."""
+        assert self._routing
+        routed = decisions.routed_parts(self._routing.message)
+        planned: dict[str, set[PartKey]] = {}
+        wanted = {key for manifest in self._wanted for key in decisions.part_keys(manifest)}
+        for key, names in self._target.items():
+            for name in names if key in wanted else ():
+                planned.setdefault(name, set()).add(key)
+        now = time.monotonic()
+        for name, shard in self._fleet.shards.items():
+            keep = planned.get(name, set()) | routed.get(name, set())
+            leaving = shard.held - keep
+            shard.grace = {key: shard.grace.get(key, now + self._options.grace) for key in leaving}
+            assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
+            shard.grace = {key: until for key, until in shard.grace.items() if now < until}
+            if assigned != shard.assigned or (shard.report.term, shard.report.epoch) < self._routing.age:
+                shard.assigned = assigned
+                shard.outbox.set()
+
+    def _assignment(self, shard: Shard) -> control.Assignment:
+        assert shard.assigned is not None
+        assignment = control.Assignment(
+            term=self._term, has_parts=True, parts=[key.to_wire() for key in sorted(shard.assigned)]
+        )
+        if self._routing:
+            assignment.routing.CopyFrom(self._routing.message)
+        return assignment
+
+
+def _shard_status(shard: Shard) -> control.ShardStatus:
+    report = shard.report
+    return control.ShardStatus(
+        shard_id=report.shard_id,
+        address=report.address,
+        device=report.device,
+        tier=report.tier,
+        memory_limit=report.memory_limit,
+        parts=len(shard.held),
+        parts_missing=len((shard.assigned or frozenset()) - shard.held),
+        stats=report.stats,
+    )
+
+
+def main(options: ControllerOptions) -> None:
+    """Run the controller until SIGTERM or SIGINT."""
+    run_process("controller", lambda: _serve(options))
+
+
+async def _serve(options: ControllerOptions) -> None:
+    server = Server(options.listen, options.limits)
+    controller = Controller(options, reachable_address(options.listen, options.advertise))
+    server.add(add_ControlServiceServicer_to_server, controller, "embedding.v1.ControlService")
+    server.add(add_EmbeddingServiceServicer_to_server, controller, "embedding.v1.EmbeddingService")
+    await server.start()
+    await server.set_serving(True)
+    log.info("listening on %s", server.address)
+    deciding = asyncio.create_task(controller.run())
+    try:
+        await until_told_to_end(deciding)
+    finally:
+        log.info("ending")
+        await cancel([deciding])
+        await server.stop(grace=0.2)  # registrations never end by themselves; shards come again

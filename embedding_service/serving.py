@@ -1,0 +1,185 @@
+"""What every server process shares: its gRPC server with health and reflection, its addresses, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, RequestTooLarge, Unavailable
+from embedding_service.placement.routing import Routing
+from embedding_service.status import code_of
+from embedding_service.wire import embedding_pb2 as wire
+
+log = logging.getLogger("embedding_service")
+
+# How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
+STOP_GRACE = 2.0
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may ask for, in bytes: of the request itself and of the rows it is answered with."""
+
+    request_bytes: int = 16 << 20
+    response_bytes: int = 64 << 20
+
+    def to_wire(self) -> wire.Limits:
+        """As the routing tells clients."""
+        return wire.Limits(request_bytes=self.request_bytes, response_bytes=self.response_bytes)
+
+    def check_response(self, ids: int, row_bytes: int) -> None:
+        """Raise RequestTooLarge if the rows of so many ids are over the limit."""
+        if ids * row_bytes > self.response_bytes:
+            raise RequestTooLarge(
+                f"{ids:,} rows of {row_bytes:,} bytes are {ids * row_bytes:,} bytes, over this service's limit of "
+                f"{self.response_bytes:,}: ask for at most {self.response_bytes // row_bytes:,} rows a request"
+            )
+
+
+class Server:
+    """A gRPC server on one address, with health and reflection.
+
+    Args:
+        address: host:port to listen on; port 0 takes a free one.
+        limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
+        shared: Several processes listen on this same port, and the kernel spreads connections over them.
+    """
+
+    def __init__(self, address: str, limits: RequestLimits, *, shared: bool = False) -> None:
+        self.grpc = grpc.aio.server(
+            options=[
+                # Room for what a request holds besides its ids.
+                ("grpc.max_receive_message_length", limits.request_bytes + 65536),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 1 if shared else 0),
+            ]
+        )
+        self.address = address
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._services = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+
+    def add(self, register: Callable[[object, grpc.aio.Server], None], servicer: object, name: str) -> None:
+        """Offer a service under its full protobuf name."""
+        register(servicer, self.grpc)
+        self._services.append(name)
+
+    async def start(self) -> None:
+        """Listen. Raises InvalidRequest naming an address that cannot be had."""
+        reflection.enable_server_reflection(self._services, self.grpc)
+        await self.set_serving(False)
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {self.address!r}")
+        try:
+            bound = self.grpc.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise InvalidRequest(
+                f"cannot listen on {self.address}: is another process there? Give another port"
+            ) from error
+        self.address = f"{host}:{bound}"
+        await self.grpc.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks are told, for the process and for each of its services."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ["", *self._services[2:]]:
+            await self._health.set(name, status)
+
+    async def stop(self, grace: float = STOP_GRACE) -> None:
+        """Take no more calls, let those under way end for `grace` seconds, then cut them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace)
+
+
+class RoutingService:
+    """The part of EmbeddingService that only needs the routing: shards and controller both answer it."""
+
+    def current_routing(self) -> Routing | None:
+        """The routing now; None before the first one came."""
+        raise NotImplementedError
+
+    def known_routing(self) -> Routing:
+        """The routing now; raises Unavailable before the first one came."""
+        routing = self.current_routing()
+        if routing is None:
+            raise Unavailable(
+                "no routing yet: the controller has not published one (is it up, and do the models fit the shards?); "
+                "`embedding-service status` says what is missing"
+            )
+        return routing
+
+    async def GetRouting(self, request: wire.GetRoutingRequest, context: grpc.aio.ServicerContext) -> wire.Routing:
+        """Where every part lies."""
+        try:
+            return self.known_routing().message
+        except EmbeddingServiceError as error:
+            await abort(context, error)
+
+    async def ListModels(
+        self, request: wire.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> wire.ListModelsResponse:
+        """What is served now."""
+        try:
+            models = self.known_routing().message.models
+        except EmbeddingServiceError as error:
+            await abort(context, error)
+        return wire.ListModelsResponse(models=[placement.model for placement in models])
+
+
+async def abort(context: grpc.aio.ServicerContext, error: EmbeddingServiceError) -> NoReturn:
+    """End a call with this error's status."""
+    await context.abort(code_of(error), str(error))
+    raise AssertionError("unreachable: abort raises")
+
+
+async def until_told_to_end(*tasks: asyncio.Task[None]) -> None:
+    """Wait for SIGTERM or SIGINT, or for one of the tasks to fail, which is raised."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told.set)
+    waiting = asyncio.create_task(told.wait())
+    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    for task in done:
+        if task is not waiting:
+            task.result()
+
+
+async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """End tasks and wait until they did."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run_process(name: str, main: Callable[[], object]) -> None:
+    """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s"
+    )
+    try:
+        asyncio.run(main())  # type: ignore[arg-type]
+    except EmbeddingServiceError as error:
+        log.error("%s", error)
+        sys.exit(1)
+
+
+def reachable_address(listen: str, advertise: str | None) -> str:
+    """The address others shall use: as given, or the one listened on, with this host's name for a wildcard."""
+    if advertise:
+        return advertise if ":" in advertise else f"{advertise}:{listen.rpartition(':')[2]}"
+    host, _, port = listen.rpartition(":")
+    return f"{socket.getfqdn()}:{port}" if host in ("0.0.0.0", "[::]", "*") else listen

@@ -1,0 +1,137 @@
+"""A shard's side of `ControlService.Register`: tell the controller what is held and do what it says, for life.
+
+Lookups go on while the controller is away; the next connection mends whatever was missed, for both sides send whole
+states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+
+from embedding_service.client.router import Router
+from embedding_service.client.transport import CHANNEL_OPTIONS
+from embedding_service.placement.parts import PartKey
+from embedding_service.placement.routing import Routing
+from embedding_service.serving import Server
+from embedding_service.shard.holdings import Holdings
+from embedding_service.shard.memory import resident_bytes
+from embedding_service.shard.service import Counters
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire.control_pb2_grpc import ControlServiceStub
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+
+
+class Registration:
+    """Keeps the controller told about this shard.
+
+    Args:
+        about: The report's constant fields: shard id, address, device, tier, memory limit.
+    """
+
+    def __init__(
+        self,
+        controller: str,
+        about: control.ShardReport,
+        holdings: Holdings,
+        router: Router,
+        counters: Counters,
+        servers: Sequence[Server],
+    ) -> None:
+        self._controller = controller
+        self._about = about
+        self._holdings = holdings
+        self._router = router
+        self._servers = servers
+        self._stats = _Stats(counters, holdings)
+        self._term = 0
+
+    async def run(self) -> None:
+        """Register, again after each loss of the connection, until cancelled."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(self._controller, options=CHANNEL_OPTIONS) as channel:
+                    async for assignment in ControlServiceStub(channel).Register(self._reports()):
+                        pause = FIRST_PAUSE
+                        await self._obey(assignment)
+                log.warning("the controller at %s ended the registration", self._controller)
+            except grpc.aio.AioRpcError as error:
+                log.warning("controller at %s: %s %s", self._controller, error.code().name, error.details())
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _reports(self) -> AsyncIterator[control.ShardReport]:
+        """Everything first, then heartbeats, with the parts whenever they changed."""
+        self._holdings.changed.set()
+        while True:
+            report = control.ShardReport()
+            report.CopyFrom(self._about)
+            report.stats.CopyFrom(self._stats.take())
+            if self._router.current:
+                report.term, report.epoch = self._router.current.age
+            if self._holdings.changed.is_set():
+                self._holdings.changed.clear()
+                report.has_parts = True
+                report.parts.extend(key.to_wire() for key in self._holdings.held)
+                report.failures.extend(
+                    control.PartFailure(part=key.to_wire(), message=message)
+                    for key, message in self._holdings.failures.items()
+                )
+            yield report
+            try:
+                await asyncio.wait_for(self._holdings.changed.wait(), HEARTBEAT_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _obey(self, assignment: control.Assignment) -> None:
+        if assignment.term < self._term:
+            log.warning("ignored an assignment of term %d, below term %d", assignment.term, self._term)
+            return
+        self._term = assignment.term
+        if assignment.has_parts:
+            self._holdings.assign(PartKey.from_wire(part) for part in assignment.parts)
+        if assignment.HasField("routing"):
+            self._router.adopt(Routing(assignment.routing))
+            for server in self._servers:
+                await server.set_serving(True)
+
+
+class _Stats:
+    """Counters with rates over the time since they were last taken."""
+
+    def __init__(self, counters: Counters, holdings: Holdings) -> None:
+        self._counters = counters
+        self._holdings = holdings
+        self._started = self._taken = time.monotonic()
+        self._last = (0, 0)
+
+    def take(self) -> control.ShardStats:
+        now, counters = time.monotonic(), self._counters
+        seconds = max(now - self._taken, 1e-3)
+        lookups, rows = counters.lookups - self._last[0], counters.rows - self._last[1]
+        self._taken, self._last = now, (counters.lookups, counters.rows)
+        anonymous, file = resident_bytes()
+        return control.ShardStats(
+            pid=os.getpid(),
+            uptime_seconds=now - self._started,
+            lookups=counters.lookups,
+            rows=counters.rows,
+            row_bytes=counters.row_bytes,
+            forwarded_rows=counters.forwarded_rows,
+            errors=counters.errors,
+            lookups_per_second=lookups / seconds,
+            rows_per_second=rows / seconds,
+            held_bytes=self._holdings.held_bytes,
+            anonymous_bytes=anonymous,
+            file_bytes=file,
+        )

@@ -1,0 +1,108 @@
+"""The shard process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from embedding_service.client.router import Router
+from embedding_service.client.transport import GrpcTransport
+from embedding_service.errors import InvalidRequest
+from embedding_service.rows import TIERS
+from embedding_service.serving import RequestLimits, Server, cancel, reachable_address, run_process, until_told_to_end
+from embedding_service.shard.holdings import Holdings
+from embedding_service.shard.memory import available_memory
+from embedding_service.shard.registration import Registration
+from embedding_service.shard.service import LookupService
+from embedding_service.store.store import Store
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire.embedding_pb2_grpc import add_EmbeddingServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVICE = "embedding.v1.EmbeddingService"
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How a shard runs.
+
+    Attributes:
+        controller: host:port of the controller.
+        store: Path or URL of the store.
+        listen: host:port; port 0 takes a free one.
+        shared_listen: A second host:port that all shards of this machine listen on together.
+        advertise: How others reach it, where that is not `listen`.
+        shard_id: Its name in placement and status; stable over restarts where the platform gives it one.
+        tier: Where rows are kept: a name in `rows.TIERS`.
+        memory_limit: Bytes it offers for rows.
+        cache: Folder for parts of a remote store.
+        threads: torch threads a gather may use.
+    """
+
+    controller: str
+    store: str
+    listen: str = "127.0.0.1:0"
+    shared_listen: str | None = None
+    advertise: str | None = None
+    shard_id: str = field(default_factory=lambda: f"shard-{os.getpid()}")
+    tier: str = "ram"
+    memory_limit: int = 0
+    cache: Path = Path(tempfile.gettempdir()) / "embedding-service"
+    threads: int = 1
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+
+def main(options: ShardOptions) -> None:
+    """Run a shard until SIGTERM or SIGINT."""
+    run_process(options.shard_id, lambda: _serve(options))
+
+
+async def _serve(options: ShardOptions) -> None:
+    if options.tier not in TIERS:
+        raise InvalidRequest(f"unknown tier {options.tier!r}; known: {', '.join(TIERS)}")
+    torch.set_num_threads(options.threads)
+    holdings = Holdings(
+        Store(options.store), options.tier, options.memory_limit or default_memory_limit(options), options.cache
+    )
+    router, transport = Router([options.controller]), GrpcTransport()
+    service = LookupService(holdings, router, transport, options.limits)
+    servers = [Server(options.listen, options.limits)]
+    if options.shared_listen:
+        servers.append(Server(options.shared_listen, options.limits, shared=True))
+    for server in servers:
+        server.add(add_EmbeddingServiceServicer_to_server, service, SERVICE)
+        await server.start()
+    about = control.ShardReport(
+        shard_id=options.shard_id,
+        address=reachable_address(servers[0].address, options.advertise),
+        device="cpu",
+        tier=options.tier,
+        memory_limit=holdings.memory_limit,
+    )
+    log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
+    registration = Registration(options.controller, about, holdings, router, service.counters, servers)
+    registering = asyncio.create_task(registration.run())
+    try:
+        await until_told_to_end(registering)
+    finally:
+        log.info("ending")
+        await asyncio.gather(*(server.stop() for server in servers))
+        await cancel([registering])
+        transport.close()
+        await holdings.close()
+
+
+def default_memory_limit(options: ShardOptions) -> int:
+    """80 % of the memory this process may use; for `mmap`, whose rows lie in files, the disk they lie on."""
+    if options.tier == "mmap":
+        folder = Path(options.store) if Path(options.store).exists() else options.cache
+        stats = os.statvfs(folder)
+        return stats.f_blocks * stats.f_frsize
+    return available_memory() * 8 // 10
