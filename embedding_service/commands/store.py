@@ -1,0 +1,108 @@
+"""`import` and `split`: from a checkpoint to a store."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embedding_service.commands.text import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import rich.progress
+
+
+def import_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder (or its split-off tables).")],
+    store: Annotated[str, typer.Option(help="Store to import into: a folder or an fsspec URL.")],
+    name: Annotated[str, typer.Option(help="Name the model is served under.")],
+    dtype: Annotated[str, typer.Option(help="int8, int4, fp16, bf16, fp32 or keep.")] = "int8",
+    version: Annotated[str, typer.Option(help="Version of the model; the highest one is served.")] = "1",
+    part_size: Annotated[str, typer.Option(help="Largest size of a part.")] = "256MiB",
+) -> None:
+    """Import a checkpoint's tables into a store. Run again to go on after an interruption."""
+    part_bytes = parse_bytes(part_size)
+    from embedding_service.store.importing import import_checkpoint
+
+    with _Progress("importing") as progress:
+        manifest = import_checkpoint(
+            checkpoint, store, name, version=version, dtype=dtype, part_bytes=part_bytes, progress=progress
+        )
+    rows = sum(table.rows for table in manifest.tables)
+    parts = sum(len(table.parts) for table in manifest.tables)
+    typer.echo(
+        f"{name}@{version}: {rows:,} rows of {manifest.tables[0].dim} as {manifest.tables[0].dtype}, "
+        f"{format_bytes(progress.total)} in, {format_bytes(manifest.bytes)} out in {parts} parts, "
+        f"{progress.seconds:.1f} s, to {store}"
+    )
+
+
+def split(
+    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="New folder: OUT/dense for workers, OUT/tables for `import`.")],
+) -> None:
+    """Split a checkpoint, so that a worker's disk and memory never see the tables."""
+    from embedding_service.store.split import split_checkpoint
+
+    with _Progress("splitting") as progress:
+        split_checkpoint(checkpoint, out, progress=progress)
+    typer.echo(
+        f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import"
+    )
+
+
+class _Progress:
+    """A bar on a terminal, else a plain line now and then; called with (bytes done, bytes in all)."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, title: str) -> None:
+        self.total = 0
+        self._title = title
+        self._begun = self._last_line = time.monotonic()
+        self._bar: rich.progress.Progress | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self._begun
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            self._bar = _byte_bar()
+            self._bar.start()
+            self._bar.add_task(self._title, total=None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        elif time.monotonic() - self._last_line > self.LINE_SECONDS:
+            self._last_line = time.monotonic()
+            left = self.seconds * (total - done) / done
+            rate = format_bytes(done / self.seconds)
+            typer.echo(
+                f"{self._title}: {format_bytes(done)} of {format_bytes(total)}, {rate}/s, {left:.0f} s left", err=True
+            )
+
+
+def _byte_bar() -> rich.progress.Progress:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
