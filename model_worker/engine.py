@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from embedding_service.errors import EmbeddingServiceError
+from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.ngram import NO_TOKEN
 from model_worker.sampling import SamplingParams, choose
 from model_worker.text import TextStream, Tokenizer
@@ -166,7 +166,7 @@ class Engine:
                 self._drop([request for request in self._running if request.cancelled])
                 self._admit()
                 self._step()
-        self._fail([*self._running, *self._waiting], EmbeddingServiceError("the worker is shutting down"))
+        self._fail([*self._running, *self._waiting], Unavailable("the worker is shutting down"))
 
     def _work_comes(self) -> bool:
         """Wait until there is something to do; False when the engine is to stop."""

@@ -90,6 +90,7 @@ class NgramEmbedding(nn.Module):
         self.source = source
         self.name = name
         self.hasher = source.hasher(name)
+        self.row_dim = dim
         self.lookups = 0
         self.tokens = 0
         self.wait_seconds = 0.0

@@ -1,0 +1,153 @@
+"""The `model-worker` command. Heavy imports wait until a command needs them, so that --help is fast."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from model_worker.serving import Scaling
+    from model_worker.worker import WorkerConfig
+
+# Read when ray is imported. The first is what keeps a local Ray off the network: it takes the loopback address as the
+# node's, which Ray does of itself on macOS and Windows only (_node_ip_address is resolved to the outside address).
+_LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Serve a language model whose n-gram tables live elsewhere."
+)
+
+
+@app.callback()
+def _commands() -> None:
+    # Makes `serve` a command of its own though it is the only one.
+    pass
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The model's folder: the whole checkpoint, or the dense half that `split` makes.")
+    ],
+    embeddings: Annotated[str, typer.Option(metavar="HOST:PORT", help="The embedding service.")],
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model in the service, NAME or NAME@VERSION; NAME becomes the served model id."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen for HTTP.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen for HTTP.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="How many replicas.")] = 1,
+    min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: never fewer.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale with the load, up to so many.")] = None,
+    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica (also its threads).")] = 1,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait at a replica; more get 429.")] = 64,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster ('auto' for the one around) instead of starting one here.")
+    ] = None,
+) -> None:
+    """Serve a LongCat n-gram checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM."""
+    if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
+        raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
+    if ray_address is None:
+        _check_port_is_free(host, port)
+        os.environ.update(_LOCAL_RAY)
+    config = _resolve(checkpoint, embeddings, name, max_batch, max_queue)
+    from model_worker.serving import Scaling
+
+    scaling = Scaling(replicas, min_replicas, max_replicas, num_cpus, num_gpus)
+    _run(config, scaling, host, port, ray_address)
+
+
+def _check_port_is_free(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        _give_up(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
+
+
+def _resolve(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
+    """Find the model in the service, before anything is started."""
+    from embedding_service import EmbeddingClient
+    from embedding_service.errors import EmbeddingServiceError
+    from model_worker.checkpoint import Checkpoint
+    from model_worker.worker import WorkerConfig
+
+    try:
+        folder = Checkpoint(checkpoint).folder.resolve()
+        with EmbeddingClient(embeddings) as client:
+            model, version = _pick(name, [(each.name, each.version) for each in client.models()])
+    except EmbeddingServiceError as error:
+        _give_up(str(error))
+    return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue)
+
+
+def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
+    """The (name, version) to serve."""
+    known = ", ".join(f"{name}@{version}" for name, version in served) or "none"
+    names = {name for name, _ in served}
+    if wanted is None:
+        if len(names) != 1:
+            _give_up(f"say which model with --name; the service has {known}")
+        wanted = names.pop()
+    found = [(name, version) for name, version in served if wanted in (name, f"{name}@{version}")]
+    if not found:
+        _give_up(f"the service has no model {wanted!r}; it has {known}")
+    return found[-1]
+
+
+def _run(config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_address: str | None) -> None:
+    from model_worker import serving
+
+    stopped = threading.Event()
+    _on_signals(_exit)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        if ray_address is None:
+            serving.start_local_ray(scaling)
+        else:
+            serving.join_ray(ray_address)
+        # Ray takes SIGTERM for itself when it starts.
+        _on_signals(_exit)
+        serving.deploy(config, scaling, host, port)
+        typer.echo(
+            f"model-worker: {config.name} ready at http://{host}:{port}/v1 "
+            f"(up to {scaling.most} replicas, embeddings from {config.embeddings})"
+        )
+        stopped.wait()
+    except RuntimeError as error:
+        _give_up(str(error))
+    finally:
+        _on_signals(signal.SIG_IGN)
+        serving.stop(joined=ray_address is not None)
+
+
+def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    """As an exception, so that whatever was started is taken down on the way out."""
+    raise SystemExit(0)
+
+
+def _give_up(message: str) -> NoReturn:
+    typer.secho(f"model-worker: {message}", fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script."""
+    app()

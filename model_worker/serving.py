@@ -1,0 +1,117 @@
+"""The worker as a Ray Serve application."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from model_worker.http_app import build_app
+from model_worker.worker import Worker, WorkerConfig
+
+APP = "model-worker"
+# A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
+_ABOVE_QUEUE = 64
+_OBJECT_STORE_BYTES = 80 * 2**20
+
+
+@serve.ingress()
+class WorkerReplica(Worker):
+    """One replica: Ray Serve constructs it, builds its ASGI app, asks for its health and, at the end, drops it."""
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self)
+
+    async def check_health(self) -> None:
+        """Of the replica alone: a service that is away for a while is no reason to restart it."""
+        self.check_engine()
+
+    async def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How many replicas, and what each gets.
+
+    replicas is fixed, unless maximum is set: then Ray Serve keeps between minimum and maximum of them, so that each has
+    about as many requests as its batch holds.
+    """
+
+    replicas: int = 1
+    minimum: int = 1
+    maximum: int | None = None
+    num_cpus: float = 1
+    num_gpus: float = 0
+
+    def options(self, config: WorkerConfig) -> dict[str, Any]:
+        """The options of Ray Serve's deployment."""
+        options: dict[str, Any] = {
+            "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }
+        if self.maximum is None:
+            return options | {"num_replicas": self.replicas}
+        return options | {
+            "autoscaling_config": {
+                "min_replicas": self.minimum,
+                "max_replicas": self.maximum,
+                "target_ongoing_requests": config.max_batch,
+            }
+        }
+
+    @property
+    def most(self) -> int:
+        """Replicas there may be at once."""
+        return self.maximum or self.replicas
+
+
+def join_ray(address: str) -> None:
+    """Become a driver of a running Ray cluster."""
+    ray.init(address=address, namespace=APP, logging_level=logging.ERROR, log_to_driver=False)
+
+
+def start_local_ray(scaling: Scaling) -> None:
+    """Start Ray on this machine alone, with room for all replicas."""
+    ray.init(
+        address="local",
+        namespace=APP,
+        num_cpus=max(os.cpu_count() or 1, round(scaling.most * scaling.num_cpus + 0.5)),
+        num_gpus=None if scaling.num_gpus else 0,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None:
+    """Serve; returns when all replicas answer. Raises RuntimeError when they do not come up."""
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    deployment: Any = serve.deployment(
+        WorkerReplica,
+        name=APP,
+        logging_config=quiet,
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        **scaling.options(config),
+    )
+    serve.run(deployment.bind(config), name=APP, route_prefix="/")
+
+
+def stop(joined: bool) -> None:
+    """Take the application down; in a cluster we joined, nothing else."""
+    if not ray.is_initialized():
+        return
+    if joined:
+        serve.delete(APP)
+    else:
+        serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,151 @@
+"""One replica: the model, its tokenizer, its engine and its connection to the embedding service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from embedding_service import EmbeddingClient
+from embedding_service.errors import Unavailable
+from model_worker import longcat
+from model_worker.engine import Engine, Event
+from model_worker.sampling import SamplingParams
+
+# Seconds within which a healthy embedding service answers for one token.
+_HEALTH_TIMEOUT = 2.0
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a replica is told.
+
+    checkpoint: the model's folder, whole or its dense half, on the replica's machine.
+    embeddings: host:port of the embedding service.
+    name: the served model id.
+    version: of the model in the service. Pinned: another version's tables do not belong to this checkpoint.
+    max_batch, max_queue: see `Engine`.
+    """
+
+    checkpoint: str
+    embeddings: str
+    name: str
+    version: str
+    max_batch: int
+    max_queue: int
+
+
+class Generation:
+    """One request as its HTTP handler sees it."""
+
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def emit(event: Event) -> None:
+            # The loop is closed when the whole worker is.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self.prompt = prompt
+        self._request = engine.submit(prompt, params, emit)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated so far."""
+        return len(self._request.completion)
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """All events to the one with finish_reason; raises what the request failed with.
+
+        Closing or dropping the iterator once it has started cancels the request.
+        """
+        try:
+            finished = False
+            while not finished:
+                event = await self._events.get()
+                if event.error:
+                    raise event.error
+                yield event
+                finished = event.finish_reason is not None
+        finally:
+            self._request.cancel()
+
+
+class Worker:
+    """Loads a checkpoint's dense part, attaches it to the service and generates.
+
+    Raises what `load_model` and `attach` raise.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.name = config.name
+        self.started = int(time.time())
+        self._client = EmbeddingClient(config.embeddings)
+        self._served_as = f"{config.name}@{config.version}"
+        model: Any = longcat.load_model(config.checkpoint)
+        self._embedding = longcat.attach(model, self._client, self._served_as)
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(config.checkpoint)
+        self._engine = Engine(model, self.tokenizer, max_batch=config.max_batch, max_queue=config.max_queue)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and completion together."""
+        return self._engine.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._model.config.vocab_size
+
+    def generate(self, prompt: list[int], params: SamplingParams) -> Generation:
+        """Queue a request. Call on an event loop. Raises EngineBusy."""
+        return Generation(self._engine, prompt, params)
+
+    def check(self) -> None:
+        """Prove that the worker can generate. Raises Unavailable or what the service's client raises."""
+        self.check_engine()
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        self._client.lookup_ngrams(self._served_as, token, timeout=_HEALTH_TIMEOUT)
+
+    def check_engine(self) -> None:
+        """Raises Unavailable when the engine has died."""
+        if not self._engine.alive:
+            raise Unavailable("the engine of this worker has stopped: restart the worker")
+
+    def close(self) -> None:
+        """Fail what still runs, and disconnect."""
+        self._engine.close()
+        self._client.close()
+
+    def info(self) -> dict[str, Any]:
+        """What this replica holds and has done. Bytes, seconds, and counts since its start."""
+        memory = psutil.Process().memory_info()
+        tensors = self._model.state_dict()
+        embedding = self._embedding
+        rows = sum(table.rows for table in embedding.hasher.tables)
+        return {
+            "pid": os.getpid(),
+            "model": self._served_as,
+            "anonymous_bytes": memory.rss - memory.shared,
+            "file_bytes": memory.shared,
+            "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "table_bytes": sum(tensor.nbytes for name, tensor in tensors.items() if ".embedders." in name),
+            "remote_table_values": rows * embedding.row_dim,
+            "requests": self._engine.requests,
+            "running": self._engine.running,
+            "waiting": self._engine.waiting,
+            "generated_tokens": self._engine.tokens,
+            "lookups": embedding.lookups,
+            "looked_up_tokens": embedding.tokens,
+            "lookup_wait_seconds": round(embedding.wait_seconds, 6),
+        }
