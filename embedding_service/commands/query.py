@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from embedding_service.commands.text import format_bytes
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+
+    from embedding_service.wire import control_pb2 as control
 
 AddressArgument = Annotated[str, typer.Argument(help="HOST:PORT of any shard or of the controller.")]
 DEFAULT_ADDRESS = "localhost:7070"
@@ -14,12 +20,10 @@ DEFAULT_ADDRESS = "localhost:7070"
 
 def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
     """Shards, parts, memory and rates; models; and what stands in the way. Exit code 1 if something does."""
-    from rich.console import Console
-
     from embedding_service.client.status import get_status
 
     current = get_status(address)
-    console = Console()
+    console = wide_console()
     for table in status_tables(current):
         console.print(table)
     console.print(f"routing: term {current.term}, epoch {current.epoch}", highlight=False)
@@ -29,12 +33,20 @@ def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
         raise typer.Exit(1)
 
 
-def status_tables(current):  # type: ignore[no-untyped-def]  # wire Status -> rich tables; both are imported late
+def wide_console(stderr: bool = False) -> rich.console.Console:
+    """A console that does not squeeze tables where there is no terminal to fit."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+
+
+def status_tables(current: control.Status) -> list[rich.table.Table]:
     """A Status message as tables for people."""
     from rich.table import Table
 
     shards = Table("shard", "address", "tier", title="shards", title_justify="left")
-    for heading in ("parts", "rows held", "of limit", "memory", "mapped", "lookups", "rows", "sent", "rows/s"):
+    for heading in ("parts", "held of limit", "anonymous + file", "lookups", "rows", "sent", "rows/s"):
         shards.add_column(heading, justify="right")
     for shard in current.shards:
         stats = shard.stats
@@ -44,10 +56,8 @@ def status_tables(current):  # type: ignore[no-untyped-def]  # wire Status -> ri
             shard.address,
             f"{shard.device} {shard.tier}",
             f"{shard.parts}{missing}",
-            format_bytes(stats.held_bytes),
-            format_bytes(shard.memory_limit),
-            format_bytes(stats.anonymous_bytes),
-            format_bytes(stats.file_bytes),
+            f"{format_bytes(stats.held_bytes)} of {format_bytes(shard.memory_limit)}",
+            f"{format_bytes(stats.anonymous_bytes)} + {format_bytes(stats.file_bytes)}",
             f"{stats.lookups:,}",
             f"{stats.rows:,}",
             format_bytes(stats.row_bytes),

@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 
 from embedding_service.client.status import get_status
-from embedding_service.commands.query import status_tables
+from embedding_service.commands.query import status_tables, wide_console
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
@@ -52,7 +52,7 @@ def run(options: UpOptions) -> None:
         PlacementError: the models do not fit the shards.
     """
     _check(options)
-    console = Console(stderr=True, highlight=False)
+    console = wide_console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     children: dict[str, subprocess.Popen[bytes]] = {}
     try:

@@ -1,0 +1,53 @@
+"""Fixtures for the whole tree: one imported store and one running service that many tests only read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import longcat_checkpoint
+from support.cluster import Up, up
+
+from embedding_service import EmbeddingClient
+from embedding_service.store.importing import import_checkpoint
+
+DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LongCat checkpoint whose rows name themselves."""
+    return longcat_checkpoint(tmp_path_factory.mktemp("checkpoints") / "longcat")
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with that checkpoint in every dtype (models fp32, fp16, bf16, int8, int4), in many small parts."""
+    folder = tmp_path_factory.mktemp("store")
+    for dtype in DTYPES:
+        import_checkpoint(checkpoint, str(folder), dtype, dtype=dtype, part_bytes=64 << 10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """`up` with three shards over `store`, for tests that change nothing."""
+    with up(tmp_path_factory.mktemp("service"), store, 3) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(service: Up) -> Iterator[EmbeddingClient]:
+    """A client of `service`."""
+    with EmbeddingClient(service.address, timeout=30) as client:
+        yield client

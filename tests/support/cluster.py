@@ -1,0 +1,180 @@
+"""Real processes for tests: `up`, or a controller and shards one by one. Each ends with its context manager."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from embedding_service.client.status import get_status
+from embedding_service.errors import EmbeddingServiceError
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2_grpc
+
+START_SECONDS = 90
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], T], what: str, seconds: float = START_SECONDS) -> T:
+    """The first true result of `condition`; fails the test if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+class Process:
+    """One command of `embedding-service` with its output in a file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "embedding_service", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def output(self) -> str:
+        """All it printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        """Until it printed `text`; fails, showing its output, if it ends before."""
+
+        def printed() -> bool:
+            if text in self.output():
+                return True
+            assert self.popen.poll() is None, f"ended with {self.popen.returncode}:\n{self.output()}"
+            return False
+
+        until(printed, f"{text!r} from {self.popen.args}")
+
+    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 15) -> int:
+        """Signal it, and return its exit code."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(how)
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            raise
+
+
+class Up(Process):
+    """`embedding-service up`; `address` answers for all of its shards."""
+
+    def __init__(self, log: Path, store: Path, shards: int, *options: str) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        port = self.address.rpartition(":")[2]
+        super().__init__(log, "up", f"--store={store}", f"--shards={shards}", f"--port={port}", *options)
+
+    def status(self) -> control.Status:
+        """The controller's view."""
+        return get_status(self.address)
+
+
+@contextmanager
+def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[Up]:
+    """A running `up` that is ready; ended afterwards."""
+    process = Up(folder / "up.log", store, shards, *options)
+    try:
+        process.wait_for("ready: ")
+        yield process
+    finally:
+        process.end()
+
+
+class Cluster:
+    """A controller and shards that a test starts, stops and kills one by one."""
+
+    def __init__(self, folder: Path, store: Path, *controller_options: str) -> None:
+        self.store = store
+        self.controller_address = f"127.0.0.1:{free_port()}"
+        self.processes: dict[str, Process] = {}
+        self.addresses: dict[str, str] = {}
+        self._folder = folder
+        self._controller_options = controller_options
+        self.start_controller()
+
+    def start_controller(self) -> None:
+        """The controller, at the same address each time."""
+        self.processes["controller"] = Process(
+            self._folder / "controller.log",
+            "controller",
+            f"--store={self.store}",
+            f"--listen={self.controller_address}",
+            *self._controller_options,
+        )
+
+    def start_shard(self, name: str, *options: str) -> None:
+        """A shard, at the same address each time."""
+        address = self.addresses.setdefault(name, f"127.0.0.1:{free_port()}")
+        self.processes[name] = Process(
+            self._folder / f"{name}.log",
+            "shard",
+            f"--store={self.store}",
+            f"--controller={self.controller_address}",
+            f"--listen={address}",
+            f"--id={name}",
+            *options,
+        )
+
+    def status(self) -> control.Status:
+        """The controller's view; empty while it cannot be reached."""
+        try:
+            return get_status(self.controller_address)
+        except EmbeddingServiceError:
+            return control.Status()
+
+    def wait_until(self, condition: Callable[[control.Status], object], what: str) -> control.Status:
+        """Until the controller's view fulfils a condition."""
+        return until(lambda: (status := self.status()) if condition(self.status()) else None, what)
+
+    def wait_serving(self, models: int = 1) -> control.Status:
+        """Until so many models are served."""
+        return self.wait_until(
+            lambda status: len(status.models) == models and all(model.serving for model in status.models),
+            f"{models} served models",
+        )
+
+    def stub(self, name: str) -> embedding_pb2_grpc.EmbeddingServiceStub:
+        """A thin client of one shard."""
+        return embedding_pb2_grpc.EmbeddingServiceStub(grpc.insecure_channel(self.addresses[name]))
+
+    def end(self) -> None:
+        """End everything."""
+        for process in self.processes.values():
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in self.processes.values():
+            process.end()
+
+
+@contextmanager
+def cluster(folder: Path, store: Path, *controller_options: str) -> Iterator[Cluster]:
+    """A cluster without shards yet; ended afterwards."""
+    running = Cluster(folder, store, *controller_options)
+    try:
+        yield running
+    finally:
+        running.end()
