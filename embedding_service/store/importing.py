@@ -1,21 +1,18 @@
 """Importing: a checkpoint's tables become a published version of a model.
 
-Rows stream through in chunks: read, encoded on as many threads as there are cores, written and hashed in order. Memory
-is a few chunks, whatever the size of table or part.
+Rows stream through in chunks: read, encoded, hashed, written. Memory is a few chunks, whatever the size of table or
+part. One thread does it all, at 1 to 2 GiB a second on a machine with two cores; threads that encode ahead gave nothing
+there, and torch's own threads made it three times slower when they had to wait for a busy core.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import version as installed_version
 from itertools import accumulate
 from pathlib import Path
@@ -34,7 +31,7 @@ from embedding_service.store.progress import Meter, Progress
 from embedding_service.store.store import Store
 from embedding_service.store.tensorfile import PAGE_BYTES
 
-# Bytes of a chunk in float32. Larger is no faster: a chunk should stay in a core's cache between its passes.
+# Bytes of a chunk in float32. Measured: 1 MiB and 16 MiB are both slower by a quarter.
 _CHUNK_BYTES = 4 << 20
 KEEP = "keep"
 
@@ -60,13 +57,12 @@ def import_checkpoint(
     importer = find_importer(source)
     plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
     store = store if isinstance(store, Store) else Store(store)
-    with open_draft(store, name, version) as draft, _explained_write_errors(store):
+    with open_draft(store, name, version) as draft, _explained_write_errors(store), _one_torch_thread():
         draft.resume(_fingerprint(source, plans))
         slots = [slot for plan in plans for slot in plan.slots()]
         draft.check_space([slot.bytes + PAGE_BYTES for slot in slots if not draft.finished(slot.file)])
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
-        with ThreadPoolExecutor(_threads(), "import") as pool:
-            tables = tuple(_write_table(plan, draft, pool, meter) for plan in plans)
+        tables = tuple(_write_table(plan, draft, meter) for plan in plans)
         manifest = _manifest(name, version, source, importer, plans, tables)
         draft.publish(manifest)
     return manifest
@@ -120,8 +116,8 @@ def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([checkpoint.config, files, tables], sort_keys=True).encode())
 
 
-def _write_table(plan: _TablePlan, draft: Draft, pool: ThreadPoolExecutor, meter: Meter) -> Table:
-    parts = tuple(_finish_part(plan, slot, draft, pool, meter) for slot in plan.slots())
+def _write_table(plan: _TablePlan, draft: Draft, meter: Meter) -> Table:
+    parts = tuple(_finish_part(plan, slot, draft, meter) for slot in plan.slots())
     return Table(
         name=plan.source.name,
         rows=plan.source.rows,
@@ -133,7 +129,7 @@ def _write_table(plan: _TablePlan, draft: Draft, pool: ThreadPoolExecutor, meter
     )
 
 
-def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, pool: ThreadPoolExecutor, meter: Meter) -> Part:
+def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, meter: Meter) -> Part:
     source_row_bytes = plan.source.bytes // plan.source.rows
     if part := draft.finished(slot.file):
         meter.add(slot.rows * source_row_bytes)
@@ -147,7 +143,7 @@ def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, pool: ThreadPoolEx
         dim=plan.source.dim,
         row_format=plan.row_format,
     ) as writer:
-        for stored in _in_order(pool, _chunks(plan, slot)):
+        for stored in _stored_chunks(plan, slot):
             writer.write(stored)
             meter.add(len(stored) * source_row_bytes)
         part = writer.finish()
@@ -155,14 +151,14 @@ def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, pool: ThreadPoolEx
     return part
 
 
-def _chunks(plan: _TablePlan, slot: _Slot) -> Iterator[Callable[[], torch.Tensor]]:
-    """Jobs whose results, side by side, are the part: each reads and encodes some rows of one source tensor."""
+def _stored_chunks(plan: _TablePlan, slot: _Slot) -> Iterator[torch.Tensor]:
+    """Stored rows that, one after the other, are the part; each chunk comes from one source tensor."""
     chunk_rows = max(1, _CHUNK_BYTES // (4 * plan.source.dim))
     ends = list(accumulate(tensor.span.shape[0] for tensor in plan.source.tensors))
     for tensor, tensor_first, tensor_end in zip(plan.source.tensors, [0, *ends], ends, strict=False):
         first, end = max(slot.first_row, tensor_first), min(slot.first_row + slot.rows, tensor_end)
         for begin in range(first, end, chunk_rows):
-            yield partial(_encode, plan, tensor, tensor_first, begin - tensor_first, min(chunk_rows, end - begin))
+            yield _encode(plan, tensor, tensor_first, begin - tensor_first, min(chunk_rows, end - begin))
 
 
 def _encode(plan: _TablePlan, tensor: SourceTensor, tensor_first: int, begin: int, count: int) -> torch.Tensor:
@@ -174,21 +170,6 @@ def _encode(plan: _TablePlan, tensor: SourceTensor, tensor_first: int, begin: in
             f"{tensor.file}: tensor {tensor.name} row {row} (row {tensor_first + row} of table {plan.source.name}) "
             f"{error.reason}. Repair the checkpoint, or import it with --dtype keep"
         ) from error
-
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], torch.Tensor]]) -> Iterator[torch.Tensor]:
-    """Results of the jobs in their order, only as many begun ahead as keep the pool busy."""
-    pending: deque[Future[torch.Tensor]] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > _threads() + 1:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _threads() -> int:
-    return min(8, os.cpu_count() or 1)
 
 
 def _manifest(
@@ -216,6 +197,16 @@ def _manifest(
             importer=f"embedding-service {installed_version('embedding-service')}",
         ),
     )
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
