@@ -3,7 +3,8 @@
 A part's bytes are a whole number of pages (the store sees to it), so the parts of a table can be mapped side by side,
 each where its rows belong: row r lies at r * row_bytes whatever part it is in and whichever parts are held. A row id is
 then an index into one tensor, and one FBGEMM call serves a batch that spans parts. Addresses of parts that are not held
-are reserved without memory; touching one ends the process, so callers check what is held first.
+take no memory. They must be readable all the same (as zeros): FBGEMM's int4 kernel loads whole vectors and so reads up
+to 64 bytes past a row's end, which may be the end of a part. Callers check what is held before they ask for a row.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
 
-_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
+# Addresses without memory: they read as zeros.
+_NOTHING = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -43,9 +46,8 @@ class AddressSpace:
         self.nbytes = nbytes
         # One huge page more than asked, so that the range can begin on a huge page's boundary.
         self._reserved = round_up(nbytes) + HUGE_PAGE
-        self._origin = self._mmap(None, self._reserved, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._origin = self._mmap(None, self._reserved, _PROT_READ, _NOTHING)
         self._base = round_up(self._origin, HUGE_PAGE)
-        # Room for FBGEMM's vector loads behind the last row is the rest of that huge page's reservation.
         self.tensor: torch.Tensor = torch.frombuffer(
             (ctypes.c_uint8 * nbytes).from_address(self._base), dtype=torch.uint8
         )
@@ -71,7 +73,7 @@ class AddressSpace:
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""
-        self._map(offset, nbytes, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._map(offset, nbytes, _PROT_READ, _NOTHING)
 
     def close(self) -> None:
         """Give everything back. `tensor` and all views of it must not be touched afterwards."""

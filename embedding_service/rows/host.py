@@ -61,7 +61,7 @@ class HostTable(TableRows):
             values = torch.empty(0, self.table.dim, dtype=_TORCH_TYPES[encoding])
         else:
             values = self._kernel(encoding)(indices, torch.tensor([0, len(ids)]))
-        return values.view(torch.uint8).numpy().reshape(len(ids), -1)
+        return values.view(torch.uint8).numpy()
 
     def _kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:
         if encoding not in self._kernels:

@@ -19,7 +19,7 @@ def head_rows() -> list[int]:
 
 
 def named_rows(first: int, rows: int, dim: int, tag: int) -> torch.Tensor:
-    """float32 [rows, dim]: tag, row id (in two halves that fp16 and bf16 hold exactly), then noise that depends on it."""
+    """float32 [rows, dim]: tag, row id (in two halves that fp16 and bf16 hold exactly), then noise of its own."""
     ids = torch.arange(first, first + rows)
     values = torch.randn(rows, dim, generator=torch.Generator().manual_seed(1000 * tag + first))
     values[:, 0] = tag

@@ -1,0 +1,147 @@
+"""Rows from memory: each tier, each stored dtype, each encoding, against FBGEMM's own dequantization."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import longcat_table
+
+from embedding_service.errors import CorruptPart, NotFound
+from embedding_service.formats import get_format
+from embedding_service.rows import TIERS, TableRows
+from embedding_service.store.manifest import Manifest
+from embedding_service.store.store import Store
+
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Loaded:
+    """A table's rows with all its parts loaded, beside the stored bytes that it was imported as."""
+
+    def __init__(self, store: Store, dtype: str, tier: str) -> None:
+        self.store = store
+        self.manifest: Manifest = store.manifest(dtype)
+        self.table = self.manifest.tables[0]
+        self.rows: TableRows = TIERS[tier](self.table)
+        for part in self.table.parts:
+            self.rows.load(part, store.part_path(self.manifest, part))
+        self.stored = get_format(dtype).encode(longcat_table())
+
+
+@pytest.fixture(params=["ram", "mmap"])
+def tier(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["fp32", "fp16", "bf16", "int8", "int4"])
+def loaded(request: pytest.FixtureRequest, store: Path, tier: str) -> Iterator[Loaded]:
+    table = Loaded(Store(store), request.param, tier)
+    yield table
+    table.rows.close()
+
+
+def some_ids(rows: int) -> np.ndarray:
+    edges = [0, rows - 1, rows // 2, rows // 2, 0]
+    return np.concatenate([np.random.default_rng(7).integers(0, rows, 500), edges]).astype(np.int64)
+
+
+def test_stored_rows_are_the_bytes_on_disk(loaded: Loaded) -> None:
+    ids = some_ids(loaded.table.rows)
+    assert np.array_equal(loaded.rows.gather(ids, "stored"), loaded.stored[torch.from_numpy(ids)].numpy())
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "fp16", "bf16"])
+def test_decoded_rows_equal_the_light_clients_decoder(loaded: Loaded, encoding: str) -> None:
+    ids = some_ids(loaded.table.rows)
+    got = torch.from_numpy(loaded.rows.gather(ids, encoding)).view(TORCH[encoding])
+    stored = loaded.stored[torch.from_numpy(ids)]
+    expected = get_format(loaded.table.dtype).decode(stored, loaded.table.dim, dtype=TORCH[encoding])
+    assert torch.equal(got, expected)
+
+
+def test_int8_and_int4_equal_fbgemms_dequantization(store: Path, tier: str) -> None:
+    import fbgemm_gpu  # noqa: F401
+
+    rows = longcat_table()
+    fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+    reference = torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(fused, 4)
+    table = Loaded(Store(store), "int4", tier)
+    got = table.rows.gather(np.arange(len(rows)), "fp32")
+    assert torch.equal(torch.from_numpy(got).view(torch.float32), reference)
+    table.rows.close()
+
+
+def test_no_ids_give_no_rows(loaded: Loaded) -> None:
+    for encoding in ("fp32", "stored"):
+        assert len(loaded.rows.gather(np.empty(0, np.int64), encoding)) == 0
+
+
+def test_dropped_parts_are_not_answered_and_may_come_back(loaded: Loaded) -> None:
+    part = loaded.table.parts[1]
+    ids = np.arange(part.first_row, part.first_row + 3)
+    before = loaded.rows.gather(ids, "stored").copy()
+    loaded.rows.drop(part)
+    assert part.index not in loaded.rows.held_parts()
+    assert not loaded.rows.holds(ids).any()
+    with pytest.raises(NotFound):
+        loaded.rows.gather(ids, "stored")
+    others = np.array([0, loaded.table.rows - 1])
+    assert np.array_equal(loaded.rows.gather(others, "stored"), loaded.stored[torch.from_numpy(others)].numpy())
+    loaded.rows.load(part, loaded.store.part_path(loaded.manifest, part))
+    assert np.array_equal(loaded.rows.gather(ids, "stored"), before)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
+def test_a_damaged_part_is_refused(store: Path, tier: str, tmp_path: Path, damage: str) -> None:
+    source = Store(store)
+    manifest = source.manifest("int8")
+    table = manifest.tables[0]
+    part = table.parts[2]
+    data = bytearray(source.part_path(manifest, part).read_bytes())
+    damaged = tmp_path / "part.safetensors"
+    if damage == "flip":
+        data[-7] ^= 1
+    if damage == "truncate":
+        del data[-1:]
+    if damage != "missing":
+        damaged.write_bytes(data)
+    rows = TIERS[tier](table)
+    with pytest.raises((CorruptPart, OSError), match="part.safetensors"):
+        rows.load(part, damaged)
+    assert rows.held_parts() == []
+    with pytest.raises(NotFound):
+        rows.gather(np.array([part.first_row]), "stored")
+    rows.load(part, source.part_path(manifest, part))  # and the place is good for the right file
+    assert len(rows.gather(np.array([part.first_row]), "fp32")) == 1
+    rows.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("dim", [4, 12, 20, 60, 100, 252, 256, 260])
+def test_the_last_row_before_unmapped_addresses(tmp_path: Path, dtype: str, dim: int) -> None:
+    """FBGEMM's vector loads must not run over the end of a part behind which no other one is held."""
+    from embedding_service.store.manifest import Table
+    from embedding_service.store.parts import PartWriter, rows_per_part
+
+    row_format = get_format(dtype)
+    count = rows_per_part(row_format.row_bytes(dim), 1 << 21)
+    values = torch.randn(count, dim, generator=torch.Generator().manual_seed(dim))
+    with PartWriter(tmp_path, "t", 0, first_row=0, rows=count, dim=dim, row_format=row_format) as writer:
+        writer.write(row_format.encode(values))
+        part = writer.finish()
+    more = part.model_copy(update={"index": 1, "first_row": count, "file": "t/part-00001.safetensors"})
+    table = Table(
+        name="t", rows=2 * count, dim=dim, dtype=dtype, row_bytes=row_format.row_bytes(dim), rows_per_part=count,
+        parts=(part, more),
+    )  # fmt: skip
+    rows = TIERS["ram"](table)
+    rows.load(part, tmp_path / part.file)
+    last = np.array([count - 1])
+    expected = row_format.decode(row_format.encode(values[-1:]), dim)
+    for encoding in ("fp32", "fp16", "bf16", "stored"):
+        got = rows.gather(last, encoding)
+        if encoding == "fp32":
+            assert torch.equal(torch.from_numpy(got).view(torch.float32), expected)
+    rows.close()

@@ -1,0 +1,41 @@
+"""The client side stands beside any model stack: it loads neither FBGEMM nor TorchRec nor Ray, nor needs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tomllib
+
+HEAVY = ("fbgemm_gpu", "torchrec", "ray", "transformers", "pydantic", "fsspec", "typer", "rich", "safetensors")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_using_the_client_side_loads_nothing_heavy() -> None:
+    loaded = run_python(
+        "import sys, torch\n"
+        "from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding\n"
+        "from embedding_service.formats import get_format\n"
+        "get_format('int8').decode(torch.zeros(1, 12, dtype=torch.uint8), 8)\n"
+        "RemoteEmbedding(EmbeddingClient('localhost:1'), 'a/b')\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    ).split()
+    assert "torch" in loaded
+    assert "grpc" in loaded
+    assert not set(loaded) & set(HEAVY)
+
+
+def test_naming_the_package_loads_not_even_torch() -> None:
+    loaded = run_python("import sys, embedding_service; print(*sys.modules)").split()
+    assert "embedding_service" in loaded
+    assert "torch" not in loaded
+
+
+def test_plain_install_asks_for_nothing_heavy() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
+    assert names == {"grpcio", "protobuf", "numpy", "torch"}
