@@ -6,13 +6,15 @@ import logging
 import os
 import signal
 import socket
-import threading
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from model_worker.serving import Scaling
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 _LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Serve a language model whose n-gram tables live elsewhere."
+    help="Serve a language model whose n-gram tables live elsewhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -74,22 +79,18 @@ def _check_port_is_free(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        _give_up(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
+        raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 
 
 def _resolve(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
     """Find the model in the service, before anything is started."""
     from embedding_service import EmbeddingClient
-    from embedding_service.errors import EmbeddingServiceError
     from model_worker.checkpoint import Checkpoint
     from model_worker.worker import WorkerConfig
 
-    try:
-        folder = Checkpoint(checkpoint).folder.resolve()
-        with EmbeddingClient(embeddings) as client:
-            model, version = _pick(name, [(each.name, each.version) for each in client.models()])
-    except EmbeddingServiceError as error:
-        _give_up(str(error))
+    folder = Checkpoint(checkpoint).folder.resolve()
+    with EmbeddingClient(embeddings) as client:
+        model, version = _pick(name, [(each.name, each.version) for each in client.models()])
     return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue)
 
 
@@ -99,18 +100,17 @@ def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
     names = {name for name, _ in served}
     if wanted is None:
         if len(names) != 1:
-            _give_up(f"say which model with --name; the service has {known}")
+            raise InvalidRequest(f"say which model with --name; the service has {known}")
         wanted = names.pop()
     found = [(name, version) for name, version in served if wanted in (name, f"{name}@{version}")]
     if not found:
-        _give_up(f"the service has no model {wanted!r}; it has {known}")
+        raise NotFound(f"the service has no model {wanted!r}; it has {known}")
     return found[-1]
 
 
 def _run(config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_address: str | None) -> None:
     from model_worker import serving
 
-    stopped = threading.Event()
     _on_signals(_exit)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
@@ -125,9 +125,7 @@ def _run(config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_addre
             f"model-worker: {config.name} ready at http://{host}:{port}/v1 "
             f"(up to {scaling.most} replicas, embeddings from {config.embeddings})"
         )
-        stopped.wait()
-    except RuntimeError as error:
-        _give_up(str(error))
+        signal.pause()
     finally:
         _on_signals(signal.SIG_IGN)
         serving.stop(joined=ray_address is not None)
@@ -143,11 +141,10 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
 
 
-def _give_up(message: str) -> NoReturn:
-    typer.secho(f"model-worker: {message}", fg="red", err=True)
-    raise typer.Exit(1)
-
-
 def main() -> None:
-    """The console script."""
-    app()
+    """Run the command line. What goes wrong is one red line and exit code 1; wrong usage is exit code 2."""
+    try:
+        app()
+    except (EmbeddingServiceError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)

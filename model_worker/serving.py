@@ -10,7 +10,10 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray._common.network_utils import is_localhost
+from ray.serve._private import replica
 
+from embedding_service.errors import EmbeddingServiceError
 from model_worker.http_app import build_app
 from model_worker.worker import Worker, WorkerConfig
 
@@ -18,11 +21,16 @@ APP = "model-worker"
 # A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
 _ABOVE_QUEUE = 64
 _OBJECT_STORE_BYTES = 80 * 2**20
+_LOOPBACK = "127.0.0.1"
 
 
 @serve.ingress()
 class WorkerReplica(Worker):
     """One replica: Ray Serve constructs it, builds its ASGI app, asks for its health and, at the end, drops it."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        _keep_on_loopback()
+        super().__init__(config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self)
@@ -91,7 +99,7 @@ def start_local_ray(scaling: Scaling) -> None:
 
 
 def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None:
-    """Serve; returns when all replicas answer. Raises RuntimeError when they do not come up."""
+    """Serve; returns when all replicas answer. Raises EmbeddingServiceError, with their reason, when they do not."""
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     deployment: Any = serve.deployment(
@@ -103,7 +111,28 @@ def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None
         graceful_shutdown_wait_loop_s=0.2,
         **scaling.options(config),
     )
-    serve.run(deployment.bind(config), name=APP, route_prefix="/")
+    try:
+        serve.run(deployment.bind(config), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        message = serve.status().applications[APP].deployments[APP].message
+        raise EmbeddingServiceError(f"the replicas do not come up: {_reason(message)}") from error
+
+
+def _reason(message: str) -> str:
+    """Of a replica's traceback only the message, where the error is one of those raised on purpose."""
+    last = message.strip().splitlines()[-1]
+    return last.partition(": ")[2] if last.startswith(EmbeddingServiceError.__module__) else message
+
+
+def _keep_on_loopback() -> None:
+    """In a replica of a local Ray, before it opens its server for calls between deployments.
+
+    Ray Serve 2.60 binds that server to every interface whatever the node's address, and it unpickles what it is sent.
+    """
+    if not is_localhost(ray.util.get_node_ip_address()):
+        return
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", _LOOPBACK))
 
 
 def stop(joined: bool) -> None:

@@ -1,0 +1,223 @@
+"""The engine: who shares a batch does not matter, requests join, leave and fail one by one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import VOCAB
+from support.cluster import until
+from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
+
+from embedding_service.errors import Unavailable
+from model_worker import attach
+from model_worker.engine import Engine, EngineBusy, Event, Request
+from model_worker.longcat import LocalTables, load_model
+from model_worker.sampling import SamplingParams
+
+SECONDS = 60
+
+
+class Job:
+    """A request to an engine, and what came of it."""
+
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.request: Request = engine.submit(prompt, params, self.events.put)
+
+    def outcome(self) -> tuple[str, str | None]:
+        """Wait for the end: (text, finish_reason). Raises what the request failed with."""
+        text = ""
+        while True:
+            event = self.events.get(timeout=SECONDS)
+            if event.error:
+                raise event.error
+            text += event.text
+            if event.finish_reason:
+                assert self.events.empty()
+                return text, event.finish_reason
+
+    def tokens(self) -> list[int]:
+        self.outcome()
+        return self.request.completion
+
+
+@pytest.fixture(scope="module")
+def engine(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Engine]:
+    running = Engine(model, tokenizer, max_batch=4, max_queue=100)
+    yield running
+    running.close()
+
+
+def prompts(count: int, longest: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def greedy(tokens: int = 24, **others: object) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0, **others)
+
+
+def without_a_cache(model: LongcatFlashForCausalLM, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens up to and with an EOS, each from the whole sequence anew."""
+    sequence = torch.tensor([prompt])
+    for _ in range(new_tokens):
+        token = model(sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        sequence = torch.cat([sequence, token], dim=1)
+        if token.item() == model.config.eos_token_id:
+            break
+    return sequence[0, len(prompt) :].tolist()
+
+
+def test_the_batch_changes_nothing(engine: Engine, model: LongcatFlashForCausalLM) -> None:
+    """Twelve requests of mixed lengths through four places: they join and leave at different steps."""
+    requests = [(prompt, 5 + 7 * (i % 4)) for i, prompt in enumerate(prompts(12))]
+    jobs = [Job(engine, prompt, greedy(tokens)) for prompt, tokens in requests]
+    together = [job.tokens() for job in jobs]
+    alone = [Job(engine, prompt, greedy(tokens)).tokens() for prompt, tokens in requests]
+    assert together == alone
+    assert together == [without_a_cache(model, prompt, tokens) for prompt, tokens in requests]
+
+
+def test_sampling_with_a_seed_is_the_same_in_company(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=3)
+    prompt = prompts(1)[0]
+    alone = Job(engine, prompt, params).tokens()
+    company = [Job(engine, other, greedy(30)) for other in prompts(3)]
+    assert Job(engine, prompt, params).tokens() == alone
+    assert Job(engine, prompt, SamplingParams(max_tokens=20, seed=4)).tokens() != alone
+    for job in company:
+        job.tokens()
+
+
+def test_ends(engine: Engine, model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = prompts(1)[0]
+    job = Job(engine, prompt, greedy(16))
+    text, reason = job.outcome()
+    assert reason == "length"
+    assert len(job.request.completion) == 16
+    assert text == tokenizer.decode(job.request.completion, skip_special_tokens=True)
+
+    stop = text[5:8]
+    job = Job(engine, prompt, greedy(16, stop=(stop,)))
+    assert job.outcome() == (text[: text.index(stop)], "stop")
+    assert len(job.request.completion) < 16
+
+
+def test_an_eos_ends_a_request(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    loaded = load_model(model_folder)
+    attach(loaded, LocalTables(model_folder), "local")
+    prompt = prompts(1)[0]
+    usual = without_a_cache(loaded, prompt, 16)
+    # generate reads EOS ids here too; the n-grams' own segment ends stay what the checkpoint says.
+    loaded.generation_config.eos_token_id = [usual[6], 2]
+    ending = Engine(loaded, tokenizer)
+    try:
+        job = Job(ending, prompt, greedy(16))
+        text, reason = job.outcome()
+        assert reason == "stop"
+        assert job.request.completion == usual[: usual.index(usual[6]) + 1]
+        assert text == tokenizer.decode(job.request.completion[:-1], skip_special_tokens=True)
+    finally:
+        ending.close()
+
+
+def test_a_cancelled_request_leaves(engine: Engine) -> None:
+    stays = Job(engine, prompts(1)[0], greedy(60))
+    goes = Job(engine, prompts(2)[1], greedy(1500))
+    goes.events.get(timeout=SECONDS)
+    goes.request.cancel()
+    expected = Job(engine, prompts(1)[0], greedy(60)).tokens()
+    assert stays.tokens() == expected
+    until(lambda: not engine.running, "the cancelled request to leave")
+    assert len(goes.request.completion) < 1500
+
+
+def test_a_cancelled_request_never_joins(engine: Engine) -> None:
+    jobs = [Job(engine, prompt, greedy(40)) for prompt in prompts(5)]
+    jobs[-1].request.cancel()
+    for job in jobs[:-1]:
+        job.tokens()
+    until(lambda: not engine.waiting, "the queue to empty")
+    assert not jobs[-1].request.completion
+
+
+class Gate(LocalTables):
+    """Tables that answer when told to, or fail."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        self.open = threading.Event()
+        self.open.set()
+        self.fails_at: int | None = None
+        """A batch of so many sequences fails."""
+
+    def lookup_ngrams(self, model: str, token_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        assert self.open.wait(SECONDS)
+        if self.fails_at == len(token_ids):
+            raise Unavailable("no shard answers")
+        return super().lookup_ngrams(model, token_ids, *args, **kwargs)
+
+
+@pytest.fixture
+def gated(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Engine, Gate]]:
+    loaded, tables = load_model(model_folder), Gate(model_folder)
+    attach(loaded, tables, "local")
+    running = Engine(loaded, tokenizer, max_batch=2, max_queue=3)
+    yield running, tables
+    tables.open.set()
+    running.close()
+
+
+def test_a_full_queue_refuses(gated: tuple[Engine, Gate]) -> None:
+    engine, tables = gated
+    tables.open.clear()
+    first = Job(engine, [5, 6], greedy(3))
+    until(lambda: not engine.waiting, "the first to be taken up")
+    others = [Job(engine, [7, 8], greedy(3)) for _ in range(3)]
+    with pytest.raises(EngineBusy, match="3 requests wait"):
+        Job(engine, [9], greedy(3))
+    tables.open.set()
+    assert [len(job.tokens()) for job in [first, *others]] == [3, 3, 3, 3]
+    assert len(Job(engine, [9], greedy(3)).tokens()) == 3
+
+
+def test_a_failed_prefill_ends_one_request(gated: tuple[Engine, Gate]) -> None:
+    engine, tables = gated
+    expected = Job(engine, [5, 6], greedy(8)).tokens()
+    tables.fails_at = 1
+    with pytest.raises(Unavailable, match="no shard answers"):
+        Job(engine, [5, 6], greedy(8)).outcome()
+    tables.fails_at = None
+    assert Job(engine, [5, 6], greedy(8)).tokens() == expected
+
+
+def test_a_failed_step_ends_its_batch_and_no_more(gated: tuple[Engine, Gate]) -> None:
+    engine, tables = gated
+    expected = Job(engine, [5, 6], greedy(8)).tokens()
+    tables.fails_at = 2
+    tables.open.clear()
+    jobs = [Job(engine, [5, 6], greedy(500)) for _ in range(2)]
+    tables.open.set()
+    for job in jobs:
+        with pytest.raises(Unavailable, match="no shard answers"):
+            job.outcome()
+    assert engine.alive
+    assert Job(engine, [5, 6], greedy(8)).tokens() == expected
+
+
+def test_closing_fails_what_runs_and_waits(gated: tuple[Engine, Gate]) -> None:
+    engine, tables = gated
+    tables.open.clear()
+    jobs = [Job(engine, [5, 6], greedy(1000)) for _ in range(3)]
+    threading.Timer(0.2, tables.open.set).start()
+    engine.close()
+    for job in jobs:
+        with pytest.raises(Unavailable, match="shutting down"):
+            job.outcome()
+    assert not engine.alive
