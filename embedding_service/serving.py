@@ -167,7 +167,10 @@ async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 def run_process(name: str, main: Callable[[], object]) -> None:
     """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
-    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s")
+    # force: FBGEMM sets up the root logger when it is imported
+    logging.basicConfig(
+        force=True, stream=sys.stderr, format=f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s"
+    )
     log.setLevel(logging.INFO)  # ours only: FBGEMM and TorchRec tell every library they load
     try:
         asyncio.run(main())  # type: ignore[arg-type]

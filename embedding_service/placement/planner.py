@@ -106,7 +106,8 @@ def plan(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int = 1) 
             f"{_demand(parts, nodes, replicas)}, but in too small pieces: {reason}; "
             "add shards, raise --memory or import with a smaller --part-size"
         ) from error
-    for name, parameter in sharding.plan[""].items():  # type: ignore[attr-defined]
+    parameters = [item for module in sharding.plan.values() for item in module.items()]  # type: ignore[attr-defined]
+    for name, parameter in parameters:
         shard = nodes[parameter.ranks[0]].shard
         key = copies[name].key
         placement.shards_of.setdefault(key, []).append(shard)
@@ -156,18 +157,20 @@ def _table_wise(copies: Mapping[str, PartDemand]) -> dict[str, ParameterConstrai
     return {name: ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["quant"]) for name in copies}
 
 
-def _as_module(copies: Mapping[str, PartDemand]) -> EmbeddingCollection:
-    tables = [
-        EmbeddingConfig(
+def _as_module(copies: Mapping[str, PartDemand]) -> torch.nn.ModuleDict:
+    """On the meta device; one collection for each row size, for the tables of a collection must agree in it."""
+    tables: dict[str, list[EmbeddingConfig]] = {}
+    for name, part in copies.items():
+        config = EmbeddingConfig(
             name=name,
             feature_names=[name],
             num_embeddings=part.rows,
             embedding_dim=part.row_bytes,
             data_type=DataType.INT8,
         )
-        for name, part in copies.items()
-    ]
-    return EmbeddingCollection(tables=tables, device=torch.device("meta"))
+        tables.setdefault(str(part.row_bytes), []).append(config)
+    meta = torch.device("meta")
+    return torch.nn.ModuleDict({size: EmbeddingCollection(configs, meta) for size, configs in tables.items()})
 
 
 class _ExactStorage(ShardEstimator):

@@ -1,0 +1,88 @@
+"""What the controller decides, from given states."""
+
+from support.checkpoints import DIM
+
+from embedding_service.controller import decisions
+from embedding_service.placement.parts import PartKey
+from embedding_service.store.manifest import Manifest, Part, Table
+
+
+def manifest(version: str, model: str = "m", parts: int = 3) -> Manifest:
+    row_bytes, rows = DIM * 4, 64
+    return Manifest(
+        model=model,
+        version=version,
+        family="",
+        hash_params={},
+        tables=(
+            Table(
+                name="t",
+                rows=rows * parts,
+                dim=DIM,
+                dtype="fp32",
+                row_bytes=row_bytes,
+                rows_per_part=rows,
+                parts=tuple(
+                    Part(
+                        index=index,
+                        first_row=index * rows,
+                        rows=rows,
+                        file=f"t/part-{index:05d}.safetensors",
+                        bytes=rows * row_bytes,
+                        checksum="xxh3-128:" + "0" * 32,
+                    )
+                    for index in range(parts)
+                ),
+            ),
+        ),
+    )
+
+
+def held(*manifests: Manifest, by: str = "a") -> dict[PartKey, list[str]]:
+    return {key: [by] for each in manifests for key in decisions.part_keys(each)}
+
+
+def test_a_model_is_served_once_all_its_parts_are_held() -> None:
+    one = manifest("1")
+    holders = held(one)
+    assert decisions.choose_versions({"m": [one]}, [], holders) == ([one], [one])
+    del holders[PartKey("m", "1", "t", 2)]
+    assert decisions.choose_versions({"m": [one]}, [], holders) == ([one], [])
+
+
+def test_a_served_model_stays_served_when_a_part_is_lost() -> None:
+    one = manifest("1")
+    assert decisions.choose_versions({"m": [one]}, [("m", "1")], {}) == ([one], [one])
+
+
+def test_the_old_version_is_served_until_the_new_one_is_whole() -> None:
+    one, two = manifest("1"), manifest("2")
+    catalog = {"m": [one, two]}
+    assert decisions.choose_versions(catalog, [("m", "1")], held(one)) == ([one, two], [one])
+    assert decisions.choose_versions(catalog, [("m", "1")], held(one, two)) == ([two], [two])
+
+
+def test_versions_never_served_are_skipped() -> None:
+    versions = [manifest(version) for version in ("1", "2", "10")]
+    assert decisions.choose_versions({"m": versions}, [], {}) == ([versions[2]], [])
+
+
+def test_a_plan_is_needed_when_copies_are_missing_or_their_shard_is_gone() -> None:
+    one = manifest("1")
+    target = {key: ["a", "b"] for key in decisions.part_keys(one)}
+    assert not decisions.needs_plan([one], target, {"a", "b"}, 2)
+    assert decisions.needs_plan([one], target, {"a"}, 2)
+    assert not decisions.needs_plan([one], target, {"a"}, 1)
+    assert decisions.needs_plan([one, manifest("2")], target, {"a", "b"}, 1)
+
+
+def test_routing_names_those_who_hold_and_shall_hold() -> None:
+    one = manifest("1")
+    keys = decisions.part_keys(one)
+    holders = {keys[0]: ["a", "b"], keys[1]: ["b"]}
+    target = {keys[0]: ["b"], keys[1]: ["a"], keys[2]: ["a"]}
+    routing = decisions.build_routing([one], target, holders, {"a": "h:1", "b": "h:2"})
+    owners = [[routing.shards[index].id for index in part.shards] for part in routing.models[0].tables[0].parts]
+    # moving: the old holder answers until the new one has it; lost: nobody, and clients wait
+    assert owners == [["b"], ["b"], []]
+    assert decisions.routed_parts(routing) == {"a": set(), "b": {keys[0], keys[1]}}
