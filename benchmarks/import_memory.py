@@ -35,12 +35,12 @@ CHILD = """
 import sys, time, torch
 from embedding_service.formats import get_format
 from embedding_service.store.importing import import_checkpoint
-checkpoint, store, dtype = sys.argv[1:]
+checkpoint, store, dtype, part_bytes = sys.argv[1:]
 get_format("int8").encode(torch.zeros(16, 16))
 print("ready", flush=True)
 sys.stdin.readline()
 begun = time.monotonic()
-import_checkpoint(checkpoint, store, "bench", dtype=dtype)
+import_checkpoint(checkpoint, store, "bench", dtype=dtype, part_bytes=int(part_bytes))
 print(time.monotonic() - begun, flush=True)
 """
 
@@ -79,10 +79,12 @@ def resident(pid: int) -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
 
 
-def watch_import(checkpoint: Path, store: Path, dtype: str) -> tuple[float, dict[str, int]]:
+def watch_import(
+    checkpoint: Path, store: Path, dtype: str, part_bytes: int = DEFAULT_PART_BYTES
+) -> tuple[float, dict[str, int]]:
     """Import in a process of its own; return the seconds and the bytes it added at most, by kind."""
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(checkpoint), str(store), dtype],
+        [sys.executable, "-c", CHILD, str(checkpoint), str(store), dtype, str(part_bytes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

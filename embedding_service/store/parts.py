@@ -123,21 +123,18 @@ class PartWriter:
 
     def __init__(
         self, folder: Path, table: str, index: int, *, first_row: int, rows: int, dim: int, row_format: RowFormat
-    ):
+    ) -> None:
         self._path = folder / part_file(table, index)
         self._partial = self._path.with_suffix(".partial")
         self._part = (index, first_row, rows, rows * row_format.row_bytes(dim))
+        self._header = header_bytes({TENSOR_NAME: (row_format.tensor_dtype, row_format.part_shape(rows, dim))})
         self._digest = xxhash.xxh3_128()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb", buffering=0)
-        self._file.write(header_bytes({TENSOR_NAME: (row_format.tensor_dtype, row_format.part_shape(rows, dim))}))
 
     def write(self, stored: torch.Tensor) -> None:
         """Append rows: uint8 Tensor[n, row_bytes], contiguous."""
         view = byte_view(stored)
         self._digest.update(view)
-        while view:
-            view = view[self._file.write(view) :]
+        self._write_all(view)
 
     def finish(self) -> Part:
         """Bring the file to disk under its name and return its entry for the manifest."""
@@ -155,7 +152,18 @@ class PartWriter:
             checksum=_checksum(self._digest),
         )
 
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            view = view[self._file.write(view) :]
+
     def __enter__(self) -> PartWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb", buffering=0)
+        try:
+            self._write_all(memoryview(self._header))
+        except OSError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

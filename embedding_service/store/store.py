@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from embedding_service.errors import NotFound
+from embedding_service.errors import NotFound, StoreError
 from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
 
@@ -25,7 +25,10 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
-        self.filesystem, self.root = fsspec.core.url_to_fs(self.url)
+        try:
+            self.filesystem, self.root = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
+            raise StoreError(f"{self.url} is no store that can be opened: {error}") from error
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
     def __repr__(self) -> str:

@@ -153,7 +153,7 @@ def test_plain_conversions_round_to_nearest() -> None:
 def test_a_row_that_is_not_finite_is_refused(name: str, value: float) -> None:
     rows = torch.ones(9, 8)
     rows[5, 3] = rows[7, 0] = value
-    with pytest.raises(UnencodableRow, match="row 5 .*not finite") as caught:
+    with pytest.raises(UnencodableRow, match=r"row 5 .*not finite") as caught:
         get_format(name).encode(rows)
     assert caught.value.row == 5
 

@@ -73,7 +73,7 @@ class Checkpoint:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
-    """make_checkpoint(dtype=torch.bfloat16, name="checkpoint") -> Checkpoint, not written yet."""
+    """Make checkpoints that are not written yet, so that a test can spoil them first."""
 
     def make(dtype: torch.dtype = torch.bfloat16, name: str = "checkpoint") -> Checkpoint:
         return Checkpoint(tmp_path / name, dtype)
