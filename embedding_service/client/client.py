@@ -163,7 +163,7 @@ class EmbeddingClient:
             raise InvalidRequest(f"table must be named as MODEL/TABLE, got {name!r}")
         flat = _flat_ids(ids)
         rows = yield from self._rows(model_name, lambda model: [(model.table(table_name), flat)], dtype, timeout)
-        return rows[0].view(*ids.shape, -1).to(ids.device)
+        return rows[0].view(*ids.shape, rows[0].shape[1]).to(ids.device)
 
     def _lookup_ngrams(
         self, name: str, token_ids: Tensor, context: Tensor | None, dtype: torch.dtype, timeout: float | None
@@ -181,8 +181,8 @@ class EmbeddingClient:
         rows = yield from self._rows(name, ids_of, dtype, timeout)
         batch, length, tables, heads = shape
         if tables == 1:
-            return rows[0].view(batch, length, 1, heads, -1).to(token_ids.device)
-        return torch.stack([table.view(batch, length, heads, -1) for table in rows], 2).to(token_ids.device)
+            return rows[0].view(batch, length, 1, heads, rows[0].shape[1]).to(token_ids.device)
+        return torch.stack([table.view(batch, length, heads, table.shape[1]) for table in rows], 2).to(token_ids.device)
 
     def _rows(
         self,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import Message
 
+from embedding_service.errors import Unavailable
 from embedding_service.wire import embedding_pb2 as wire
 
 _METHODS: dict[type[Message], tuple[str, type[Message]]] = {
@@ -63,21 +64,24 @@ class GrpcTransport(Transport):
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message]], Callable[..., Any]] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def send(self, call: Call) -> Future[Any]:
-        """Start a call."""
+        """Start a call. Raises Unavailable once closed."""
+        if self._closed:
+            raise Unavailable("this client is closed")
         method = self._methods.get((call.address, type(call.request))) or self._open(call.address, type(call.request))
         result: Future[Any] = Future()
         try:
             rpc = method(call.request, timeout=call.timeout)
-        except ValueError as error:  # a channel that is closed raises at once
-            result.set_result(Failure(grpc.StatusCode.UNAVAILABLE, str(error), {}))
-            return result
+        except ValueError:  # closed since we looked
+            raise Unavailable("this client is closed") from None
         rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc)))
         return result
 
     def close(self) -> None:
         """Drop all connections."""
+        self._closed = True
         with self._lock:
             channels, self._channels, self._methods = list(self._channels.values()), {}, {}
         for channel in channels:

@@ -36,6 +36,8 @@ class PlainFormat(RowFormat):
     ) -> torch.Tensor:
         """Convert values to the dtype asked for; no more than a view where it is the stored one and `out` is None."""
         self.check_stored(stored, dim)
+        if not len(stored):  # torch will not view bytes without rows as floats
+            return output(stored, dim, out, dtype)
         stored = stored.contiguous()
         if stored.storage_offset() % self.dtype.itemsize:
             stored = stored.clone()

@@ -1,0 +1,172 @@
+"""The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
+
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from embedding_service import errors
+from embedding_service.client.router import Router, Want
+from embedding_service.client.transport import Call, Failure
+from embedding_service.placement.routing import Model, Routing
+from embedding_service.wire import embedding_pb2 as wire
+
+ROWS, PER_PART, DIM = 40, 10, 2
+REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved", {})
+GONE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused", {})
+
+
+def routing(owners: list[list[int]], epoch: int = 1, version: str = "1", response_bytes: int = 1 << 20) -> wire.Routing:
+    """Shards a, b, c at h:0, h:1, h:2; `owners` of the four parts of the one table."""
+    info = wire.ModelInfo(
+        name="m",
+        version=version,
+        tables=[wire.TableInfo(name="t", rows=ROWS, dim=DIM, dtype="fp32", row_bytes=8, rows_per_part=PER_PART)],
+    )
+    table = wire.TablePlacement(parts=[wire.PartOwners(shards=shards) for shards in owners])
+    return wire.Routing(
+        term=1,
+        epoch=epoch,
+        shards=[wire.ShardAddress(id=name, address=f"h:{index}") for index, name in enumerate("abc")],
+        models=[wire.ModelPlacement(model=info, tables=[table])],
+        limits=wire.Limits(request_bytes=1 << 20, response_bytes=response_bytes),
+    )
+
+
+class Shards:
+    """Answers calls the way real shards with these parts would; `now` is the routing they know."""
+
+    def __init__(self, now: wire.Routing) -> None:
+        self.now = now
+        self.dead: set[str] = set()
+        self.asked: list[Call] = []
+
+    def answer(self, call: Call) -> Any:
+        self.asked.append(call)
+        if call.address in self.dead:
+            return GONE
+        if isinstance(call.request, wire.GetRoutingRequest):
+            return self.now
+        model = self.now.models[0]
+        ids = np.frombuffer(call.request.ids_uint32, "<u4")
+        here = int(call.address.removeprefix("h:"))
+        held = all(here in model.tables[0].parts[row // PER_PART].shards for row in ids)
+        if not held or call.request.model != f"m@{model.model.version}":
+            return REDIRECT
+        tag = float(model.model.version)
+        rows = np.stack([ids.astype(np.float32), np.full(len(ids), tag, np.float32)], 1)
+        return wire.LookupResponse(rows=rows.tobytes(), version=model.model.version)
+
+    def run(self, steps: Any, most_steps: int = 200) -> Any:
+        """Drive `steps`; waiting takes no time."""
+        answers = None
+        try:
+            for _ in range(most_steps):
+                step = steps.send(answers)
+                answers = None if isinstance(step, float) else [self.answer(call) for call in step]
+        except StopIteration as end:
+            return end.value
+        raise AssertionError("does not end")
+
+
+def fetch(router: Router, shards: Shards, ids: list[int], name: str = "m", seconds: float = 60.0) -> np.ndarray:
+    def wants_of(model: Model) -> list[Want]:
+        return [Want(model.table("t"), np.array(ids, np.int64), wire.ROW_ENCODING_STORED, 8)]
+
+    _, rows = shards.run(router.fetch(name, wants_of, time.monotonic() + seconds))
+    return rows[0].view(np.float32)
+
+
+IDS = [39, 0, 11, 12, 25, 7]
+
+
+def test_each_owner_is_asked_once_for_its_rows() -> None:
+    shards = Shards(routing([[0], [1], [2], [0]]))
+    assert fetch(Router(["h:0"]), shards, IDS)[:, 0].tolist() == IDS
+    lookups = [call for call in shards.asked if isinstance(call.request, wire.LookupRequest)]
+    assert sorted(call.address for call in lookups) == ["h:0", "h:1", "h:2"]
+
+
+def test_requests_are_cut_to_the_limit() -> None:
+    shards = Shards(routing([[0]] * 4, response_bytes=16))
+    assert fetch(Router(["h:0"]), shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
+    lookups = [call for call in shards.asked if isinstance(call.request, wire.LookupRequest)]
+    assert {len(call.request.ids_uint32) for call in lookups} == {8}
+
+
+def test_a_redirect_is_followed_with_the_newer_routing() -> None:
+    router = Router(["h:0"], Routing(routing([[0], [0], [0], [0]])))
+    shards = Shards(routing([[0], [1], [1], [2]], epoch=2))
+    assert fetch(router, shards, IDS)[:, 0].tolist() == IDS
+    assert router.current is not None
+    assert router.current.age == (1, 2)
+
+
+def test_an_older_routing_is_never_adopted() -> None:
+    router = Router(["h:0"], Routing(routing([[0]] * 4, epoch=5)))
+    router.adopt(Routing(routing([[1]] * 4, epoch=4)))
+    assert router.current is not None
+    assert router.current.age == (1, 5)
+
+
+def test_another_replica_answers_for_a_dead_shard() -> None:
+    shards = Shards(routing([[0, 1], [1, 2], [2, 0], [0, 1]]))
+    shards.dead = {"h:1"}
+    assert fetch(Router(["h:0"]), shards, IDS)[:, 0].tolist() == IDS
+
+
+def test_reads_are_spread_over_replicas() -> None:
+    shards = Shards(routing([[0, 1, 2]] * 4))
+    router = Router(["h:0"])
+    for _ in range(30):
+        fetch(router, shards, [5])
+    lookups = [call.address for call in shards.asked if isinstance(call.request, wire.LookupRequest)]
+    assert {lookups.count(f"h:{index}") for index in range(3)} == {10}
+
+
+def test_without_an_owner_the_error_names_rows_and_shards() -> None:
+    shards = Shards(routing([[0], [1], [], [2]]))
+    shards.dead = {"h:1"}
+    with pytest.raises(errors.Unavailable, match=r"rows of m@1/t .*shard b at h:1: UNAVAILABLE connection refused"):
+        fetch(Router(["h:0"]), shards, IDS, seconds=0)
+    shards.dead = set()
+    with pytest.raises(errors.Unavailable, match=r"1 of 6 rows of m@1/t \(the first: row 25\).*no shard holds them"):
+        fetch(Router(["h:0"]), shards, IDS, seconds=0)
+
+
+def test_a_version_retired_meanwhile_is_replaced_and_never_mixed() -> None:
+    router = Router(["h:0"], Routing(routing([[0], [0], [1], [1]], version="1")))
+    shards = Shards(routing([[0], [1], [1], [2]], epoch=2, version="2"))
+    assert set(fetch(router, shards, IDS)[:, 1]) == {2.0}
+
+
+def test_a_pinned_version_that_is_gone_is_not_found() -> None:
+    router = Router(["h:0"], Routing(routing([[0]] * 4, version="1")))
+    shards = Shards(routing([[0]] * 4, epoch=2, version="2"))
+    with pytest.raises(errors.NotFound, match="m@1"):
+        fetch(router, shards, IDS, name="m@1")
+
+
+def test_an_answer_of_the_wrong_size_is_refused() -> None:
+    class Short(Shards):
+        def answer(self, call: Call) -> Any:
+            answer = super().answer(call)
+            if isinstance(answer, wire.LookupResponse):
+                answer.rows = answer.rows[:-1]
+            return answer
+
+    with pytest.raises(errors.ProtocolError, match="another release"):
+        fetch(Router(["h:0"]), Short(routing([[0]] * 4)), IDS)
+
+
+def test_what_no_retry_mends_is_raised_at_once() -> None:
+    class Refusing(Shards):
+        def answer(self, call: Call) -> Any:
+            if isinstance(call.request, wire.LookupRequest):
+                return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7", {})
+            return super().answer(call)
+
+    with pytest.raises(errors.RequestTooLarge, match="limit of 7"):
+        fetch(Router(["h:0"]), Refusing(routing([[0]] * 4)), IDS)
