@@ -54,8 +54,8 @@ class RowFormat(ABC):
     ) -> torch.Tensor:
         """uint8 Tensor[n, row_bytes] -> Tensor[n, dim] of `dtype` (float32, float16 or bfloat16), in `out` where given.
 
-        `out` decides the dtype when given. Equal bit for bit to FBGEMM's CPU kernel for inference tables, but for a -0.0
-        in plain rows, which that kernel reads as 0.0.
+        `out` decides the dtype when given. Equal bit for bit to FBGEMM's CPU kernel for inference tables, but for a
+        -0.0 in plain rows, which that kernel reads as 0.0.
         """
 
     def check_stored(self, stored: torch.Tensor, dim: int) -> None:

@@ -47,8 +47,8 @@ def test_what_is_not_there_is_named_beside_what_is(checkpoint: Any, tmp_path: Pa
 
 
 def test_versions_sort_by_their_numbers() -> None:
-    ordered = ["1", "2", "10", "2025.9", "2025.10", "a", "v9", "v10"]
-    assert sorted(ordered[::-1], key=natural_order) == ordered
+    mixed = ["v10", "10", "2025.10", "2", "v9", "1", "a", "2025.9"]
+    assert sorted(mixed, key=natural_order) == ["1", "2", "10", "2025.9", "2025.10", "a", "v9", "v10"]
 
 
 def test_a_manifest_that_cannot_be_read_names_its_file(checkpoint: Any, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""`embedding-service import` and `split`, typed as a person types them."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedding_service.commands import store as store_commands
+from embedding_service.store import Store
+
+COMMAND = [sys.executable, "-m", "embedding_service.cli"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_import_says_what_it_did_and_refuses_to_do_it_twice(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("import", checkpoint, "--store", tmp_path, "--name", "tiny")
+    result = run(*options, "--dtype", "int4", "--part-size", "64KiB")
+    assert result.returncode == 0, result.stderr
+    table = Store(tmp_path).manifest("tiny").tables[0]
+    assert table.dtype == "int4"
+    assert f"tiny@1: {table.rows:,} rows of {table.dim} as int4" in result.stdout
+    assert f"out in {len(table.parts)} parts" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+    again = run(*options)
+    assert again.returncode == 1
+    assert again.stdout == ""
+    assert len(again.stderr.splitlines()) == 1
+    assert again.stderr.startswith("error: name taken: ")
+    assert "--version 2" in again.stderr
+    assert run(*options, "--version", "2").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--dtype", "int5"], 1, "error: unknown dtype 'int5'; known: fp32"),
+        (["--version", "a/b"], 1, "error: 'a/b' cannot be a name"),
+        (["--part-size", "1KiB"], 1, "too small"),
+        (["--part-size", "much"], 2, "'much' is no size"),
+        (["--surprise"], 2, "No such option"),
+    ],
+)
+def test_wrong_options_end_in_one_clear_line(
+    checkpoint: Path, tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    result = run("import", checkpoint, "--store", tmp_path, "--name", "tiny", *options)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert Store(tmp_path).models() == []
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    for command in (
+        ("import", tmp_path, "--store", tmp_path / "s", "--name", "x"),
+        ("split", tmp_path, tmp_path / "o"),
+    ):
+        result = run(*command)
+        assert result.returncode == 1
+        assert result.stderr == f"error: {tmp_path} is not a checkpoint: it has no config.json\n"
+
+
+def test_split_then_import_of_the_tables(checkpoint: Path, tmp_path: Path) -> None:
+    result = run("split", checkpoint, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path}/out/dense for workers, {tmp_path}/out/tables for import" in result.stdout
+    assert run("import", tmp_path / "out" / "tables", "--store", tmp_path / "s", "--name", "tiny").returncode == 0
+    assert Store(tmp_path / "s").models() == ["tiny"]
+
+
+def test_a_terminal_gets_a_bar(checkpoint: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    options = ["import", str(checkpoint), "--store", str(tmp_path), "--name", "tiny"]
+    with subprocess.Popen([*COMMAND, *options], stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while chunk := read_or_nothing(ours):
+            seen += chunk
+    os.close(ours)
+    assert process.returncode == 0, seen
+    assert b"importing" in seen and "━".encode() in seen and b"/s" in seen
+
+
+def read_or_nothing(descriptor: int) -> bytes:
+    """What a terminal shows next; nothing once its other end is closed."""
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:
+        return b""
+
+
+def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_commands._Progress, "LINE_SECONDS", 0.0)
+    with store_commands._Progress("importing") as progress:
+        progress(1 << 20, 4 << 20)
+    assert "importing: 1.0 MiB of 4.0 MiB, " in capsys.readouterr().err
+
+
+def test_help_is_quick_because_nothing_heavy_is_loaded() -> None:
+    heavy = ("torch", "fbgemm_gpu", "pydantic", "fsspec")
+    code = f"import sys, embedding_service.cli; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
