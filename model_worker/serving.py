@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +141,10 @@ def stop(joined: bool) -> None:
     """Take the application down; in a cluster we joined, nothing else."""
     if not ray.is_initialized():
         return
-    if joined:
-        serve.delete(APP)
-    else:
-        serve.shutdown()
-    ray.shutdown()
+    # Ray prints, as an error, that Serve's controller was killed at its own shutdown.
+    with redirect_stdout(io.StringIO()):
+        if joined:
+            serve.delete(APP)
+        else:
+            serve.shutdown()
+        ray.shutdown()

@@ -1,0 +1,355 @@
+"""`model-worker serve` as users run it: one real process, asked over HTTP with the openai package."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from conftest import Tables
+from small_model import CONTEXT, VOCAB
+from support.cluster import free_port, until
+from test_engine import without_a_cache
+from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
+
+PROMPT = "The import statement, naïvely"
+MAX_BATCH, MAX_QUEUE = 2, 3
+
+
+class Server:
+    """`model-worker serve` in a process of its own."""
+
+    def __init__(self, log: Path, checkpoint: Path, embeddings: str, *options: str) -> None:
+        self.log = log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [str(Path(sys.executable).with_name("model-worker")), "serve", str(checkpoint)]
+        with log.open("wb") as output:
+            self.popen = psutil.Popen(
+                [*command, f"--embeddings={embeddings}", f"--port={self.port}", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_ready(self) -> None:
+        def printed() -> bool:
+            assert self.popen.poll() is None, self.log.read_text()
+            return " ready at " in self.log.read_text()
+
+        until(printed, "the server")
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all that came from it."""
+        return [self.popen, *self.popen.children(recursive=True)]
+
+    def info(self) -> dict[str, int]:
+        return httpx.get(f"{self.url}/v1/worker").json()
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path, embeddings: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = [f"--max-batch={MAX_BATCH}", f"--max-queue={MAX_QUEUE}"]
+    running = Server(log, model_folder, embeddings, *options)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        family = running.family() if running.popen.is_running() else []
+        for process in family:
+            process.terminate()
+        for process in psutil.wait_procs(family, timeout=20)[1]:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def expected(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str]:
+    """Greedy tokens after PROMPT and their text, from the tables in this process, without a cache."""
+    tokens = without_a_cache(model, tokenizer.encode(PROMPT), 24)
+    return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# Answers
+
+
+def test_completion(client: openai.OpenAI, expected: tuple[list[int], str], tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens, text = expected
+    answer = client.completions.create(model="small", prompt=PROMPT, max_tokens=24, temperature=0)
+    assert answer.object == "text_completion"
+    assert answer.model == "small"
+    assert [choice.text for choice in answer.choices] == [text]
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT))
+    assert answer.usage.completion_tokens == len(tokens)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_completion_of_token_ids(
+    client: openai.OpenAI, expected: tuple[list[int], str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    answer = client.completions.create(
+        model="small", prompt=tokenizer.encode(PROMPT), max_tokens=24, temperature=0, n=1, logprobs=None, user="me"
+    )
+    assert answer.choices[0].text == expected[1]
+
+
+def test_streamed_completion(client: openai.OpenAI, expected: tuple[list[int], str]) -> None:
+    chunks = list(
+        client.completions.create(
+            model="small",
+            prompt=PROMPT,
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    *pieces, usage = chunks
+    assert len(pieces) > 5
+    assert "".join(chunk.choices[0].text for chunk in pieces) == expected[1]
+    assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert usage.choices == []
+    assert usage.usage.completion_tokens == len(expected[0])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stop_string(client: openai.OpenAI, expected: tuple[list[int], str]) -> None:
+    text = expected[1]
+    stop = text[6:9]
+    options = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "stop": ["never seen", stop]}
+    answer = client.completions.create(**options)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True))
+    assert streamed == text[: text.index(stop)]
+
+
+def test_chat(client: openai.OpenAI, model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a list?"}]},
+    ]
+    prompt = tokenizer.encode("<system>Be brief.\n<user>What is a list?\n<assistant>", add_special_tokens=False)
+    text = tokenizer.decode(without_a_cache(model, prompt, 12), skip_special_tokens=True)
+    options = {"model": "small", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**options)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(prompt)
+
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_sampling_with_a_seed(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> str:
+        options = {"model": "small", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.9, "top_p": 0.9}
+        return client.completions.create(**options, seed=seed).choices[0].text
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_concurrent_requests_do_not_mix(client: openai.OpenAI) -> None:
+    def ask(number: int) -> str:
+        answer = client.completions.create(
+            model="small", prompt=f"{number} is a number", max_tokens=10 + 5 * number, temperature=0
+        )
+        return answer.choices[0].text
+
+    alone = [ask(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == alone
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [card.id for card in client.models.list()] == ["small"]
+    assert client.models.retrieve("small").owned_by == "model-worker"
+    with pytest.raises(openai.NotFoundError, match=r"'gpt'.*'small'"):
+        client.models.retrieve("gpt")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"temprature": 1}, "temprature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": CONTEXT}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"prompt": ["one", "two"]}, "prompt"),
+        ({"prompt": [1, 2, VOCAB]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "word " * CONTEXT}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"stream_options": {"include_usage": True}}, None),
+    ],
+    ids=str,
+)
+def test_bad_parameters_are_named(server: Server, change: dict[str, object], param: str | None) -> None:
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": 4} | change
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+    ],
+    ids=str,
+)
+def test_bad_chat_parameters_are_named(server: Server, change: dict[str, object], param: str) -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]} | change
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_other_bad_requests(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'gpt' does not exist: this server serves 'small'"):
+        client.completions.create(model="gpt", prompt=PROMPT)
+    not_json = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert (not_json.status_code, not_json.json()["error"]["code"]) == (400, "json_invalid")
+    assert "error" in httpx.get(f"{server.url}/v2").json()
+    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+
+
+def test_a_full_queue_answers_429(server: Server) -> None:
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": 150, "temperature": 0}
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(12)]
+    answers = [answer.result() for answer in asked]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    served = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
+    assert refused
+    assert len(served) == 1
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(answer.headers["Retry-After"] for answer in refused)
+    assert {answer.json()["error"]["type"] for answer in refused} == {"rate_limit_error"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_cancels(server: Server, stream: bool) -> None:
+    before = server.info()["generated_tokens"]
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": CONTEXT - 100, "temperature": 1, "seed": 7}
+    url = f"{server.url}/v1/completions"
+    if stream:
+        with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=httpx.Timeout(10, read=1.0))
+    until(lambda: server.info()["running"] == 0, "the request to leave")
+    assert 0 < server.info()["generated_tokens"] - before < CONTEXT - 100
+
+
+# The process
+
+
+def test_it_holds_no_tables(server: Server, model_folder: Path) -> None:
+    info = server.info()
+    dense = (model_folder / "model-00001-of-00002.safetensors").stat().st_size
+    assert info["table_bytes"] == 0
+    assert 0 < info["parameter_bytes"] <= dense
+    assert info["remote_table_values"] * 4 > 100_000
+    assert info["anonymous_bytes"] > 0
+    assert info["lookups"] > 0
+    assert info["looked_up_tokens"] >= info["lookups"]
+    assert info["lookup_wait_seconds"] > 0
+    assert psutil.pid_exists(info["pid"])
+
+
+def test_nothing_listens_beyond_loopback(server: Server) -> None:
+    listening = [
+        connection.laddr
+        for process in server.family()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert server.port in {address.port for address in listening}
+    assert not [address for address in listening if address.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+
+
+def test_a_service_that_is_away_answers_503_until_it_is_back(
+    server: Server, client: openai.OpenAI, tables: Tables, expected: tuple[list[int], str]
+) -> None:
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    started = threading.Event()
+    broken: list[Exception] = []
+
+    def read_a_long_stream() -> None:
+        try:
+            for _ in client.completions.create(
+                model="small", prompt=PROMPT, max_tokens=CONTEXT - 100, stream=True, seed=7
+            ):
+                started.set()
+        except openai.APIError as error:
+            broken.append(error)
+
+    reader = threading.Thread(target=read_a_long_stream)
+    reader.start()
+    assert started.wait(30)
+    tables.stop()
+    try:
+        reader.join(60)
+        assert [("embedding service" in str(error)) for error in broken] == [True]
+        assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 503
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "small", "prompt": PROMPT}, timeout=60)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"]
+        assert "embedding service" in answer.json()["error"]["message"]
+    finally:
+        tables.start()
+    until(lambda: httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200, "health")
+    again = client.completions.create(model="small", prompt=PROMPT, max_tokens=24, temperature=0)
+    assert again.choices[0].text == expected[1]
+
+
+def test_sigterm_ends_everything(server: Server) -> None:
+    family = server.family()
+    assert len(family) > 5  # Ray is there
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.popen.wait(30) == 0
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+    lines = server.log.read_text().splitlines()
+    assert [line for line in lines if "Traceback" in line] == []
