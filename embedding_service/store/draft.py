@@ -67,18 +67,21 @@ class Draft:
         _write_durably(self.folder / MANIFEST_FILE, manifest.to_json())
         for table in manifest.tables:
             _sync_folder(self.folder / table.name)
-        (self.folder / _JOURNAL).unlink()
-        (self.folder / _LOCK).unlink()
         _sync_folder(self.folder)
-        self.folder.rename(self.folder.parent / self.version)
-        _sync_folder(self.folder.parent)
+        target = self.folder.parent / self.version
+        self.folder.rename(target)
+        _sync_folder(target.parent)
+        # Not before: in a folder without its lock another import could begin anew, and we would publish that.
+        (target / _JOURNAL).unlink()
+        (target / _LOCK).unlink()
 
     def abandon_if_empty(self) -> None:
         """Leave no trace where nothing was finished."""
         if self.folder.exists() and len(self._journal_lines()) < 2:
             shutil.rmtree(self.folder)
-            with contextlib.suppress(OSError):  # not empty: the model has other versions
-                self.folder.parent.rmdir()
+            if self.store.is_local:
+                with contextlib.suppress(OSError):  # not empty: the model has other versions
+                    self.folder.parent.rmdir()
 
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return sum(part_bytes)
@@ -141,8 +144,9 @@ def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
         try:
             _refuse_taken(store, model, version)  # again: another may just have published it
             yield draft
-        finally:
+        except BaseException:
             draft.abandon_if_empty()
+            raise
 
 
 def _draft(store: Store, model: str, version: str) -> Draft:
@@ -201,10 +205,13 @@ def _read_part(line: str) -> Part | None:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    """Replace a file, so that at any moment either the old or the new text is on disk."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    new.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:
