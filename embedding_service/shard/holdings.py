@@ -18,7 +18,7 @@ from embedding_service.store.store import Store
 log = logging.getLogger(__name__)
 
 # A part that could not be loaded (corrupt, store away) is tried again: it may have been repaired.
-RETRY_SECONDS = 10.0
+RETRY_SECONDS = 5.0
 
 
 class Holdings:

@@ -1,0 +1,105 @@
+"""`embedding-service up` and the commands that ask it, as a person runs them."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from support.checkpoints import longcat_table
+from support.cluster import Up, free_port, until, up
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "embedding_service", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ends_cleanly_when_told(store: Path, tmp_path: Path, how: signal.Signals) -> None:
+    with up(tmp_path, store, 2) as running:
+        children = psutil.Process(running.popen.pid).children(recursive=True)
+        assert len(children) == 3
+        assert running.end(how) == 0
+        assert not [child for child in children if child.is_running()]
+        assert "Traceback" not in running.output()
+
+
+def test_its_processes_end_when_it_is_killed(store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, 2) as running:
+        children = psutil.Process(running.popen.pid).children(recursive=True)
+        running.end(signal.SIGKILL)
+        until(lambda: not [child for child in children if child.is_running()], "the processes to end", 20)
+
+
+def test_two_replicas(store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, 2, "--replicas=2", "--tier=mmap") as running:
+        until(lambda: len({shard.parts for shard in running.status().shards}) == 1, "both shards to hold everything")
+
+
+def test_an_empty_store(tmp_path: Path) -> None:
+    done = run_command("up", f"--store={tmp_path}")
+    assert done.returncode == 1
+    assert "no model in store" in done.stderr
+    assert "embedding-service import" in done.stderr
+
+
+def test_a_port_that_is_taken(store: Path, service: Up) -> None:
+    done = run_command("up", f"--store={store}", f"--port={service.address.partition(':')[2]}")
+    assert done.returncode == 1
+    assert f"cannot listen on {service.address}" in done.stderr
+    assert "another --port" in done.stderr
+
+
+def test_shards_too_small(store: Path, tmp_path: Path) -> None:
+    done = run_command("up", f"--store={store}", "--shards=2", f"--port={free_port()}", "--memory=300KiB")
+    assert done.returncode == 1
+    assert "bytes are missing; add shards or raise --memory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_tier(store: Path) -> None:
+    done = run_command("up", f"--store={store}", "--shards=1", f"--port={free_port()}", "--tier=tape")
+    assert done.returncode == 1
+    assert "unknown tier 'tape'; known: ram, mmap" in done.stderr
+
+
+def test_status_shows_shards_and_models(service: Up) -> None:
+    done = run_command("status", service.address)
+    assert done.returncode == 0, done.stderr
+    for text in ("shard-0", "shard-1", "shard-2", "cpu ram", "int8@1", "serving", "routing: term 1"):
+        assert text in done.stdout
+
+
+def test_lookup_prints_rows(service: Up) -> None:
+    done = run_command("lookup", "fp32/ngram", "130", "5", "--address", service.address)
+    assert done.returncode == 0, done.stderr
+    first, second = (line.split() for line in done.stdout.splitlines())
+    table = longcat_table()
+    assert first[0] == "130:"
+    assert [float(value) for value in first[1:4]] == table[130, :3].tolist()
+    assert [float(value) for value in second[1:4]] == table[5, :3].tolist()
+
+
+def test_lookup_says_what_is_wrong(service: Up) -> None:
+    done = run_command("lookup", "nope/ngram", "1", "--address", service.address)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no model 'nope' is served")
+
+
+def test_models_are_listed(service: Up) -> None:
+    done = run_command("models", service.address)
+    assert f"int4@1/ngram: {len(longcat_table()):,} rows of 16 int4 (longcat)" in done.stdout
+
+
+def test_nobody_there() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    done = run_command("status", address)
+    assert done.returncode == 1
+    assert address in done.stderr
