@@ -1,0 +1,1 @@
+"""Benchmarks, a file a subject; `python -m benchmarks` runs them all."""

@@ -38,7 +38,7 @@ class NotFound(RequestError, LookupError):
 
 
 class OutOfRange(RequestError, IndexError):
-    """A row id outside its table; the message gives the first bad position, its id and the bound (gRPC OUT_OF_RANGE)."""
+    """A row id outside its table; the message gives the first bad position, its id, the bound (gRPC OUT_OF_RANGE)."""
 
 
 class RequestTooLarge(RequestError):

@@ -97,10 +97,10 @@ class Server:
         for name in ["", *self._services[2:]]:
             await self._health.set(name, status)
 
-    async def stop(self, grace: float = STOP_GRACE) -> None:
-        """Take no more calls, let those under way end for `grace` seconds, then cut them."""
+    async def stop(self) -> None:
+        """Take no more calls, let those under way end for STOP_GRACE seconds, then cut them."""
         await self._health.enter_graceful_shutdown()
-        await self.grpc.stop(grace)
+        await self.grpc.stop(STOP_GRACE)
 
 
 class RoutingService:

@@ -86,6 +86,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._published = asyncio.Condition()
         self._dirty = asyncio.Event()
         self._settled = False
+        self._ending = False
         self._store_problem = ""
         self._plan_problem = ""
 
@@ -103,11 +104,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._dirty.set()
         listening = asyncio.create_task(self._listen(shard, reports))
         try:
-            while self._fleet.shards.get(shard.name) is shard and shard.connected:
-                await shard.outbox.wait()
-                shard.outbox.clear()
+            while self._fleet.shards.get(shard.name) is shard and shard.connected and not self._ending:
                 if shard.assigned is not None:
                     yield self._assignment(shard)
+                await shard.outbox.wait()
+                shard.outbox.clear()
         finally:
             self._fleet.leave(shard)
             await cancel([listening])
@@ -126,12 +127,23 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     ) -> AsyncIterator[wire.Routing]:
         """The routing now, and again each time it changes."""
         seen = (0, 0)
-        while True:
+        while not self._ending:
+            if self._routing and self._routing.age > seen:
+                seen = self._routing.age
+                yield self._routing.message
             async with self._published:
-                while self._routing is None or self._routing.age <= seen:
-                    await self._published.wait()
-            seen = self._routing.age
-            yield self._routing.message
+                await self._published.wait_for(lambda: self._ending or self._is_newer_than(seen))  # noqa: B023
+
+    def _is_newer_than(self, age: tuple[int, int]) -> bool:
+        return self._routing is not None and self._routing.age > age
+
+    async def end_streams(self) -> None:
+        """Let go of shards and watchers; they come again to whoever follows."""
+        self._ending = True
+        for shard in self._fleet.shards.values():
+            shard.outbox.set()
+        async with self._published:
+            self._published.notify_all()
 
     def current_routing(self) -> Routing | None:
         """The routing that was last published."""
@@ -349,4 +361,5 @@ async def _serve(options: ControllerOptions) -> None:
     finally:
         log.info("ending")
         await cancel([deciding])
-        await server.stop(grace=0.2)  # registrations never end by themselves; shards come again
+        await controller.end_streams()
+        await server.stop()

@@ -93,6 +93,7 @@ async def _serve(options: ShardOptions) -> None:
         await until_told_to_end(registering)
     finally:
         log.info("ending")
+        service.end_streams()
         await asyncio.gather(*(server.stop() for server in servers))
         await cancel([registering])
         transport.close()

@@ -65,10 +65,16 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         self._transport = transport
         self._limits = limits
         self._hashers: dict[str, NgramHasher] = {}
+        self._streams: set[asyncio.Queue[asyncio.Task[wire.StreamLookupResponse] | None]] = set()
 
     def current_routing(self) -> Routing | None:
         """The routing that the controller last sent."""
         return self._router.current
+
+    def end_streams(self) -> None:
+        """Let go of open streams: their senders open new ones elsewhere."""
+        for answers in self._streams:
+            answers.put_nowait(None)
 
     async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> wire.LookupResponse:
         """Rows of one table."""
@@ -85,6 +91,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
     ) -> AsyncIterator[wire.StreamLookupResponse]:
         """Many lookups on one stream, a window of them at a time; each is answered when it is ready."""
         answers: asyncio.Queue[asyncio.Task[wire.StreamLookupResponse] | None] = asyncio.Queue()
+        self._streams.add(answers)
         window = asyncio.Semaphore(STREAM_WINDOW)
         working: set[asyncio.Task[wire.StreamLookupResponse]] = set()
 
@@ -106,6 +113,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
                 yield done.result()
                 window.release()
         finally:
+            self._streams.discard(answers)
             await cancel([reader, *working])
 
     async def LookupNgrams(

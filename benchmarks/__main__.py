@@ -1,0 +1,15 @@
+"""All benchmarks, one after the other: `python -m benchmarks` (or `make bench`)."""
+
+import subprocess
+import sys
+
+MODULES = (
+    ["benchmarks.ngram"],
+    ["benchmarks.import_memory", "--gib", "1"],
+)
+
+if __name__ == "__main__":
+    for module in MODULES:
+        print(f"\n$ python -m {' '.join(module)}", flush=True)
+        if code := subprocess.run([sys.executable, "-m", *module], check=False).returncode:
+            sys.exit(code)
