@@ -29,7 +29,8 @@ def generate(out: Path) -> None:
         if protoc.main([*arguments, f"--grpc_python_out={scratch}", *sources]) != 0:
             sys.exit("protoc failed; its messages are above")
         for path in sorted(Path(scratch, "embedding/v1").iterdir()):
-            text = re.sub(r"^from embedding\.v1 import", "from embedding_service.wire import", path.read_text(), flags=re.M)
+            text = path.read_text()
+            text = re.sub(r"^from embedding\.v1 import", "from embedding_service.wire import", text, flags=re.M)
             (out / path.name).write_text(text)
 
 

@@ -108,7 +108,7 @@ def test_a_damaged_part_is_refused(store: Path, tier: str, tmp_path: Path, damag
     if damage != "missing":
         damaged.write_bytes(data)
     rows = TIERS[tier](table)
-    with pytest.raises((CorruptPart, OSError), match="part.safetensors"):
+    with pytest.raises((CorruptPart, OSError), match=r"part\.safetensors"):
         rows.load(part, damaged)
     assert rows.held_parts() == []
     with pytest.raises(NotFound):
