@@ -86,10 +86,10 @@ def _resolve(checkpoint: Path, embeddings: str, name: str | None, max_batch: int
     """Find the model in the service, before anything is started."""
     from embedding_service import EmbeddingClient
     from model_worker.checkpoint import Checkpoint
-    from model_worker.worker import WorkerConfig
+    from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
 
     folder = Checkpoint(checkpoint).folder.resolve()
-    with EmbeddingClient(embeddings) as client:
+    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT) as client:
         model, version = _pick(name, [(each.name, each.version) for each in client.models()])
     return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue)
 

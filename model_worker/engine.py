@@ -163,9 +163,13 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._work_comes():
-                self._drop([request for request in self._running if request.cancelled])
-                self._admit()
-                self._step()
+                try:
+                    self._drop([request for request in self._running if request.cancelled])
+                    self._admit()
+                    self._step()
+                except Exception as error:
+                    self._fail(self._running, error)
+                    self._running, self._cache = [], None
         self._fail([*self._running, *self._waiting], Unavailable("the worker is shutting down"))
 
     def _work_comes(self) -> bool:
@@ -189,21 +193,15 @@ class Engine:
             self._fail([request], error)
             return
         if self._advance(request, logits[0]):
-            self._cache = join(self._cache, cache)
             self._running.append(request)
+            self._cache = join(self._cache, cache)
 
     def _step(self) -> None:
         """One token for everyone who runs."""
         if self._cache is None:
             return
         newest = torch.tensor([[request.completion[-1]] for request in self._running])
-        try:
-            logits = self._forward(newest, self._cache)
-        except Exception as error:
-            self._fail(self._running, error)
-            self._running, self._cache = [], None
-            return
-        pairs = zip(self._running, logits, strict=True)
+        pairs = zip(self._running, self._forward(newest, self._cache), strict=True)
         self._drop([request for request, row in pairs if not self._advance(request, row)])
 
     def _advance(self, request: Request, logits: Tensor) -> bool:

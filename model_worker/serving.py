@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def start_local_ray(scaling: Scaling) -> None:
     ray.init(
         address="local",
         namespace=APP,
-        num_cpus=max(os.cpu_count() or 1, round(scaling.most * scaling.num_cpus + 0.5)),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(scaling.most * scaling.num_cpus)),
         num_gpus=None if scaling.num_gpus else 0,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,

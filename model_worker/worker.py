@@ -21,7 +21,7 @@ from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
 
 # Seconds a step waits for its rows, retries included, before its requests fail with 503.
-_LOOKUP_TIMEOUT = 5.0
+LOOKUP_TIMEOUT = 5.0
 # Seconds within which a healthy embedding service answers for one token.
 _HEALTH_TIMEOUT = 2.0
 
@@ -91,7 +91,7 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         self.name = config.name
         self.started = int(time.time())
-        self._client = EmbeddingClient(config.embeddings, timeout=_LOOKUP_TIMEOUT)
+        self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT)
         self._served_as = f"{config.name}@{config.version}"
         model: Any = longcat.load_model(config.checkpoint)
         self._embedding = longcat.attach(model, self._client, self._served_as)

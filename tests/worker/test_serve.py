@@ -340,7 +340,7 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
         assert "embedding service" in answer.json()["error"]["message"]
     finally:
         tables.start()
-    until(lambda: httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200, "health")
+    until(lambda: httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200, "health", 30)
     again = client.completions.create(model="small", prompt=PROMPT, max_tokens=24, temperature=0)
     assert again.choices[0].text == expected[1]
 
