@@ -35,6 +35,8 @@ _DRAFT_TENSORS = "model.mtp."
 _EXPERT_GATE_OR_UP = re.compile(r"\.mlp\.experts\.(\d+)\.(?:gate|up)_proj\.weight$")
 # Keys of a published config that say what this file settles itself.
 _OWN_CONFIG_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
+# Of LongcatFlashModel.forward, in their order.
+_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 class RowSource(Protocol):
@@ -173,9 +175,6 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> NgramEmbe
     body.ngram_embeddings = embedding
     body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
     return embedding
-
-
-_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
