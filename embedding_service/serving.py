@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -63,6 +63,11 @@ class Server:
                 ("grpc.max_receive_message_length", limits.request_bytes + 65536),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 1 if shared else 0),
+                # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
             ]
         )
         self.address = address
@@ -144,21 +149,26 @@ async def abort(context: grpc.aio.ServicerContext, error: EmbeddingServiceError)
     raise AssertionError("unreachable: abort raises")
 
 
-async def until_told_to_end(*tasks: asyncio.Task[None]) -> None:
-    """Wait for SIGTERM or SIGINT, or for one of the tasks to fail, which is raised."""
+def told_to_end() -> asyncio.Event:
+    """Set by each SIGTERM and SIGINT from now on."""
     told = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, told.set)
-    waiting = asyncio.create_task(told.wait())
-    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    for task in done:
-        if task is not waiting:
+        asyncio.get_running_loop().add_signal_handler(name, told.set)
+    return told
+
+
+async def first_of(*awaitables: Awaitable[object]) -> None:
+    """Wait until one of them ends; raise what it raised. Coroutines among them are then cancelled, tasks are not."""
+    tasks = [asyncio.ensure_future(each) for each in awaitables]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
             task.result()
+    finally:
+        await cancel([task for task, given in zip(tasks, awaitables, strict=True) if task is not given])
 
 
-async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """End tasks and wait until they did."""
     for task in tasks:
         task.cancel()

@@ -21,6 +21,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from embedding_service.client.breaker import Breaker
 from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
@@ -34,6 +35,8 @@ Bytes = npt.NDArray[np.uint8]
 # A shard that takes this long for its routing is not worth waiting for: another one knows it too.
 ROUTING_TIMEOUT = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
+# Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
+ATTEMPT_TIMEOUT = 2.0
 
 
 class Want(NamedTuple):
@@ -58,11 +61,18 @@ class Router:
     """Knows the routing, asks owners, follows redirects, retries what may be retried.
 
     Thread-safe: the routing is immutable and swapped whole.
+
+    Args:
+        seeds: Addresses that are asked for the first routing.
+        routing: What is known already.
+        alternatives: Give each call another owner to ask, for a `HedgingTransport`; that makes more and smaller calls.
     """
 
-    def __init__(self, seeds: Sequence[str], routing: Routing | None = None) -> None:
+    def __init__(self, seeds: Sequence[str], routing: Routing | None = None, *, alternatives: bool = False) -> None:
         self._seeds = list(seeds)
         self._routing = routing
+        self._alternatives = alternatives
+        self._breaker = Breaker()
         self._turn = itertools.count(random.randrange(1 << 16))
 
     @property
@@ -126,16 +136,18 @@ class Router:
         rows = [np.empty((len(want.ids), want.row_bytes), np.uint8) for want in wants]
         missing = {index: np.arange(len(want.ids)) for index, want in enumerate(wants) if len(want.ids)}
         avoid: set[str] = set()
-        for pause in _pauses():
+        for attempt, pause in enumerate(_pauses()):
             routing = yield from self.routing(deadline)
             current = routing.model(model.full_name)
-            legs, nowhere = self._legs(routing, current, wants, missing, avoid, deadline)
+            timeout = _attempt_timeout(attempt, current, deadline)
+            legs, nowhere = self._legs(routing, current, wants, missing, avoid, timeout)
             answers = yield [leg.call for leg in legs]
             failures: list[tuple[_Leg, Failure]] = []
             for leg, answer in zip(legs, answers, strict=True):
                 if isinstance(answer, Failure):
                     failures.append((leg, answer))
                 else:
+                    self._breaker.answered(leg.call.address)
                     rows[leg.want][leg.positions] = _rows_of(answer, leg, model, wants[leg.want])
             if not failures and not nowhere:
                 return rows
@@ -155,25 +167,28 @@ class Router:
         wants: Sequence[Want],
         missing: dict[int, Ids],
         avoid: set[str],
-        deadline: float,
+        timeout: float,
     ) -> tuple[list[_Leg], dict[int, Ids]]:
         """Who is asked for what; and the positions whose part nobody holds at the moment."""
         legs: list[_Leg] = []
         nowhere: dict[int, Ids] = {}
-        timeout = max(deadline - time.monotonic(), 0.001)
-        shunned = [index for index, address in enumerate(routing.addresses) if address in avoid]
+        resting = avoid | self._breaker.resting()
+        shunned = [index for index, address in enumerate(routing.addresses) if address in resting]
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
-            owners = _choose(table.owners, want.ids[positions] // table.rows_per_part, next(self._turn), shunned)
+            parts, turn = want.ids[positions] // table.rows_per_part, next(self._turn)
+            owners = _choose(table.owners, parts, turn, shunned)
+            others = _others(table.owners, parts, owners, shunned) if self._alternatives else np.full_like(owners, -1)
             most = _most_ids(routing.limits, want.row_bytes)
-            for shard, group in _groups(owners, positions):
+            for (shard, other), group in _groups(owners, others, positions):
                 if shard < 0:
                     nowhere[index] = group
                     continue
                 for start in range(0, len(group), most):
                     chunk = group[start : start + most]
                     request = _request(model, want, want.ids[chunk], routing)
-                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout)))
+                    second = Call(routing.addresses[other], request, timeout) if other >= 0 else None
+                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout, second)))
         return legs, nowhere
 
     def _judge(self, failures: Sequence[tuple[_Leg, Failure]], avoid: set[str]) -> list[str]:
@@ -182,9 +197,10 @@ class Router:
         for leg, failure in failures:
             if failure.code is grpc.StatusCode.ABORTED:
                 redirects.append(leg.call.address)
-            elif failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            elif failure.code in _NO_ANSWER:
                 avoid.add(leg.call.address)
-            elif failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._breaker.failed(leg.call.address)
+            else:
                 raise error_of(failure.code, failure.message)
         return redirects
 
@@ -223,6 +239,21 @@ class Router:
         return None
 
 
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
+    """Seconds that this round's calls may take.
+
+    With copies elsewhere a hanging shard is given up early. With one copy it gets half of the time that is left: by
+    then the controller may have had its parts loaded elsewhere.
+    """
+    left = max(deadline - time.monotonic(), 0.001)
+    copies = max(table.owners.shape[1] for table in model.tables.values())
+    patience = ATTEMPT_TIMEOUT * 2**attempt
+    return min(left, patience if copies > 1 else max(patience, left / 2))
+
+
 def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, shunned: list[int]) -> npt.NDArray[np.int32]:
     """For each part one of its owners, in turn; a shunned one only where there is no other; -1 where there is none."""
     copies = owners.shape[1]
@@ -237,17 +268,30 @@ def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, shunned: list[
     return chosen
 
 
-def _groups(owners: npt.NDArray[np.int32], positions: Ids) -> Iterator[tuple[int, Ids]]:
-    """The positions of each owner."""
-    first = int(owners[0])
-    if (owners == first).all():
+def _others(
+    owners: npt.NDArray[np.int32], parts: Ids, chosen: npt.NDArray[np.int32], shunned: list[int]
+) -> npt.NDArray[np.int32]:
+    """For each part an owner that is neither the chosen one nor shunned, -1 where there is none."""
+    others = np.full_like(chosen, -1)
+    for column in range(owners.shape[1]):
+        other = owners[parts, column]
+        others = np.where((others < 0) & (other != chosen) & ~np.isin(other, shunned), other, others)
+    return others
+
+
+def _groups(
+    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32], positions: Ids
+) -> Iterator[tuple[tuple[int, int], Ids]]:
+    """The positions of each pair of owner and other."""
+    first = (int(owners[0]), int(others[0]))
+    if (owners == first[0]).all() and (others == first[1]).all():
         yield first, positions
         return
-    order = np.argsort(owners, kind="stable")
-    owners, positions = owners[order], positions[order]
-    cuts = np.flatnonzero(np.diff(owners)) + 1
-    for group in np.split(np.arange(len(owners)), cuts):
-        yield int(owners[group[0]]), positions[group]
+    order = np.lexsort((others, owners))
+    owners, others, positions = owners[order], others[order], positions[order]
+    starts = [0, *(np.flatnonzero(np.diff(owners) | np.diff(others)) + 1), len(owners)]
+    for start, end in itertools.pairwise(starts):
+        yield (int(owners[start]), int(others[start])), positions[start:end]
 
 
 def _most_ids(limits: wire.Limits, row_bytes: int) -> int:

@@ -27,15 +27,19 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A peer that hangs or was cut off does not close its connection: pings while calls wait find out.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 ]
 
 
 class Call(NamedTuple):
-    """A request to one address; `timeout` in seconds."""
+    """A request to one address; `timeout` in seconds. `alternative` asks somebody else for the same."""
 
     address: str
     request: Message
     timeout: float
+    alternative: Call | None = None
 
 
 class Failure(NamedTuple):

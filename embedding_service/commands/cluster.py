@@ -92,6 +92,15 @@ def shard(
         str | None, typer.Option(help="Bytes to offer for rows [default: 80% of what is available; mmap: the disk].")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
+    load_rate: Annotated[
+        str, typer.Option(help="Bytes a second at which parts are read while lookups are served; 0: no limit.")
+    ] = "256MiB",
+    topology: Annotated[
+        str, typer.Option(help="Zone or node of this shard: copies of a part go to different ones.")
+    ] = "",
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM, wait at most so long until others hold this shard's parts.")
+    ] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
 ) -> None:
     """A process that holds parts and answers lookups."""
@@ -107,6 +116,9 @@ def shard(
             advertise=advertise,
             tier=tier,
             memory_limit=parse_bytes(memory) if memory else 0,
+            load_rate=parse_bytes(load_rate),
+            topology=topology,
+            drain_seconds=drain_seconds,
             threads=threads,
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )

@@ -53,7 +53,8 @@ def run(options: UpOptions) -> None:
     """
     _check(options)
     console = wide_console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, _interrupt)
     children: dict[str, subprocess.Popen[bytes]] = {}
     try:
         controller = f"{options.host}:{_free_port(options.host)}"
@@ -108,6 +109,7 @@ def _shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
         f"--shared-listen={options.host}:{options.port}",
         f"--id={name}",
         f"--tier={options.tier}",
+        "--drain-seconds=0",  # all of them end together
     ]
     memory = options.memory
     if memory is None and options.tier == "ram":

@@ -18,6 +18,7 @@ class Shard:
         connection: Counts registrations, so that a stream that ends late does not end its successor.
         outbox: Set when there is something new to tell it.
         assigned: What it shall hold; None before the first decision.
+        released: It is draining and may end.
         grace: Parts it shall hold no longer, and until when (monotonic seconds) it keeps them for clients who do not
             know yet.
     """
@@ -30,6 +31,7 @@ class Shard:
     failures: dict[PartKey, str] = field(default_factory=dict)
     outbox: asyncio.Event = field(default_factory=asyncio.Event)
     assigned: frozenset[PartKey] | None = None
+    released: bool = False
     grace: dict[PartKey, float] = field(default_factory=dict)
 
     @property
@@ -65,23 +67,26 @@ class Fleet:
         return shard
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
-        """Take a report in; returns whether its parts changed."""
+        """Take a report in; returns whether it calls for a decision."""
+        drains = report.draining and not shard.report.draining
         shard.report, shard.heard = report, time.monotonic()
         if report.has_parts:
             shard.held = {PartKey.from_wire(part) for part in report.parts}
             shard.failures = {PartKey.from_wire(failure.part): failure.message for failure in report.failures}
-        return report.has_parts
+        return report.has_parts or drains
 
     def leave(self, shard: Shard) -> None:
-        """Its stream ended; it may be back in a moment."""
+        """Its stream ended. It may be back in a moment, unless it was released."""
         shard.connected = False
+        if shard.released and self.shards.get(shard.name) is shard:
+            del self.shards[shard.name]
 
     def forget_lost(self) -> list[str]:
         """Drop shards that were not heard of for too long; returns their names."""
         oldest = time.monotonic() - self._lost_after
         lost = [shard.name for shard in self.shards.values() if shard.heard < oldest]
         for name in lost:
-            del self.shards[name]
+            self.shards.pop(name).outbox.set()  # ends its stream, should it still be open: it must register again
         return lost
 
     def holders(self) -> dict[PartKey, list[str]]:

@@ -11,12 +11,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import grpc
 
 from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
-from embedding_service.errors import PlacementError, StoreError
+from embedding_service.errors import PlacementError, StoreError, Unavailable
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import (
@@ -24,9 +25,10 @@ from embedding_service.serving import (
     RoutingService,
     Server,
     cancel,
+    first_of,
     reachable_address,
     run_process,
-    until_told_to_end,
+    told_to_end,
 )
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Store
@@ -78,8 +80,9 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._store = Store(options.store)
         self._fleet = Fleet(options.lost_after)
         self._catalog: dict[str, list[Manifest]] = {}
-        self._scanned = float("-inf")
+        self._scanned = 0.0
         self._target: dict[PartKey, list[str]] = {}
+        self._planned_for: list[tuple[str, int, str]] = []
         self._wanted: list[Manifest] = []
         self._term = 0
         self._routing: Routing | None = None
@@ -121,6 +124,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         finally:
             self._fleet.leave(shard)
             shard.outbox.set()
+            self._dirty.set()
 
     async def WatchRouting(
         self, request: control.WatchRoutingRequest, context: grpc.aio.ServicerContext
@@ -176,7 +180,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             yield problem(kind=problem.KIND_WAITING, message=message)
         if self._store_problem:
             yield problem(kind=problem.KIND_STORE, message=self._store_problem)
-        elif self._settled and not self._catalog:
+        elif self._scanned > 0 and not self._catalog:
             message = f"no model in {self._options.store}: `embedding-service import` puts one there"
             yield problem(kind=problem.KIND_STORE, message=message)
         if self._plan_problem:
@@ -191,10 +195,13 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     async def run(self) -> None:
         """Decide whenever something changed, until cancelled."""
-        await self._settle()
+        # TorchRec takes seconds to import: meanwhile the shards come.
+        await asyncio.gather(self._settle(), asyncio.to_thread(import_module, "embedding_service.placement.planner"))
         while True:
             await self._scan()
-            if self._fleet.forget_lost() or self._dirty.is_set() or self._graces_end():
+            for name in (lost := self._fleet.forget_lost()):
+                log.warning("shard %s was not heard of for %g s: gone", name, self._options.lost_after)
+            if lost or self._dirty.is_set() or self._graces_end():
                 self._dirty.clear()
                 await self._decide()
             try:
@@ -217,7 +224,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     async def _scan(self) -> None:
         """Look for new versions in the store."""
-        if time.monotonic() - self._scanned < SCAN_SECONDS:
+        if self._scanned and time.monotonic() - self._scanned < SCAN_SECONDS:
             return
         try:
             catalog = await asyncio.to_thread(self._read_store)
@@ -249,19 +256,40 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     async def _decide(self) -> None:
         shards = self._fleet.shards
-        self._term = max(self._term, self._fleet.newest_term + (self._routing is None))
+        self._take_term()
         served = [(model.name, model.version) for model in self._routing.models] if self._routing else []
         self._wanted, _ = decisions.choose_versions(self._catalog, served, self._fleet.holders())
-        if decisions.needs_plan(self._wanted, self._target, set(shards), self._options.replicas):
-            await self._plan()
+        await self._plan_if_needed()
         holders = self._fleet.holders()  # planning took time
         self._wanted, serving = decisions.choose_versions(self._catalog, served, holders)
         addresses = {name: shard.report.address for name, shard in shards.items()}
         await self._publish(decisions.build_routing(serving, self._target, holders, addresses))
         self._assign()
 
-    async def _plan(self) -> None:
-        from embedding_service.placement.planner import Node, PartDemand, plan  # torchrec takes seconds to import
+    def _take_term(self) -> None:
+        """At the first decision: above every term that a shard has seen, and above those of controllers before.
+
+        The clock serves for the latter where no shard is left to tell. Raises Unavailable when another controller took
+        a term above ours: it started later, and there shall be one.
+        """
+        newest = self._fleet.newest_term
+        if not self._term:
+            self._term = max(newest + 1, time.time_ns() // 1_000_000)
+        elif newest > self._term:
+            raise Unavailable(f"a controller of term {newest} is there, above this one's {self._term}: ending")
+
+    async def _plan_if_needed(self) -> None:
+        """Place anew when a copy is missing, or when shards came, went, drain or changed."""
+        staying = [shard for _, shard in sorted(self._fleet.shards.items()) if not shard.report.draining]
+        about = [(shard.name, shard.report.memory_limit, shard.report.topology) for shard in staying]
+        names = {shard.name for shard in staying}
+        missing = decisions.needs_plan(self._wanted, self._target, names, self._options.replicas)
+        if staying and (missing or about != self._planned_for):
+            self._planned_for = about
+            await self._plan(staying)
+
+    async def _plan(self, staying: list[Shard]) -> None:
+        from embedding_service.placement.planner import Node, PartDemand, plan
 
         def run() -> dict[PartKey, list[str]]:
             return plan(demands, nodes, self._options.replicas).shards_of
@@ -273,8 +301,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             for part in table.parts
         ]
         nodes = [
-            Node(name, shard.report.memory_limit, frozenset(shard.held | (shard.assigned or frozenset())))
-            for name, shard in sorted(self._fleet.shards.items())
+            Node(shard.name, shard.report.memory_limit, frozenset(shard.held | (shard.assigned or frozenset())))
+            for shard in staying
         ]
         try:
             self._target = await asyncio.to_thread(run)
@@ -314,14 +342,23 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             shard.grace = {key: shard.grace.get(key, now + self._options.grace) for key in leaving}
             assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
             shard.grace = {key: until for key, until in shard.grace.items() if now < until}
-            if assigned != shard.assigned or (shard.report.term, shard.report.epoch) < self._routing.age:
-                shard.assigned = assigned
+            released = shard.report.draining and (not assigned or self._all_drain())
+            behind = (shard.report.term, shard.report.epoch) < self._routing.age
+            if (assigned, released) != (shard.assigned, shard.released) or behind:
+                shard.assigned, shard.released = assigned, released
                 shard.outbox.set()
+
+    def _all_drain(self) -> bool:
+        """Nobody is left to take anything over."""
+        return all(shard.report.draining for shard in self._fleet.shards.values())
 
     def _assignment(self, shard: Shard) -> control.Assignment:
         assert shard.assigned is not None
         assignment = control.Assignment(
-            term=self._term, has_parts=True, parts=[key.to_wire() for key in sorted(shard.assigned)]
+            term=self._term,
+            has_parts=True,
+            parts=[key.to_wire() for key in sorted(shard.assigned)],
+            released=shard.released,
         )
         if self._routing:
             assignment.routing.CopyFrom(self._routing.message)
@@ -339,6 +376,8 @@ def _shard_status(shard: Shard) -> control.ShardStatus:
         parts=len(shard.held),
         parts_missing=len((shard.assigned or frozenset()) - shard.held),
         stats=report.stats,
+        draining=report.draining,
+        topology=report.topology,
     )
 
 
@@ -357,7 +396,7 @@ async def _serve(options: ControllerOptions) -> None:
     log.info("listening on %s", server.address)
     deciding = asyncio.create_task(controller.run())
     try:
-        await until_told_to_end(deciding)
+        await first_of(told_to_end().wait(), deciding)
     finally:
         log.info("ending")
         await cancel([deciding])

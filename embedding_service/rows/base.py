@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from embedding_service.errors import NotFound
 from embedding_service.store.manifest import Part, Table
+from embedding_service.store.parts import Pace
 
 Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -32,8 +33,8 @@ class TableRows(ABC):
         self._leaving: set[int] = set()
         self._changed = threading.Condition()
 
-    def load(self, part: Part, path: Path) -> None:
-        """Take a part in from its local file; it is held only once its checksum held.
+    def load(self, part: Part, path: Path, pace: Pace = lambda chunk_bytes: None) -> None:
+        """Take a part in from its local file, reading at `pace`; it is held only once its checksum held.
 
         Raises:
             CorruptPart: the file is not what the manifest says.
@@ -42,7 +43,7 @@ class TableRows(ABC):
         with self._changed:
             # Its addresses may still be read by those who began before it was dropped.
             self._changed.wait_for(lambda: part.index not in self._leaving)
-        self._load(part, path)
+        self._load(part, path, pace)
         self._held[part.index] = True
 
     def drop(self, part: Part) -> None:
@@ -86,7 +87,7 @@ class TableRows(ABC):
         """Give all memory back; nothing may be gathered afterwards."""
 
     @abstractmethod
-    def _load(self, part: Part, path: Path) -> None: ...
+    def _load(self, part: Part, path: Path, pace: Pace) -> None: ...
 
     @abstractmethod
     def _unload(self, part: Part) -> None: ...

@@ -14,6 +14,7 @@ from embedding_service.formats import get_format
 from embedding_service.rows.address_space import AddressSpace
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.store.manifest import Part, Table
+from embedding_service.store.parts import Pace
 
 # What FBGEMM's n-bit kernel reads, and writes. It has no bfloat16 tables; torch converts those.
 _STORED_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
@@ -36,13 +37,13 @@ class HostTable(TableRows):
         self._readers.when_gone(self._space.close)
 
     @abstractmethod
-    def _place(self, part: Part, path: Path, offset: int) -> None:
+    def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
         """Make the part's bytes readable at `offset` of the address space, verified."""
 
-    def _load(self, part: Part, path: Path) -> None:
+    def _load(self, part: Part, path: Path, pace: Pace) -> None:
         offset = part.first_row * self.table.row_bytes
         try:
-            self._place(part, path, offset)
+            self._place(part, path, offset, pace)
         except BaseException:
             self._space.unmap(offset, part.bytes)
             raise

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part
-from embedding_service.store.parts import part_layout, verify
+from embedding_service.store.parts import Pace, part_layout, verify
 
 
 class MmapTable(HostTable):
     """Parts are mapped, not copied. Their checksum is taken once, before: that reads the file from end to end."""
 
-    def _place(self, part: Part, path: Path, offset: int) -> None:
-        verify(path, part)
+    def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
+        verify(path, part, pace)
         with path.open("rb") as file:
             self._space.map_file(offset, part.bytes, file.fileno(), part_layout(path).offset)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part
-from embedding_service.store.parts import read_into
+from embedding_service.store.parts import Pace, read_into
 
 
 class RamTable(HostTable):
     """Parts are read into memory once, hashed on the way."""
 
-    def _place(self, part: Part, path: Path, offset: int) -> None:
-        read_into(path, part, self._space.map_memory(offset, part.bytes))
+    def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
+        read_into(path, part, self._space.map_memory(offset, part.bytes), pace)

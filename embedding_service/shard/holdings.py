@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from embedding_service.errors import CorruptPart, EmbeddingServiceError, PlacementError
+from embedding_service.errors import CorruptPart, EmbeddingServiceError
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS, TableRows
 from embedding_service.store.manifest import Manifest, Part
@@ -24,24 +24,35 @@ RETRY_SECONDS = 5.0
 class Holdings:
     """Loads and drops parts until what is held is what `assign` last said. Used from one event loop.
 
+    Args:
+        memory_limit: Bytes it may hold. A part for which there is no room waits until another one was dropped.
+        cache: Folder for parts of a remote store.
+        load_rate: Bytes a second that are read in all, from the time on at which everything was loaded once: whoever
+            asks for rows must not feel that parts move. 0: no limit.
+        loaders: Parts that are loaded at a time.
+
     Attributes:
-        memory_limit: Bytes it may hold.
         held: The parts that are verified and answer lookups.
         failures: Why a part that shall be held is not.
         changed: Set whenever `held` or `failures` changed.
     """
 
-    def __init__(self, store: Store, tier: str, memory_limit: int, cache: Path, loaders: int = 2) -> None:
+    def __init__(
+        self, store: Store, tier: str, memory_limit: int, cache: Path, load_rate: int = 0, loaders: int = 2
+    ) -> None:
+        self.memory_limit = memory_limit
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
         self.changed = asyncio.Event()
         self._store = store
         self._tier = TIERS[tier]
-        self.memory_limit = memory_limit
         self._cache = cache
+        self._pacer = _Pacer(load_rate)
         self._loaders = asyncio.Semaphore(loaders)
         self._wanted: set[PartKey] = set()
-        self._loading: dict[PartKey, asyncio.Task[None]] = {}
+        self._tasks: dict[PartKey, asyncio.Task[None]] = {}
+        self._taken = 0  # bytes of what is held and of what is being read
+        self._room = asyncio.Event()
         self._tables: dict[tuple[str, str, str], TableRows] = {}
         self._tables_lock = threading.Lock()
         self._manifests: dict[tuple[str, str], Manifest] = {}
@@ -62,12 +73,12 @@ class Holdings:
             self._drop(key)
         for key in [key for key in self.failures if key not in self._wanted]:
             del self.failures[key]
-        for key in sorted(self._wanted - self.held - self._loading.keys()):
-            self._loading[key] = asyncio.create_task(self._load(key))
+        for key in sorted(self._wanted - self.held - self._tasks.keys()):
+            self._tasks[key] = asyncio.create_task(self._load(key))
 
     async def close(self) -> None:
         """Stop loading and give all memory back."""
-        tasks = list(self._loading.values())
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -77,54 +88,63 @@ class Holdings:
         self.held.clear()
 
     async def _load(self, key: PartKey) -> None:
+        """Until the part is held, or not wanted any more."""
         try:
-            while key in self._wanted:
-                if await self._try_load(key):
-                    return
-                await asyncio.sleep(RETRY_SECONDS)
+            while key in self._wanted and not await self._try_load(key):
+                self._room.clear()
+                try:
+                    await asyncio.wait_for(self._room.wait(), RETRY_SECONDS)
+                except TimeoutError:
+                    continue
         finally:
-            del self._loading[key]
+            del self._tasks[key]
+            if not self._tasks:
+                self._pacer.active = True
 
     async def _try_load(self, key: PartKey) -> bool:
         async with self._loaders:
             if key not in self._wanted:
                 return True
-            began = time.monotonic()
+            began, reserved = time.monotonic(), 0
             try:
-                rows, part = await asyncio.to_thread(self._load_blocking, key)
+                part = (await asyncio.to_thread(self._manifest, key)).table(key.table).parts[key.part]
+                if self._taken + part.bytes > self.memory_limit:
+                    self._fail(
+                        key,
+                        f"waits for room: {self._taken:,} of this shard's {self.memory_limit:,} bytes are taken and it "
+                        f"needs {part.bytes:,}; if it waits for long, add shards or raise --memory",
+                    )
+                    return False
+                reserved = part.bytes
+                self._taken += reserved
+                await asyncio.to_thread(self._load_blocking, key, part)
             except (EmbeddingServiceError, OSError, MemoryError) as error:
-                if self.failures.get(key) != str(error):
-                    log.error("part %s not loaded: %s", key, error)
-                self.failures[key] = str(error)
-                self.changed.set()
+                self._taken -= reserved
+                self._fail(key, str(error))
                 return False
         self.failures.pop(key, None)
-        if key not in self._wanted:
-            rows.drop(part)
-            return True
         self.held.add(key)
         self.changed.set()
         log.info("holds %s: %s bytes in %.2f s", key, f"{part.bytes:,}", time.monotonic() - began)
+        if key not in self._wanted:
+            self._drop(key)
         return True
 
-    def _load_blocking(self, key: PartKey) -> tuple[TableRows, Part]:
-        part = self._part(key)
-        # Whatever else is wanted will be here too, so that is what must fit, in whichever order it comes.
-        needed = sum(self._part(other).bytes for other in self._wanted | self.held)
-        if needed > self.memory_limit:
-            raise PlacementError(
-                f"this shard was given {needed:,} bytes of parts and its memory limit is {self.memory_limit:,}: "
-                "raise --memory"
-            )
+    def _fail(self, key: PartKey, message: str) -> None:
+        if self.failures.get(key) != message:
+            log.error("part %s not loaded: %s", key, message)
+            self.failures[key] = message
+            self.changed.set()
+
+    def _load_blocking(self, key: PartKey, part: Part) -> None:
         path = self._store.fetch_part(self._manifest(key), part, self._cache)
         rows = self._rows(key)
         try:
-            rows.load(part, path)
+            rows.load(part, path, self._pacer.wait)
         except CorruptPart:
             if not self._store.is_local:
                 path.unlink(missing_ok=True)  # a bad copy: the next try fetches another
             raise
-        return rows, part
 
     def _rows(self, key: PartKey) -> TableRows:
         with self._tables_lock:
@@ -136,8 +156,10 @@ class Holdings:
         self.held.discard(key)
         self.changed.set()
         self._tables[key[:3]].drop(self._part(key))
+        self._taken -= self._part(key).bytes
+        self._room.set()
         log.info("dropped %s", key)
-        if not any(other[:3] == key[:3] for other in self.held | self._loading.keys()):
+        if not any(other[:3] == key[:3] for other in self.held | self._tasks.keys()):
             self._tables.pop(key[:3]).close()
 
     def _manifest(self, key: PartKey) -> Manifest:
@@ -148,3 +170,22 @@ class Holdings:
 
     def _part(self, key: PartKey) -> Part:
         return self._manifest(key).table(key.table).parts[key.part]
+
+
+class _Pacer:
+    """Keeps all loads together at `rate` bytes a second, by letting their threads wait; 0: does not."""
+
+    def __init__(self, rate: int) -> None:
+        self.active = False
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def wait(self, chunk_bytes: int) -> None:
+        if not self.active or not self._rate:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._next = max(self._next, now) + chunk_bytes / self._rate
+            pause = self._next - now
+        time.sleep(pause)

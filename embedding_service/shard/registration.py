@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+# A draining shard without a controller ends after so many seconds.
+CONTROLLER_PATIENCE = 5.0
 
 
 class Registration:
@@ -54,6 +56,9 @@ class Registration:
         self._servers = servers
         self._stats = _Stats(counters, holdings)
         self._term = 0
+        self._connected = False
+        self._draining = False
+        self._released = asyncio.Event()
 
     async def run(self) -> None:
         """Register, again after each loss of the connection, until cancelled."""
@@ -63,12 +68,34 @@ class Registration:
                 async with grpc.aio.insecure_channel(self._controller, options=CHANNEL_OPTIONS) as channel:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
+                        self._connected = True
                         await self._obey(assignment)
                 log.warning("the controller at %s ended the registration", self._controller)
             except grpc.aio.AioRpcError as error:
                 log.warning("controller at %s: %s %s", self._controller, error.code().name, error.details())
+            self._connected = False
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def drain(self, seconds: float) -> None:
+        """Ask the controller to have this shard's parts held elsewhere, and wait until nobody is routed here any more.
+
+        Ends without that after `seconds`, or when there is no controller to ask.
+        """
+        if not self._holdings.held or not seconds:
+            return
+        log.info("draining: %d parts are to be held elsewhere first", len(self._holdings.held))
+        self._draining = True
+        self._holdings.changed.set()
+        deadline = time.monotonic() + seconds
+        asked = time.monotonic()
+        while not self._released.is_set() and time.monotonic() < deadline:
+            asked = time.monotonic() if self._connected else asked
+            if time.monotonic() - asked > CONTROLLER_PATIENCE:
+                log.warning("no controller to drain with")
+                return
+            await asyncio.sleep(0.05)
+        log.info("drained" if self._released.is_set() else f"not drained after {seconds:g} s")
 
     async def _reports(self) -> AsyncIterator[control.ShardReport]:
         """Everything first, then heartbeats, with the parts whenever they changed."""
@@ -77,6 +104,7 @@ class Registration:
             report = control.ShardReport()
             report.CopyFrom(self._about)
             report.stats.CopyFrom(self._stats.take())
+            report.draining = self._draining
             if self._router.current:
                 report.term, report.epoch = self._router.current.age
             if self._holdings.changed.is_set():
@@ -98,6 +126,8 @@ class Registration:
             log.warning("ignored an assignment of term %d, below term %d", assignment.term, self._term)
             return
         self._term = assignment.term
+        if assignment.released:
+            self._released.set()
         if assignment.has_parts:
             self._holdings.assign(PartKey.from_wire(part) for part in assignment.parts)
         if assignment.HasField("routing"):

@@ -15,7 +15,15 @@ from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.rows import TIERS
-from embedding_service.serving import RequestLimits, Server, cancel, reachable_address, run_process, until_told_to_end
+from embedding_service.serving import (
+    RequestLimits,
+    Server,
+    cancel,
+    first_of,
+    reachable_address,
+    run_process,
+    told_to_end,
+)
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import available_memory
 from embedding_service.shard.registration import Registration
@@ -43,6 +51,9 @@ class ShardOptions:
         tier: Where rows are kept: a name in `rows.TIERS`.
         memory_limit: Bytes it offers for rows.
         cache: Folder for parts of a remote store.
+        load_rate: Bytes a second at which parts are read while lookups are served; 0: no limit.
+        topology: What copies of a part shall not share: a zone, a node.
+        drain_seconds: After SIGTERM, how long to wait at most until others hold the parts of this shard.
         threads: torch threads a gather may use.
     """
 
@@ -55,6 +66,9 @@ class ShardOptions:
     tier: str = "ram"
     memory_limit: int = 0
     cache: Path = Path(tempfile.gettempdir()) / "embedding-service"
+    load_rate: int = 256 << 20
+    topology: str = ""
+    drain_seconds: float = 60.0
     threads: int = 1
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -68,9 +82,8 @@ async def _serve(options: ShardOptions) -> None:
     if options.tier not in TIERS:
         raise InvalidRequest(f"unknown tier {options.tier!r}; known: {', '.join(TIERS)}")
     torch.set_num_threads(options.threads)
-    holdings = Holdings(
-        Store(options.store), options.tier, options.memory_limit or default_memory_limit(options), options.cache
-    )
+    memory_limit = options.memory_limit or default_memory_limit(options)
+    holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
     service = LookupService(holdings, router, transport, options.limits)
     servers = [Server(options.listen, options.limits)]
@@ -85,12 +98,16 @@ async def _serve(options: ShardOptions) -> None:
         device="cpu",
         tier=options.tier,
         memory_limit=holdings.memory_limit,
+        topology=options.topology,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, service.counters, servers)
     registering = asyncio.create_task(registration.run())
     try:
-        await until_told_to_end(registering)
+        told = told_to_end()
+        await first_of(told.wait(), registering)
+        told.clear()
+        await first_of(told.wait(), registration.drain(options.drain_seconds), registering)
     finally:
         log.info("ending")
         service.end_streams()

@@ -66,7 +66,15 @@ def part_layout(path: Path) -> PartLayout:
     return PartLayout(span.offset, span.bytes, span.dtype, span.shape)
 
 
-def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor) -> None:
+# Called with the bytes of each chunk that was read; it may wait, which slows the reading down.
+Pace = Callable[[int], None]
+
+
+def _at_once(chunk_bytes: int) -> None:
+    """The pace that does not wait."""
+
+
+def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor, pace: Pace = _at_once) -> None:
     """Fill `buffer` (contiguous, exactly part.bytes) with the part's rows, hashing on the way.
 
     Raises CorruptPart if the file or its checksum is not the manifest's (the buffer then holds rubbish), InvalidRequest
@@ -75,16 +83,16 @@ def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor) -> None
     view = byte_view(buffer) if isinstance(buffer, torch.Tensor) else buffer.cast("B")
     if len(view) != part.bytes:
         raise InvalidRequest(f"a buffer of {len(view):,} bytes for part {part.file} of {part.bytes:,}")
-    _read_checked(path, part, lambda begin, end: view[begin:end])
+    _read_checked(path, part, lambda begin, end: view[begin:end], pace)
 
 
-def verify(path: Path, part: Part) -> None:
+def verify(path: Path, part: Part, pace: Pace = _at_once) -> None:
     """Read the whole part, chunk by chunk, and raise CorruptPart unless it is what the manifest says."""
     scratch = memoryview(bytearray(min(CHUNK_BYTES, part.bytes)))
-    _read_checked(path, part, lambda begin, end: scratch[: end - begin])
+    _read_checked(path, part, lambda begin, end: scratch[: end - begin], pace)
 
 
-def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview]) -> None:
+def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview], pace: Pace) -> None:
     """Read the part's bytes [begin, end) into place(begin, end), chunk by chunk."""
     layout = part_layout(path)
     if layout.bytes != part.bytes or layout.shape[:1] != (part.rows,):
@@ -98,6 +106,7 @@ def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview
             chunk = place(begin, min(begin + CHUNK_BYTES, part.bytes))
             _read_exactly(file, chunk, path)
             digest.update(chunk)
+            pace(len(chunk))
     if (got := _checksum(digest)) != part.checksum:
         raise CorruptPart(f"{path} is corrupt: expected {part.checksum}, got {got}. Import the table again")
 

@@ -21,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,8 @@ class ShardReport(_message.Message):
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     shard_id: str
     address: str
     device: str
@@ -44,7 +46,9 @@ class ShardReport(_message.Message):
     term: int
     epoch: int
     stats: ShardStats
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ...) -> None: ...
+    draining: bool
+    topology: str
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")
@@ -83,16 +87,18 @@ class ShardStats(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("term", "has_parts", "parts", "routing")
+    __slots__ = ("term", "has_parts", "parts", "routing", "released")
     TERM_FIELD_NUMBER: _ClassVar[int]
     HAS_PARTS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     term: int
     has_parts: bool
     parts: _containers.RepeatedCompositeFieldContainer[PartRef]
     routing: _embedding_pb2.Routing
-    def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ...) -> None: ...
+    released: bool
+    def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ..., released: bool = ...) -> None: ...
 
 class WatchRoutingRequest(_message.Message):
     __slots__ = ()
@@ -137,7 +143,7 @@ class Problem(_message.Message):
     def __init__(self, kind: _Optional[_Union[Problem.Kind, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStatus(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "parts", "parts_missing", "stats")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "parts", "parts_missing", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +152,8 @@ class ShardStatus(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     PARTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     shard_id: str
     address: str
     device: str
@@ -154,7 +162,9 @@ class ShardStatus(_message.Message):
     parts: int
     parts_missing: int
     stats: ShardStats
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., parts: _Optional[int] = ..., parts_missing: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ...) -> None: ...
+    draining: bool
+    topology: str
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., parts: _Optional[int] = ..., parts_missing: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
     __slots__ = ("model", "parts", "parts_ready", "bytes", "serving")

@@ -1,0 +1,53 @@
+"""Remembering which addresses failed of late, so that a dead or hanging shard does not slow everything down."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FIRST_REST, LONGEST_REST = 0.5, 8.0
+
+
+@dataclass
+class _Failing:
+    rest: float
+    until: float
+
+
+class Breaker:
+    """A circuit breaker for many addresses. Thread-safe.
+
+    An address that failed rests for 0.5 s, and twice as long after each further failure, to 8 s. When its rest is over
+    one caller tries it; the others go on avoiding it until that one was answered.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failing: dict[str, _Failing] = {}
+        self._lock = threading.Lock()
+
+    def failed(self, address: str) -> None:
+        """It did not answer, or too late."""
+        with self._lock:
+            known = self._failing.get(address)
+            rest = min(2 * known.rest, LONGEST_REST) if known else FIRST_REST
+            self._failing[address] = _Failing(rest, self._clock() + rest)
+
+    def answered(self, address: str) -> None:
+        """It answers: whatever was remembered is forgotten."""
+        if address in self._failing:  # the usual case costs no lock
+            with self._lock:
+                self._failing.pop(address, None)
+
+    def resting(self) -> set[str]:
+        """Addresses to avoid now. One whose rest is over is left out once, for this caller to try."""
+        if not self._failing:
+            return set()
+        with self._lock:
+            now = self._clock()
+            due = [address for address, failing in self._failing.items() if failing.until <= now]
+            for address in due:
+                self._failing[address].until = now + self._failing[address].rest
+            return set(self._failing) - set(due)
