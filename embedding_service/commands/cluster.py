@@ -12,6 +12,9 @@ from embedding_service.commands.text import parse_bytes
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
 TierOption = Annotated[str, typer.Option(help="Where rows are kept: ram, or mmap for tables larger than memory.")]
 ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, each on another shard.")]
+MetricsOption = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port of Prometheus metrics, on the host of --listen; 0: none.")
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option(help="HOST or HOST:PORT under which others reach this process, where --listen does not say."),
@@ -61,6 +64,7 @@ def controller(
     grace: Annotated[
         float, typer.Option(help="Seconds a shard keeps a part that clients were routed away from.")
     ] = 5.0,
+    metrics_port: MetricsOption = 0,
 ) -> None:
     """The process that knows the shards, places the parts and publishes the routing."""
     from embedding_service.controller.server import ControllerOptions, main
@@ -74,6 +78,7 @@ def controller(
             expect_shards=expect_shards,
             lost_after=lost_after,
             grace=grace,
+            metrics_port=metrics_port,
         )
     )
 
@@ -102,6 +107,7 @@ def shard(
         float, typer.Option(min=0, help="After SIGTERM, wait at most so long until others hold this shard's parts.")
     ] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
+    metrics_port: MetricsOption = 0,
 ) -> None:
     """A process that holds parts and answers lookups."""
     from embedding_service.shard.server import ShardOptions, main
@@ -120,6 +126,7 @@ def shard(
             topology=topology,
             drain_seconds=drain_seconds,
             threads=threads,
+            metrics_port=metrics_port,
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )
     )

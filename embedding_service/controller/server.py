@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 import grpc
+from prometheus_client.core import Metric
 
 from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.errors import PlacementError, StoreError, Unavailable
+from embedding_service.metrics import MetricsServer, gauge
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import (
@@ -57,6 +59,7 @@ class ControllerOptions:
         lost_after: Seconds without a word after which a shard counts as gone.
         grace: Seconds a shard keeps a part after the routing stopped naming it.
         limits: What one lookup may ask for; clients learn it from the routing.
+        metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
     """
 
     store: str
@@ -69,6 +72,7 @@ class ControllerOptions:
     lost_after: float = 5.0
     grace: float = 5.0
     limits: RequestLimits = field(default_factory=RequestLimits)
+    metrics_port: int = 0
 
 
 class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceServicer):
@@ -171,6 +175,27 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 serving=f"{manifest.model}@{manifest.version}" in served,
             )
         return status
+
+    def metrics(self) -> Iterator[Metric]:
+        """For Prometheus."""
+        shards, holders = list(self._fleet.shards.values()), self._fleet.holders()
+        keys = [key for manifest in self._wanted for key in decisions.part_keys(manifest)]
+        copies = [len(holders.get(key, ())) for key in keys]
+        term, epoch = self._routing.age if self._routing else (self._term, 0)
+        yield gauge("routing_term", "Term of the routing.", term)
+        yield gauge("routing_epoch", "Epoch of the routing.", epoch)
+        yield gauge("shards", "Shards that are there.", len(shards))
+        yield gauge("draining_shards", "Shards that want to end.", sum(shard.report.draining for shard in shards))
+        yield gauge(
+            "served_versions", "Model versions in the routing.", len(self._routing.models if self._routing else ())
+        )
+        yield gauge("wanted_parts", "Parts of the wanted model versions.", len(keys))
+        yield gauge("lost_parts", "Wanted parts that nobody holds.", copies.count(0))
+        missing = sum(max(self._options.replicas - count, 0) for count in copies)
+        yield gauge("missing_copies", "Copies of wanted parts that are not held yet.", missing)
+        yield gauge(
+            "problems", "What stands in the way; `embedding-service status` says it.", len(list(self._problems()))
+        )
 
     def _problems(self) -> Iterator[control.Problem]:
         problem = control.Problem
@@ -394,11 +419,13 @@ async def _serve(options: ControllerOptions) -> None:
     await server.start()
     await server.set_serving(True)
     log.info("listening on %s", server.address)
+    metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, controller.metrics)
     deciding = asyncio.create_task(controller.run())
     try:
         await first_of(told_to_end().wait(), deciding)
     finally:
         log.info("ending")
         await cancel([deciding])
+        metrics.close()
         await controller.end_streams()
         await server.stop()

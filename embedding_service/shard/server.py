@@ -6,14 +6,17 @@ import asyncio
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from prometheus_client.core import Metric
 
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
+from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.rows import TIERS
 from embedding_service.serving import (
     RequestLimits,
@@ -55,6 +58,7 @@ class ShardOptions:
         topology: What copies of a part shall not share: a zone, a node.
         drain_seconds: After SIGTERM, how long to wait at most until others hold the parts of this shard.
         threads: torch threads a gather may use.
+        metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
     """
 
     controller: str
@@ -70,6 +74,7 @@ class ShardOptions:
     topology: str = ""
     drain_seconds: float = 60.0
     threads: int = 1
+    metrics_port: int = 0
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -102,6 +107,12 @@ async def _serve(options: ShardOptions) -> None:
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, service.counters, servers)
+    metrics = MetricsServer(
+        options.listen.rpartition(":")[0],
+        options.metrics_port,
+        lambda: _metrics(service, holdings, router),
+        [service.seconds],
+    )
     registering = asyncio.create_task(registration.run())
     try:
         told = told_to_end()
@@ -114,7 +125,24 @@ async def _serve(options: ShardOptions) -> None:
         await asyncio.gather(*(server.stop() for server in servers))
         await cancel([registering])
         transport.close()
+        metrics.close()
         await holdings.close()
+
+
+def _metrics(service: LookupService, holdings: Holdings, router: Router) -> Iterator[Metric]:
+    counters = service.counters
+    yield counter("lookups", "Lookups answered.", counters.lookups)
+    yield counter("rows", "Rows answered.", counters.rows)
+    yield counter("row_bytes", "Bytes of rows answered.", counters.row_bytes)
+    yield counter("forwarded_rows", "Rows asked of other shards for thin clients.", counters.forwarded_rows)
+    yield counter("request_errors", "Requests ended with an error.", counters.errors)
+    yield gauge("held_parts", "Parts held.", len(holdings.held))
+    yield gauge("held_bytes", "Bytes of rows held.", holdings.held_bytes)
+    yield gauge("failing_parts", "Parts that shall be held and cannot be.", len(holdings.failures))
+    yield gauge("memory_limit_bytes", "Bytes offered for rows.", holdings.memory_limit)
+    term, epoch = router.current.age if router.current else (0, 0)
+    yield gauge("routing_term", "Term of the newest routing seen.", term)
+    yield gauge("routing_epoch", "Epoch of the newest routing seen.", epoch)
 
 
 def default_memory_limit(options: ShardOptions) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -11,6 +12,7 @@ from typing import NoReturn
 import grpc
 import numpy as np
 import torch
+from prometheus_client import Histogram
 
 from embedding_service.client.router import Router, Want, run_async
 from embedding_service.client.transport import Transport
@@ -37,7 +39,11 @@ FORWARD_TIMEOUT = 10.0
 # Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
 INLINE_BYTES = 256 << 10
 # Requests of one stream that are worked on at a time.
-STREAM_WINDOW = 64
+STREAM_WINDOW = 8
+# Bytes of answers that one connection may leave unread before it must wait with its next large lookup.
+UNREAD_BYTES = 256 << 20
+# Answers below this are not counted: they are bounded by the calls that a connection may have open.
+COUNTED_BYTES = 64 << 10
 
 
 @dataclass
@@ -51,6 +57,37 @@ class Counters:
     errors: int = 0
 
 
+_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class _Unread:
+    """Answers that their askers have not taken yet, in bytes, by connection.
+
+    A client that asks and never reads fills the memory of its own allowance and no more: its next large answers wait.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[str] = Counter()
+        self._taken = asyncio.Event()
+
+    async def add(self, context: grpc.aio.ServicerContext, nbytes: int) -> None:
+        """Wait until the connection's unread answers are few enough, then count this one until its call has ended."""
+        if nbytes < COUNTED_BYTES:
+            return
+        peer = context.peer()
+        while self._bytes[peer] + nbytes > UNREAD_BYTES:
+            self._taken.clear()
+            await self._taken.wait()
+        self._bytes[peer] += nbytes
+        context.add_done_callback(lambda _: self._remove(peer, nbytes))
+
+    def _remove(self, peer: str, nbytes: int) -> None:
+        self._bytes[peer] -= nbytes
+        if not self._bytes[peer]:
+            del self._bytes[peer]
+        self._taken.set()
+
+
 class Redirect(Exception):
     """The sender routed by itself, and rows it asks for are not held here."""
 
@@ -60,11 +97,15 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
 
     def __init__(self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits) -> None:
         self.counters = Counters()
+        self.seconds = Histogram(
+            "embedding_lookup_seconds", "Time to answer a lookup, forwarding included.", buckets=_BUCKETS, registry=None
+        )
         self._holdings = holdings
         self._router = router
         self._transport = transport
         self._limits = limits
         self._hashers: dict[str, NgramHasher] = {}
+        self._unread = _Unread()
         self._streams: set[asyncio.Queue[asyncio.Task[wire.StreamLookupResponse] | None]] = set()
 
     def current_routing(self) -> Routing | None:
@@ -79,7 +120,10 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
     async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> wire.LookupResponse:
         """Rows of one table."""
         try:
-            return await self._lookup(request, _deadline(context))
+            with self.seconds.time():
+                answer = await self._lookup(request, _deadline(context))
+            await self._unread.add(context, len(answer.rows))
+            return answer
         except Redirect:
             await self._send_away(context)
         except EmbeddingServiceError as error:
@@ -110,7 +154,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         try:
             while (done := await answers.get()) is not None:
                 working.discard(done)
-                yield done.result()
+                yield done.result()  # waits for a reader that is slow
                 window.release()
         finally:
             self._streams.discard(answers)
@@ -121,7 +165,10 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
     ) -> wire.LookupNgramsResponse:
         """Token ids in, rows out."""
         try:
-            return await self._lookup_ngrams(request, _deadline(context))
+            with self.seconds.time():
+                answer = await self._lookup_ngrams(request, _deadline(context))
+            await self._unread.add(context, len(answer.rows))
+            return answer
         except EmbeddingServiceError as error:
             self.counters.errors += 1
             await abort(context, error)
@@ -129,7 +176,8 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
     async def _stream_answer(self, request: wire.StreamLookupRequest, deadline: float) -> wire.StreamLookupResponse:
         answer = wire.StreamLookupResponse(request_id=request.request_id)
         try:
-            answer.rows.CopyFrom(await self._lookup(request.lookup, deadline))
+            with self.seconds.time():
+                answer.rows.CopyFrom(await self._lookup(request.lookup, deadline))
         except Redirect:
             term, epoch = self._age()
             answer.error.CopyFrom(
