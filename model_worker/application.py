@@ -1,12 +1,13 @@
 """The worker as an application of a Serve config file, which is how KubeRay's RayService and `serve deploy` start it.
 
-    import_path: model_worker.application:build
-    args: {checkpoint: /checkpoint, embeddings: embedding:7070, name: model}
+import_path: model_worker.application:build
+args: {checkpoint: /checkpoint, embeddings: embedding:7070, name: model}
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
@@ -34,5 +35,5 @@ def build(args: Arguments) -> Application:
     Raises Unavailable while the embedding service cannot be reached, and NotFound if it has no such model.
     """
     config = _resolve(args.checkpoint, args.embeddings, args.name, args.max_batch, args.max_queue)
-    deployment = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
+    deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

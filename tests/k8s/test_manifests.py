@@ -1,0 +1,301 @@
+"""Every overlay as kubectl renders it: valid, complete in itself, restricted, in step with the code and the sizing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import typer
+import yaml
+from jsonschema import Draft202012Validator
+from kubernetes_validate.utils import schema_contents
+from referencing import Registry, Resource
+from support.kustomize import K8S, Manifest, can_render, environment, find, pod_templates, render
+
+import embedding_service.cli
+from embedding_service.commands.text import parse_bytes
+
+pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
+
+KUBERNETES = "1.37"
+# A part of an overlay, applied at a time of its own.
+FOLDERS = sorted(file.parent for file in (K8S / "overlays").rglob("kustomization.yaml"))
+OVERLAYS = sorted(folder for folder in (K8S / "overlays").iterdir())
+# LongCat-Flash-Lite, as DESIGN and k8s/overlays/*/kustomization.yaml count it.
+ROWS, ROW_BYTES = 122_683_536, {"ram": 260, "cuda": 272}
+# How long the rest of a shard's end may take once it has handed its parts over.
+END_SECONDS = 15
+PROCESS_BYTES = 1 << 30
+
+_rendered: dict[Path, list[Manifest]] = {}
+
+
+def objects_of(folder: Path) -> list[Manifest]:
+    if folder not in _rendered:
+        _rendered[folder] = render(folder)
+    return copy.deepcopy(_rendered[folder])
+
+
+def whole(overlay: Path) -> list[Manifest]:
+    """All parts of an overlay together, as they stand in a cluster in the end."""
+    return [each for folder in FOLDERS if folder.is_relative_to(overlay) for each in objects_of(folder)]
+
+
+def containers(template: Manifest) -> list[Manifest]:
+    return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+
+
+def name_of(folder: Path) -> str:
+    return str(folder.relative_to(K8S / "overlays"))
+
+
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+each_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
+
+
+# Valid
+
+
+def validate(manifest: Manifest) -> None:
+    """Raises jsonschema's ValidationError. Custom resources: by the schemas in k8s/crd-schemas."""
+    if manifest["apiVersion"].partition("/")[0] not in ("ray.io", "monitoring.coreos.com"):
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        return
+    definitions = schema_contents(f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict/_definitions.json", KUBERNETES)
+    registry: Any = Resource.from_contents(definitions) @ Registry()
+    schema = yaml.safe_load((K8S / "crd-schemas" / f"{manifest['kind'].lower()}.yaml").read_text())
+    Draft202012Validator(schema, registry=registry).validate(manifest)
+
+
+@each_folder
+def test_every_object_is_valid(folder: Path) -> None:
+    objects = objects_of(folder)
+    assert objects
+    for manifest in objects:
+        validate(manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("RayService", ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", 0)),
+        ("RayService", ("spec", "rayClusterConfig", "workerGroupSpecs", 0)),
+        ("ServiceMonitor", ("spec", "endpoints", 0)),
+        ("PodMonitor", ("spec", "podMetricsEndpoints", 0)),
+        ("StatefulSet", ("spec", "template", "spec")),
+    ],
+)
+def test_the_validation_refuses_a_misspelt_field(kind: str, path: tuple[str | int, ...]) -> None:
+    manifest = next(each for each in whole(K8S / "overlays/cpu-production") if each["kind"] == kind)
+    validate(manifest)
+    place: Any = manifest
+    for step in path:
+        place = place[step]
+    place["replicass"] = 1
+    with pytest.raises(Exception, match="replicass"):
+        validate(manifest)
+
+
+def test_the_namespace_is_valid_and_the_one_of_the_overlays() -> None:
+    namespace = yaml.safe_load((K8S / "namespace.yaml").read_text())
+    validate(namespace)
+    for folder in FOLDERS:
+        assert {each["metadata"]["namespace"] for each in objects_of(folder)} == {namespace["metadata"]["name"]}
+
+
+# Complete
+
+
+@each_overlay
+def test_whatever_pods_refer_to_is_there(overlay: Path) -> None:
+    objects = whole(overlay)
+    claims = {each["metadata"]["name"] for each in objects if each["kind"] == "PersistentVolumeClaim"}
+    for template in pod_templates(objects):
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        for volume in volumes.values():
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
+        for container in containers(template):
+            words = " ".join([*container.get("command", []), *container.get("args", [])])
+            assert set(re.findall(r"\$\((\w+)\)", words)) <= set(environment(container, objects))
+    for stateful in (each for each in objects if each["kind"] == "StatefulSet"):
+        find(objects, "Service", stateful["spec"]["serviceName"])
+        own = [claim["metadata"]["name"] for claim in stateful["spec"].get("volumeClaimTemplates", [])]
+        there = [*own, *(volume["name"] for volume in stateful["spec"]["template"]["spec"]["volumes"])]
+        assert len(there) == len(set(there))
+        for container in containers(stateful["spec"]["template"]):
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(there)
+
+
+@each_overlay
+def test_selectors_find_pods_and_ports(overlay: Path) -> None:
+    objects = whole(overlay)
+    templates = pod_templates(objects)
+
+    def selected(labels: dict[str, str]) -> list[Manifest]:
+        found = [each for each in templates if labels.items() <= each["metadata"]["labels"].items()]
+        assert found, labels
+        return found
+
+    for each in objects:
+        spec = each.get("spec", {})
+        if each["kind"] == "Service":
+            ports = {port["targetPort"] for port in spec["ports"]}
+            for template in selected(spec["selector"]):
+                assert ports <= {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+        if each["kind"] in ("StatefulSet", "PodDisruptionBudget", "PodMonitor"):
+            selected(spec["selector"]["matchLabels"])
+        if each["kind"] == "NetworkPolicy":
+            named = {port["port"] for rule in spec.get("ingress", []) for port in rule.get("ports", [])}
+            offered = {
+                port["name"]
+                for template in selected(spec["podSelector"]["matchLabels"])
+                for port in template["spec"]["containers"][0].get("ports", [])
+            }
+            assert named <= offered
+        if each["kind"] == "HorizontalPodAutoscaler":
+            find(objects, spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"])
+
+
+def test_prometheus_finds_every_process_of_the_service() -> None:
+    objects = whole(K8S / "overlays/cpu-production")
+    wanted = find(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    services = [each for each in objects if each["kind"] == "Service"]
+    monitored = [each for each in services if wanted.items() <= each["metadata"]["labels"].items()]
+    assert {each["spec"]["selector"]["app.kubernetes.io/component"] for each in monitored} == {"shard", "controller"}
+    assert all(any(port["name"] == "metrics" for port in each["spec"]["ports"]) for each in monitored)
+
+
+# In step with the code
+
+
+def parse(app: typer.Typer, words: list[str]) -> None:
+    """As the command line parses them, without running anything. Raises click's UsageError."""
+    group: Any = typer.main.get_command(app)
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+@each_overlay
+def test_arguments_are_those_of_the_commands(overlay: Path) -> None:
+    objects = whole(overlay)
+    commands = set()
+    for template in pod_templates(objects):
+        for container in containers(template):
+            if "command" not in container and container.get("args"):
+                words = _filled_in(container["args"], environment(container, objects))
+                parse(embedding_service.cli.app, words)
+                commands.add(words[0])
+    assert commands == {"controller", "shard", "import"}
+
+
+def _filled_in(words: list[str], variables: dict[str, Manifest | str]) -> list[str]:
+    values = {name: value if isinstance(value, str) else "pod" for name, value in variables.items()}
+    return [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in words]
+
+
+@each_overlay
+def test_the_serve_config_is_what_ray_and_the_worker_take(overlay: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from model_worker.application import Arguments, build
+    from model_worker.serving import APP
+
+    objects = whole(overlay)
+    service = find(objects, "RayService")["spec"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    arguments = Arguments.model_validate(application.args)
+    assert arguments.name == find(objects, "ConfigMap", "embedding-import")["data"]["MODEL"]
+    assert [deployment.name for deployment in application.deployments] == [APP]
+    host, _, port = arguments.embeddings.partition(":")
+    assert int(port) in [each["port"] for each in find(_services_named(objects, host), "Service")["spec"]["ports"]]
+    assert f"ray=={service['rayClusterConfig']['rayVersion']}" in _requirements()
+
+
+def _services_named(objects: list[Manifest], name: str) -> list[Manifest]:
+    return [each for each in objects if each["kind"] == "Service" and each["metadata"]["name"] == name]
+
+
+def _requirements() -> list[str]:
+    return (K8S.parent / "requirements/all.txt").read_text().splitlines()
+
+
+def test_what_the_images_leave_out_is_among_the_requirements() -> None:
+    text = (K8S.parent / "Dockerfile").read_text().replace("\\\n", "")
+    left_out = re.findall(r'LEFT_OUT="([^"]+)"', text) + re.findall(r'"\^\(([^$)]+)\)==" pinned', text)
+    assert len(left_out) == 4
+    names = [line.partition("==")[0] for line in _requirements()]
+    for pattern in "|".join(left_out).split("|"):
+        assert any(re.fullmatch(pattern, name) for name in names) or pattern == "fbgemm-gpu.*", pattern
+
+
+# Restricted
+
+
+@each_folder
+def test_pods_may_do_nothing_they_need_not(folder: Path) -> None:
+    for template in pod_templates(objects_of(folder)):
+        pod = template["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in containers(template):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in container["resources"]["limits"]
+
+
+@each_folder
+def test_every_pod_has_a_network_policy(folder: Path) -> None:
+    objects = objects_of(folder)
+    policies = [each["spec"] for each in objects if each["kind"] == "NetworkPolicy"]
+    for template in pod_templates(objects):
+        labels = template["metadata"]["labels"].items()
+        matching = [each for each in policies if each["podSelector"]["matchLabels"].items() <= labels]
+        types = {kind for each in matching for kind in each["policyTypes"]}
+        assert types == {"Ingress", "Egress"}
+
+
+# Sized
+
+
+@each_overlay
+def test_shards_have_time_to_drain_and_room_for_what_they_offer(overlay: Path) -> None:
+    objects = objects_of(overlay)
+    decided = find(objects, "ConfigMap", "embedding-")["data"]
+    pod = find(objects, "StatefulSet", "embedding-shard")["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= int(decided["DRAIN_SECONDS"]) + END_SECONDS
+    resources = pod["containers"][0]["resources"]
+    if decided["TIER"] == "ram":
+        assert parse_bytes(resources["limits"]["memory"]) >= parse_bytes(decided["MEMORY"]) + PROCESS_BYTES
+        assert resources["requests"]["memory"] == resources["limits"]["memory"]
+
+
+@pytest.mark.parametrize(("overlay", "survivors"), [("cpu-production", 7), ("gpu", 2)])
+def test_longcat_flash_lite_fits(overlay: str, survivors: int) -> None:
+    objects = objects_of(K8S / "overlays" / overlay)
+    decided = find(objects, "ConfigMap", "embedding-")["data"]
+    need = ROWS * ROW_BYTES[decided["TIER"]] * int(decided["COPIES"])
+    assert need / survivors < 0.9 * parse_bytes(decided["MEMORY"])
+
+
+@each_overlay
+def test_the_controller_waits_for_as_many_shards_as_there_are(overlay: Path) -> None:
+    objects = objects_of(overlay)
+    spec = find(objects, "StatefulSet", "embedding-shard")["spec"]
+    scalers = [each for each in objects if each["kind"] == "HorizontalPodAutoscaler"]
+    replicas = scalers[0]["spec"]["minReplicas"] if scalers else spec["replicas"]
+    decided = find(objects, "ConfigMap", "embedding-")["data"]
+    assert int(decided["EXPECT_SHARDS"]) == replicas
+    assert int(decided["COPIES"]) <= replicas
+    # Ready only once all are seen, so one must not wait for the other.
+    assert spec["podManagementPolicy"] == "Parallel"
