@@ -1,6 +1,21 @@
-"""`python -m embedding_service`: the command line."""
+"""The command line's door: `embedding-service`, or `python -m embedding_service`."""
 
-from embedding_service.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install where only the client side is."""
+    try:
+        from embedding_service import cli
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the commands need the server side, and {error.name} is not installed: "
+            "pip install 'embedding-service[cpu]', or `make setup` in a checkout"
+        )
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,3 @@ def main() -> None:
     except (EmbeddingServiceError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

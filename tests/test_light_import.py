@@ -35,6 +35,15 @@ def test_naming_the_package_loads_not_even_torch() -> None:
     assert "torch" not in loaded
 
 
+def test_the_commands_say_what_to_install_where_only_the_client_side_is() -> None:
+    for package, extra in (("embedding_service", "cpu"), ("model_worker", "worker")):
+        code = f"import sys; sys.modules['typer'] = None; from {package}.__main__ import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 1
+        assert f"pip install 'embedding-service[{extra}]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_plain_install_asks_for_nothing_heavy() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}

@@ -1,0 +1,21 @@
+"""The command line's door: `model-worker`, or `python -m model_worker`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install where only the client side is."""
+    try:
+        from model_worker import cli
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the worker's packages are missing, first of all {error.name}: "
+            "pip install 'embedding-service[worker]', or `make setup` in a checkout"
+        )
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
