@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from embedding_service.commands import cluster, query, store
+from embedding_service.commands import cluster, plan, query, store
 from embedding_service.errors import EmbeddingServiceError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ for command in (
     cluster.up,
     cluster.controller,
     cluster.shard,
+    plan.plan,
     query.status,
     query.models,
     query.lookup,

@@ -1,0 +1,234 @@
+"""`plan`: what a set of nodes would hold, without any server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embedding_service.commands.cluster import ReplicasOption
+from embedding_service.commands.query import wide_console
+from embedding_service.commands.text import format_bytes, parse_bytes
+from embedding_service.errors import InvalidRequest, NotFound, PlacementError
+
+if TYPE_CHECKING:
+    import rich.table
+    from matplotlib.axes import Axes
+
+    from embedding_service.placement.demand import Node, PartDemand, Placement
+
+NODES_HELP = "COUNTxMEMORY[:cuda], repeatable: 4x16GiB, 2x80GiB:cuda."
+
+
+def plan(
+    nodes: Annotated[list[str], typer.Option(help=f"The nodes, {NODES_HELP}")],
+    store: Annotated[str | None, typer.Option(help="Plan for the newest versions in this store.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model of it: NAME or NAME@VERSION.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Without --store: rows of a table yet to be made.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Values a row of that table.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of that table.")] = "int8",
+    part_size: Annotated[str, typer.Option(help="Largest size of a part of that table.")] = "256MiB",
+    replicas: ReplicasOption = 1,
+    from_nodes: Annotated[
+        list[str] | None, typer.Option(help="Show what coming from these nodes moves; equal MEMORY, same nodes.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, too: a .png, .svg or .pdf file.")] = None,
+) -> None:
+    """What a set of nodes would hold; without servers. Exit code 1 if it does not fit, and what is missing."""
+    after = _parse_nodes(nodes)
+    before = _parse_nodes(from_nodes or [])
+    part_bytes = parse_bytes(part_size)
+    if store is not None and rows is None and dim is None:
+        parts = _stored_parts(store, model)
+    elif store is None and model is None and rows is not None and dim is not None:
+        parts = _table_parts(rows, dim, dtype, part_bytes)
+    else:
+        raise typer.BadParameter("say either --store [--model], or --rows and --dim")
+    outlook = _Outlook.of(parts, before, after, replicas)
+    console = wide_console()
+    console.print(outlook.table())
+    for line in outlook.summary():
+        console.print(line)
+    if plot:
+        _draw(outlook, plot)
+        console.print(f"drawn to {plot}")
+
+
+@dataclass
+class _Outlook:
+    """What each node would hold, and what of it would be moved in.
+
+    Attributes:
+        held: For each node (parts, bytes).
+        moved: For each node the bytes it has to load; None when there is nothing to come from.
+    """
+
+    parts: list[PartDemand]
+    nodes: list[Node]
+    held: list[tuple[int, int]]
+    moved: list[int] | None
+
+    @classmethod
+    def of(cls, parts: list[PartDemand], before: list[Node], after: list[Node], replicas: int) -> _Outlook:
+        """Plan for `after`, coming from `before` if that is not empty. Raises PlacementError."""
+        from dataclasses import replace
+
+        from embedding_service.placement.demand import Placement
+
+        old = _plan(parts, before, replicas) if before else Placement()
+        nodes = [replace(node, held=frozenset(old.parts_of.get(node.shard, ()))) for node in after]
+        placement = _plan(parts, nodes, replicas)
+        size = {part.key: part.nbytes for part in parts}
+        held = [placement.parts_of[node.shard] for node in nodes]
+        return cls(
+            parts=parts,
+            nodes=nodes,
+            held=[(len(keys), sum(size[key] for key in keys)) for keys in held],
+            moved=[sum(size[key] for key in keys - node.held) for node, keys in zip(nodes, held, strict=True)]
+            if before
+            else None,
+        )
+
+    def table(self) -> rich.table.Table:
+        """A row a node."""
+        from rich.table import Table
+
+        table = Table("node", "device", title="plan", title_justify="left")
+        for heading in ("parts", "bytes", "share of limit", *(["moved in"] if self.moved is not None else [])):
+            table.add_column(heading, justify="right")
+        for index, (node, (count, nbytes)) in enumerate(zip(self.nodes, self.held, strict=True)):
+            moved = [format_bytes(self.moved[index])] if self.moved is not None else []
+            table.add_row(
+                node.shard,
+                node.device,
+                f"{count:,}",
+                format_bytes(nbytes),
+                f"{nbytes / max(node.memory_limit, 1):.1%} of {format_bytes(node.memory_limit)}",
+                *moved,
+            )
+        return table
+
+    def summary(self) -> list[str]:
+        """The whole in a line or two."""
+        used, limit = sum(nbytes for _, nbytes in self.held), sum(node.memory_limit for node in self.nodes)
+        largest = max(part.nbytes for part in self.parts)
+        lines = [
+            f"{len(self.parts):,} parts of up to {format_bytes(largest)}; {format_bytes(used)} held on "
+            f"{len(self.nodes):,} nodes, {used / limit:.1%} of {format_bytes(limit)}"
+        ]
+        if self.moved is not None:
+            lines.append(f"moves {format_bytes(sum(self.moved))}, {sum(self.moved) / used:.1%} of what is held")
+        return lines
+
+
+def _plan(parts: list[PartDemand], nodes: list[Node], replicas: int) -> Placement:
+    """As the controller would; a PlacementError says how many more nodes would do, too."""
+    from embedding_service.placement.packing import more_needed
+    from embedding_service.placement.planner import plan as make_plan
+
+    try:
+        return make_plan(parts, nodes, replicas)
+    except PlacementError as error:
+        kinds = {(node.memory_limit, node.device): node for node in nodes}
+        remedies = [
+            f"{more:,} more of {format_bytes(node.memory_limit)} ({node.device})"
+            for node in kinds.values()
+            if (more := more_needed(parts, nodes, replicas, node))
+        ]
+        remedy = f"it would fit with {' or '.join(remedies)}" if remedies else "more nodes of these kinds do not help"
+        raise PlacementError(f"{error}. Of the nodes given, {remedy}") from error
+
+
+def _parse_nodes(texts: Sequence[str]) -> list[Node]:
+    """Nodes named by their kind and number, so that equal kinds in two sets are the same nodes."""
+    from embedding_service.placement.demand import Node
+
+    nodes: list[Node] = []
+    counts: dict[tuple[int, str], int] = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d{1,5})x([^:]+)(?::(cpu|cuda))?", text.strip())
+        if not match or int(match[1]) == 0 or (memory := parse_bytes(match[2])) == 0:
+            raise typer.BadParameter(f"{text!r} are no nodes: write {NODES_HELP}")
+        device = match[3] or "cpu"
+        first = counts.get((memory, device), 0)
+        counts[memory, device] = first + int(match[1])
+        label = f"{device}-{format_bytes(memory).replace(' ', '')}"
+        nodes += [Node(f"{label}-{index}", memory, device=device) for index in range(first, counts[memory, device])]
+    return nodes
+
+
+def _stored_parts(url: str, name: str | None) -> list[PartDemand]:
+    """The parts of the newest version of each model of a store, or of one model."""
+    from embedding_service.placement.demand import PartDemand
+    from embedding_service.placement.parts import PartKey
+    from embedding_service.store import Store
+
+    store = Store(url)
+    model, _, version = (name or "").partition("@")
+    manifests = [store.manifest(each, version or None) for each in ([model] if name else store.models())]
+    if not manifests:
+        raise NotFound(f"no model in {url}: `embedding-service import` puts one there")
+    return [
+        PartDemand(PartKey(manifest.model, manifest.version, table.name, part.index), part.rows, table.row_bytes)
+        for manifest in manifests
+        for table in manifest.tables
+        for part in table.parts
+    ]
+
+
+def _table_parts(rows: int, dim: int, dtype: str, part_bytes: int) -> list[PartDemand]:
+    """The parts that an import would make of a table."""
+    from embedding_service.formats import get_format
+    from embedding_service.placement.demand import PartDemand
+    from embedding_service.placement.parts import PartKey
+    from embedding_service.store import rows_per_part
+
+    row_bytes = get_format(dtype).row_bytes(dim)
+    step = rows_per_part(row_bytes, part_bytes)
+    return [
+        PartDemand(PartKey("model", "1", "table", index), min(step, rows - first), row_bytes)
+        for index, first in enumerate(range(0, rows, step))
+    ]
+
+
+def _draw(outlook: _Outlook, path: Path) -> None:
+    """A bar a node: what it holds, what of that would be moved in, and its limit. Raises InvalidRequest."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidRequest("--plot needs matplotlib: pip install matplotlib") from error
+
+    width = min(max(5.0, 0.45 * len(outlook.nodes) + 2), 24.0)
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    _draw_bars(axes, outlook)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise InvalidRequest(f"cannot draw to {path}: {error}") from error
+
+
+def _draw_bars(axes: Axes, outlook: _Outlook) -> None:
+    gib = 2**30
+    places = range(len(outlook.nodes))
+    moved = [nbytes / gib for nbytes in outlook.moved or [0] * len(outlook.nodes)]
+    stays = [nbytes / gib - new for (_, nbytes), new in zip(outlook.held, moved, strict=True)]
+    axes.bar(places, [node.memory_limit / gib for node in outlook.nodes], color="#e8e8e8", label="limit")
+    for device, color in (("cpu", "#3b6ea5"), ("cuda", "#4c9a2a")):
+        of_device = [place for place in places if outlook.nodes[place].device == device]
+        if of_device:
+            axes.bar(of_device, [stays[place] for place in of_device], color=color, label=f"held, {device}")
+    if outlook.moved is not None:
+        axes.bar(places, moved, bottom=stays, color="#e08214", label="moved in")
+    axes.set_ylabel("GiB")
+    axes.set_title("\n".join(outlook.summary()), fontsize=9, loc="left")
+    few = len(outlook.nodes) <= 48
+    axes.set_xticks(list(places) if few else [], [node.shard for node in outlook.nodes] if few else [])
+    axes.tick_params(axis="x", labelrotation=60, labelsize=7)
+    axes.set_xlabel("" if few else f"{len(outlook.nodes):,} nodes")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

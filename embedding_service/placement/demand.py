@@ -1,0 +1,63 @@
+"""What is to be placed, on what, and the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from embedding_service.placement.parts import PartKey
+
+CUDA = "cuda"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A shard as the planner sees it.
+
+    Attributes:
+        shard: Its name.
+        memory_limit: Bytes it offers for rows: of GPU memory if `device` is "cuda", else of host memory.
+        held: Parts it holds already, or was told to hold.
+        device: "cpu" or "cuda".
+        topology: Value of the topology key (a zone, a rack, a machine): the copies of a part go to nodes of different
+            values where there are enough. Empty: a place of its own.
+        draining: Is about to leave: it gets nothing, and what it holds goes elsewhere.
+    """
+
+    shard: str
+    memory_limit: int
+    held: frozenset[PartKey] = frozenset()
+    device: str = "cpu"
+    topology: str = ""
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class PartDemand:
+    """A part to be placed: its rows, the bytes of one row, and the accesses measured (in any unit of time)."""
+
+    key: PartKey
+    rows: int
+    row_bytes: int
+    load: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return self.rows * self.row_bytes
+
+
+@dataclass
+class Placement:
+    """Each part's shards, and each shard's parts."""
+
+    shards_of: dict[PartKey, list[str]] = field(default_factory=dict)
+    parts_of: dict[str, set[PartKey]] = field(default_factory=dict)
+
+
+def moved_bytes(parts: Sequence[PartDemand], before: Placement, after: Placement) -> int:
+    """Bytes that shards have to load to come from one placement to the other."""
+    size = {part.key: part.nbytes for part in parts}
+    return sum(
+        size[key] for shard, held in after.parts_of.items() for key in held - before.parts_of.get(shard, frozenset())
+    )
