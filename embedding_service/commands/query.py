@@ -75,9 +75,15 @@ def status_tables(current: control.Status) -> list[rich.table.Table]:
             f"{sum(table.rows for table in info.tables):,}",
             format_bytes(model.bytes),
             f"{model.parts_ready} of {model.parts}",
-            "serving" if model.serving else "loading",
+            _state(model),
         )
     return [shards, models]
+
+
+def _state(model: control.ModelStatus) -> str:
+    if not model.serving:
+        return "loading"
+    return "serving" if model.parts_ready == model.parts else "serving, parts lost"
 
 
 def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:

@@ -19,8 +19,8 @@ class Shard:
         outbox: Set when there is something new to tell it.
         assigned: What it shall hold; None before the first decision.
         released: It is draining and may end.
-        grace: Parts it shall hold no longer, and until when (monotonic seconds) it keeps them for clients who do not
-            know yet.
+        grace: Parts it holds and shall hold no longer, and until when (monotonic seconds) it keeps them for clients who
+            do not know yet.
     """
 
     report: control.ShardReport

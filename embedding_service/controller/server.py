@@ -277,7 +277,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     def _graces_end(self) -> bool:
         now = time.monotonic()
-        return any(now >= until for shard in self._fleet.shards.values() for until in shard.grace.values())
+        return any(
+            now >= until and key in (shard.assigned or ())
+            for shard in self._fleet.shards.values()
+            for key, until in shard.grace.items()
+        )
 
     async def _decide(self) -> None:
         shards = self._fleet.shards
@@ -366,7 +370,6 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             leaving = shard.held - keep
             shard.grace = {key: shard.grace.get(key, now + self._options.grace) for key in leaving}
             assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
-            shard.grace = {key: until for key, until in shard.grace.items() if now < until}
             released = shard.report.draining and (not assigned or self._all_drain())
             behind = (shard.report.term, shard.report.epoch) < self._routing.age
             if (assigned, released) != (shard.assigned, shard.released) or behind:
