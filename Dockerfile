@@ -18,7 +18,8 @@ ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
     PYTHONDONTWRITEBYTECODE=1
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates libgomp1 python3.11 tini \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --home-dir /tmp --no-create-home service
 
 FROM runtime AS builder
 RUN apt-get update && apt-get install --yes --no-install-recommends python3.11-venv

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup demo test lint proto bench clean
+.PHONY: setup demo test e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -22,6 +22,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root.
+e2e: setup
+	@command -v podman runc debootstrap kubectl >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends \
+		podman runc netavark aardvark-dns catatonit iptables debootstrap kubernetes-client; }
+	$(BIN)/python tests/e2e/run.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +40,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

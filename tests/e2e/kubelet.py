@@ -1,0 +1,407 @@
+"""As much of Kubernetes as the overlays need, on podman: a small kubelet, StatefulSet controller and kube-proxy.
+
+Every pod is a container with an address and a name of its own. What a manifest says of it holds: command, arguments,
+environment (the downward API too), mounts, user, read-only root, capabilities, memory, probes, termination grace. What
+is left out: scheduling (every pod is alone on a node of its own), network policies, sidecars, disruption budgets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from podman import Podman
+from support.kustomize import Manifest, environment
+
+NETWORK = "embedding-e2e"
+CHAIN = "EMBEDDING-E2E"
+SERVICE_ADDRESSES = "10.96.77."
+# As kubelets do: at once the first time, then 10 s, 20 s, 40 s.
+FIRST_BACKOFF = 10.0
+READY_SECONDS = 180.0
+UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+
+
+class Cluster:
+    """One namespace of pods. Entering makes the network; leaving removes every trace."""
+
+    def __init__(self, podman: Podman, folder: Path, objects: list[Manifest], say: Callable[[str], None]) -> None:
+        self.podman, self.folder, self.objects, self.say = podman, folder, objects, say
+        self.pods: dict[str, Pod] = {}
+        self.services: dict[str, tuple[Manifest, str]] = {}
+        self._numbers = itertools.count(10)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Cluster:
+        self.podman("network", "create", NETWORK)
+        (network,) = json.loads(self.podman("network", "inspect", NETWORK))
+        self.subnet = ip_network(network["subnets"][0]["subnet"])
+        _iptables("-N", CHAIN)
+        _iptables("-A", "PREROUTING", "-j", CHAIN)
+        # A pod that reaches a pod through a Service must be answered through it.
+        _iptables("-I", "POSTROUTING", *self._hairpin())
+        for manifest in self.objects:
+            if manifest["kind"] == "Service":
+                self.add_service(manifest)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pod in self.pods.values():
+            pod.ended.set()
+        self.save_logs()
+        self.podman.remove_containers()
+        _iptables("-D", "PREROUTING", "-j", CHAIN, check=False)
+        _iptables("-F", CHAIN, check=False)
+        _iptables("-X", CHAIN, check=False)
+        _iptables("-D", "POSTROUTING", *self._hairpin(), check=False)
+
+    def _hairpin(self) -> list[str]:
+        ours = str(self.subnet)
+        return ["-s", ours, "-d", ours, "-m", "conntrack", "--ctstate", "DNAT", "-j", "MASQUERADE"]
+
+    def add_service(self, manifest: Manifest) -> None:
+        """A Service. Headless ones are the names of pods; others get an address."""
+        if manifest["spec"].get("clusterIP") != "None":
+            name = manifest["metadata"]["name"]
+            self.services[name] = (manifest, f"{SERVICE_ADDRESSES}{len(self.services) + 1}")
+
+    def hosts(self) -> list[str]:
+        """What pods know of Services, as podman's --add-host takes it."""
+        return [
+            f"{host}:{address}"
+            for name, (manifest, address) in self.services.items()
+            for host in (name, f"{name}.{manifest['metadata']['namespace']}.svc")
+        ]
+
+    def next_address(self) -> str:
+        """An address that no pod had before."""
+        return str(self.subnet[next(self._numbers)])
+
+    def update_endpoints(self) -> None:
+        """Let each Service's address lead to one of its ready pods, by chance: kube-proxy's part."""
+        with self._lock:
+            rules = []
+            for manifest, address in self.services.values():
+                selector = manifest["spec"]["selector"].items()
+                pods = [pod for pod in self.pods.values() if pod.ready and selector <= pod.labels.items()]
+                for port in manifest["spec"]["ports"]:
+                    for left, pod in zip(range(len(pods), 0, -1), pods, strict=True):
+                        chance = ["-m", "statistic", "--mode", "random", "--probability", f"{1 / left:.6f}"]
+                        target = f"{pod.address}:{pod.port(port['targetPort'])}"
+                        rules.append(["-d", address, "-p", "tcp", "--dport", str(port["port"]), *chance, "-j", "DNAT",
+                                      "--to-destination", target])  # fmt: skip
+            _iptables("-F", CHAIN)
+            for rule in rules:
+                _iptables("-A", CHAIN, *rule)
+
+    def start_pod(self, name: str, namespace: str, template: Manifest, governing_service: str = "") -> Pod:
+        """Make a pod and run it until it is stopped."""
+        pod = Pod(self, name, namespace, template, governing_service)
+        self.pods[name] = pod
+        pod.thread.start()
+        return pod
+
+    def save_logs(self) -> None:
+        """What every container that is still there has printed."""
+        for name in self.pods:
+            self.podman("logs", name, check=False, log=self.folder / f"{name}.log")
+
+
+class Pod:
+    """A pod of one container, run by a thread of its own that starts, probes and restarts it."""
+
+    def __init__(self, cluster: Cluster, name: str, namespace: str, template: Manifest, governing_service: str) -> None:
+        self.cluster, self.name, self.namespace, self.template = cluster, name, namespace, template
+        self.labels: dict[str, str] = template["metadata"]["labels"]
+        self.container: Manifest = template["spec"]["containers"][0]
+        self.address = cluster.next_address()
+        self.names = [f"{name}.{governing_service}.{namespace}.svc"] if governing_service else []
+        self.ready, self.restarts, self.exit_code = False, 0, None
+        self.ready_since = 0.0
+        self.ended, self.cut_off = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._pid = 0
+
+    def port(self, name_or_number: str | int) -> int:
+        """The number of a container port."""
+        named = {port["name"]: port["containerPort"] for port in self.container["ports"]}
+        return named.get(name_or_number, name_or_number)  # type: ignore[return-value]
+
+    # Its life
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        finally:
+            self.ended.set()
+
+    def _run(self) -> None:
+        self.cluster.podman("run", "--detach", *self._options(), self._image(), *self._words("args"))
+        while not self.ended.is_set():
+            inspected = self.cluster.podman("inspect", "--format={{.State.Pid}}", self.name)
+            self._pid = int(inspected)
+            self._probe_until_it_exits()
+            self._set_ready(False)
+            if self.ended.is_set() or self.template["spec"].get("restartPolicy") == "Never":
+                break
+            self.cluster.say(f"{self.name} exited: restarted")
+            self.ended.wait(FIRST_BACKOFF * 2 ** (self.restarts - 1) if self.restarts else 0)
+            self.restarts += 1
+            self.cluster.podman("start", self.name)
+
+    def running(self) -> bool:
+        """Whether its container's first process is there."""
+        return Path(f"/proc/{self._pid}").exists()
+
+    def _probe_until_it_exits(self) -> None:
+        startup, readiness, liveness = (
+            _Probe(self, self.container.get(f"{kind}Probe")) for kind in ("startup", "readiness", "liveness")
+        )
+        while self.running() and not self.ended.is_set():
+            if self.cut_off.is_set():
+                self._set_ready(False)
+            elif not startup.passed:
+                if startup.ask() is False:
+                    self._kill("startup")
+            else:
+                ready = readiness.ask()
+                self._set_ready(self.ready if ready is None else ready)
+                if liveness.ask() is False:
+                    self._kill("liveness")
+            self.ended.wait(0.1)
+
+    def _kill(self, probe: str) -> None:
+        self.cluster.say(f"{self.name} failed its {probe} probe: killed")
+        self.cluster.podman("kill", self.name, check=False)
+
+    def _set_ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self.ready, self.ready_since = ready, time.monotonic()
+            self.cluster.update_endpoints()
+
+    # What may happen to it
+
+    def stop(self) -> None:
+        """SIGTERM, the grace, SIGKILL; then it is gone."""
+        grace = self.template["spec"].get("terminationGracePeriodSeconds", 30)
+        began = time.monotonic()
+        self.ended.set()
+        self.thread.join()
+        self.cluster.podman("stop", f"--time={grace}", self.name, timeout=grace + 60)
+        self.exit_code = int(self.cluster.podman("inspect", "--format={{.State.ExitCode}}", self.name))
+        self.cluster.podman("logs", self.name, check=False, log=self.cluster.folder / f"{self.name}.log")
+        self.cluster.podman("rm", "--force", self.name)
+        self.cluster.pods.pop(self.name)
+        shutil.rmtree(self._own_folder(), ignore_errors=True)
+        self.cluster.say(
+            f"{self.name} ended {time.monotonic() - began:.1f} s after SIGTERM, exit code {self.exit_code}"
+        )
+
+    def kill(self) -> None:
+        """SIGKILL to its processes, as a node without memory would."""
+        self.cluster.podman("kill", "--signal=KILL", self.name)
+
+    def cut(self) -> None:
+        """Take its network away, and with it its node's word to the control plane."""
+        self.cut_off.set()
+        self.cluster.podman("network", "disconnect", NETWORK, self.name)
+
+    def heal(self) -> None:
+        """Give it its network back."""
+        aliases = [f"--alias={name}" for name in self.names]
+        self.cluster.podman("network", "connect", f"--ip={self.address}", *aliases, NETWORK, self.name)
+        self.cut_off.clear()
+
+    # Its container
+
+    def _image(self) -> str:
+        return str(self.container["image"])
+
+    def _words(self, field: str) -> list[str]:
+        variables = self._environment()
+        return [_filled_in(word, variables) for word in self.container.get(field, [])]
+
+    def _environment(self) -> dict[str, str]:
+        fields = {
+            "metadata.name": self.name,
+            "metadata.namespace": self.namespace,
+            "spec.nodeName": f"node-of-{self.name}",
+        }
+        found = environment(self.container, self.cluster.objects)
+        return {
+            name: value if isinstance(value, str) else fields[value["fieldRef"]["fieldPath"]]
+            for name, value in found.items()
+        }
+
+    def _options(self) -> list[str]:
+        security = self.template["spec"]["securityContext"] | self.container["securityContext"]
+        limit = self.container["resources"]["limits"]["memory"]
+        options = [
+            f"--name={self.name}",
+            f"--hostname={self.name}",
+            f"--network={NETWORK}",
+            f"--ip={self.address}",
+            f"--dns-search={self.namespace}.svc",
+            f"--user={security['runAsUser']}:{security['runAsGroup']}",
+            f"--memory={int(limit[:-2]) * UNITS[limit[-2:]]}",
+            f"--read-only={security['readOnlyRootFilesystem']}".lower(),
+            "--read-only-tmpfs=false",
+            *(f"--cap-drop={name}" for name in security["capabilities"]["drop"]),
+            *(f"--network-alias={name}" for name in self.names),
+            *(f"--add-host={host}" for host in self.cluster.hosts()),
+            *(f"--env={name}={value}" for name, value in self._environment().items()),
+            *(f"--volume={mount}" for mount in self._mounts()),
+        ]
+        if not security["allowPrivilegeEscalation"]:
+            options.append("--security-opt=no-new-privileges")
+        if command := self._words("command"):
+            options.append(f"--entrypoint={json.dumps(command)}")
+        return options
+
+    def _mounts(self) -> Iterable[str]:
+        volumes = {volume["name"]: volume for volume in self.template["spec"]["volumes"]}
+        group = self.template["spec"]["securityContext"]["fsGroup"]
+        for mount in self.container["volumeMounts"]:
+            volume = volumes[mount["name"]]
+            claim = volume.get("persistentVolumeClaim")
+            folder = (
+                claim_folder(self.cluster.folder, claim["claimName"]) if claim else self._own_folder() / volume["name"]
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            give_to_group(folder, group)
+            yield f"{folder}:{mount['mountPath']}:{'ro' if mount.get('readOnly') else 'rw'}"
+
+    def _own_folder(self) -> Path:
+        return self.cluster.folder / "pods" / self.name
+
+
+class _Probe:
+    """One of a container's probes; without a manifest it always passes."""
+
+    def __init__(self, pod: Pod, manifest: Manifest | None) -> None:
+        self.passed = manifest is None
+        self._pod, self._manifest = pod, manifest or {}
+        self._next = time.monotonic() + self._manifest.get("initialDelaySeconds", 0)
+        self._failures = 0
+
+    def ask(self) -> bool | None:
+        """True and False as the thresholds say; None while nothing is decided."""
+        if not self._manifest:
+            return True
+        if time.monotonic() < self._next:
+            return None
+        self._next = time.monotonic() + self._manifest.get("periodSeconds", 10)
+        if self._serving():
+            self._failures, self.passed = 0, True
+            return True
+        self._failures += 1
+        return False if self._failures >= self._manifest.get("failureThreshold", 3) else None
+
+    def _serving(self) -> bool:
+        about = self._manifest["grpc"]
+        request = health_pb2.HealthCheckRequest(service=about.get("service", ""))
+        try:
+            with grpc.insecure_channel(f"{self._pod.address}:{about['port']}") as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                answer = check(request, timeout=self._manifest.get("timeoutSeconds", 1))
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class StatefulSet:
+    """Pods with ordinals, as a StatefulSet's controller keeps them."""
+
+    def __init__(self, cluster: Cluster, manifest: Manifest) -> None:
+        self.cluster, self.manifest = cluster, manifest
+        self.name: str = manifest["metadata"]["name"]
+
+    @property
+    def pods(self) -> list[Pod]:
+        """By ordinal."""
+        ours = [pod for name, pod in self.cluster.pods.items() if re.fullmatch(rf"{self.name}-\d+", name)]
+        return sorted(ours, key=lambda pod: int(pod.name.rpartition("-")[2]))
+
+    def scale(self, replicas: int) -> None:
+        """To so many pods, all at once or one after the other as its policy says; returns when they are ready."""
+        ordinals = range(len(self.pods), replicas)
+        leaving = self.pods[replicas:][::-1]
+        if self.manifest["spec"].get("podManagementPolicy") == "Parallel":
+            at_once([pod.stop for pod in leaving])
+            wait_ready([self._start(ordinal) for ordinal in ordinals])
+            return
+        for pod in leaving:
+            pod.stop()
+        for ordinal in ordinals:
+            wait_ready([self._start(ordinal)])
+
+    def roll(self) -> None:
+        """Replace every pod, from the last, each when the one before was ready for minReadySeconds."""
+        for pod in self.pods[::-1]:
+            pod.stop()
+            wait_ready([self._start(int(pod.name.rpartition("-")[2]))], self.manifest["spec"].get("minReadySeconds", 0))
+
+    def _start(self, ordinal: int) -> Pod:
+        spec, namespace = self.manifest["spec"], self.manifest["metadata"]["namespace"]
+        return self.cluster.start_pod(f"{self.name}-{ordinal}", namespace, spec["template"], spec["serviceName"])
+
+
+def run_job(cluster: Cluster, manifest: Manifest, seconds: float = 120) -> None:
+    """Run a Job's pod to its end. Raises RuntimeError if it fails."""
+    template = manifest["spec"]["template"] | {
+        "spec": manifest["spec"]["template"]["spec"] | {"restartPolicy": "Never"}
+    }
+    pod = cluster.start_pod(manifest["metadata"]["name"], manifest["metadata"]["namespace"], template)
+    pod.thread.join(seconds)
+    pod.stop()
+    if pod.exit_code:
+        raise RuntimeError(f"job {pod.name} ended with {pod.exit_code}: see {cluster.folder / pod.name}.log")
+
+
+def wait_ready(pods: list[Pod], for_seconds: float = 0) -> None:
+    """Until they are ready, and were for so long. Raises RuntimeError when they are not in time."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not all(pod.ready and time.monotonic() - pod.ready_since >= for_seconds for pod in pods):
+        if time.monotonic() > deadline or any(pod.ended.is_set() for pod in pods):
+            raise RuntimeError(f"not ready: {', '.join(pod.name for pod in pods if not pod.ready)}")
+        time.sleep(0.1)
+
+
+def at_once(calls: list[Callable[[], Any]]) -> None:
+    """All of them in threads; raises what one of them raised."""
+    with ThreadPoolExecutor(max(len(calls), 1)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
+
+
+def claim_folder(folder: Path, claim: str) -> Path:
+    """Where the volume behind a claim lies on this machine."""
+    return folder / "volumes" / claim
+
+
+def give_to_group(folder: Path, group: int) -> None:
+    """Let a pod's fsGroup read and write a volume, as kubelets do."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, -1, group)
+        path.chmod(path.stat().st_mode | (0o2770 if path.is_dir() else 0o660))
+
+
+def _filled_in(word: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), word)
+
+
+def _iptables(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["iptables", "--wait", "-t", "nat", *arguments], check=check, capture_output=not check)

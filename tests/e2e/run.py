@@ -1,0 +1,314 @@
+"""The overlay `local-small`, run for real: images built, pods as containers, and everything that may happen to them.
+
+    python tests/e2e/run.py [--keep-images]      (make e2e; needs root and Debian's packages named in PACKAGES)
+
+While a client checks every row of its lookups and asks a worker for completions, the StatefulSet of shards is scaled
+3 -> 5 -> 2 -> 3, rolled, and one pod after another is killed and cut off. Ends with exit code 1 if a lookup or
+a completion failed or was wrong. Takes at most 20 minutes and leaves nothing behind, but for images if told to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/worker")]
+
+import images  # noqa: E402
+import yaml  # noqa: E402
+from kubelet import Cluster, StatefulSet, claim_folder, run_job, wait_ready  # noqa: E402
+from podman import Podman  # noqa: E402
+from ray_service import deploy, serve_service, start_head  # noqa: E402
+from small_model import write_checkpoint  # noqa: E402
+from support.checkpoints import longcat_checkpoint  # noqa: E402
+from support.kustomize import K8S, Manifest, find, render  # noqa: E402
+
+from embedding_service.client.status import get_status  # noqa: E402
+from embedding_service.errors import EmbeddingServiceError  # noqa: E402
+
+PACKAGES = "podman runc netavark aardvark-dns catatonit iptables debootstrap kubectl"
+SECONDS = 20 * 60
+CALM_SECONDS = 10
+CUT_SECONDS = 15
+OVERLAY = K8S / "overlays/local-small"
+# The checkpoint whose rows name themselves, and the one that a worker can run.
+ROWS, MODEL = "rows", "model"
+
+_began = time.monotonic()
+
+
+def say(text: str) -> None:
+    """A line with the time since the start."""
+    print(f"{time.monotonic() - _began:6.1f} s  {text}", flush=True)
+
+
+class Scenario:
+    """The steps, each told with what the client saw meanwhile."""
+
+    def __init__(self, podman: Podman, work: Path) -> None:
+        self.work = work
+        self.service = _rendered(work, OVERLAY, {})
+        self.worker = find(_rendered(work, OVERLAY / "worker", {}), "RayService")
+        objects = [*self.service, serve_service(self.worker)]
+        self.cluster = Cluster(podman, work, objects, say)
+        self.controller = StatefulSet(self.cluster, find(objects, "StatefulSet", "embedding-controller"))
+        self.shards = StatefulSet(self.cluster, find(objects, "StatefulSet", "embedding-shard"))
+        self._seen: dict[str, Any] = {}
+
+    def run(self) -> bool:
+        """From an empty cluster to the end; whether everything was answered, and rightly."""
+        with self.cluster:
+            self.import_checkpoints()
+            self.bring_up()
+            client = self.start_client()
+            self.step("calm", lambda: time.sleep(CALM_SECONDS))
+            self.step("scale 3 -> 5", lambda: self.scale(5))
+            self.step("roll 5", self.roll)
+            self.step("restart the controller", self.restart_controller)
+            self.step("scale 5 -> 2", lambda: self.scale(2))
+            self.step("scale 2 -> 3", lambda: self.scale(3))
+            self.step("kill a pod", self.kill_one)
+            self.step("cut a pod off", self.cut_one_off)
+            client.stop()
+            return self.verdict()
+
+    # Steps
+
+    def import_checkpoints(self) -> None:
+        """Two Jobs of the overlay's, with other settings."""
+        volume = claim_folder(self.work, "checkpoint")
+        volume.mkdir(parents=True)
+        longcat_checkpoint(volume / ROWS)
+        write_checkpoint(volume / MODEL)
+        for name, dtype in ((ROWS, "fp32"), (MODEL, "int8")):
+            settings = {"CHECKPOINT": f"/checkpoint/{name}", "MODEL": name, "DTYPE": dtype, "PART_SIZE": "64KiB"}
+            objects = _rendered(self.work, OVERLAY / "import", {"embedding-import": settings})
+            self.cluster.objects = objects
+            run_job(self.cluster, find(objects, "Job"))
+        self.cluster.objects = [*self.service, serve_service(self.worker)]
+        # The overlay's worker reads /checkpoint itself.
+        for file in (volume / MODEL).iterdir():
+            file.rename(volume / file.name)
+
+    def bring_up(self) -> None:
+        """Controller, shards and worker."""
+        self.controller.scale(1)
+        self.shards.scale(self.shards.manifest["spec"]["replicas"])
+        self.settle()
+        say(f"{len(self.shards.pods)} shards are ready and hold every part {self._copies()} times")
+        head = start_head(self.cluster, self.worker)
+        deploy(head, self.worker)
+        wait_ready([head])
+        say("the worker's application runs")
+
+    def start_client(self) -> Any:
+        """The client's pod: the service's image with the tests' code mounted."""
+        (self.work / "client").mkdir()
+        shard = self.shards.manifest["spec"]["template"]
+        code = "/tests"
+        template: Manifest = {
+            "metadata": {"labels": {"embedding-service/client": "true"}},
+            "spec": {
+                "securityContext": shard["spec"]["securityContext"],
+                "containers": [
+                    {
+                        "image": shard["spec"]["containers"][0]["image"],
+                        "command": ["python3.11", f"{code}/e2e/client.py"],
+                        "args": ["embedding:7070", f"{ROWS}/ngram", "http://model-worker-serve-svc:8000/v1/completions",
+                                 "/report/report.json"],
+                        "env": [{"name": "PYTHONPATH", "value": code}],
+                        "ports": [],
+                        "resources": {"limits": {"memory": "2Gi"}},
+                        "securityContext": shard["spec"]["containers"][0]["securityContext"],
+                        "volumeMounts": [
+                            {"name": "code", "mountPath": code, "readOnly": True},
+                            {"name": "report", "mountPath": "/report"},
+                        ],
+                    }
+                ],
+                "volumes": [
+                    {"name": "code", "persistentVolumeClaim": {"claimName": "code"}},
+                    {"name": "report", "persistentVolumeClaim": {"claimName": "report"}},
+                ],
+            },
+        }  # fmt: skip
+        volume = claim_folder(self.work, "code")
+        for name in ("e2e/client.py", "support/__init__.py", "support/checkpoints.py"):
+            (volume / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / "tests" / name, volume / name)
+        client = self.cluster.start_pod("client", self.shards.manifest["metadata"]["namespace"], template)
+        _until(lambda: self._read().get("completions", {}).get("done"), "the client's first lookups and completion", 90)
+        return client
+
+    def scale(self, replicas: int) -> None:
+        """As `kubectl scale` does."""
+        self.shards.scale(replicas)
+        self.settle()
+
+    def roll(self) -> None:
+        """As `kubectl rollout restart` does."""
+        self.shards.roll()
+        self.settle()
+
+    def restart_controller(self) -> None:
+        """As `kubectl delete pod --force` does: no word of farewell."""
+        self.controller.pods[0].kill()
+        time.sleep(1)
+        wait_ready(self.controller.pods)
+        self.settle()
+
+    def kill_one(self) -> None:
+        """Its container is started again."""
+        pod = self.shards.pods[-1]
+        pod.kill()
+        time.sleep(1)
+        wait_ready([pod])
+        self.settle()
+
+    def cut_one_off(self) -> None:
+        """For longer than the controller waits for it."""
+        pod = self.shards.pods[0]
+        pod.cut()
+        time.sleep(CUT_SECONDS)
+        pod.heal()
+        wait_ready([pod])
+        self.settle()
+
+    # What is seen
+
+    def settle(self) -> None:
+        """Until every shard there is holds all it shall hold, and every part its copies."""
+        _until(self._settled, f"{len(self.shards.pods)} shards that hold all they shall hold", 120)
+
+    def _settled(self) -> bool:
+        try:
+            status = get_status(f"{self.controller.pods[0].address}:7069", timeout=2)
+        except EmbeddingServiceError:
+            return False
+        parts = sum(model.parts for model in status.models)
+        return (
+            {shard.shard_id for shard in status.shards} == {pod.name for pod in self.shards.pods}
+            and not any(shard.parts_missing or shard.draining for shard in status.shards)
+            and len(status.models) == 2
+            and all(model.serving for model in status.models)
+            and sum(shard.parts for shard in status.shards) == parts * self._copies()
+        )
+
+    def _copies(self) -> int:
+        return int(find(self.service, "ConfigMap")["data"]["COPIES"])
+
+    def step(self, title: str, action: Callable[[], None]) -> None:
+        """Do it, and tell what the client saw meanwhile."""
+        say(f"{title} ...")
+        before, began = self._read(), time.monotonic()
+        action()
+        time.sleep(2)
+        after, seconds = self._read(), time.monotonic() - began
+        lines = [f"{title}: {seconds:.0f} s"]
+        for kind in ("lookups", "completions"):
+            done, failed, wrong = (
+                _count(after[kind][name]) - _count(before[kind][name]) for name in ("done", "failed", "wrong")
+            )
+            lines.append(f"{done} {kind}, {failed} failed, {wrong} wrong")
+        say("; ".join(lines))
+
+    def _read(self) -> dict[str, Any]:
+        report = claim_folder(self.work, "report") / "report.json"
+        return json.loads(report.read_text()) if report.exists() else {}
+
+    def verdict(self) -> bool:
+        """The sums, with the first of everything that went wrong."""
+        good = True
+        for kind, counts in self._read().items():
+            say(f"in all: {counts['done']} {kind}, {len(counts['failed'])} failed, {len(counts['wrong'])} wrong")
+            for problem in [*counts["failed"], *counts["wrong"]][:3]:
+                say(f"  {problem}")
+            good = good and counts["done"] > 0 and not counts["failed"] and not counts["wrong"]
+        return good
+
+
+def _rendered(work: Path, overlay: Path, settings: dict[str, dict[str, str]]) -> list[Manifest]:
+    """The overlay with the images built here and other settings, by an overlay on top of it, as users do it."""
+    folder = work / "rendered"
+    folder.mkdir(exist_ok=True)
+    on_top = {
+        "resources": [os.path.relpath(overlay, folder)],
+        "images": [{"name": name, "newName": f"localhost/{name}", "newTag": images.TAG} for name in images.IMAGES],
+        "configMapGenerator": [
+            {"name": name, "behavior": "merge", "literals": [f"{key}={value}" for key, value in values.items()]}
+            for name, values in settings.items()
+        ],
+        "namespace": "embedding",
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(on_top))
+    return render(folder)
+
+
+def _count(value: int | list[str]) -> int:
+    return value if isinstance(value, int) else len(value)
+
+
+def _until(condition: Callable[[], object], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.5)
+
+
+def _check_tools() -> None:
+    missing = [name for name in ("podman", "runc", "iptables", "debootstrap", "kubectl") if not shutil.which(name)]
+    if missing or os.geteuid():
+        sys.exit(f"needs root, and {', '.join(missing) or 'nothing else'}: apt-get install {PACKAGES}")
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise RuntimeError(f"not done after {SECONDS // 60} minutes")
+
+
+def main() -> None:
+    """Build, run, clean up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep-images", action="store_true", help="so that the next run need not build them")
+    keep_images = parser.parse_args().keep_images
+    _check_tools()
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGTERM, _too_long)
+    signal.alarm(SECONDS)
+    home = ROOT / ".e2e"
+    work = home / "work"
+    podman = Podman(home / "podman")
+    podman.remove_containers()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        images.build_all(podman)
+        say("images are built")
+        good = Scenario(podman, work).run()
+    except BaseException:
+        for log in sorted([*work.glob("*.log"), podman.folder / "build.log"]):
+            tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+            print(f"--- {log.name}", *tail, sep="\n", flush=True)
+        raise
+    finally:
+        if keep_images:
+            podman.remove_containers()
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            podman.remove()
+            shutil.rmtree(home, ignore_errors=True)
+        say("cleaned up")
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
