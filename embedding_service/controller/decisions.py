@@ -62,7 +62,11 @@ def build_routing(
     holders: Mapping[PartKey, list[str]],
     addresses: Mapping[str, str],
 ) -> wire.Routing:
-    """The routing without its age: of each part those who hold it, of these those who shall go on holding it."""
+    """The routing without its age: of each part those who hold it.
+
+    Those who shall not go on holding it are named until all of its `target` hold it: were they left out sooner, a
+    copy that is moving would be one copy less to survive a shard's death.
+    """
     names = sorted(addresses)
     index = {name: position for position, name in enumerate(names)}
     routing = wire.Routing(shards=[wire.ShardAddress(id=name, address=addresses[name]) for name in names])
@@ -73,8 +77,10 @@ def build_routing(
             for part in table.parts:
                 key = PartKey(manifest.model, manifest.version, table.name, part.index)
                 holding = holders.get(key, [])
-                staying = [name for name in holding if name in target.get(key, ())]
-                owners.parts.add(shards=[index[name] for name in staying or holding])
+                shall = target.get(key, ())
+                staying = [name for name in holding if name in shall]
+                complete = staying and len(staying) == len(shall)
+                owners.parts.add(shards=[index[name] for name in (staying if complete else holding)])
     return routing
 
 

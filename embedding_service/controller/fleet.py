@@ -69,11 +69,12 @@ class Fleet:
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
         """Take a report in; returns whether it calls for a decision."""
         drains = report.draining and not shard.report.draining
+        another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
         shard.report, shard.heard = report, time.monotonic()
         if report.has_parts:
             shard.held = {PartKey.from_wire(part) for part in report.parts}
             shard.failures = {PartKey.from_wire(failure.part): failure.message for failure in report.failures}
-        return report.has_parts or drains
+        return report.has_parts or drains or another_term
 
     def leave(self, shard: Shard) -> None:
         """Its stream ended. It may be back in a moment, unless it was released."""

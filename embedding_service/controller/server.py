@@ -292,8 +292,16 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         holders = self._fleet.holders()  # planning took time
         self._wanted, serving = decisions.choose_versions(self._catalog, served, holders)
         addresses = {name: shard.report.address for name, shard in shards.items()}
-        await self._publish(decisions.build_routing(serving, self._target, holders, addresses))
+        await self._publish(decisions.build_routing(serving, self._reachable_target(), holders, addresses))
         self._assign()
+
+    def _reachable_target(self) -> dict[PartKey, list[str]]:
+        """The target without shards that are gone or cannot load their part: nobody who leaves waits for those."""
+        shards = self._fleet.shards
+        return {
+            key: [name for name in names if name in shards and key not in shards[name].failures]
+            for key, names in self._target.items()
+        }
 
     def _take_term(self) -> None:
         """At the first decision: above every term that a shard has seen, and above those of controllers before.

@@ -86,3 +86,18 @@ def test_routing_names_those_who_hold_and_shall_hold() -> None:
     # moving: the old holder answers until the new one has it; lost: nobody, and clients wait
     assert owners == [["b"], ["b"], []]
     assert decisions.routed_parts(routing) == {"a": set(), "b": {keys[0], keys[1]}}
+
+
+def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_their_new_ones() -> None:
+    one = manifest("1", parts=1)
+    [key] = decisions.part_keys(one)
+    addresses = {"a": "h:1", "b": "h:2", "c": "h:3"}
+
+    def owners(target: list[str], holders: list[str]) -> list[str]:
+        routing = decisions.build_routing([one], {key: target}, {key: holders}, addresses)
+        return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
+
+    assert owners(target=["a", "c"], holders=["a", "b"]) == ["a", "b"]
+    assert owners(target=["a", "c"], holders=["a", "b", "c"]) == ["a", "c"]
+    assert owners(target=["a"], holders=["a", "b"]) == ["a"]
+    assert owners(target=[], holders=["b"]) == ["b"]
