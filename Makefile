@@ -22,10 +22,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root.
+# The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root and a kubectl.
+PODMAN_PACKAGES := podman runc netavark aardvark-dns catatonit iptables debootstrap
 e2e: setup
-	@command -v podman runc debootstrap kubectl >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends \
-		podman runc netavark aardvark-dns catatonit iptables debootstrap kubernetes-client; }
+	@dpkg --status $(PODMAN_PACKAGES) >/dev/null 2>&1 || { apt-get update && apt-get install --yes --no-install-recommends $(PODMAN_PACKAGES); }
 	$(BIN)/python tests/e2e/run.py
 
 lint: setup

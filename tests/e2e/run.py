@@ -1,6 +1,6 @@
 """The overlay `local-small`, run for real: images built, pods as containers, and everything that may happen to them.
 
-    python tests/e2e/run.py [--keep-images]      (make e2e; needs root and Debian's packages named in PACKAGES)
+    python tests/e2e/run.py [--keep-images]      (make e2e; as root)
 
 While a client checks every row of its lookups and asks a worker for completions, the StatefulSet of shards is scaled
 3 -> 5 -> 2 -> 3, rolled, and one pod after another is killed and cut off. Ends with exit code 1 if a lookup or
@@ -35,7 +35,6 @@ from support.kustomize import K8S, Manifest, find, render  # noqa: E402
 from embedding_service.client.status import get_status  # noqa: E402
 from embedding_service.errors import EmbeddingServiceError  # noqa: E402
 
-PACKAGES = "podman runc netavark aardvark-dns catatonit iptables debootstrap kubectl"
 SECONDS = 20 * 60
 CALM_SECONDS = 10
 CUT_SECONDS = 15
@@ -267,8 +266,12 @@ def _until(condition: Callable[[], object], what: str, seconds: float) -> None:
 
 def _check_tools() -> None:
     missing = [name for name in ("podman", "runc", "iptables", "debootstrap", "kubectl") if not shutil.which(name)]
-    if missing or os.geteuid():
-        sys.exit(f"needs root, and {', '.join(missing) or 'nothing else'}: apt-get install {PACKAGES}")
+    if missing:
+        sys.exit(
+            f"not installed: {', '.join(missing)}. `make e2e` installs Debian's packages; kubectl must be 1.21 or newer"
+        )
+    if os.geteuid():
+        sys.exit("debootstrap and podman's network need root")
 
 
 def _too_long(number: int, frame: object) -> None:
