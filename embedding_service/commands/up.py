@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -51,18 +51,19 @@ def run(options: UpOptions) -> None:
         InvalidRequest: the port is taken.
         PlacementError: the models do not fit the shards.
     """
-    _check(options)
+    check_store(options.store)
+    check_port(options.host, options.port)
     console = wide_console(stderr=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     children: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        controller = f"{options.host}:{_free_port(options.host)}"
-        children["controller"] = _start(_controller_command(options, controller))
+        controller = f"{options.host}:{free_port(options.host)}"
+        children["controller"] = start_process(controller_command(options, controller))
         for index in range(options.shards):
             name = f"shard-{index}"
-            children[name] = _start(_shard_command(options, controller, name))
-        status = _wait_until_serving(children, controller)
+            children[name] = start_process(shard_command(options, controller, name))
+        status = wait_until_serving(controller, lambda: _check_alive(children))
         for table in status_tables(status):
             console.print(table)
         print(f"ready: {options.shards} shards at {options.host}:{options.port}, controller {controller}", flush=True)
@@ -72,25 +73,28 @@ def run(options: UpOptions) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _stop(children.values())
+        stop_processes(children.values())
 
 
-def _check(options: UpOptions) -> None:
-    store = Store(options.store)
-    if not store.models():
-        raise NotFound(f"no model in store {options.store}: `embedding-service import` puts one there")
+def check_store(store: str) -> None:
+    """Raise NotFound if there is no model in it."""
+    if not Store(store).models():
+        raise NotFound(f"no model in store {store}: `embedding-service import` puts one there")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InvalidRequest if somebody listens there."""
     with socket.socket() as probe:
         # The shards share the port; without this look another service's shards would share it too, unnoticed.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((options.host, options.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise InvalidRequest(
-                f"cannot listen on {options.host}:{options.port} ({error.strerror}): give another --port"
-            ) from None
+            raise InvalidRequest(f"cannot listen on {host}:{port} ({error.strerror}): give another --port") from None
 
 
-def _controller_command(options: UpOptions, controller: str) -> list[str]:
+def controller_command(options: UpOptions, controller: str) -> list[str]:
+    """The arguments of a controller at host:port `controller`."""
     return [
         "controller",
         f"--store={options.store}",
@@ -100,7 +104,8 @@ def _controller_command(options: UpOptions, controller: str) -> list[str]:
     ]
 
 
-def _shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
+def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
+    """The arguments of one shard."""
     command = [
         "shard",
         f"--store={options.store}",
@@ -123,7 +128,8 @@ def _shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
     return command
 
 
-def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command of `embedding-service` that ends with the calling thread."""
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
         [sys.executable, "-m", "embedding_service", *arguments],
@@ -134,12 +140,22 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _wait_until_serving(children: dict[str, subprocess.Popen[bytes]], controller: str) -> control.Status:
+def _check_alive(children: dict[str, subprocess.Popen[bytes]]) -> None:
+    for name, child in children.items():
+        if child.poll() is not None:
+            raise Unavailable(f"{name} ended with exit code {child.returncode}; its last words are above")
+
+
+def wait_until_serving(controller: str, check_alive: Callable[[], None]) -> control.Status:
+    """Until every model is served. `check_alive` is called all along and raises when one of the processes ended.
+
+    Raises:
+        PlacementError: the models do not fit the shards, or the store cannot be read.
+        Unavailable: nothing got ready for STALL_SECONDS, or what shards report fails for 5 s.
+    """
     ready, last_progress = -1, time.monotonic()
     while True:
-        for name, child in children.items():
-            if child.poll() is not None:
-                raise Unavailable(f"{name} ended with exit code {child.returncode}; its last words are above")
+        check_alive()
         try:
             status = get_status(controller, timeout=2.0)
         except EmbeddingServiceError:
@@ -170,7 +186,8 @@ def _watch(children: dict[str, subprocess.Popen[bytes]], console: Console) -> No
     raise Unavailable("no shard is left")
 
 
-def _stop(children: Collection[subprocess.Popen[bytes]]) -> None:
+def stop_processes(children: Collection[subprocess.Popen[bytes]]) -> None:
+    """End them; returns when they did, within STOP_SECONDS."""
     for child in children:
         child.terminate()
     deadline = time.monotonic() + STOP_SECONDS
@@ -182,11 +199,13 @@ def _stop(children: Collection[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM as Ctrl-C is."""
     raise KeyboardInterrupt
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
