@@ -79,9 +79,9 @@ class _Outlook:
 
         from embedding_service.placement.demand import Placement
 
-        old = _plan(parts, before, replicas) if before else Placement()
+        old = _plan("--from-nodes", parts, before, replicas) if before else Placement()
         nodes = [replace(node, held=frozenset(old.parts_of.get(node.shard, ()))) for node in after]
-        placement = _plan(parts, nodes, replicas)
+        placement = _plan("--nodes", parts, nodes, replicas)
         size = {part.key: part.nbytes for part in parts}
         held = [placement.parts_of[node.shard] for node in nodes]
         return cls(
@@ -125,7 +125,7 @@ class _Outlook:
         return lines
 
 
-def _plan(parts: list[PartDemand], nodes: list[Node], replicas: int) -> Placement:
+def _plan(option: str, parts: list[PartDemand], nodes: list[Node], replicas: int) -> Placement:
     """As the controller would; a PlacementError says how many more nodes would do, too."""
     from embedding_service.placement.packing import more_needed
     from embedding_service.placement.planner import plan as make_plan
@@ -139,8 +139,8 @@ def _plan(parts: list[PartDemand], nodes: list[Node], replicas: int) -> Placemen
             for node in kinds.values()
             if (more := more_needed(parts, nodes, replicas, node))
         ]
-        remedy = f"it would fit with {' or '.join(remedies)}" if remedies else "more nodes of these kinds do not help"
-        raise PlacementError(f"{error}. Of the nodes given, {remedy}") from error
+        remedy = f". It would fit with {', or '.join(remedies)}" if remedies else ""
+        raise PlacementError(f"{option}: {error}{remedy}") from error
 
 
 def _parse_nodes(texts: Sequence[str]) -> list[Node]:
@@ -156,7 +156,7 @@ def _parse_nodes(texts: Sequence[str]) -> list[Node]:
         device = match[3] or "cpu"
         first = counts.get((memory, device), 0)
         counts[memory, device] = first + int(match[1])
-        label = f"{device}-{format_bytes(memory).replace(' ', '')}"
+        label = device + "-" + re.sub(r"(\.0+)? ", "", format_bytes(memory))
         nodes += [Node(f"{label}-{index}", memory, device=device) for index in range(first, counts[memory, device])]
     return nodes
 
@@ -202,10 +202,11 @@ def _draw(outlook: _Outlook, path: Path) -> None:
     except ImportError as error:
         raise InvalidRequest("--plot needs matplotlib: pip install matplotlib") from error
 
-    width = min(max(5.0, 0.45 * len(outlook.nodes) + 2), 24.0)
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    _draw_bars(axes, outlook)
+    width = min(max(8.0, 0.3 * len(outlook.nodes)), 14.0)
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
+    _draw_bars(figure.add_subplot(), outlook)
+    figure.suptitle("\n".join(outlook.summary()), x=0.01, ha="left", fontsize=10)
+    figure.legend(loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
@@ -225,10 +226,9 @@ def _draw_bars(axes: Axes, outlook: _Outlook) -> None:
     if outlook.moved is not None:
         axes.bar(places, moved, bottom=stays, color="#e08214", label="moved in")
     axes.set_ylabel("GiB")
-    axes.set_title("\n".join(outlook.summary()), fontsize=9, loc="left")
-    few = len(outlook.nodes) <= 48
+    few = len(outlook.nodes) <= 40
     axes.set_xticks(list(places) if few else [], [node.shard for node in outlook.nodes] if few else [])
-    axes.tick_params(axis="x", labelrotation=60, labelsize=7)
+    axes.tick_params(axis="x", labelrotation=45 if len(outlook.nodes) > 6 else 0, labelsize=7)
     axes.set_xlabel("" if few else f"{len(outlook.nodes):,} nodes")
+    axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

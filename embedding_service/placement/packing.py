@@ -66,6 +66,13 @@ def check_fit(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int)
         return
     if replicas > len(nodes):
         raise PlacementError(f"{replicas} replicas of every part need {replicas} shards, there are {len(nodes)}")
+    largest_part = max(parts, key=lambda part: part.nbytes)
+    largest_node = max(nodes, key=lambda node: node.memory_limit)
+    if largest_part.nbytes > largest_node.memory_limit:
+        raise PlacementError(
+            f"part {largest_part.key} needs {largest_part.nbytes:,} bytes and the largest shard, {largest_node.shard}, "
+            f"offers {largest_node.memory_limit:,}: raise its --memory or import with a smaller --part-size"
+        )
     once = sum(part.nbytes for part in parts)
     usable = sum(min(node.memory_limit, once) for node in nodes)
     if once * replicas > usable:
@@ -74,13 +81,6 @@ def check_fit(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int)
         raise PlacementError(
             f"{_demand(parts, nodes, replicas)}{idle}: {once * replicas - usable:,} bytes are missing; "
             "add shards or raise --memory"
-        )
-    largest_part = max(parts, key=lambda part: part.nbytes)
-    largest_node = max(nodes, key=lambda node: node.memory_limit)
-    if largest_part.nbytes > largest_node.memory_limit:
-        raise PlacementError(
-            f"part {largest_part.key} needs {largest_part.nbytes:,} bytes and the largest shard, {largest_node.shard}, "
-            f"offers {largest_node.memory_limit:,}: raise its --memory or import with a smaller --part-size"
         )
 
 

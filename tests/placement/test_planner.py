@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from embedding_service.errors import PlacementError
+from embedding_service.placement.demand import moved_bytes
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.planner import Node, PartDemand, Placement, plan
 
@@ -53,6 +54,30 @@ def test_parts_stay_where_they_are_held() -> None:
     after = plan(parts(48), nodes)
     assert all(before.parts_of[name] <= after.parts_of[name] for name in "abc")
     assert Counter(counts(after).values()) == {16: 3}
+
+
+def test_a_draining_node_keeps_nothing_and_moves_nothing_else() -> None:
+    before = plan(parts(48), [Node(name, 40 * BYTES) for name in "abcd"], replicas=2)
+    nodes = [Node(name, 40 * BYTES, frozenset(before.parts_of[name]), draining=name == "b") for name in "abcd"]
+    after = plan(parts(48), nodes, replicas=2)
+    assert after.parts_of["b"] == set()
+    assert moved_bytes(parts(48), before, after) == 24 * BYTES
+    with pytest.raises(PlacementError, match="2 replicas of every part need 2 shards, there are 1"):
+        plan(parts(1), nodes[:2], replicas=2)
+
+
+def test_the_order_of_parts_and_nodes_makes_no_difference() -> None:
+    nodes = [Node(name, (20 + index) * BYTES) for index, name in enumerate("abcde")]
+    placement = plan(parts(48), nodes, replicas=2)
+    assert plan(parts(48)[::-1], nodes[::-1], replicas=2) == placement
+
+
+def test_hot_parts_go_to_the_memory_of_gpus() -> None:
+    demands = [PartDemand(part.key, part.rows, part.row_bytes, load=part.key.part % 10) for part in parts(40)]
+    nodes = [Node("a", 40 * BYTES), Node("b", 40 * BYTES), Node("g", 8 * BYTES, device="cuda")]
+    placement = plan(demands, nodes)
+    assert {key.part % 10 for key in placement.parts_of["g"]} == {8, 9}
+    assert counts(placement) == {"a": 16, "b": 16, "g": 8}
 
 
 def test_too_little_memory_names_the_missing_bytes() -> None:
