@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 import grpc
@@ -20,6 +20,7 @@ from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.errors import PlacementError, StoreError, Unavailable
 from embedding_service.metrics import MetricsServer, gauge
+from embedding_service.placement.demand import Node, PartDemand
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import (
@@ -86,7 +87,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._catalog: dict[str, list[Manifest]] = {}
         self._scanned = 0.0
         self._target: dict[PartKey, list[str]] = {}
-        self._planned_for: list[tuple[str, int, str]] = []
+        self._planned_for: list[Node] = []
         self._wanted: list[Manifest] = []
         self._term = 0
         self._routing: Routing | None = None
@@ -96,6 +97,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._ending = False
         self._store_problem = ""
         self._plan_problem = ""
+        self._replicas_problem = ""
 
     # Shards and watchers
 
@@ -208,8 +210,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         elif self._scanned > 0 and not self._catalog:
             message = f"no model in {self._options.store}: `embedding-service import` puts one there"
             yield problem(kind=problem.KIND_STORE, message=message)
-        if self._plan_problem:
-            yield problem(kind=problem.KIND_PLACEMENT, message=self._plan_problem)
+        for message in filter(None, (self._plan_problem, self._replicas_problem)):
+            yield problem(kind=problem.KIND_PLACEMENT, message=message)
         for name, shard in sorted(self._fleet.shards.items()):
             for key, message in sorted(shard.failures.items()):
                 yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: {key}: {message}")
@@ -317,19 +319,17 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     async def _plan_if_needed(self) -> None:
         """Place anew when a copy is missing, or when shards came, went, drain or changed."""
-        staying = [shard for _, shard in sorted(self._fleet.shards.items()) if not shard.report.draining]
-        about = [(shard.name, shard.report.memory_limit, shard.report.topology) for shard in staying]
-        names = {shard.name for shard in staying}
-        missing = decisions.needs_plan(self._wanted, self._target, names, self._options.replicas)
+        nodes = [_node(shard) for _, shard in sorted(self._fleet.shards.items())]
+        staying = {node.shard for node in nodes if not node.draining}
+        replicas = min(self._options.replicas, len(staying))
+        about = [replace(node, held=frozenset()) for node in nodes]
+        missing = decisions.needs_plan(self._wanted, self._target, staying, replicas)
         if staying and (missing or about != self._planned_for):
             self._planned_for = about
-            await self._plan(staying)
+            await self._plan(nodes, replicas)
 
-    async def _plan(self, staying: list[Shard]) -> None:
-        from embedding_service.placement.planner import Node, PartDemand, plan
-
-        def run() -> dict[PartKey, list[str]]:
-            return plan(demands, nodes, self._options.replicas).shards_of
+    async def _plan(self, nodes: list[Node], replicas: int) -> None:
+        from embedding_service.placement.planner import plan
 
         demands = [
             PartDemand(PartKey(manifest.model, manifest.version, table.name, part.index), part.rows, table.row_bytes)
@@ -337,18 +337,22 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             for table in manifest.tables
             for part in table.parts
         ]
-        nodes = [
-            Node(shard.name, shard.report.memory_limit, frozenset(shard.held | (shard.assigned or frozenset())))
-            for shard in staying
-        ]
+        self._replicas_problem = ""
+        if replicas < self._options.replicas:
+            # Fewer copies are better than none.
+            self._replicas_problem = (
+                f"{self._options.replicas} copies of every part need {self._options.replicas} shards; {replicas} can hold "
+                f"any, so {replicas} are held: add shards"
+            )
         try:
-            self._target = await asyncio.to_thread(run)
-            self._plan_problem = ""
-            log.info("planned %d parts on %d shards", len(demands), len(nodes))
+            placement = await asyncio.to_thread(plan, demands, nodes, replicas)
         except PlacementError as error:
             if self._plan_problem != str(error):
                 log.error("cannot place the models: %s", error)
             self._plan_problem = str(error)
+            return
+        self._target, self._plan_problem = placement.shards_of, ""
+        log.info("planned %d parts on %d shards", len(demands), len(nodes))
 
     async def _publish(self, routing: wire.Routing) -> None:
         routing.controller = self._address
@@ -399,6 +403,18 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         if self._routing:
             assignment.routing.CopyFrom(self._routing.message)
         return assignment
+
+
+def _node(shard: Shard) -> Node:
+    report = shard.report
+    return Node(
+        shard.name,
+        report.memory_limit,
+        frozenset(shard.held | (shard.assigned or frozenset())),
+        device=report.device,
+        topology=report.topology,
+        draining=report.draining,
+    )
 
 
 def _shard_status(shard: Shard) -> control.ShardStatus:
