@@ -340,9 +340,10 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._replicas_problem = ""
         if replicas < self._options.replicas:
             # Fewer copies are better than none.
+            wanted = self._options.replicas
             self._replicas_problem = (
-                f"{self._options.replicas} copies of every part need {self._options.replicas} shards; {replicas} can hold "
-                f"any, so {replicas} are held: add shards"
+                f"{wanted} copies of every part need {wanted} shards; {replicas} can hold any, so {replicas} are held: "
+                "add shards"
             )
         try:
             placement = await asyncio.to_thread(plan, demands, nodes, replicas)
