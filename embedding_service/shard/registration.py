@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-# A draining shard without a controller ends after so many seconds.
-CONTROLLER_PATIENCE = 5.0
+# A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
+# A second SIGTERM ends it at once.
+CONTROLLER_PATIENCE = 20.0
 
 
 class Registration:

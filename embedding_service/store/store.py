@@ -5,6 +5,7 @@ STORE/MODEL/VERSION/manifest.json is written last: a version without one does no
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -70,19 +71,35 @@ class Store:
         """Return a local path of the part: its own in a local store, else a verified copy below `cache`.
 
         A copy that is there already is trusted: it took its name only after its checksum held, and whoever loads it
-        checks it again. Raises CorruptPart, or the filesystem's own OSError.
+        checks it again. Raises CorruptPart, StoreError where the disk of `cache` is full, or the filesystem's own
+        OSError.
         """
         if self.is_local:
             return self.part_path(manifest, part)
         path = cache / manifest.model / manifest.version / part.file
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Of this thread alone: another may be fetching the same part.
-            partial = path.with_suffix(f".partial-{os.getpid()}-{threading.get_ident()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._copy(manifest, part, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise StoreError(
+                    f"no room on the disk of {cache} for {part.file} of {part.bytes:,} bytes: make room there, or give "
+                    "the shard another --cache"
+                ) from error
+        return path
+
+    def _copy(self, manifest: Manifest, part: Part, path: Path) -> None:
+        """Bring a part here; it takes its name once its checksum held, and what was copied in vain goes away."""
+        # Of this thread alone: another may be fetching the same part.
+        partial = path.with_suffix(f".partial-{os.getpid()}-{threading.get_ident()}")
+        try:
             self.filesystem.get_file(self.location(manifest.model, manifest.version, part.file), str(partial))
             verify(partial, part)
             partial.rename(path)
-        return path
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _folders(self, location: str) -> list[str]:
         """Names of the folders in one, in natural order, without hidden ones."""
