@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from embedding_service.commands.text import parse_bytes
+from embedding_service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from embedding_service.commands.up import UpOptions
+
+LOOPBACK = "127.0.0.1"
+# Read when ray is imported, like RAY_DEDUP_LOGS. The first keeps a Ray that starts here off the network: it takes the
+# loopback address as the node's, which Ray does of itself on macOS and Windows only.
+LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
 TierOption = Annotated[str, typer.Option(help="Where rows are kept: ram, or mmap for tables larger than memory.")]
@@ -26,30 +36,51 @@ def up(
     shards: Annotated[int, typer.Option(min=1, help="Shard processes.")] = 4,
     replicas: ReplicasOption = 1,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port at which every shard answers.")] = 7070,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; nothing beyond loopback unless told to.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; nothing beyond loopback unless told to.")] = LOOPBACK,
     tier: TierOption = "ram",
     memory: Annotated[
         str | None, typer.Option(help="Bytes each shard offers for rows [default: its share of what is available].")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Spread the shards over the nodes of a Ray cluster: auto (the one this machine is a node of), its "
+            "HOST:PORT, or local (one that starts here). All nodes must see the store.",
+        ),
+    ] = None,
 ) -> None:
-    """Controller and shards on this machine: the embedded default. Ends on Ctrl-C or SIGTERM, and they with it."""
+    """Controller and shards on this machine, or in a Ray cluster. Ends on Ctrl-C or SIGTERM, and they with it."""
     from embedding_service.commands.up import UpOptions, run
 
-    run(
-        UpOptions(
-            store=store,
-            shards=shards,
-            replicas=replicas,
-            host=host,
-            port=port,
-            tier=tier,
-            memory=parse_bytes(memory) if memory else None,
-            cache=cache,
-        )
+    options = UpOptions(
+        store=store,
+        shards=shards,
+        replicas=replicas,
+        host=host,
+        port=port,
+        tier=tier,
+        memory=parse_bytes(memory) if memory else None,
+        cache=cache,
     )
+    if ray is None:
+        run(options)
+    elif host != LOOPBACK:
+        raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")
+    else:
+        _run_on_ray(options, ray)
+
+
+def _run_on_ray(options: UpOptions, address: str) -> None:
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every shard's words
+    if address == "local":
+        os.environ.update(LOCAL_RAY)
+    try:
+        from embedding_service.commands import ray_up
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(f"--ray needs {error.name}, on every node: pip install ray") from error
+    ray_up.run(options, address)
 
 
 def controller(

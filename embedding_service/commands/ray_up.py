@@ -1,0 +1,290 @@
+"""`up --ray`: controller and shards as actors of a Ray cluster, on as many nodes as it has.
+
+Ray places the shards (a placement group, spread over the nodes), starts them anew when they die, and ends them when
+this process, their driver, is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from rich.console import Console
+
+from embedding_service.commands import up
+from embedding_service.commands.query import status_tables, wide_console
+from embedding_service.commands.text import format_bytes
+from embedding_service.commands.up import UpOptions
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
+from embedding_service.store.store import Store
+
+LOCAL = "local"
+# What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
+PROCESS_BYTES = 512 << 20
+# A cluster may have to add nodes first; on this machine alone there is room at once or never.
+ROOM_SECONDS, LOCAL_ROOM_SECONDS = 120.0, 5.0
+LOOK_SECONDS = 0.5
+_OBJECT_STORE_BYTES = 80 << 20
+
+
+def run(options: UpOptions, address: str) -> None:
+    """Start everything in the Ray cluster at `address`, say when it serves, and stay until SIGINT or SIGTERM.
+
+    Args:
+        options: As of `up` on one machine, but that shards listen on the addresses of their nodes, not on `host`.
+        address: HOST:PORT of a running cluster, "auto" for the one that this machine is a node of, "local" for one
+            that starts here and ends with this process.
+
+    Raises:
+        NotFound: the store has no model, or a node does not see it.
+        InvalidRequest: the port is taken on a node, or `address` is of a wrong kind.
+        PlacementError: the cluster has no room for the shards, or the models do not fit them.
+        Unavailable: there is no such cluster, or a process ended before everything was served.
+    """
+    _check_address(address)
+    up.check_store(options.store)
+    options = _for_other_nodes(options)
+    console = wide_console(stderr=True)
+    servers: list[_Server] = []
+    _on_signals(up.interrupt)
+    try:
+        _join(address, options.shards)
+        _on_signals(up.interrupt)  # Ray has taken SIGTERM for itself
+        room = _reserve(options, address, console)
+        _survey_nodes(options, room)
+        controller = _start(options, room, servers)
+        _say_ready(options, controller, servers, console)
+        _watch(servers, console)
+    except KeyboardInterrupt:
+        console.print("ending")
+    finally:
+        _on_signals(signal.SIG_IGN)
+        _end(servers)
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _for_other_nodes(options: UpOptions) -> UpOptions:
+    """With nothing left that another machine would take differently."""
+    store = options.store if "://" in options.store else str(Path(options.store).absolute())
+    cache = options.cache.absolute() if options.cache else None
+    memory = options.memory
+    if memory is None and options.tier == "ram":
+        memory = _needed_memory(options)
+    return replace(options, store=store, cache=cache, memory=memory)
+
+
+def _needed_memory(options: UpOptions) -> int:
+    """Bytes a shard: an even share, and a part more as parts do not divide evenly; twice that, for new versions."""
+    store = Store(options.store)
+    manifests = [store.manifest(model) for model in store.models()]
+    copies = options.replicas * sum(manifest.bytes for manifest in manifests)
+    largest = max(part.bytes for manifest in manifests for table in manifest.tables for part in table.parts)
+    return 2 * (copies // options.shards + largest)
+
+
+# The cluster
+
+
+def _check_address(address: str) -> None:
+    """Ray itself goes on trying for minutes where nobody is."""
+    if address in (LOCAL, "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise InvalidRequest(
+            f"--ray must be auto, local or the HOST:PORT of a cluster that this machine is a node of, got {address!r}"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray cluster at {address} ({error}): `ray start --head` starts one") from None
+
+
+def _join(address: str, shards: int) -> None:
+    """Become a driver, so that what it starts ends with it."""
+    local: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, shards),
+        "num_gpus": 0,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
+
+
+def _reserve(options: UpOptions, address: str, console: Console) -> PlacementGroup:
+    """Room for each shard, on different nodes as far as there are enough."""
+    need = {"CPU": 1, "memory": PROCESS_BYTES + (options.memory if options.memory and options.tier == "ram" else 0)}
+    room = placement_group([need] * options.shards, strategy="SPREAD", name="embedding-service")
+    if room.wait(LOCAL_ROOM_SECONDS):
+        return room
+    free = ray.available_resources()
+    missing = (
+        f"the Ray cluster has no room for {options.shards} shards of 1 CPU and {format_bytes(need['memory'])}: "
+        f"{free.get('CPU', 0):g} CPUs and {format_bytes(free.get('memory', 0))} are free in all"
+    )
+    if address != LOCAL:
+        console.print(f"{missing}; waiting for nodes", style="red")
+        if room.wait(ROOM_SECONDS):
+            return room
+    raise PlacementError(f"{missing}; add nodes, or lower --shards or --memory")
+
+
+def _survey_nodes(options: UpOptions, room: PlacementGroup) -> None:
+    """Before anything starts: every node must see the store and have the port free."""
+    bundles = {node: bundle for bundle, node in placement_group_table(room)["bundles_to_node_id"].items()}
+    survey = ray.remote(num_cpus=1, max_retries=0)(_survey)
+    try:
+        ray.get([survey.options(scheduling_strategy=_in(room, bundle)).remote(options) for bundle in bundles.values()])
+    except RayTaskError as error:
+        if isinstance(error.cause, EmbeddingServiceError):
+            raise error.cause from None
+        raise Unavailable(f"a node cannot run shards, is this release installed on it? {error.cause!r}") from error
+
+
+def _survey(options: UpOptions) -> None:
+    host = ray.util.get_node_ip_address()
+    up.check_port(host, options.port)
+    try:
+        up.check_store(options.store)
+    except NotFound as error:
+        raise NotFound(f"{error}; node {host} must see it too: use a folder that all nodes share, or a URL") from None
+
+
+def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=bundle)
+
+
+# The actors
+
+
+class _Process:
+    """An actor with one process of the service: neither stays without the other.
+
+    The process is a child, the same as everywhere else, rather than this one: a Ray worker has signal handlers, an
+    event loop and a gRPC of its own, and memory that is not the rows'. It is started on this thread, which lives as
+    long as the actor does, for the kernel ends it with the thread.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        self._ending = False
+        self._child = up.start_process(arguments)
+        threading.Thread(target=self._follow, args=(name,), daemon=True).start()
+
+    def pid(self) -> int:
+        return self._child.pid
+
+    def end(self) -> None:
+        """Returns when the process is gone."""
+        self._ending = True
+        up.stop_processes([self._child])
+
+    def _follow(self, name: str) -> None:
+        code = self._child.wait()
+        if not self._ending:
+            print(f"{name} ended with exit code {code}", file=sys.stderr, flush=True)
+            os._exit(1)  # Ray takes any other way out for a wish to end, and would not start it anew
+
+
+class _Shard(_Process):
+    def __init__(self, name: str, options: UpOptions, controller: str) -> None:
+        # Anew at each start: when a node is lost, Ray moves its shards.
+        here = replace(options, host=ray.util.get_node_ip_address())
+        node = ray.get_runtime_context().get_node_id()
+        super().__init__(name, [*up.shard_command(here, controller, name), f"--topology={node}"])
+
+
+class _Server:
+    """An actor as its driver sees it.
+
+    Attributes:
+        pid: Of its process, which no two processes of the actor share; 0 while there is none, or none yet.
+    """
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.actor = actor
+        self.pid = 0
+        self._asked = actor.pid.remote()
+
+    def look(self) -> bool:
+        """Take in what the actor last answered; returns whether a process that ran does not any more."""
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return False
+        before = self.pid
+        try:
+            self.pid = ray.get(self._asked)
+        except ActorUnavailableError:  # Ray is about to start it anew
+            self.pid = 0
+        except RayActorError as error:
+            raise Unavailable(f"{self.name} cannot be started: {error}") from error
+        self._asked = self.actor.pid.remote()
+        return before not in (0, self.pid)
+
+
+def _start(options: UpOptions, room: PlacementGroup, servers: list[_Server]) -> str:
+    """Add the controller and all shards to `servers`; returns the controller's address.
+
+    The controller starts on this node each time, at the same address: with this node the driver would be lost too.
+    """
+    host = ray.util.get_node_ip_address()
+    controller = f"{host}:{up.free_port(host)}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_Process).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    servers.append(_Server("controller", actor.remote("controller", up.controller_command(options, controller))))
+    for index in range(options.shards):
+        name = f"shard-{index}"
+        shard = ray.remote(_Shard).options(name=name, num_cpus=1, max_restarts=-1, scheduling_strategy=_in(room, index))
+        servers.append(_Server(name, shard.remote(name, options, controller)))
+    return controller
+
+
+def _say_ready(options: UpOptions, controller: str, servers: list[_Server], console: Console) -> None:
+    status = up.wait_until_serving(controller, lambda: _check_alive(servers))
+    for table in status_tables(status):
+        console.print(table)
+    hosts = sorted({shard.address.rpartition(":")[0] for shard in status.shards})
+    addresses = ", ".join(f"{host}:{options.port}" for host in hosts)
+    print(f"ready: {options.shards} shards at {addresses}, controller {controller}", flush=True)
+
+
+def _check_alive(servers: list[_Server]) -> None:
+    for server in servers:
+        if server.look():
+            raise Unavailable(f"{server.name} ended; its last words are above")
+
+
+def _watch(servers: list[_Server], console: Console) -> None:
+    while True:
+        for server in servers:
+            if server.look():
+                console.print(f"{server.name} ended, Ray starts it anew", style="red")
+        time.sleep(LOOK_SECONDS)
+
+
+def _end(servers: list[_Server]) -> None:
+    """End all processes, then their actors; what else runs in a joined cluster is left alone."""
+    if not ray.is_initialized():
+        return
+    ends = [server.actor.end.remote() for server in servers]
+    if ends:
+        ray.wait(ends, num_returns=len(ends), timeout=up.STOP_SECONDS + 1)
+    for server in servers:
+        ray.kill(server.actor)
+    ray.shutdown()  # the placement group goes with its driver
