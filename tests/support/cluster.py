@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ import grpc
 from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
 
 START_SECONDS = 90
@@ -30,7 +31,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], T], what: str, seconds: float = START_SECONDS) -> T:
+def until(condition: Callable[[], T | None], what: str, seconds: float = START_SECONDS) -> T:
     """The first true result of `condition`; fails the test if there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -43,11 +44,12 @@ def until(condition: Callable[[], T], what: str, seconds: float = START_SECONDS)
 class Process:
     """One command of `embedding-service` with its output in a file."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, within: Sequence[str] = ()) -> None:
+        """`within`: a command that runs another, as `ip netns exec NAME` does."""
         self.log = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "embedding_service", *arguments],
+                [*within, sys.executable, "-m", "embedding_service", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -66,7 +68,7 @@ class Process:
             assert self.popen.poll() is None, f"ended with {self.popen.returncode}:\n{self.output()}"
             return False
 
-        until(printed, f"{text!r} from {self.popen.args}")
+        until(printed, f"{text!r} from {self.popen.args!r}")
 
     def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 15) -> int:
         """Signal it, and return its exit code."""
@@ -78,6 +80,17 @@ class Process:
             self.popen.kill()
             self.popen.wait()
             raise
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self.popen.poll() is None
+
+    def resident_anonymous(self) -> int:
+        """Its RssAnon in bytes."""
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        [line] = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+        return int(line.split()[1]) * 1024
 
 
 class Up(Process):
@@ -105,13 +118,19 @@ def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[Up]:
 
 
 class Cluster:
-    """A controller and shards that a test starts, stops and kills one by one."""
+    """A controller and shards that a test starts, stops and kills one by one.
 
-    def __init__(self, folder: Path, store: Path, *controller_options: str) -> None:
+    Args:
+        store: A folder or an fsspec URL.
+        host: Where the controller listens, and shards unless told otherwise.
+    """
+
+    def __init__(self, folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1") -> None:
         self.store = store
-        self.controller_address = f"127.0.0.1:{free_port()}"
+        self.controller_address = f"{host}:{free_port()}"
         self.processes: dict[str, Process] = {}
         self.addresses: dict[str, str] = {}
+        self._host = host
         self._folder = folder
         self._controller_options = controller_options
         self.start_controller()
@@ -126,9 +145,9 @@ class Cluster:
             *self._controller_options,
         )
 
-    def start_shard(self, name: str, *options: str) -> None:
-        """A shard, at the same address each time."""
-        address = self.addresses.setdefault(name, f"127.0.0.1:{free_port()}")
+    def start_shard(self, name: str, *options: str, host: str = "", within: Sequence[str] = ()) -> None:
+        """A shard, at the same address each time; `host` and `within` where it runs elsewhere."""
+        address = self.addresses.setdefault(name, f"{host or self._host}:{free_port()}")
         self.processes[name] = Process(
             self._folder / f"{name}.log",
             "shard",
@@ -137,6 +156,7 @@ class Cluster:
             f"--listen={address}",
             f"--id={name}",
             *options,
+            within=within,
         )
 
     def status(self) -> control.Status:
@@ -148,7 +168,12 @@ class Cluster:
 
     def wait_until(self, condition: Callable[[control.Status], object], what: str) -> control.Status:
         """Until the controller's view fulfils a condition."""
-        return until(lambda: (status := self.status()) if condition(self.status()) else None, what)
+
+        def fulfilling() -> control.Status | None:
+            status = self.status()
+            return status if condition(status) else None
+
+        return until(fulfilling, what)
 
     def wait_serving(self, models: int = 1) -> control.Status:
         """Until so many models are served."""
@@ -157,23 +182,42 @@ class Cluster:
             f"{models} served models",
         )
 
+    def is_whole(self, copies: int) -> bool:
+        """Whether the controller knows just the shards that run, and every part is served by so many of them."""
+        status = self.status()
+        running = {process.popen.pid for name, process in self.processes.items() if name in self.addresses}
+        if status.problems or {shard.stats.pid for shard in status.shards} != running:
+            return False
+        if any(shard.draining or shard.parts_missing for shard in status.shards):
+            return False
+        try:
+            with grpc.insecure_channel(self.controller_address) as channel:
+                stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+                routing = stub.GetRouting(wire.GetRoutingRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+        parts = [part for model in routing.models for table in model.tables for part in table.parts]
+        return bool(parts) and all(len(part.shards) >= copies for part in parts)
+
     def stub(self, name: str) -> embedding_pb2_grpc.EmbeddingServiceStub:
         """A thin client of one shard."""
         return embedding_pb2_grpc.EmbeddingServiceStub(grpc.insecure_channel(self.addresses[name]))
 
     def end(self) -> None:
-        """End everything."""
-        for process in self.processes.values():
-            if process.popen.poll() is None:
+        """End everything, the controller last: it lets shards go that all drain."""
+        shards = [process for name, process in self.processes.items() if name != "controller"]
+        for process in shards:
+            if process.runs:
                 process.popen.terminate()
-        for process in self.processes.values():
+                process.popen.send_signal(signal.SIGCONT)  # in case it was stopped
+        for process in [*shards, self.processes["controller"]]:
             process.end()
 
 
 @contextmanager
-def cluster(folder: Path, store: Path, *controller_options: str) -> Iterator[Cluster]:
+def cluster(folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1") -> Iterator[Cluster]:
     """A cluster without shards yet; ended afterwards."""
-    running = Cluster(folder, store, *controller_options)
+    running = Cluster(folder, store, *controller_options, host=host)
     try:
         yield running
     finally:

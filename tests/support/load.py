@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
+import grpc
 import torch
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
+
+# Seconds that one lookup may take, retries included.
+DEADLINE = 30.0
+IDS = 48
+SomeLoad = TypeVar("SomeLoad", bound="CheckedLoad")
 
 
-class Load:
+class CheckedLoad(ABC):
     """Threads that look up random rows of one fp32 table and compare them with what may be served.
 
     Args:
         tables: Whole tables, one for each version that may answer: an answer must be all of one of them.
+        pause: Seconds each thread waits between its lookups.
+
+    Attributes:
+        phase: What the time now is called in `seconds`.
+        seconds: How long each answered lookup took, by the phase in which it began.
     """
 
-    def __init__(self, address: str | list[str], name: str, *tables: torch.Tensor, threads: int = 2) -> None:
-        self.client = EmbeddingClient(address, timeout=30)
+    def __init__(self, *tables: torch.Tensor, threads: int, pause: float) -> None:
         self.lookups = 0
         self.wrong: list[str] = []
-        self.failed: list[EmbeddingServiceError] = []
+        self.failed: list[Exception] = []
         self.answered_by = [0] * len(tables)
-        self._name, self._tables = name, tables
+        self.phase = ""
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._tables, self._pause = tables, pause
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(threads)]
 
-    def __enter__(self) -> Load:
+    def __enter__(self: SomeLoad) -> SomeLoad:
         for thread in self._threads:
             thread.start()
         return self
@@ -39,7 +59,7 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        self.client.close()
+        self._close()
 
     def check(self) -> None:
         """After the load: every lookup answered, every row right."""
@@ -47,18 +67,80 @@ class Load:
         assert not self.failed, f"{len(self.failed)} of {self.lookups} lookups failed, the first: {self.failed[0]}"
         assert not self.wrong, f"{len(self.wrong)} of {self.lookups} lookups brought wrong rows: {self.wrong[0]}"
 
+    @abstractmethod
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32 [n, dim] of ids int64 [n]; raises EmbeddingServiceError or grpc.RpcError."""
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
     def _run(self, seed: int) -> None:
-        random = torch.Generator().manual_seed(seed)
-        while not self._stop.is_set():
-            ids = torch.randint(0, len(self._tables[0]), (48,), generator=random)
+        generator = torch.Generator().manual_seed(seed)
+        while not self._stop.wait(self._pause):
+            ids = torch.randint(0, len(self._tables[0]), (IDS,), generator=generator)
             self.lookups += 1
+            phase, began = self.phase, time.monotonic()
             try:
-                rows = self.client.lookup(self._name, ids)
-            except EmbeddingServiceError as error:
+                rows = self._lookup(ids)
+            except (EmbeddingServiceError, grpc.RpcError) as error:
                 self.failed.append(error)
                 continue
+            self.seconds[phase].append(time.monotonic() - began)
             matches = [torch.equal(rows, table[ids]) for table in self._tables]
             if any(matches):
                 self.answered_by[matches.index(True)] += 1
             else:
                 self.wrong.append(f"asked {ids.tolist()}, got tags {rows[:, 0].unique().tolist()}")
+
+
+class Load(CheckedLoad):
+    """Through the Python client, which asks the owners."""
+
+    def __init__(
+        self, address: str | list[str], name: str, *tables: torch.Tensor, threads: int = 2, pause: float = 0.0
+    ) -> None:
+        super().__init__(*tables, threads=threads, pause=pause)
+        self.client = EmbeddingClient(address, timeout=DEADLINE)
+        self._name = name
+
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.client.lookup(self._name, ids)
+
+    def _close(self) -> None:
+        self.client.close()
+
+
+class ThinLoad(CheckedLoad):
+    """As a client in another language would: the bare protos, any shard, and another try where it is UNAVAILABLE.
+
+    Args:
+        addresses: The shards that may be asked now.
+    """
+
+    def __init__(self, addresses: Callable[[], Sequence[str]], name: str, table: torch.Tensor, *, pause: float) -> None:
+        super().__init__(table, threads=1, pause=pause)
+        self._addresses = addresses
+        self._model, _, self._table = name.partition("/")
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        request = wire.LookupRequest(model=self._model, table=self._table, ids=ids.tolist())
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            try:
+                answer = self._stub().Lookup(request, timeout=max(deadline - time.monotonic(), 0.001))
+                return torch.frombuffer(bytearray(answer.rows), dtype=torch.float32).view(-1, answer.dim)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
+    def _stub(self) -> EmbeddingServiceStub:
+        address = random.choice(self._addresses())
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(address)
+        return EmbeddingServiceStub(self._channels[address])
+
+    def _close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()

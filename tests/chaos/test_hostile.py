@@ -1,0 +1,320 @@
+"""Shards that hang or are cut off, disks that are full, parts that are damaged, peers that do not behave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from support.absence import HERE, OPTIONS, check_absence, inside, two_networks
+from support.chaos import TABLE, chaos_store
+from support.checkpoints import DIM, longcat_table
+from support.cluster import Cluster, Process, cluster, free_port, until
+from support.hostile import PREFACE, Forwarder, bygone_controller, dial, half_a_lookup
+from support.load import Load
+
+from embedding_service import EmbeddingClient, errors
+from embedding_service.client.status import get_status
+from embedding_service.errors import EmbeddingServiceError
+from embedding_service.store.store import Store
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with model "m", for tests that change nothing there."""
+    return chaos_store(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def running(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two shards for clients that behave badly."""
+    with cluster(tmp_path_factory.mktemp("running"), small_store, "--expect-shards=2") as running:
+        for name in "ab":
+            running.start_shard(name)
+        running.wait_serving()
+        yield running
+
+
+def check_all_rows(addresses: list[str], name: str = TABLE) -> None:
+    with EmbeddingClient(addresses, timeout=30) as client:
+        table = longcat_table()
+        assert torch.equal(client.lookup(name, torch.arange(len(table))), table)
+
+
+# Shards that are away
+
+
+def test_a_shard_that_hangs_is_forgotten_and_used_again_when_it_goes_on(small_store: Path, tmp_path: Path) -> None:
+    with cluster(tmp_path, small_store, *OPTIONS) as running:
+        for name in "abc":
+            running.start_shard(name)
+        process = running.processes["c"].popen
+        check_absence(
+            running,
+            "c",
+            leave=lambda: process.send_signal(signal.SIGSTOP),
+            come_back=lambda: process.send_signal(signal.SIGCONT),
+        )
+
+
+def test_a_shard_that_is_cut_off_is_forgotten_and_used_again_when_the_link_is_back(
+    small_store: Path, tmp_path: Path
+) -> None:
+    try:
+        networks = two_networks()
+        here, there = networks.__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root and iproute2 to make network namespaces: {getattr(error, 'stderr', '') or error}")
+    try:
+        tests = Path(__file__).parents[1]
+        done = subprocess.run(
+            [*inside(here), sys.executable, "-m", "support.absence", str(tmp_path), str(small_store), there],
+            env={**os.environ, "PYTHONPATH": str(tests), "NO_PROXY": f"{HERE}/24"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout
+    finally:
+        networks.__exit__(None, None, None)
+
+
+# What lies on disk
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A disk of its own at `folder`, in memory. Skips the test where it cannot be made."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"needs root to mount a small disk: {done.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_costs_only_its_own_parts_and_is_mended_by_room(small_store: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    url = f"simplecache::file://{small_store}"
+    with small_disk(disk, "256k"), cluster(tmp_path, url, "--expect-shards=2", "--replicas=2") as running:
+        running.start_shard("a", f"--cache={tmp_path / 'roomy'}")
+        running.start_shard("b", f"--cache={disk / 'cache'}")
+
+        def full(status: control.Status) -> list[str]:
+            return [problem.message for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
+
+        status = running.wait_until(full, "the full disk's problem")
+        assert all(message.startswith("shard b: m@1/ngram") for message in full(status))
+        assert f"no room on the disk of {disk / 'cache'}" in full(status)[0]
+        running.wait_serving()
+        check_all_rows(list(running.addresses.values()))
+        held = {shard.shard_id: shard.parts for shard in running.status().shards}
+        assert 0 < held["b"] < held["a"] == len(Store(small_store).manifest("m").tables[0].parts)
+        assert not list(disk.rglob("*.partial*")), "what did not fit was left behind"
+
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        until(lambda: running.is_whole(2), "every part on both shards")
+        check_all_rows([running.addresses["b"]])
+
+
+def test_only_models_with_a_damaged_part_are_not_served(small_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for name in ("m", "cut", "flipped"):
+        shutil.copytree(small_store / "m", store / name)
+        manifest = store / name / "1/manifest.json"
+        manifest.write_text(manifest.read_text().replace('"model": "m"', f'"model": "{name}"'))
+    cut = store / "cut/1/ngram/part-00002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4096])
+    flipped = store / "flipped/1/ngram/part-00003.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-5] ^= 4
+    flipped.write_bytes(content)
+    with cluster(tmp_path, store, "--expect-shards=2") as running:
+        for name in "ab":
+            running.start_shard(name)
+
+        def served(status: control.Status) -> list[str]:
+            return [model.model.name for model in status.models if model.serving]
+
+        status = running.wait_until(lambda status: len(status.problems) == 2 and served(status), "the sound model")
+        assert served(status) == ["m"]
+        said = " ".join(problem.message for problem in status.problems)
+        assert str(cut) in said and f"{flipped} is corrupt" in said
+        addresses = list(running.addresses.values())
+        check_all_rows(addresses)
+        with EmbeddingClient(addresses) as client:
+            for name in ("cut", "flipped"):
+                with pytest.raises(errors.NotFound, match=rf"no model '{name}' is served; served models: m@1$"):
+                    client.lookup(f"{name}/ngram", torch.tensor([0]))
+
+
+# Clients that do not behave
+
+
+def test_garbage_and_half_messages_harm_nobody_else(running: Cluster) -> None:
+    address, process = running.addresses["a"], running.processes["a"]
+    generator = torch.Generator().manual_seed(5)
+    noise = bytes(torch.randint(0, 256, (4096,), generator=generator).tolist())
+    before = process.resident_anonymous()
+    connections = []
+    with Load(list(running.addresses.values()), TABLE, longcat_table(), threads=1) as load:
+        for sent in (noise, PREFACE + noise, half_a_lookup(address, 100, noise[:9], end=True)):
+            connections.append(dial(address))
+            with suppress(OSError):  # it may have hung up before everything was sent
+                connections[-1].sendall(sent)
+        for _ in range(100):
+            connections.append(dial(address))
+            connections[-1].sendall(half_a_lookup(address, 16 * MIB, noise[:1000], end=False))
+        with grpc.insecure_channel(address) as channel:
+            lookup = channel.unary_unary("/embedding.v1.EmbeddingService/Lookup")
+            for sent, said in (
+                (noise, "Error parsing message with type 'embedding.v1.LookupRequest'"),
+                (bytes(17 * MIB), "Received message larger than max"),
+            ):
+                with pytest.raises(grpc.RpcError) as raised:
+                    lookup(sent, timeout=10)
+                assert said in raised.value.details()
+        asked = load.lookups
+        until(lambda: load.lookups > asked + 50, "lookups beside them")
+        assert process.resident_anonymous() - before < 64 * MIB
+    load.check()
+    for connection in connections:
+        connection.close()
+    assert process.runs
+
+
+def test_a_stream_that_is_never_read_takes_bounded_memory(running: Cluster) -> None:
+    asked, rows = 1000, MIB // (4 * DIM)  # a GiB of answers in all
+    ids = torch.randint(0, len(longcat_table()), (rows,)).numpy().astype("<u4").tobytes()
+    lookup = wire.LookupRequest(model="m", table="ngram", ids_uint32=ids)
+    address, process = running.addresses["a"], running.processes["a"]
+    before, peak = process.resident_anonymous(), 0
+
+    def lookups() -> int:
+        [shard] = [shard for shard in running.status().shards if shard.shard_id == "a"]
+        return shard.stats.lookups
+
+    done = lookups()
+    with grpc.insecure_channel(address) as channel:
+        requests = (wire.StreamLookupRequest(request_id=number, lookup=lookup) for number in range(asked))
+        stream = EmbeddingServiceStub(channel).StreamLookup(requests)
+        seen: list[int] = []
+        while len(seen) < 30 or len(set(seen[-30:])) > 1:  # until the shard answers no more of it for 3 s
+            peak = max(peak, process.resident_anonymous())
+            seen.append(lookups())
+            time.sleep(0.1)
+        answered = seen[-1] - done
+        check_all_rows(list(running.addresses.values()))
+        stream.cancel()
+    assert 0 < answered < asked // 2
+    assert peak - before < 128 * MIB
+    assert process.runs
+
+
+def test_a_thousand_connections_at_once_are_answered(running: Cluster) -> None:
+    table = longcat_table()
+
+    async def lookup(number: int) -> bool:
+        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+        addresses = list(running.addresses.values())
+        async with grpc.aio.insecure_channel(addresses[number % 2], options=options) as channel:
+            await channel.channel_ready()
+            connected.release()
+            await all_connected.wait()
+            ids = [number, 3 * number]
+            request = wire.LookupRequest(model="m", table="ngram", ids=ids)
+            answer = await EmbeddingServiceStub(channel).Lookup(request, timeout=60)
+            return torch.equal(torch.frombuffer(bytearray(answer.rows), dtype=torch.float32).view(2, DIM), table[ids])
+
+    async def all_at_once() -> list[bool]:
+        tasks = [asyncio.create_task(lookup(number)) for number in range(1000)]
+        for _ in tasks:
+            await connected.acquire()
+        all_connected.set()
+        return await asyncio.gather(*tasks)
+
+    connected, all_connected = asyncio.Semaphore(0), asyncio.Event()
+    right = asyncio.run(asyncio.wait_for(all_at_once(), 120))
+    assert len(right) == 1000 and all(right)
+
+
+# Controllers
+
+
+def test_of_two_controllers_the_older_ends_itself_and_no_lookup_is_lost(small_store: Path, tmp_path: Path) -> None:
+    options = ("--replicas=2", "--lost-after=60")
+    with (
+        closing(Forwarder()) as to_a,
+        closing(Forwarder()) as to_b,
+        cluster(tmp_path, small_store, "--expect-shards=2", *options) as running,
+    ):
+        for name, forwarder in (("a", to_a), ("b", to_b)):
+            forwarder.point(running.controller_address)
+            running.start_shard(name, f"--controller={forwarder.address}")
+        until(lambda: running.is_whole(2), "two copies")
+        old, before = running.processes["controller"], running.status()
+        address = f"127.0.0.1:{free_port()}"
+        where = (f"--store={small_store}", f"--listen={address}")
+        with Load(list(running.addresses.values()), TABLE, longcat_table(), pause=0.005) as load:
+            running.processes["controller"] = Process(tmp_path / "second.log", "controller", *where, *options)
+            to_b.point(address)
+
+            def led(*shards: str) -> control.Status | None:
+                with suppress(EmbeddingServiceError):
+                    status = get_status(address)
+                    by_name = {shard.shard_id: shard for shard in status.shards}
+                    if set(by_name) == set(shards) and not any(shard.parts_missing for shard in status.shards):
+                        return status if status.epoch else None
+                return None
+
+            second = until(lambda: led("b"), "the second controller to lead b")
+            assert second.term > before.term
+            to_b.point(running.controller_address)  # it tells the first what it saw meanwhile
+            assert old.popen.wait(30) == 1
+            assert (
+                f"a controller of term {second.term} is there, above this one's {before.term}: ending" in old.output()
+            )
+            for forwarder in (to_a, to_b):
+                forwarder.point(address)
+            last = until(lambda: led("a", "b"), "the second controller to lead both")
+            assert (last.term, last.epoch) > (second.term, 0)
+            asked = load.lookups
+            until(lambda: load.lookups > asked + 50, "lookups led by the second controller")
+        load.check()
+
+
+def test_a_shard_obeys_no_controller_of_an_older_term(small_store: Path, tmp_path: Path) -> None:
+    with (
+        closing(Forwarder()) as forwarder,
+        bygone_controller(term=7) as (address, bygone),
+        cluster(tmp_path, small_store, "--expect-shards=1") as running,
+    ):
+        forwarder.point(running.controller_address)
+        running.start_shard("a", f"--controller={forwarder.address}")
+        running.wait_serving()
+        forwarder.point(address)
+        until(lambda: len(bygone.told) > 1, "the shard to be told to hold nothing, and to report again")
+        running.processes["a"].wait_for("ignored an assignment of term 7, below term")
+        check_all_rows([running.addresses["a"]])
+        forwarder.point(running.controller_address)
+        running.wait_serving()
