@@ -29,7 +29,7 @@ WORKDIR /build
 COPY requirements/all.txt requirements/
 # For development and tests only.
 ARG LEFT_OUT="ast_serialize|contourpy|cycler|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
-kubernetes-validate|librt|matplotlib|mypy|mypy_extensions|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
+kubernetes-validate|librt|matplotlib|mypy|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
 sortedcontainers"
 ARG DEVICE=cpu
 # The pinned set, without resolving: torchrec names the CUDA build of fbgemm-gpu. On a GPU that build is right, and the
@@ -58,7 +58,10 @@ smart_open|starlette|tokenizers|transformers|uvicorn|uvloop|virtualenv|watchfile
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
 COPY model_worker model_worker
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip
+# What was left out is not missed.
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip \
+    && python -c "import embedding_service.controller.server, embedding_service.placement.planner, embedding_service.shard.server, \
+embedding_service.store.importing"
 
 FROM common AS worker-builder
 ARG EXTRA_PACKAGES=""
@@ -69,7 +72,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
 COPY model_worker model_worker
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip \
+    && python -c "import model_worker.application"
 
 # KubeRay starts Ray through a login shell, which sets its own PATH, and asks for its health with wget.
 FROM runtime AS worker

@@ -63,7 +63,13 @@ def _pip_as_here(folder: Path) -> tuple[Path, list[str]]:
     their way.
     """
     settings = _pip_settings()
-    mounts = {f"{path}:{path}" for value in settings.values() for path in _local_paths(value)}
+    # The pages of an index name files beside it.
+    paths = {
+        path.parent if name.endswith("index-url") else path
+        for name, value in settings.items()
+        for path in _local_paths(value)
+    }
+    mounts = {f"{path}:{path}" for path in paths}
     certificates = settings.pop("cert", os.environ.get("SSL_CERT_FILE", ""))
     if certificates:
         mounts.discard(f"{certificates}:{certificates}")
@@ -87,7 +93,7 @@ def _pip_settings() -> dict[str, str]:
     return found["global"] | found[":env:"]
 
 
-def _local_paths(value: str) -> list[str]:
+def _local_paths(value: str) -> list[Path]:
     """The files and folders that a setting names by path or file URL."""
-    paths = [urlparse(word).path for word in value.split() if word.startswith(("/", "file:"))]
-    return [path for path in paths if Path(path).exists()]
+    paths = [Path(urlparse(word).path) for word in value.split() if word.startswith(("/", "file:"))]
+    return [path for path in paths if path.exists()]

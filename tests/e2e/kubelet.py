@@ -28,7 +28,8 @@ from support.kustomize import Manifest, environment
 
 NETWORK = "embedding-e2e"
 CHAIN = "EMBEDDING-E2E"
-SERVICE_ADDRESSES = "10.96.77."
+SERVICE_NETWORK = ip_network("10.96.77.0/24")
+REFUSE = ["-d", str(SERVICE_NETWORK), "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"]
 # As kubelets do: at once the first time, then 10 s, 20 s, 40 s.
 FIRST_BACKOFF = 10.0
 READY_SECONDS = 180.0
@@ -53,6 +54,8 @@ class Cluster:
         _iptables("-A", "PREROUTING", "-j", CHAIN)
         # A pod that reaches a pod through a Service must be answered through it.
         _iptables("-I", "POSTROUTING", *self._hairpin())
+        # A Service without a ready pod refuses; nothing for it may leave this machine.
+        _iptables("-I", "FORWARD", *REFUSE, table="filter")
         for manifest in self.objects:
             if manifest["kind"] == "Service":
                 self.add_service(manifest)
@@ -67,6 +70,7 @@ class Cluster:
         _iptables("-F", CHAIN, check=False)
         _iptables("-X", CHAIN, check=False)
         _iptables("-D", "POSTROUTING", *self._hairpin(), check=False)
+        _iptables("-D", "FORWARD", *REFUSE, table="filter", check=False)
 
     def _hairpin(self) -> list[str]:
         ours = str(self.subnet)
@@ -76,7 +80,7 @@ class Cluster:
         """A Service. Headless ones are the names of pods; others get an address."""
         if manifest["spec"].get("clusterIP") != "None":
             name = manifest["metadata"]["name"]
-            self.services[name] = (manifest, f"{SERVICE_ADDRESSES}{len(self.services) + 1}")
+            self.services[name] = (manifest, str(SERVICE_NETWORK[len(self.services) + 1]))
 
     def hosts(self) -> list[str]:
         """What pods know of Services, as podman's --add-host takes it."""
@@ -403,5 +407,5 @@ def _filled_in(word: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), word)
 
 
-def _iptables(*arguments: str, check: bool = True) -> None:
-    subprocess.run(["iptables", "--wait", "-t", "nat", *arguments], check=check, capture_output=not check)
+def _iptables(*arguments: str, table: str = "nat", check: bool = True) -> None:
+    subprocess.run(["iptables", "--wait", "-t", table, *arguments], check=check, capture_output=not check)

@@ -274,8 +274,9 @@ def _check_tools() -> None:
         sys.exit("debootstrap and podman's network need root")
 
 
-def _too_long(number: int, frame: object) -> None:
-    raise RuntimeError(f"not done after {SECONDS // 60} minutes")
+def _end(number: int, frame: object) -> None:
+    """Of an alarm or a signal: as an exception, so that everything is cleaned up."""
+    raise RuntimeError(f"not done after {SECONDS // 60} minutes" if number == signal.SIGALRM else "told to end")
 
 
 def main() -> None:
@@ -284,8 +285,8 @@ def main() -> None:
     parser.add_argument("--keep-images", action="store_true", help="so that the next run need not build them")
     keep_images = parser.parse_args().keep_images
     _check_tools()
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.signal(signal.SIGTERM, _too_long)
+    signal.signal(signal.SIGALRM, _end)
+    signal.signal(signal.SIGTERM, _end)
     signal.alarm(SECONDS)
     home = ROOT / ".e2e"
     work = home / "work"
