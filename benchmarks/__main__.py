@@ -5,6 +5,7 @@ import sys
 
 MODULES = (
     ["benchmarks.ngram"],
+    ["benchmarks.planning"],
     ["benchmarks.import_memory", "--gib", "1"],
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from embedding_service.placement.parts import PartKey
@@ -28,6 +29,7 @@ class Shard:
     connected: bool = True
     heard: float = field(default_factory=time.monotonic)
     held: set[PartKey] = field(default_factory=set)
+    accesses: dict[PartKey, int] = field(default_factory=dict)
     failures: dict[PartKey, str] = field(default_factory=dict)
     outbox: asyncio.Event = field(default_factory=asyncio.Event)
     assigned: frozenset[PartKey] | None = None
@@ -68,13 +70,15 @@ class Fleet:
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
         """Take a report in; returns whether it calls for a decision."""
-        drains = report.draining and not shard.report.draining
+        before = (shard.held, shard.failures, shard.report.draining)
         another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
         shard.report, shard.heard = report, time.monotonic()
         if report.has_parts:
-            shard.held = {PartKey.from_wire(part) for part in report.parts}
+            held = [PartKey.from_wire(part) for part in report.parts]
+            shard.held = set(held)
+            shard.accesses = dict(zip(held, report.part_accesses, strict=False))
             shard.failures = {PartKey.from_wire(failure.part): failure.message for failure in report.failures}
-        return report.has_parts or drains or another_term
+        return (shard.held, shard.failures, report.draining) != before or another_term
 
     def leave(self, shard: Shard) -> None:
         """Its stream ended. It may be back in a moment, unless it was released."""
@@ -89,6 +93,13 @@ class Fleet:
         for name in lost:
             self.shards.pop(name).outbox.set()  # ends its stream, should it still be open: it must register again
         return lost
+
+    def accesses(self) -> Counter[PartKey]:
+        """Rows that were asked of each part, over all shards that hold it, as of their last report of parts."""
+        total: Counter[PartKey] = Counter()
+        for shard in self.shards.values():
+            total.update(shard.accesses)
+        return total
 
     def holders(self) -> dict[PartKey, list[str]]:
         """For each part the shards that hold it now."""

@@ -20,7 +20,7 @@ from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.errors import PlacementError, StoreError, Unavailable
 from embedding_service.metrics import MetricsServer, gauge
-from embedding_service.placement.demand import Node, PartDemand
+from embedding_service.placement.demand import CUDA, Node, PartDemand
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import (
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 SCAN_SECONDS = 2.0
+HEAT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._scanned = 0.0
         self._target: dict[PartKey, list[str]] = {}
         self._planned_for: list[Node] = []
+        self._planned_at = 0.0
         self._wanted: list[Manifest] = []
         self._term = 0
         self._routing: Routing | None = None
@@ -228,7 +230,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             await self._scan()
             for name in (lost := self._fleet.forget_lost()):
                 log.warning("shard %s was not heard of for %g s: gone", name, self._options.lost_after)
-            if lost or self._dirty.is_set() or self._graces_end():
+            if lost or self._dirty.is_set() or self._graces_end() or self._heat_is_due():
                 self._dirty.clear()
                 await self._decide()
             try:
@@ -277,6 +279,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             for model in self._store.models()
         }
 
+    def _heat_is_due(self) -> bool:
+        """Which parts belong into GPU memory changes with what is asked for: look again now and then."""
+        gpus = any(shard.report.device == CUDA for shard in self._fleet.shards.values())
+        return gpus and time.monotonic() - self._planned_at > HEAT_SECONDS
+
     def _graces_end(self) -> bool:
         now = time.monotonic()
         return any(
@@ -324,18 +331,20 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         replicas = min(self._options.replicas, len(staying))
         about = [replace(node, held=frozenset()) for node in nodes]
         missing = decisions.needs_plan(self._wanted, self._target, staying, replicas)
-        if staying and (missing or about != self._planned_for):
-            self._planned_for = about
+        if staying and (missing or self._heat_is_due() or about != self._planned_for):
+            self._planned_for, self._planned_at = about, time.monotonic()
             await self._plan(nodes, replicas)
 
     async def _plan(self, nodes: list[Node], replicas: int) -> None:
         from embedding_service.placement.planner import plan
 
+        accesses = self._fleet.accesses()
         demands = [
-            PartDemand(PartKey(manifest.model, manifest.version, table.name, part.index), part.rows, table.row_bytes)
+            PartDemand(key, part.rows, table.row_bytes, accesses[key])
             for manifest in self._wanted
             for table in manifest.tables
             for part in table.parts
+            for key in [PartKey(manifest.model, manifest.version, table.name, part.index)]
         ]
         self._replicas_problem = ""
         if replicas < self._options.replicas:

@@ -29,6 +29,7 @@ class TableRows(ABC):
     def __init__(self, table: Table) -> None:
         self.table = table
         self._held = np.zeros(len(table.parts), dtype=np.bool_)
+        self._accesses = np.zeros(len(table.parts), dtype=np.int64)
         self._readers = _Readers()
         self._leaving: set[int] = set()
         self._changed = threading.Condition()
@@ -63,6 +64,10 @@ class TableRows(ABC):
         """Indices of the parts that are held."""
         return np.flatnonzero(self._held).tolist()
 
+    def accesses(self, part: int) -> int:
+        """Rows gathered from a part so far; threads that count at the same time may lose some."""
+        return int(self._accesses[part])
+
     def holds(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Whether each id's part is held: bool [n] for ids in [0, rows)."""
         return self._held[ids // self.table.rows_per_part]
@@ -78,8 +83,10 @@ class TableRows(ABC):
             NotFound: a part of them is not held (any more).
         """
         with self._readers.reading():
-            if not self.holds(ids).all():
+            parts = ids // self.table.rows_per_part
+            if not self._held[parts].all():
                 raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
+            np.add.at(self._accesses, parts, 1)
             return self._gather(ids, encoding)
 
     @abstractmethod

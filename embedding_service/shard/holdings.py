@@ -66,6 +66,10 @@ class Holdings:
         """The rows of a table, if any part of it is held."""
         return self._tables.get((model, version, table))
 
+    def accesses(self, key: PartKey) -> int:
+        """Rows gathered from a held part since its table was opened here."""
+        return self._tables[key[:3]].accesses(key.part)
+
     def assign(self, wanted: Iterable[PartKey]) -> None:
         """Hold exactly these from now on."""
         self._wanted = set(wanted)

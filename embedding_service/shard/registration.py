@@ -28,6 +28,8 @@ from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+# How often the controller is told which parts are asked for how much, should nothing else change.
+ACCESSES_SECONDS = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
 # A second SIGTERM ends it at once.
@@ -101,7 +103,11 @@ class Registration:
     async def _reports(self) -> AsyncIterator[control.ShardReport]:
         """Everything first, then heartbeats, with the parts whenever they changed."""
         self._holdings.changed.set()
+        counted = time.monotonic()
         while True:
+            if time.monotonic() - counted > ACCESSES_SECONDS:
+                self._holdings.changed.set()
+                counted = time.monotonic()
             report = control.ShardReport()
             report.CopyFrom(self._about)
             report.stats.CopyFrom(self._stats.take())
@@ -111,7 +117,9 @@ class Registration:
             if self._holdings.changed.is_set():
                 self._holdings.changed.clear()
                 report.has_parts = True
-                report.parts.extend(key.to_wire() for key in self._holdings.held)
+                held = sorted(self._holdings.held)
+                report.parts.extend(key.to_wire() for key in held)
+                report.part_accesses.extend(self._holdings.accesses(key) for key in held)
                 report.failures.extend(
                     control.PartFailure(part=key.to_wire(), message=message)
                     for key, message in self._holdings.failures.items()

@@ -21,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "failures", "term", "epoch", "stats", "draining", "topology")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ShardReport(_message.Message):
     MEMORY_LIMIT_FIELD_NUMBER: _ClassVar[int]
     HAS_PARTS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    PART_ACCESSES_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -42,13 +43,14 @@ class ShardReport(_message.Message):
     memory_limit: int
     has_parts: bool
     parts: _containers.RepeatedCompositeFieldContainer[PartRef]
+    part_accesses: _containers.RepeatedScalarFieldContainer[int]
     failures: _containers.RepeatedCompositeFieldContainer[PartFailure]
     term: int
     epoch: int
     stats: ShardStats
     draining: bool
     topology: str
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")

@@ -11,7 +11,7 @@ import pytest
 from embedding_service.commands import store as store_commands
 from embedding_service.store import Store
 
-COMMAND = [sys.executable, "-m", "embedding_service.cli"]
+COMMAND = [sys.executable, "-m", "embedding_service"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -105,6 +105,6 @@ def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str], m
 
 def test_help_is_quick_because_nothing_heavy_is_loaded() -> None:
     heavy = ("torch", "fbgemm_gpu", "pydantic", "fsspec")
-    code = f"import sys, embedding_service.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, embedding_service; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

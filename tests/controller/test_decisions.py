@@ -101,3 +101,24 @@ def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_the
     assert owners(target=["a", "c"], holders=["a", "b", "c"]) == ["a", "c"]
     assert owners(target=["a"], holders=["a", "b"]) == ["a"]
     assert owners(target=[], holders=["b"]) == ["b"]
+
+
+def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
+    from embedding_service.controller.fleet import Fleet
+    from embedding_service.wire import control_pb2 as control
+
+    keys = decisions.part_keys(manifest("1"))
+
+    def report(name: str, held: list[PartKey], accesses: list[int], **fields: bool) -> control.ShardReport:
+        parts = [key.to_wire() for key in held]
+        return control.ShardReport(shard_id=name, has_parts=True, parts=parts, part_accesses=accesses, **fields)
+
+    fleet = Fleet(lost_after=60)
+    first = fleet.join(report("a", keys[:2], [5, 7]))
+    fleet.join(report("b", keys[1:], [3, 4]))
+    assert fleet.holders() == {keys[0]: ["a"], keys[1]: ["a", "b"], keys[2]: ["b"]}
+    assert fleet.accesses() == {keys[0]: 5, keys[1]: 10, keys[2]: 4}
+    assert not fleet.hear(first, report("a", keys[:2], [50, 7]))  # more accesses alone call for nothing
+    assert fleet.accesses()[keys[0]] == 50
+    assert fleet.hear(first, report("a", keys[:1], [50]))
+    assert fleet.hear(first, report("a", keys[:1], [50], draining=True))
