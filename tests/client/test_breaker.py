@@ -1,0 +1,44 @@
+"""Addresses that failed are left alone for a while, then tried by one caller at a time."""
+
+from embedding_service.client.breaker import FIRST_REST, LONGEST_REST, Breaker
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_failed_address_rests_and_is_then_tried_by_one_caller() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    assert breaker.resting() == set()
+    breaker.failed("a")
+    assert breaker.resting() == {"a"}
+    clock.now += FIRST_REST
+    assert breaker.resting() == set()  # this caller tries it
+    assert breaker.resting() == {"a"}  # the others go on avoiding it
+    breaker.answered("a")
+    assert breaker.resting() == set()
+
+
+def test_rests_double_up_to_a_bound() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    rests = []
+    for _ in range(8):
+        breaker.failed("a")
+        began = clock.now
+        while "a" in breaker.resting():
+            clock.now += FIRST_REST / 2
+        rests.append(clock.now - began)
+    assert rests == [min(FIRST_REST * 2**step, LONGEST_REST) for step in range(8)]
+
+
+def test_addresses_do_not_share_their_fate() -> None:
+    breaker = Breaker(Clock())
+    breaker.failed("a")
+    breaker.failed("b")
+    breaker.answered("b")
+    assert breaker.resting() == {"a"}
