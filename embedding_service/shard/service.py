@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -40,8 +41,9 @@ FORWARD_TIMEOUT = 10.0
 INLINE_BYTES = 256 << 10
 # Requests of one stream that are worked on at a time.
 STREAM_WINDOW = 8
-# Bytes of answers that one connection may leave unread before it must wait with its next large lookup.
-UNREAD_BYTES = 256 << 20
+# Bytes of answers that one connection may leave unread before it must wait with its next large lookup. It takes up to
+# four times as much memory: numpy, protobuf (twice) and gRPC each hold a copy. Two of the largest answers fit.
+UNREAD_BYTES = 128 << 20
 # Answers below this are not counted: they are bounded by the calls that a connection may have open.
 COUNTED_BYTES = 64 << 10
 
@@ -63,7 +65,8 @@ _BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 
 class _Unread:
     """Answers that their askers have not taken yet, in bytes, by connection.
 
-    A client that asks and never reads fills the memory of its own allowance and no more: its next large answers wait.
+    A client that asks and never reads fills the memory of its own allowance and no more: its next large lookups wait,
+    before their answers are made.
     """
 
     def __init__(self) -> None:
@@ -86,6 +89,14 @@ class _Unread:
         if not self._bytes[peer]:
             del self._bytes[peer]
         self._taken.set()
+
+
+# Waits until an answer of so many bytes may be made.
+Room = Callable[[int], Awaitable[None]]
+
+
+async def _window_bounds(nbytes: int) -> None:
+    """The room of a stream's lookups, of which STREAM_WINDOW are made before one must have been taken."""
 
 
 class Redirect(Exception):
@@ -121,9 +132,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         """Rows of one table."""
         try:
             with self.seconds.time():
-                answer = await self._lookup(request, _deadline(context))
-            await self._unread.add(context, len(answer.rows))
-            return answer
+                return await self._lookup(request, _deadline(context), partial(self._unread.add, context))
         except Redirect:
             await self._send_away(context)
         except EmbeddingServiceError as error:
@@ -166,9 +175,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         """Token ids in, rows out."""
         try:
             with self.seconds.time():
-                answer = await self._lookup_ngrams(request, _deadline(context))
-            await self._unread.add(context, len(answer.rows))
-            return answer
+                return await self._lookup_ngrams(request, _deadline(context), partial(self._unread.add, context))
         except EmbeddingServiceError as error:
             self.counters.errors += 1
             await abort(context, error)
@@ -177,7 +184,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         answer = wire.StreamLookupResponse(request_id=request.request_id)
         try:
             with self.seconds.time():
-                answer.rows.CopyFrom(await self._lookup(request.lookup, deadline))
+                answer.rows.CopyFrom(await self._lookup(request.lookup, deadline, _window_bounds))
         except Redirect:
             term, epoch = self._age()
             answer.error.CopyFrom(
@@ -188,7 +195,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             answer.error.CopyFrom(wire.LookupFailure(code=code_of(error).value[0], message=str(error)))
         return answer
 
-    async def _lookup(self, request: wire.LookupRequest, deadline: float) -> wire.LookupResponse:
+    async def _lookup(self, request: wire.LookupRequest, deadline: float, room: Room) -> wire.LookupResponse:
         encoding = _encoding(request.encoding)
         ids = _ids(request)
         if request.epoch:
@@ -197,11 +204,14 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             if held is None:
                 raise Redirect
             check_ids(ids, held.table.rows, f"{request.model}/{request.table}")
-            rows = await self._own_rows(held, ids, encoding)
             dim = held.table.dim
+            await self._admit(len(ids), _row_bytes(held.table.dtype, dim, encoding), room)
+            rows = await self._own_rows(held, ids, encoding)
         else:
             model = self.known_routing().model(request.model)
-            version, dim = model.version, model.table(request.table).dim
+            table = model.table(request.table)
+            version, dim = model.version, table.dim
+            await self._admit(len(ids), _row_bytes(table.dtype, dim, encoding), room)
             rows = await self._any_rows(model, request.table, ids, encoding, request.encoding, deadline)
         self._count(rows)
         return wire.LookupResponse(
@@ -212,9 +222,13 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             version=version,
         )
 
+    async def _admit(self, ids: int, row_bytes: int, room: Room) -> None:
+        """Check the answer's size and wait for room for it."""
+        self._limits.check_response(ids, row_bytes)
+        await room(ids * row_bytes)
+
     async def _own_rows(self, held: TableRows, ids: Ids, encoding: str) -> Bytes:
         """For a sender that routed by itself: rows from here or none at all."""
-        self._limits.check_response(len(ids), _row_bytes(held.table.dtype, held.table.dim, encoding))
         try:
             return await self._gather(held, ids, encoding)
         except NotFound as error:
@@ -227,7 +241,6 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         table = model.table(table_name)
         row_bytes = _row_bytes(table.dtype, table.dim, encoding)
         check_ids(ids, table.rows, f"{model.full_name}/{table_name}")
-        self._limits.check_response(len(ids), row_bytes)
         held = self._holdings.table(model.name, model.version, table_name)
         mine = held.holds(ids) if held else np.zeros(len(ids), np.bool_)
         rows = np.empty((len(ids), row_bytes), np.uint8)
@@ -256,7 +269,9 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             return held.gather(ids, encoding)
         return await asyncio.to_thread(held.gather, ids, encoding)
 
-    async def _lookup_ngrams(self, request: wire.LookupNgramsRequest, deadline: float) -> wire.LookupNgramsResponse:
+    async def _lookup_ngrams(
+        self, request: wire.LookupNgramsRequest, deadline: float, room: Room
+    ) -> wire.LookupNgramsResponse:
         encoding = _encoding(request.encoding)
         model = self.known_routing().model(request.model)
         hasher = self._hasher(model)
@@ -266,7 +281,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
         tables = [model.table(table.name) for table in hasher.tables]
         row_bytes = _row_bytes(tables[0].dtype, tables[0].dim, encoding)
-        self._limits.check_response(int(np.prod(shape)), row_bytes)
+        await self._admit(int(np.prod(shape)), row_bytes, room)
         row_ids = hasher.row_ids(tokens, context)
         rows = np.empty((*shape, row_bytes), np.uint8)
         for index, table in enumerate(tables):

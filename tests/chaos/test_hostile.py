@@ -16,11 +16,11 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from support.absence import HERE, OPTIONS, check_absence, inside, two_networks
+from support.absence import HERE, OPTIONS, answered_by, check_absence, inside, two_networks
 from support.chaos import TABLE, chaos_store
 from support.checkpoints import DIM, longcat_table
 from support.cluster import Cluster, Process, cluster, free_port, until
-from support.hostile import PREFACE, Forwarder, bygone_controller, dial, half_a_lookup
+from support.hostile import PREFACE, Forwarder, bygone_controller, dial, half_a_lookup, unread_lookups
 from support.load import Load
 
 from embedding_service import EmbeddingClient, errors
@@ -171,6 +171,16 @@ def test_only_models_with_a_damaged_part_are_not_served(small_store: Path, tmp_p
 # Clients that do not behave
 
 
+def peak_until_still(running: Cluster, name: str) -> int:
+    """The most anonymous memory that a shard took until it had answered nothing for 3 s."""
+    peak, seen = 0, list[int]()
+    while len(seen) < 30 or len(set(seen[-30:])) > 1:
+        peak = max(peak, running.processes[name].resident_anonymous())
+        seen.append(answered_by(running, name))
+        time.sleep(0.1)
+    return peak
+
+
 def test_garbage_and_half_messages_harm_nobody_else(running: Cluster) -> None:
     address, process = running.addresses["a"], running.processes["a"]
     generator = torch.Generator().manual_seed(5)
@@ -208,26 +218,29 @@ def test_a_stream_that_is_never_read_takes_bounded_memory(running: Cluster) -> N
     ids = torch.randint(0, len(longcat_table()), (rows,)).numpy().astype("<u4").tobytes()
     lookup = wire.LookupRequest(model="m", table="ngram", ids_uint32=ids)
     address, process = running.addresses["a"], running.processes["a"]
-    before, peak = process.resident_anonymous(), 0
-
-    def lookups() -> int:
-        [shard] = [shard for shard in running.status().shards if shard.shard_id == "a"]
-        return shard.stats.lookups
-
-    done = lookups()
+    before = process.resident_anonymous()
+    done = answered_by(running, "a")
     with grpc.insecure_channel(address) as channel:
         requests = (wire.StreamLookupRequest(request_id=number, lookup=lookup) for number in range(asked))
         stream = EmbeddingServiceStub(channel).StreamLookup(requests)
-        seen: list[int] = []
-        while len(seen) < 30 or len(set(seen[-30:])) > 1:  # until the shard answers no more of it for 3 s
-            peak = max(peak, process.resident_anonymous())
-            seen.append(lookups())
-            time.sleep(0.1)
-        answered = seen[-1] - done
+        peak = peak_until_still(running, "a")
+        answered = answered_by(running, "a") - done
         check_all_rows(list(running.addresses.values()))
         stream.cancel()
     assert 0 < answered < asked // 2
     assert peak - before < 128 * MIB
+    assert process.runs
+
+
+def test_answers_that_are_never_read_take_bounded_memory(running: Cluster) -> None:
+    message = wire.LookupRequest(model="m", table="ngram", ids=[0] * (15 << 10)).SerializeToString()
+    address, process = running.addresses["a"], running.processes["a"]
+    before = process.resident_anonymous()
+    for _ in range(2):  # the second time shows that the first one's memory is used again
+        with unread_lookups(address, message, 1000):  # 0.9 GiB of answers in all
+            peak = peak_until_still(running, "a")
+            check_all_rows(list(running.addresses.values()))
+        assert 64 * MIB < peak - before < 640 * MIB  # the allowance of 128 MiB, in four copies, and a margin
     assert process.runs
 
 

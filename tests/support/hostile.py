@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
@@ -26,11 +27,25 @@ def dial(address: str) -> socket.socket:
 
 
 def half_a_lookup(address: str, length: int, sent: bytes, *, end: bool) -> bytes:
-    """The bytes of a Lookup call whose message is said to have `length` bytes, of which only `sent` come.
+    """The bytes of a connection with a Lookup whose message is said to have `length` bytes, of which `sent` come.
 
-    Frames are RFC 9113's, header fields RFC 7541's literals without indexing or Huffman code. `end`: the sender says
-    that this was all.
+    `end`: the sender says that this was all.
     """
+    return PREFACE + _frame(_SETTINGS, 0, 0, b"") + _call(address, 1, length, sent, end=end)
+
+
+def unread_lookups(address: str, message: bytes, count: int) -> socket.socket:
+    """A connection on which so many Lookup calls were begun, with this serialized request, and no answer is read."""
+    connection = dial(address)
+    connection.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
+    for number in range(count):
+        connection.sendall(_call(address, 2 * number + 1, len(message), message, end=True))
+        time.sleep(0.002)  # flow control: the shard takes it in and gives its bytes free again, which we do not read
+    return connection
+
+
+def _call(address: str, stream: int, length: int, sent: bytes, *, end: bool) -> bytes:
+    """Frames are RFC 9113's, header fields RFC 7541's literals without indexing or Huffman code."""
     fields = {
         ":method": "POST",
         ":scheme": "http",
@@ -43,13 +58,8 @@ def half_a_lookup(address: str, length: int, sent: bytes, *, end: bool) -> bytes
         b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
         for name, value in fields.items()
     )
-    message = b"\x00" + struct.pack(">I", length) + sent
-    return (
-        PREFACE
-        + _frame(_SETTINGS, 0, 0, b"")
-        + _frame(_HEADERS, _END_HEADERS, 1, block)
-        + _frame(_DATA, _END_STREAM if end else 0, 1, message)
-    )
+    data = b"\x00" + struct.pack(">I", length) + sent
+    return _frame(_HEADERS, _END_HEADERS, stream, block) + _frame(_DATA, _END_STREAM if end else 0, stream, data)
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
