@@ -132,7 +132,7 @@ def _reserve(options: UpOptions, address: str, console: Console) -> PlacementGro
     """Room for each shard, on different nodes as far as there are enough."""
     need = {"CPU": 1, "memory": PROCESS_BYTES + (options.memory if options.memory and options.tier == "ram" else 0)}
     room = placement_group([need] * options.shards, strategy="SPREAD", name="embedding-service")
-    if room.wait(LOCAL_ROOM_SECONDS):
+    if _comes(room, LOCAL_ROOM_SECONDS):
         return room
     free = ray.available_resources()
     missing = (
@@ -141,9 +141,18 @@ def _reserve(options: UpOptions, address: str, console: Console) -> PlacementGro
     )
     if address != LOCAL:
         console.print(f"{missing}; waiting for nodes", style="red")
-        if room.wait(ROOM_SECONDS):
+        if _comes(room, ROOM_SECONDS):
             return room
     raise PlacementError(f"{missing}; add nodes, or lower --shards or --memory")
+
+
+def _comes(room: PlacementGroup, seconds: float) -> bool:
+    """Whether it is there in time; asked again and again, for Ray's own wait hears no signals."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if room.wait(1):
+            return True
+    return False
 
 
 def _survey_nodes(options: UpOptions, room: PlacementGroup) -> None:

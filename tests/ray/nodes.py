@@ -1,0 +1,35 @@
+"""Several Ray nodes on this machine's loopback, until standard input ends: prints the cluster's address when they run.
+
+    python nodes.py NODES
+
+Each has one CPU. A process of its own, for what keeps Ray on the loopback address is read when ray is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+
+
+def main(nodes: int) -> None:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="ray-")  # not the tests' own: sockets lie in it, whose paths must be short
+    node = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "memory": 8 << 30, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder})
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(**node, wait=False)
+        cluster.wait_for_nodes()
+        print(cluster.address, flush=True)
+        sys.stdin.read()
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,181 @@
+"""`embedding-service up --ray` over a Ray cluster of three nodes, all of them on this machine's loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from support.checkpoints import longcat_table
+from support.cluster import Up, free_port, until, up
+from support.load import Load
+
+from embedding_service import EmbeddingClient
+from embedding_service.errors import EmbeddingServiceError
+
+# Each node has room for one shard.
+NODES = 3
+TABLE = "fp32/ngram"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster."""
+    command = [sys.executable, str(Path(__file__).with_name("nodes.py")), str(NODES)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for drivers too: see nodes.py
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
+            assert nodes.stdin and nodes.stdout
+            yield nodes.stdout.readline().strip()
+            nodes.stdin.close()
+
+
+def run_up(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "embedding_service", "up", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # type: ignore[call-overload]
+
+
+def shard_pids(running: Up) -> dict[str, int]:
+    """The processes of the shards that hold all they shall; empty while the controller does not answer."""
+    try:
+        shards = running.status().shards
+    except EmbeddingServiceError:
+        return {}
+    return {shard.shard_id: shard.stats.pid for shard in shards if shard.parts and not shard.parts_missing}
+
+
+def controller_process(running: Up) -> psutil.Process | None:
+    """Its address, in the line that says that everything is ready, is the same at each of its starts."""
+    address = running.output().partition(", controller ")[2].split()[0]
+    for process in psutil.process_iter(["cmdline"]):
+        if f"--listen={address}" in (process.info["cmdline"] or []):
+            return process
+    return None
+
+
+def its_processes(running: Up) -> list[psutil.Process]:
+    """Of controller and shards, and of their actors."""
+    controller = controller_process(running)
+    assert controller
+    processes = [controller, *(psutil.Process(pid) for pid in shard_pids(running).values())]
+    actors = [process.parent() for process in processes]
+    assert len(processes) == len(set(actors)) == NODES + 1
+    return [*processes, *(actor for actor in actors if actor)]
+
+
+def wait_for_another(running: Up, name: str, pid: int) -> None:
+    """Until a process other than `pid` holds that shard's parts."""
+    until(lambda: shard_pids(running).get(name, pid) != pid, f"another process of {name}", 60)
+
+
+def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, NODES, f"--ray={ray_cluster}", "--replicas=2") as running:
+        assert len({shard.topology for shard in running.status().shards}) == NODES
+        table = longcat_table()
+        with EmbeddingClient(running.address, timeout=30) as client:
+            assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
+        with Load(running.address, TABLE, table, threads=1) as load:
+            shard = shard_pids(running)["shard-1"]
+            os.kill(shard, signal.SIGKILL)
+            wait_for_another(running, "shard-1", shard)
+
+            shard = shard_pids(running)["shard-2"]
+            actor = psutil.Process(shard).parent()
+            assert actor and actor.cmdline()[0].startswith("ray::")
+            actor.kill()
+            wait_for_another(running, "shard-2", shard)
+
+            controller = controller_process(running)
+            assert controller
+            controller.kill()
+            until(lambda: controller_process(running) not in (None, controller), "another controller", 60)
+            until(lambda: len(shard_pids(running)) == NODES, "the shards to find it", 60)
+        load.check()
+        assert len({shard.topology for shard in running.status().shards}) == NODES
+        for name in ("shard-1", "shard-2", "controller"):
+            assert f"{name} ended, Ray starts it anew" in running.output()
+        processes = its_processes(running)
+        assert running.end() == 0
+        assert not [process for process in processes if process.is_running()]
+        assert "Traceback" not in running.output()
+
+
+def test_its_processes_end_when_it_is_killed(ray_cluster: str, store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, NODES, f"--ray={ray_cluster}", "--tier=mmap") as running:
+        processes = its_processes(running)
+        running.end(signal.SIGKILL)
+        until(lambda: not [process for process in processes if process.is_running()], "its processes to end", 60)
+
+
+def test_more_shards_than_there_is_room_for(ray_cluster: str, store: Path, tmp_path: Path) -> None:
+    """And what others took before, whether told to end or killed, is free again."""
+    running = Up(tmp_path / "up.log", store, NODES + 1, f"--ray={ray_cluster}")
+    try:
+        running.wait_for("waiting for nodes")
+        assert f"no room for {NODES + 1} shards of 1 CPU and 5" in running.output()
+        assert f": {NODES} CPUs and" in running.output()
+    finally:
+        assert running.end(signal.SIGINT) == 0
+    assert "Traceback" not in running.output()
+
+
+def test_a_store_that_a_node_does_not_see(ray_cluster: str, store: Path) -> None:
+    """An open folder has a name that only the process that opened it knows."""
+    folder = os.open(store, os.O_RDONLY)
+    try:
+        os.dup2(folder, 200)
+        options = ("--store=/proc/self/fd/200", "--shards=1", f"--port={free_port()}", f"--ray={ray_cluster}")
+        done = run_up(*options, pass_fds=(200,))
+    finally:
+        os.close(folder)
+        os.close(200)
+    assert done.returncode == 1
+    assert "error: no model in store /proc/self/fd/200" in done.stderr
+    assert "node 127.0.0.1 must see it too" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_ray_of_its_own(store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, 2, "--ray=local") as running:
+        table = longcat_table()
+        with EmbeddingClient(running.address, timeout=30) as client:
+            assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
+        family = psutil.Process(running.popen.pid).children(recursive=True)
+        listening = [
+            (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+            for process in family
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert running.address in {f"{ip}:{port}" for ip, port in listening}
+        assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}
+        assert running.end() == 0
+        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert "Traceback" not in running.output()
+
+
+def test_no_cluster_there(store: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    done = run_up(f"--store={store}", f"--ray={address}")
+    assert done.returncode == 1
+    assert f"error: no Ray cluster at {address}" in done.stderr
+    assert "ray start --head" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "somewhere"])
+def test_no_address_of_a_cluster(store: Path, address: str) -> None:
+    done = run_up(f"--store={store}", f"--ray={address}")
+    assert done.returncode == 1
+    assert "error: --ray must be auto, local or the HOST:PORT" in done.stderr
+
+
+def test_a_host_to_listen_on_is_refused(store: Path) -> None:
+    done = run_up(f"--store={store}", "--ray=local", "--host=0.0.0.0")
+    assert done.returncode == 2
+    assert "leave --host out" in done.stderr
