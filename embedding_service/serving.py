@@ -62,7 +62,7 @@ class Server:
                 # Room for what a request holds besides its ids.
                 ("grpc.max_receive_message_length", limits.request_bytes + 65536),
                 ("grpc.max_send_message_length", -1),
-                # Calls open at a time on a connection, each with its request in memory; gRPC clients queue further ones.
+                # Calls open at a time on a connection, each with its request in memory; clients queue further ones.
                 ("grpc.max_concurrent_streams", 256),
                 ("grpc.so_reuseport", 1 if shared else 0),
                 # Clients may ping while they wait (client/transport.py); and we find out about those cut off.

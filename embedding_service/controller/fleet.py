@@ -59,6 +59,13 @@ class Fleet:
         """The highest term that any shard has seen."""
         return max((shard.report.term for shard in self.shards.values()), default=0)
 
+    def last_served(self) -> list[tuple[str, str]]:
+        """(model, version) of what the newest routing serves that any shard has seen."""
+        reports = [shard.report for shard in self.shards.values()]
+        newest = max(reports, key=lambda report: (report.term, report.epoch), default=control.ShardReport())
+        names = [name.partition("@") for name in newest.served]
+        return [(model, version) for model, _, version in names]
+
     def join(self, report: control.ShardReport) -> Shard:
         """A shard registers, for the first time or again."""
         known = self.shards.get(report.shard_id)

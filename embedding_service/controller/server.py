@@ -295,7 +295,10 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     async def _decide(self) -> None:
         shards = self._fleet.shards
         self._take_term()
-        served = [(model.name, model.version) for model in self._routing.models] if self._routing else []
+        if self._routing:
+            served = [(model.name, model.version) for model in self._routing.models]
+        else:
+            served = self._fleet.last_served()
         self._wanted, _ = decisions.choose_versions(self._catalog, served, self._fleet.holders())
         await self._plan_if_needed()
         holders = self._fleet.holders()  # planning took time

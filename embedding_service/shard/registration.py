@@ -114,6 +114,7 @@ class Registration:
             report.draining = self._draining
             if self._router.current:
                 report.term, report.epoch = self._router.current.age
+                report.served.extend(model.full_name for model in self._router.current.models)
             if self._holdings.changed.is_set():
                 self._holdings.changed.clear()
                 report.has_parts = True

@@ -21,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "stats", "draining", "topology")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "served", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class ShardReport(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
@@ -47,10 +48,11 @@ class ShardReport(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[PartFailure]
     term: int
     epoch: int
+    served: _containers.RepeatedScalarFieldContainer[str]
     stats: ShardStats
     draining: bool
     topology: str
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")

@@ -316,6 +316,21 @@ def test_of_two_controllers_the_older_ends_itself_and_no_lookup_is_lost(small_st
         load.check()
 
 
+def test_a_controller_that_starts_while_a_shard_is_dead_goes_on_serving(small_store: Path, tmp_path: Path) -> None:
+    with cluster(tmp_path, small_store) as running:
+        for name in "abc":
+            running.start_shard(name)
+        until(lambda: running.is_whole(1), "every part")
+        with Load(list(running.addresses.values()), TABLE, longcat_table(), pause=0.005) as load:
+            running.processes.pop("b").end(signal.SIGKILL)
+            running.processes["controller"].end(signal.SIGKILL)
+            running.start_controller()
+            until(lambda: running.is_whole(1), "every part on the shards that are left")
+            asked = load.lookups
+            until(lambda: load.lookups > asked + 50, "lookups of them")
+        load.check()  # rows that only the dead shard held were waited for
+
+
 def test_a_shard_obeys_no_controller_of_an_older_term(small_store: Path, tmp_path: Path) -> None:
     with (
         closing(Forwarder()) as forwarder,
