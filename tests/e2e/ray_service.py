@@ -57,6 +57,8 @@ def deploy(head: Pod, manifest: Manifest) -> None:
             status = f"{application['status']}: {application['message']}"
             if application["status"] == "RUNNING":
                 return
+            if application["status"] == "DEPLOY_FAILED":
+                break
         except (OSError, ValueError):
             pass
         time.sleep(1)

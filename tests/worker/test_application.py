@@ -1,0 +1,23 @@
+"""The application of a Serve config file: built as Ray builds it, from the arguments that the file gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_ray_does
+
+from model_worker.application import build
+from model_worker.worker import WorkerConfig
+
+
+def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embeddings: str) -> None:
+    arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3}
+    bound = build_as_ray_does(build, arguments)._bound_deployment
+    assert bound.init_args == (WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64),)
+
+
+def test_an_argument_that_is_wrong_is_named() -> None:
+    with pytest.raises(ValidationError, match="batch_size"):
+        build_as_ray_does(build, {"checkpoint": "/c", "embeddings": "localhost:1", "batch_size": 3})
