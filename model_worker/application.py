@@ -32,8 +32,8 @@ class Arguments(BaseModel):
 def build(args: dict[str, Any]) -> Application:
     """The application. Replicas and their resources are the config file's, under `deployments`.
 
-    Raises pydantic's ValidationError naming a wrong argument, Unavailable while the embedding service cannot be reached,
-    and NotFound if it has no such model.
+    Raises pydantic's ValidationError naming a wrong argument, Unavailable while the embedding service cannot be
+    reached, and NotFound if it has no such model.
     """
     given = Arguments.model_validate(args)
     config = _resolve(given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue)

@@ -111,7 +111,6 @@ class Scenario:
 
     def start_client(self) -> Any:
         """The client's pod: the service's image with the tests' code mounted."""
-        (self.work / "client").mkdir()
         shard = self.shards.manifest["spec"]["template"]
         code = "/tests"
         template: Manifest = {
