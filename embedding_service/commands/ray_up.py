@@ -29,7 +29,6 @@ from embedding_service.commands.query import status_tables, wide_console
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.store.store import Store
 
 LOCAL = "local"
 # What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
@@ -92,6 +91,8 @@ def _for_other_nodes(options: UpOptions) -> UpOptions:
 
 def _needed_memory(options: UpOptions) -> int:
     """Bytes a shard: an even share, and a part more as parts do not divide evenly; twice that, for new versions."""
+    from embedding_service.store.store import Store
+
     store = Store(options.store)
     manifests = [store.manifest(model) for model in store.models()]
     copies = options.replicas * sum(manifest.bytes for manifest in manifests)
@@ -158,7 +159,8 @@ def _comes(room: PlacementGroup, seconds: float) -> bool:
 def _survey_nodes(options: UpOptions, room: PlacementGroup) -> None:
     """Before anything starts: every node must see the store and have the port free."""
     bundles = {node: bundle for bundle, node in placement_group_table(room)["bundles_to_node_id"].items()}
-    survey = ray.remote(num_cpus=1, max_retries=0)(_survey)
+    # In a worker of its own, for what it imports shall not stay in one of the actors.
+    survey = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_survey)
     try:
         ray.get([survey.options(scheduling_strategy=_in(room, bundle)).remote(options) for bundle in bundles.values()])
     except RayTaskError as error:

@@ -18,7 +18,6 @@ from rich.console import Console
 from embedding_service.client.status import get_status
 from embedding_service.commands.query import status_tables, wide_console
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
 # From SIGTERM on: what has not ended by then is killed.
@@ -78,6 +77,8 @@ def run(options: UpOptions) -> None:
 
 def check_store(store: str) -> None:
     """Raise NotFound if there is no model in it."""
+    from embedding_service.store.store import Store  # with torch, which Ray's actors do without
+
     if not Store(store).models():
         raise NotFound(f"no model in store {store}: `embedding-service import` puts one there")
 

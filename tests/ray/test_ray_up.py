@@ -85,17 +85,13 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
             os.kill(shard, signal.SIGKILL)
             wait_for_another(running, "shard-1", shard)
 
-            shard = shard_pids(running)["shard-2"]
+            shard, controller = shard_pids(running)["shard-2"], controller_process(running)
             actor = psutil.Process(shard).parent()
-            assert actor and actor.cmdline()[0].startswith("ray::")
+            assert controller and actor and actor.cmdline()[0].startswith("ray::")
+            controller.kill()
             actor.kill()
             wait_for_another(running, "shard-2", shard)
-
-            controller = controller_process(running)
-            assert controller
-            controller.kill()
-            until(lambda: controller_process(running) not in (None, controller), "another controller", 60)
-            until(lambda: len(shard_pids(running)) == NODES, "the shards to find it", 60)
+            until(lambda: len(shard_pids(running)) == NODES, "all shards to find another controller", 60)
         load.check()
         assert len({shard.topology for shard in running.status().shards}) == NODES
         for name in ("shard-1", "shard-2", "controller"):
