@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup demo test e2e lint proto bench clean
+.PHONY: setup demo test chaos e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -21,6 +21,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Shards and the controller come, go, die and hang for SECONDS, in the order of SEED.
+SECONDS ?= 120
+SEED ?= 1
+chaos: setup
+	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED)
 
 # The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root and a kubectl.
 PODMAN_PACKAGES := podman runc netavark aardvark-dns catatonit iptables debootstrap
