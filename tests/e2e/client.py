@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -31,15 +32,12 @@ PROMPT = {"model": "model", "prompt": "The function", "max_tokens": 12, "tempera
 
 
 class Counts:
-    """What happened so far; only its own thread writes it."""
+    """What happened so far, in order; seconds are those of every call. Only its own thread writes it."""
 
     def __init__(self) -> None:
-        self.done, self.slowest, self.wrong, self.failed = 0, 0.0, list[str](), list[str]()
-
-    def report(self) -> dict[str, object]:
-        """As JSON takes it; the slowest since the last report."""
-        slowest, self.slowest = self.slowest, 0.0
-        return {"done": self.done, "slowest": slowest, "wrong": self.wrong, "failed": self.failed}
+        self.seconds: list[float] = []
+        self.wrong: list[str] = []
+        self.failed: list[str] = []
 
 
 def look_up(address: str, table_name: str, counts: Counts, ended: threading.Event) -> None:
@@ -56,8 +54,7 @@ def look_up(address: str, table_name: str, counts: Counts, ended: threading.Even
                     counts.wrong.append(f"asked {ids.tolist()}, got tags {rows[:, 0].unique().tolist()}")
             except Exception as error:  # whatever it is, it is a lookup that failed
                 counts.failed.append(f"{type(error).__name__}: {error}")
-            counts.done += 1
-            counts.slowest = max(counts.slowest, time.monotonic() - began)
+            counts.seconds.append(time.monotonic() - began)
 
 
 def complete(url: str, counts: Counts, ended: threading.Event) -> None:
@@ -72,10 +69,11 @@ def complete(url: str, counts: Counts, ended: threading.Event) -> None:
             expected = expected or text
             if text != expected:
                 counts.wrong.append(f"{text!r}, not {expected!r}")
+        except urllib.error.HTTPError as error:
+            counts.failed.append(f"{error}: {error.read().decode(errors='replace')}")
         except Exception as error:  # whatever it is, it is a completion that failed
             counts.failed.append(f"{type(error).__name__}: {error}")
-        counts.done += 1
-        counts.slowest = max(counts.slowest, time.monotonic() - began)
+        counts.seconds.append(time.monotonic() - began)
 
 
 def main(address: str, table_name: str, url: str, report: Path) -> None:
@@ -94,7 +92,7 @@ def main(address: str, table_name: str, url: str, report: Path) -> None:
         for thread in threads if ended.is_set() else ():
             thread.join()
         draft = report.with_suffix(".draft")
-        draft.write_text(json.dumps({"lookups": lookups.report(), "completions": completions.report()}))
+        draft.write_text(json.dumps({"lookups": vars(lookups), "completions": vars(completions)}))
         draft.replace(report)
 
 

@@ -95,21 +95,20 @@ class Cluster:
         return str(self.subnet[next(self._numbers)])
 
     def update_endpoints(self) -> None:
-        """Let each Service's address lead to one of its ready pods, by chance: kube-proxy's part."""
+        """Let each Service's address lead to one of its ready pods, by chance: kube-proxy's part, and as atomic."""
         with self._lock:
-            rules = []
-            for manifest, address in self.services.values():
-                selector = manifest["spec"]["selector"].items()
-                pods = [pod for pod in self.pods.values() if pod.ready and selector <= pod.labels.items()]
-                for port in manifest["spec"]["ports"]:
-                    for left, pod in zip(range(len(pods), 0, -1), pods, strict=True):
-                        chance = ["-m", "statistic", "--mode", "random", "--probability", f"{1 / left:.6f}"]
-                        target = f"{pod.address}:{pod.port(port['targetPort'])}"
-                        rules.append(["-d", address, "-p", "tcp", "--dport", str(port["port"]), *chance, "-j", "DNAT",
-                                      "--to-destination", target])  # fmt: skip
-            _iptables("-F", CHAIN)
-            for rule in rules:
-                _iptables("-A", CHAIN, *rule)
+            rules = [rule for manifest, address in self.services.values() for rule in self._rules(manifest, address)]
+            lines = ["*nat", f":{CHAIN} - [0:0]", *(f"-A {CHAIN} {rule}" for rule in rules), "COMMIT", ""]
+            subprocess.run(["iptables-restore", "--wait", "--noflush"], input="\n".join(lines), text=True, check=True)
+
+    def _rules(self, service: Manifest, address: str) -> Iterable[str]:
+        selector = service["spec"]["selector"].items()
+        pods = [pod for pod in self.pods.values() if pod.ready and selector <= pod.labels.items()]
+        for port in service["spec"]["ports"]:
+            for left, pod in zip(range(len(pods), 0, -1), pods, strict=True):
+                chance = f"-m statistic --mode random --probability {1 / left:.6f}"
+                target = f"{pod.address}:{pod.port(port['targetPort'])}"
+                yield f"-d {address} -p tcp --dport {port['port']} {chance} -j DNAT --to-destination {target}"
 
     def start_pod(self, name: str, namespace: str, template: Manifest, governing_service: str = "") -> Pod:
         """Make a pod and run it until it is stopped."""
@@ -316,7 +315,9 @@ class _Probe:
         about = self._manifest["grpc"]
         request = health_pb2.HealthCheckRequest(service=about.get("service", ""))
         try:
-            with grpc.insecure_channel(f"{self._pod.address}:{about['port']}") as channel:
+            # A connection of its own each time, as kubelets make it, not one that waits since the last failure.
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(f"{self._pod.address}:{about['port']}", options) as channel:
                 check = health_pb2_grpc.HealthStub(channel).Check
                 answer = check(request, timeout=self._manifest.get("timeoutSeconds", 1))
         except grpc.RpcError:

@@ -144,7 +144,9 @@ class Scenario:
             (volume / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "tests" / name, volume / name)
         client = self.cluster.start_pod("client", self.shards.manifest["metadata"]["namespace"], template)
-        _until(lambda: self._read().get("completions", {}).get("done"), "the client's first lookups and completion", 90)
+        _until(
+            lambda: self._read().get("completions", {}).get("seconds"), "the client's first lookups and completion", 90
+        )
         return client
 
     def scale(self, replicas: int) -> None:
@@ -212,11 +214,13 @@ class Scenario:
         time.sleep(2)
         after, seconds = self._read(), time.monotonic() - began
         lines = [f"{title}: {seconds:.0f} s"]
-        for kind in ("lookups", "completions"):
-            done, failed, wrong = (
-                _count(after[kind][name]) - _count(before[kind][name]) for name in ("done", "failed", "wrong")
+        for kind, counts in after.items():
+            new = {name: values[len(before[kind][name]) :] for name, values in counts.items()}
+            slowest = max(new["seconds"], default=0)
+            lines.append(
+                f"{len(new['seconds'])} {kind} ({len(new['failed'])} failed, {len(new['wrong'])} wrong, "
+                f"slowest {slowest:.2f} s)"
             )
-            lines.append(f"{done} {kind}, {failed} failed, {wrong} wrong")
         say("; ".join(lines))
 
     def _read(self) -> dict[str, Any]:
@@ -227,10 +231,11 @@ class Scenario:
         """The sums, with the first of everything that went wrong."""
         good = True
         for kind, counts in self._read().items():
-            say(f"in all: {counts['done']} {kind}, {len(counts['failed'])} failed, {len(counts['wrong'])} wrong")
-            for problem in [*counts["failed"], *counts["wrong"]][:3]:
+            done, failed, wrong = (counts[name] for name in ("seconds", "failed", "wrong"))
+            say(f"in all: {len(done)} {kind}, {len(failed)} failed, {len(wrong)} wrong")
+            for problem in [*failed, *wrong][:3]:
                 say(f"  {problem}")
-            good = good and counts["done"] > 0 and not counts["failed"] and not counts["wrong"]
+            good = good and bool(done) and not failed and not wrong
         return good
 
 
@@ -249,10 +254,6 @@ def _rendered(work: Path, overlay: Path, settings: dict[str, dict[str, str]]) ->
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(on_top))
     return render(folder)
-
-
-def _count(value: int | list[str]) -> int:
-    return value if isinstance(value, int) else len(value)
 
 
 def _until(condition: Callable[[], object], what: str, seconds: float) -> None:
