@@ -119,7 +119,7 @@ class Router:
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
         yield from self.routing(deadline)
-        yield from self._refresh([], deadline)
+        yield from self._refresh([], deadline, set())
         return (yield from self.routing(deadline))
 
     def model(self, name: str, deadline: float) -> Steps[Model]:
@@ -155,7 +155,7 @@ class Router:
             missing = _still_missing(failures, nowhere)
             if time.monotonic() + pause >= deadline:
                 raise _gave_up(model, wants, missing, failures, routing)
-            yield from self._refresh(redirects, deadline)
+            yield from self._refresh(redirects, deadline, avoid)
             if self._routing is routing:
                 yield pause
         raise AssertionError("unreachable: pauses never end")
@@ -172,13 +172,14 @@ class Router:
         """Who is asked for what; and the positions whose part nobody holds at the moment."""
         legs: list[_Leg] = []
         nowhere: dict[int, Ids] = {}
-        resting = avoid | self._breaker.resting()
-        shunned = [index for index, address in enumerate(routing.addresses) if address in resting]
+        resting = self._breaker.resting()
+        # One entry more, which index -1 finds: nobody.
+        badness = np.array([2 if each in avoid else each in resting for each in routing.addresses] + [3], np.int8)
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
             parts, turn = want.ids[positions] // table.rows_per_part, next(self._turn)
-            owners = _choose(table.owners, parts, turn, shunned)
-            others = _others(table.owners, parts, owners, shunned) if self._alternatives else np.full_like(owners, -1)
+            owners = _choose(table.owners, parts, turn, badness)
+            others = _others(table.owners, parts, owners, badness) if self._alternatives else np.full_like(owners, -1)
             most = _most_ids(routing.limits, want.row_bytes)
             for (shard, other), group in _groups(owners, others, positions):
                 if shard < 0:
@@ -204,13 +205,16 @@ class Router:
                 raise error_of(failure.code, failure.message)
         return redirects
 
-    def _refresh(self, first: Sequence[str], deadline: float) -> Steps[None]:
-        """Ask for a newer routing: those who sent us away first, they know it. None being newer is fine."""
+    def _refresh(self, first: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
+        """Ask for a newer routing: those who sent us away first, they know it; those who did not answer last.
+
+        None being newer is fine.
+        """
         known = self._routing
         addresses = (
             [*first, *self._seeds, *random.sample(known.addresses, len(known.addresses))] if known else self._seeds
         )
-        for address in dict.fromkeys(addresses):
+        for address in sorted(dict.fromkeys(addresses), key=lambda address: address in avoid):
             timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
             if timeout <= 0:
                 return
@@ -254,28 +258,32 @@ def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
     return min(left, patience if copies > 1 else max(patience, left / 2))
 
 
-def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, shunned: list[int]) -> npt.NDArray[np.int32]:
-    """For each part one of its owners, in turn; a shunned one only where there is no other; -1 where there is none."""
+def _choose(
+    owners: npt.NDArray[np.int32], parts: Ids, turn: int, badness: npt.NDArray[np.int8]
+) -> npt.NDArray[np.int32]:
+    """For each part the best of its owners, in turn among equals; -1 where there is none.
+
+    `badness` of each shard: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody. 1 and 2 must
+    not be alike: a shard that was killed and started again is worth asking before one that hangs.
+    """
     copies = owners.shape[1]
     chosen = owners[parts, turn % copies]
     for column in range(1, copies):
-        poor = (chosen < 0) | np.isin(chosen, shunned)
-        if not poor.any():
+        if not badness[chosen].any():
             break
         other = owners[parts, (turn + column) % copies]
-        better = poor & (other >= 0) & ((chosen < 0) | ~np.isin(other, shunned))
-        chosen = np.where(better, other, chosen)
+        chosen = np.where(badness[other] < badness[chosen], other, chosen)
     return chosen
 
 
 def _others(
-    owners: npt.NDArray[np.int32], parts: Ids, chosen: npt.NDArray[np.int32], shunned: list[int]
+    owners: npt.NDArray[np.int32], parts: Ids, chosen: npt.NDArray[np.int32], badness: npt.NDArray[np.int8]
 ) -> npt.NDArray[np.int32]:
-    """For each part an owner that is neither the chosen one nor shunned, -1 where there is none."""
+    """For each part a good owner that is not the chosen one, -1 where there is none."""
     others = np.full_like(chosen, -1)
     for column in range(owners.shape[1]):
         other = owners[parts, column]
-        others = np.where((others < 0) & (other != chosen) & ~np.isin(other, shunned), other, others)
+        others = np.where((others < 0) & (other != chosen) & (badness[other] == 0), other, others)
     return others
 
 

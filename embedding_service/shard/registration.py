@@ -33,7 +33,7 @@ ACCESSES_SECONDS = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
 # A second SIGTERM ends it at once.
-CONTROLLER_PATIENCE = 20.0
+CONTROLLER_PATIENCE = 30.0
 
 
 class Registration:

@@ -117,6 +117,18 @@ def test_another_replica_answers_for_a_dead_shard() -> None:
     assert fetch(Router(["h:0"]), shards, IDS)[:, 0].tolist() == IDS
 
 
+def test_who_failed_this_lookup_is_asked_last_even_where_the_other_replica_failed_before() -> None:
+    for _ in range(20):  # whose turn it is at first is random
+        shards = Shards(routing([[0, 1]] * 4))
+        router = Router(["h:0"], Routing(shards.now))
+        shards.dead = {"h:1"}
+        for _ in range(2):  # one of them asks h:1 first, and remembers
+            fetch(router, shards, [5])
+        shards.dead, shards.asked = {"h:0"}, []
+        assert fetch(router, shards, [5])[:, 0].tolist() == [5]
+        assert [call.address for call in shards.asked].count("h:0") == 1
+
+
 def test_reads_are_spread_over_replicas() -> None:
     shards = Shards(routing([[0, 1, 2]] * 4))
     router = Router(["h:0"])

@@ -232,6 +232,7 @@ class Chaos:
         self._later(seconds, go_on)
 
     def _kill_controller(self) -> None:
+        until(self._ready, "a controller that is up")  # else it might never be, and draining shards give up
         self._cluster.processes["controller"].end(signal.SIGKILL)
         self._cluster.start_controller()
         self._say("the controller is killed and started again")
