@@ -39,7 +39,11 @@ def up(
     host: Annotated[str, typer.Option(help="Address to listen on; nothing beyond loopback unless told to.")] = LOOPBACK,
     tier: TierOption = "ram",
     memory: Annotated[
-        str | None, typer.Option(help="Bytes each shard offers for rows [default: its share of what is available].")
+        str | None,
+        typer.Option(
+            help="Bytes each shard offers for rows. Default: its share of what is available; "
+            "with --ray, twice its share of what the store holds."
+        ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
     ray: Annotated[
@@ -125,7 +129,7 @@ def shard(
     id: Annotated[str | None, typer.Option(help="Name of this shard; keep it over restarts.")] = None,
     tier: TierOption = "ram",
     memory: Annotated[
-        str | None, typer.Option(help="Bytes to offer for rows [default: 80% of what is available; mmap: the disk].")
+        str | None, typer.Option(help="Bytes to offer for rows. Default: 80% of what is available; mmap: the disk.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
     load_rate: Annotated[

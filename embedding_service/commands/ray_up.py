@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from rich.console import Console
@@ -51,7 +51,7 @@ def run(options: UpOptions, address: str) -> None:
         NotFound: the store has no model, or a node does not see it.
         InvalidRequest: the port is taken on a node, or `address` is of a wrong kind.
         PlacementError: the cluster has no room for the shards, or the models do not fit them.
-        Unavailable: there is no such cluster, or a process ended before everything was served.
+        Unavailable: there is no such cluster or it fails, or a process ended before everything was served.
     """
     _check_address(address)
     up.check_store(options.store)
@@ -69,6 +69,8 @@ def run(options: UpOptions, address: str) -> None:
         _watch(servers, console)
     except KeyboardInterrupt:
         console.print("ending")
+    except RayError as error:
+        raise Unavailable(f"the Ray cluster at {address} fails: {error}") from error
     finally:
         _on_signals(signal.SIG_IGN)
         _end(servers)
