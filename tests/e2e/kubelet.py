@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ class Pod:
     def heal(self) -> None:
         """Give it its network back."""
         aliases = [f"--alias={name}" for name in self.names]
-        self.cluster.podman("network", "connect", f"--ip={self.address}", *aliases, NETWORK, self.name)
+        self.cluster.podman("network", "connect", *self._place(), *aliases, NETWORK, self.name)
         self.cut_off.clear()
 
     # Its container
@@ -254,7 +254,7 @@ class Pod:
             f"--name={self.name}",
             f"--hostname={self.name}",
             f"--network={NETWORK}",
-            f"--ip={self.address}",
+            *self._place(),
             f"--dns-search={self.namespace}.svc",
             f"--user={security['runAsUser']}:{security['runAsGroup']}",
             f"--memory={int(limit[:-2]) * UNITS[limit[-2:]]}",
@@ -271,6 +271,11 @@ class Pod:
         if command := self._words("command"):
             options.append(f"--entrypoint={json.dumps(command)}")
         return options
+
+    def _place(self) -> list[str]:
+        """Its address, on the network and on the wire: a pod keeps both when its container is started again."""
+        wire = ":".join(f"{byte:02x}" for byte in (2, 0, *ip_address(self.address).packed))
+        return [f"--ip={self.address}", f"--mac-address={wire}"]
 
     def _mounts(self) -> Iterable[str]:
         volumes = {volume["name"]: volume for volume in self.template["spec"]["volumes"]}

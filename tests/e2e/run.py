@@ -104,10 +104,29 @@ class Scenario:
         self.shards.scale(self.shards.manifest["spec"]["replicas"])
         self.settle()
         say(f"{len(self.shards.pods)} shards are ready and hold every part {self._copies()} times")
+        self.check_restricted()
         head = start_head(self.cluster, self.worker)
         deploy(head, self.worker)
         wait_ready([head])
         say("the worker's application runs")
+
+    def check_restricted(self) -> None:
+        """That a shard's first process may do as little as its manifest says, by the kernel's word."""
+        status = self.cluster.podman("exec", self.shards.pods[0].name, "cat", "/proc/1/status")
+        said = {
+            name: value.split()[0] for name, _, value in (line.partition(":") for line in status.splitlines()) if value
+        }
+        wanted = {
+            "Uid": "10001",
+            "Gid": "10001",
+            "CapEff": "0" * 16,
+            "CapBnd": "0" * 16,
+            "NoNewPrivs": "1",
+            "Seccomp": "2",
+        }
+        if {name: said[name] for name in wanted} != wanted:
+            raise RuntimeError(f"a shard may do more than its manifest says: {said}")
+        say(f"a shard runs with {', '.join(f'{name} {value}' for name, value in wanted.items())}")
 
     def start_client(self) -> Any:
         """The client's pod: the service's image with the tests' code mounted."""
