@@ -137,7 +137,7 @@ class Chaos:
         }
 
     def run(self, seconds: float) -> Outcome:
-        """So many seconds of events, after and before some calm ones.
+        """So many seconds of events, each kind at least once, after and before some calm ones.
 
         Raises AssertionError when the cluster does not mend, or a process ends that should not.
         """
@@ -172,7 +172,7 @@ class Chaos:
         for kind in self._order():
             if kind in ("kill", "hang"):
                 self._wait_whole()
-            if time.monotonic() > end:
+            if time.monotonic() > end and len(self._happened) == len(self._kinds):
                 break
             self._kinds[kind]()
             self._happened[kind] += 1
