@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
-from model_worker.cli import _resolve
+from model_worker.cli import resolve_model
 from model_worker.serving import APP, Scaling, WorkerReplica
 
 
@@ -36,6 +36,6 @@ def build(args: dict[str, Any]) -> Application:
     reached, and NotFound if it has no such model.
     """
     given = Arguments.model_validate(args)
-    config = _resolve(given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue)
+    config = resolve_model(given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue)
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

@@ -67,7 +67,7 @@ def serve(
     if ray_address is None:
         _check_port_is_free(host, port)
         os.environ.update(_LOCAL_RAY)
-    config = _resolve(checkpoint, embeddings, name, max_batch, max_queue)
+    config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue)
     from model_worker.serving import Scaling
 
     scaling = Scaling(replicas, min_replicas, max_replicas, num_cpus, num_gpus)
@@ -82,7 +82,7 @@ def _check_port_is_free(host: str, port: int) -> None:
         raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 
 
-def _resolve(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
+def resolve_model(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
     """Find the model in the service, before anything is started."""
     from embedding_service import EmbeddingClient
     from model_worker.checkpoint import Checkpoint

@@ -27,6 +27,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A pod that was replaced has its old name and a new address: look it up again at once, not every 30 s.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # A peer that hangs or was cut off does not close its connection: pings while calls wait find out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

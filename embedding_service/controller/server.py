@@ -243,10 +243,13 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         began = time.monotonic()
         while True:
             shards, now = len(self._fleet.shards), time.monotonic()
+            quiet = now - max(began, self._fleet.joined) > self._options.settle
             if self._options.expect_shards:
-                if shards >= self._options.expect_shards or now - began > self._options.patience:
+                # Shards that know a term have served before: there may be more of them by now than were expected.
+                enough = shards >= self._options.expect_shards and (quiet or not self._fleet.newest_term)
+                if enough or now - began > self._options.patience:
                     break
-            elif shards and now - max(began, self._fleet.joined) > self._options.settle:
+            elif shards and quiet:
                 break
             await asyncio.sleep(0.05)
         self._settled = True
