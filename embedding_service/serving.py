@@ -24,7 +24,7 @@ from embedding_service.wire import embedding_pb2 as wire
 log = logging.getLogger("embedding_service")
 
 # How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
-STOP_GRACE = 2.0
+STOP_GRACE = 1.0
 
 
 @dataclass(frozen=True)
