@@ -20,7 +20,6 @@ Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 STORED = "stored"
-ENCODINGS = ("fp32", "fp16", "bf16", STORED)
 
 
 class TableRows(ABC):

@@ -211,6 +211,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             model = self.known_routing().model(request.model)
             table = model.table(request.table)
             version, dim = model.version, table.dim
+            check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
             await self._admit(len(ids), _row_bytes(table.dtype, dim, encoding), room)
             rows = await self._any_rows(model, request.table, ids, encoding, request.encoding, deadline)
         self._count(rows)
@@ -240,7 +241,6 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         """For a thin client: rows from here and from whoever holds the others."""
         table = model.table(table_name)
         row_bytes = _row_bytes(table.dtype, table.dim, encoding)
-        check_ids(ids, table.rows, f"{model.full_name}/{table_name}")
         held = self._holdings.table(model.name, model.version, table_name)
         mine = held.holds(ids) if held else np.zeros(len(ids), np.bool_)
         rows = np.empty((len(ids), row_bytes), np.uint8)
@@ -286,6 +286,7 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         rows = np.empty((*shape, row_bytes), np.uint8)
         for index, table in enumerate(tables):
             ids = row_ids[:, :, index].reshape(-1).numpy()
+            check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
             found = await self._any_rows(model, table.name, ids, encoding, request.encoding, deadline)
             rows[:, :, index] = found.reshape(batch, shape[1], hasher.num_heads, row_bytes)
         self._count(rows.reshape(-1, row_bytes))
