@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from model_worker.longcat import RowSource
+    from model_worker.rows import RowSource
 
 __all__ = ["attach"]
 

@@ -57,29 +57,45 @@ def serve(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait at a replica; more get 429.")] = 64,
+    upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before a replica more.")] = 10,
+    downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="What a replica that goes has to finish its requests.")
+    ] = 60,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Prometheus metrics of all replicas here; default: any free.")
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Join this Ray cluster ('auto' for the one around) instead of starting one here.")
     ] = None,
 ) -> None:
     """Serve a LongCat n-gram checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM."""
+    if metrics_port and ray_address:
+        raise typer.BadParameter(
+            "a Ray cluster has metrics ports of its own: give no --metrics-port with --ray-address"
+        )
     if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
         raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
     if ray_address is None:
         _check_port_is_free(host, port)
+        if metrics_port:
+            _check_port_is_free("127.0.0.1", metrics_port, "--metrics-port")
         os.environ.update(_LOCAL_RAY)
     config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue)
     from model_worker.serving import Scaling
 
-    scaling = Scaling(replicas, min_replicas, max_replicas, num_cpus, num_gpus)
-    _run(config, scaling, host, port, ray_address)
+    scaling = Scaling(
+        replicas, min_replicas, max_replicas, num_cpus, num_gpus, upscale_delay, downscale_delay, drain_seconds
+    )
+    _run(config, scaling, host, port, ray_address, metrics_port)
 
 
-def _check_port_is_free(host: str, port: int) -> None:
+def _check_port_is_free(host: str, port: int, option: str = "--port") -> None:
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
 
 
 def resolve_model(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
@@ -108,14 +124,16 @@ def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
     return found[-1]
 
 
-def _run(config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_address: str | None) -> None:
+def _run(
+    config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_address: str | None, metrics_port: int | None
+) -> None:
     from model_worker import serving
 
     _on_signals(_exit)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         if ray_address is None:
-            serving.start_local_ray(scaling)
+            serving.start_local_ray(scaling, metrics_port)
         else:
             serving.join_ray(ray_address)
         # Ray takes SIGTERM for itself when it starts.
@@ -123,7 +141,8 @@ def _run(config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_addre
         serving.deploy(config, scaling, host, port)
         typer.echo(
             f"model-worker: {config.name} ready at http://{host}:{port}/v1 "
-            f"(up to {scaling.most} replicas, embeddings from {config.embeddings})"
+            f"(up to {scaling.most} replicas, embeddings from {config.embeddings}; "
+            f"metrics at {', '.join(serving.metrics_addresses())})"
         )
         signal.pause()
     finally:

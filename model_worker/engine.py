@@ -5,16 +5,24 @@ Rules
   joined to the batch's, left-padded to the longest. Padding is masked, so a request's logits do not depend on who
   shares its batch, but for float rounding.
 - At most one request joins a step, so that those who run are never held up by more than one prompt.
+- The choices of one HTTP request are requests of their own, taken all or none.
 - What goes wrong in a prefill ends that request; what goes wrong in a step ends the requests of that batch. The engine
   goes on.
+
+Why not transformers' continuous batching (`generate_batch`, tried with 5.23): it lays all requests end to end in one
+row over a paged cache of keys and values of one width. An n-gram would look back into its neighbour's tokens, and the
+cache has no place for a request's own; LongCat's keys, wider than its values, do not fit it even without n-grams
+("index_copy_(): Source/destination tensor must have same slice shapes"), and Qwen4-Exp's linear attention is refused
+("Invalid layer type: linear_attention").
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +31,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from embedding_service.errors import EmbeddingServiceError, Unavailable
-from embedding_service.ngram import NO_TOKEN
-from model_worker.sampling import SamplingParams, choose
+from model_worker.batch_cache import join, keep
+from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
 from model_worker.text import TextStream, Tokenizer
-from model_worker.token_cache import join, keep, token_layer
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,16 +41,20 @@ _log = logging.getLogger(__name__)
 
 
 class EngineBusy(Exception):
-    """The queue is full: ask again later."""
+    """There is no room for more: ask again later."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a request: new text, its end (finish_reason set), or its failure (error set)."""
+    """Something that happened to a request: new text, its end (finish_reason set), or its failure (error set).
+
+    logprobs: where asked for, of every token generated since the event before.
+    """
 
     text: str = ""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Request:
@@ -60,6 +71,13 @@ class Request:
         self.cancelled = False
         self.text = TextStream(tokenizer, params.stop)
         self.generator = params.generator()
+        self.submitted = time.perf_counter()
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def cached(self) -> int:
+        """Positions in its KV cache: all tokens but the newest, which the next step runs."""
+        return len(self.prompt) + len(self.completion) - 1
 
     def cancel(self) -> None:
         """Nobody waits for it any more: it leaves before the next step. From any thread."""
@@ -69,9 +87,12 @@ class Request:
         """Choose the next token from float [V] logits and emit what is new. False when the request is over."""
         token = choose(logits, self.params, self.generator)
         self.completion.append(token)
+        if self.params.logprobs is not None:
+            self._logprobs.append(log_probability(logits, token, self.params.logprobs))
         text, reason = self._text_and_end(token, eos)
         if text or reason:
-            self.emit(Event(text, reason))
+            self.emit(Event(text, reason, logprobs=tuple(self._logprobs)))
+            self._logprobs.clear()
         return reason is None
 
     def _text_and_end(self, token: int, eos: frozenset[int]) -> tuple[str, FinishReason | None]:
@@ -93,24 +114,38 @@ class Engine:
     tokenizer: its tokenizer.
     max_batch: requests that run at once.
     max_queue: requests that may wait beside those.
+    on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, *, max_batch: int = 8, max_queue: int = 64
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 64,
+        on_first_token: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_batch = max_batch
-        self._max_queue = max_queue
+        self.capacity = max_batch + max_queue
+        """Requests that may run and wait at once."""
+        self._on_first_token = on_first_token
         self._eos = _eos_tokens(model)
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
+        self._joining = 0
         self._running: list[Request] = []
         # Row i is the sequence of self._running[i]; None while nobody runs.
         self._cache: DynamicCache | None = None
         self._stopping = False
         self.requests = 0
         """Requests taken since the start."""
+        self.refused = 0
+        """Requests refused since the start."""
+        self.prompt_tokens = 0
+        """Tokens prefilled since the start."""
         self.tokens = 0
         """Tokens generated since the start."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -137,21 +172,35 @@ class Engine:
         return len(self._running)
 
     def submit(self, prompt: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> Request:
-        """Queue a request.
+        """Queue a request. As `submit_all`."""
+        return self.submit_all(prompt, [(params, emit)])[0]
 
-        prompt: at least one token id; together with params.max_tokens at most `context_length`.
-        params: how to generate.
-        emit: called on the engine's thread with each event; the last one has finish_reason or error set.
-        Raises EngineBusy: max_queue requests wait already.
+    def submit_all(
+        self, prompt: list[int], choices: Sequence[tuple[SamplingParams, Callable[[Event], None]]]
+    ) -> list[Request]:
+        """Queue one request for each choice, all or none.
+
+        prompt: at least one token id; together with max_tokens at most `context_length`.
+        choices: how to generate each, and what is called on the engine's thread with each of its events; the last one
+            has finish_reason or error set.
+        Raises EngineBusy: there is no room for all of them.
         """
-        request = Request(prompt, params, self._tokenizer, emit)
+        requests = [Request(prompt, params, self._tokenizer, emit) for params, emit in choices]
         with self._changed:
-            if len(self._waiting) >= self._max_queue:
-                raise EngineBusy(f"{len(self._waiting)} requests wait already, the most this worker takes")
-            self.requests += 1
-            self._waiting.append(request)
+            if self._taken + len(requests) > self.capacity:
+                self.refused += len(requests)
+                raise EngineBusy(
+                    f"{self._taken} requests run or wait already; this worker takes {self.capacity}, "
+                    f"and this asks for {len(requests)} more"
+                )
+            self.requests += len(requests)
+            self._waiting.extend(requests)
             self._changed.notify()
-        return request
+        return requests
+
+    @property
+    def _taken(self) -> int:
+        return len(self._waiting) + self._joining + len(self._running)
 
     def close(self) -> None:
         """Stop after the step at hand; requests that run or wait get an error. Returns when the thread has ended."""
@@ -184,14 +233,22 @@ class Engine:
             if not self._waiting or len(self._running) >= self._max_batch:
                 return
             request = self._waiting.popleft()
-        if request.cancelled:
-            return
+            self._joining = 1
+        try:
+            if not request.cancelled:
+                self._prefill(request)
+        finally:
+            self._joining = 0
+
+    def _prefill(self, request: Request) -> None:
         cache = DynamicCache(config=self._model.config)
         try:
-            logits = self._forward(torch.tensor([request.prompt]), cache)
+            logits = self._forward([request.prompt], [0], cache)
         except Exception as error:
             self._fail([request], error)
             return
+        self.prompt_tokens += len(request.prompt)
+        self._on_first_token(time.perf_counter() - request.submitted)
         if self._advance(request, logits[0]):
             self._running.append(request)
             self._cache = join(self._cache, cache)
@@ -200,8 +257,9 @@ class Engine:
         """One token for everyone who runs."""
         if self._cache is None:
             return
-        newest = torch.tensor([[request.completion[-1]] for request in self._running])
-        pairs = zip(self._running, self._forward(newest, self._cache), strict=True)
+        newest = [request.completion[-1:] for request in self._running]
+        logits = self._forward(newest, [request.cached for request in self._running], self._cache)
+        pairs = zip(self._running, logits, strict=True)
         self._drop([request for request, row in pairs if not self._advance(request, row)])
 
     def _advance(self, request: Request, logits: Tensor) -> bool:
@@ -219,7 +277,7 @@ class Engine:
         staying = [row for row, request in enumerate(self._running) if request not in leaving]
         self._running = [self._running[row] for row in staying]
         if staying:
-            keep(self._cache, staying)
+            keep(self._cache, staying, max(request.cached for request in self._running))
         else:
             self._cache = None
 
@@ -229,17 +287,20 @@ class Engine:
         for request in requests:
             request.emit(Event(error=error))
 
-    def _forward(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
-        """Run int64 [B, S] tokens after what the cache holds -> float32 [B, V] logits of the last, on the CPU."""
-        past = token_layer(cache, self._model.config.num_hidden_layers).tokens()
-        seen = torch.cat([past.cpu(), tokens], dim=1) if past is not None else tokens
-        mask = (seen != NO_TOKEN).long()
-        positions = (mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :]
-        device = self._model.device
+    def _forward(self, tokens: list[list[int]], cached: list[int], cache: DynamicCache) -> Tensor:
+        """Run [B, S] tokens after what the cache holds of each sequence.
+
+        Returns float32 [B, V], the logits of the last, on the CPU.
+        cached: positions of each sequence in the cache, whose rows are left-padded to the longest.
+        """
+        new, device = len(tokens[0]), self._model.device
+        before = torch.tensor(cached)[:, None]
+        width = int(before.max())
+        mask = torch.arange(width + new) >= width - before
         output = self._model(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
+            input_ids=torch.tensor(tokens).to(device),
+            attention_mask=mask.long().to(device),
+            position_ids=(before + torch.arange(new)).to(device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -13,13 +13,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_service.errors import EmbeddingServiceError, ServiceError
 from model_worker.engine import EngineBusy, Event
 from model_worker.protocol import (
     ChatReply,
     ChatRequest,
+    Choice,
     CompletionReply,
     CompletionRequest,
     GenerationRequest,
@@ -34,6 +37,10 @@ _log = logging.getLogger(__name__)
 _RETRY_AFTER = {"Retry-After": "1"}
 
 
+# A prompt of a million tokens is about half of this.
+MAX_BODY_BYTES = 8 * 2**20
+
+
 class BadRequest(Exception):
     """The request cannot be answered; the message tells what to change."""
 
@@ -45,6 +52,7 @@ class BadRequest(Exception):
 def build_app(worker: Worker) -> FastAPI:
     """The ASGI application around a worker."""
     app = FastAPI(title="model-worker", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit)
     for kind in (BadRequest, RequestValidationError, HTTPException, EngineBusy, EmbeddingServiceError, Exception):
         app.add_exception_handler(kind, _as_response)
 
@@ -52,13 +60,13 @@ def build_app(worker: Worker) -> FastAPI:
     async def completions(body: CompletionRequest) -> Response:
         _check_model(worker, body)
         prompt = await asyncio.to_thread(_prompt_tokens, worker, body.prompt)
-        return await _answer(worker, body, prompt, CompletionReply(worker.name))
+        return await _answer(worker, body, prompt, CompletionReply(worker.name, worker.spell))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
         _check_model(worker, body)
         prompt = await asyncio.to_thread(_chat_tokens, worker, body)
-        return await _answer(worker, body, prompt, ChatReply(worker.name))
+        return await _answer(worker, body, prompt, ChatReply(worker.name, worker.spell))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -81,6 +89,40 @@ def build_app(worker: Worker) -> FastAPI:
     return app
 
 
+class BodyLimit:
+    """Refuses bodies over MAX_BODY_BYTES with 413: at once where their length is told, else as soon as it is seen."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise _too_large()
+            return message
+
+        if scope["type"] == "http" and _told_length(scope) > MAX_BODY_BYTES:
+            await JSONResponse(_status_and_body(_too_large())[1], 413)(scope, receive, send)
+        else:
+            await self._app(scope, receive_counted, send)
+
+
+def _told_length(scope: Scope) -> int:
+    told = Headers(scope=scope).get("content-length", "")
+    return int(told) if told.isdecimal() else 0
+
+
+def _too_large() -> HTTPException:
+    # FastAPI lets no other kind through while it reads a body.
+    return HTTPException(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB, the most this server takes: send less")
+
+
 async def _answer(worker: Worker, body: GenerationRequest, prompt: list[int], reply: Reply) -> Response:
     room = worker.context_length - len(prompt)
     max_tokens = body.wanted_tokens(room)
@@ -93,21 +135,24 @@ async def _answer(worker: Worker, body: GenerationRequest, prompt: list[int], re
             "max_tokens" if room > 0 else body.prompt_param,
             "context_length_exceeded",
         )
+    if body.n > worker.capacity:
+        raise BadRequest(f"this server takes at most {worker.capacity} choices at once, not {body.n}", "n")
     generation = worker.generate(prompt, body.sampling(max_tokens))
     events = generation.events()
     # Until the first event there is no status to send, so a failure before it can still have its own.
     first = await anext(events)
     if body.stream:
-        stream = _server_sent_events(generation, _chained(first, events), reply, body.stream_options.include_usage)
+        stream = _server_sent_events(generation, _chained(first, events), reply, body)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    text, reason = "", None
-    async for event in _chained(first, events):
-        text += event.text
-        reason = event.finish_reason
-    return JSONResponse(reply.whole(text, reason, usage_of(len(prompt), generation.completion_tokens)))
+    choices = [Choice() for _ in range(body.n)]
+    async for choice, event in _chained(first, events):
+        choices[choice].add(event)
+    return JSONResponse(reply.whole(choices, usage_of(len(prompt), generation.completion_tokens)))
 
 
-async def _chained(first: Event, rest: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+async def _chained(
+    first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event]]
+) -> AsyncGenerator[tuple[int, Event]]:
     async with aclosing(rest):
         yield first
         async for event in rest:
@@ -115,20 +160,21 @@ async def _chained(first: Event, rest: AsyncGenerator[Event]) -> AsyncGenerator[
 
 
 async def _server_sent_events(
-    generation: Generation, events: AsyncGenerator[Event], reply: Reply, include_usage: bool
+    generation: Generation, events: AsyncGenerator[tuple[int, Event]], reply: Reply, body: GenerationRequest
 ) -> AsyncGenerator[str]:
     async with aclosing(events):
         try:
-            for chunk in reply.opening():
-                yield _data(chunk)
-            async for event in events:
-                for chunk in reply.chunks(event.text, event.finish_reason):
+            for choice in range(body.n):
+                for chunk in reply.opening(choice):
+                    yield _data(chunk)
+            async for choice, event in events:
+                for chunk in reply.chunks(choice, event):
                     yield _data(chunk)
         except Exception as error:
             # The status is long sent; clients find the error in the stream.
             yield _data(_status_and_body(error)[1])
             return
-    if include_usage:
+    if body.stream_options.include_usage:
         yield _data(reply.usage(usage_of(len(generation.prompt), generation.completion_tokens)))
     yield "data: [DONE]\n\n"
 

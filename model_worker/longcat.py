@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausal
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint
+from model_worker.rows import Lookups, RowSource
 from model_worker.token_cache import TokenLayer, token_layer
 
 ARCHITECTURE = "LongcatFlashNgramForCausalLM"
@@ -37,18 +38,6 @@ _EXPERT_GATE_OR_UP = re.compile(r"\.mlp\.experts\.(\d+)\.(?:gate|up)_proj\.weigh
 _OWN_CONFIG_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
 # Of LongcatFlashModel.forward, in their order.
 _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-
-
-class RowSource(Protocol):
-    """Where rows come from: an `EmbeddingClient`, or `LocalTables`."""
-
-    def lookup_ngrams(
-        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """The rows of every token: int64 [B, S] and the [B, C] before them -> [B, S, L, H, dim]; -1 is no token."""
-
-    def hasher(self, model: str) -> NgramHasher:
-        """How the source turns the model's tokens into rows."""
 
 
 class LocalTables:
@@ -93,10 +82,7 @@ class NgramEmbedding(nn.Module):
         self.source = source
         self.name = name
         self.hasher = source.hasher(name)
-        self.row_dim = dim
-        self.lookups = 0
-        self.tokens = 0
-        self.wait_seconds = 0.0
+        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
 
     def forward(self, words: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Fuse.
@@ -112,9 +98,8 @@ class NgramEmbedding(nn.Module):
         rows = self.source.lookup_ngrams(
             self.name, tokens.cpu(), None if context is None else context.cpu(), dtype=weight.dtype
         )
-        self.wait_seconds += time.perf_counter() - before
-        self.lookups += 1
-        self.tokens += tokens.numel()
+        self.lookups.asked(tokens.numel())
+        self.lookups.waited(time.perf_counter() - before)
         return (words + self.projection(rows.to(weight.device).flatten(-3))) / (1 + self.hasher.num_heads)
 
 
@@ -156,8 +141,8 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
     return model
 
 
-def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> NgramEmbedding:
-    """See `model_worker.attach`. Returns the module that now feeds the model."""
+def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
+    """See `model_worker.attach`."""
     if not isinstance(hf_model, LongcatFlashForCausalLM):
         raise InvalidRequest(f"cannot attach to a {type(hf_model).__name__}: only LongcatFlashForCausalLM so far")
     body = hf_model.model
@@ -174,7 +159,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> NgramEmbe
     _check_dim(embedding, body.embed_tokens.weight)
     body.ngram_embeddings = embedding
     body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
-    return embedding
+    return embedding.lookups
 
 
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from model_worker.engine import FinishReason
-from model_worker.sampling import SamplingParams
+from model_worker.engine import Event, FinishReason
+from model_worker.sampling import SamplingParams, TokenLogprob
+from model_worker.text import REPLACEMENT
 
 # Values that ask for what this server does anyway.
 _NEUTRAL: dict[str, Any] = {
-    "n": 1,
     "best_of": 1,
     "echo": False,
-    "logprobs": False,
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "logit_bias": {},
@@ -31,6 +33,8 @@ _NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
 }
 _COMPLETION_MAX_TOKENS = 16
+# The most likeliest tokens that OpenAI tells: of completions, and of chat completions.
+_COMPLETION_LOGPROBS, _CHAT_LOGPROBS = 5, 20
 
 
 class _Body(BaseModel):
@@ -47,6 +51,7 @@ class GenerationRequest(_Body):
     """What completions and chat completions have in common."""
 
     model: str
+    n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -87,9 +92,15 @@ class GenerationRequest(_Body):
         """The most tokens to generate, where the context leaves `room` of them."""
         raise NotImplementedError
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """As the engine takes it."""
-        return SamplingParams(max_tokens, self.temperature, self.top_p, self.seed, tuple(self.stop))
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each generated one; None to tell no log probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int) -> list[SamplingParams]:
+        """As the engine takes it, for each choice: choice i has the seed of the request plus i."""
+        seeds = [None if self.seed is None else _wrapped(self.seed + choice) for choice in range(self.n)]
+        stop, logprobs = tuple(self.stop), self.wanted_logprobs()
+        return [SamplingParams(max_tokens, self.temperature, self.top_p, seed, stop, logprobs) for seed in seeds]
 
 
 class CompletionRequest(GenerationRequest):
@@ -98,6 +109,7 @@ class CompletionRequest(GenerationRequest):
     prompt_param = "prompt"
 
     prompt: str | list[int]
+    logprobs: int | None = Field(None, ge=0, le=_COMPLETION_LOGPROBS)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -109,6 +121,10 @@ class CompletionRequest(GenerationRequest):
     def wanted_tokens(self, room: int) -> int:
         """See the base class; without max_tokens 16, as OpenAI has it, or what fits."""
         return self.max_tokens or min(_COMPLETION_MAX_TOKENS, max(room, 1))
+
+    def wanted_logprobs(self) -> int | None:
+        """See the base class."""
+        return self.logprobs
 
 
 class TextPart(_Body):
@@ -138,90 +154,173 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=_CHAT_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
 
     def wanted_tokens(self, room: int) -> int:
         """See the base class; without a limit all that fits."""
         return self.max_completion_tokens or self.max_tokens or max(room, 1)
 
+    def wanted_logprobs(self) -> int | None:
+        """See the base class."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class Choice:
+    """One choice of an answer that is not streamed, put together from its events."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.reason: FinishReason | None = None
+        self.logprobs: list[TokenLogprob] = []
+
+    def add(self, event: Event) -> None:
+        """The next event."""
+        self.text += event.text
+        self.reason = event.finish_reason
+        self.logprobs.extend(event.logprobs)
+
+    def event(self) -> Event:
+        """All of it."""
+        return Event(self.text, self.reason, logprobs=tuple(self.logprobs))
+
 
 class Reply(ABC):
-    """The bodies that answer one request."""
+    """The bodies that answer one request.
+
+    model: the model's id.
+    spell: the text of one token.
+    """
 
     prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, spell: Callable[[int], str]) -> None:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._spell = spell
 
-    @abstractmethod
-    def whole(self, text: str, reason: FinishReason | None, usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
         """The answer without streaming."""
+        bodies = [self._whole(number, choice.event()) for number, choice in enumerate(choices)]
+        return {**self._head, "object": self.kind, "choices": bodies, "usage": usage}
 
-    @abstractmethod
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first text."""
+    def opening(self, choice: int) -> list[dict[str, Any]]:
+        """The chunks before a choice's first text."""
+        return []
 
-    @abstractmethod
-    def chunks(self, text: str, reason: FinishReason | None) -> list[dict[str, Any]]:
-        """The chunks for new text, for the end, or for both."""
+    def chunks(self, choice: int, event: Event) -> list[dict[str, Any]]:
+        """The chunks for a choice's new text, for its end, or for both."""
+        return [self._chunk(body) for body in self._pieces(choice, event)]
 
-    @abstractmethod
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last chunk, where it was asked for."""
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage}
+
+    def _chunk(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": [body]}
+
+    @abstractmethod
+    def _whole(self, choice: int, event: Event) -> dict[str, Any]:
+        """A choice's object, all of it in one event."""
+
+    @abstractmethod
+    def _pieces(self, choice: int, event: Event) -> list[dict[str, Any]]:
+        """A choice's objects in chunks."""
 
 
 class CompletionReply(Reply):
     """/v1/completions."""
 
     prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
 
-    def whole(self, text: str, reason: FinishReason | None, usage: dict[str, int]) -> dict[str, Any]:
-        """See the base class."""
-        return {**self._chunk(text, reason), "usage": usage}
+    def __init__(self, model: str, spell: Callable[[int], str]) -> None:
+        super().__init__(model, spell)
+        # Characters of each choice's tokens so far.
+        self._offsets: defaultdict[int, int] = defaultdict(int)
 
-    def opening(self) -> list[dict[str, Any]]:
-        """See the base class."""
-        return []
+    def _whole(self, choice: int, event: Event) -> dict[str, Any]:
+        logprobs = self._logprobs(choice, event.logprobs) if event.logprobs else None
+        return {"index": choice, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
-    def chunks(self, text: str, reason: FinishReason | None) -> list[dict[str, Any]]:
-        """See the base class."""
-        return [self._chunk(text, reason)]
+    def _pieces(self, choice: int, event: Event) -> list[dict[str, Any]]:
+        return [self._whole(choice, event)]
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """See the base class."""
-        return {**self._head, "object": "text_completion", "choices": [], "usage": usage}
+    def _logprobs(self, choice: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        tokens = [self._spell(each.token) for each in logprobs]
+        ends = list(accumulate(map(len, tokens), initial=self._offsets[choice]))
+        self._offsets[choice] = ends[-1]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [self._top(each) for each in logprobs],
+            "text_offset": ends[:-1],
+        }
 
-    def _chunk(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": "text_completion", "choices": [choice]}
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """By the tokens' texts, as OpenAI has it; of those that spell alike (parts of a character), the less likely
+        ones are called token_id:N.
+        """
+        top: dict[str, float] = {}
+        for token, value in logprob.top:
+            text = self._spell(token)
+            top[f"token_id:{token}" if text in top else text] = value
+        return top
 
 
 class ChatReply(Reply):
     """/v1/chat/completions."""
 
     prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
-    def whole(self, text: str, reason: FinishReason | None, usage: dict[str, int]) -> dict[str, Any]:
+    def opening(self, choice: int) -> list[dict[str, Any]]:
         """See the base class."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return [self._chunk(_delta(choice, {"role": "assistant", "content": ""}))]
 
-    def opening(self) -> list[dict[str, Any]]:
-        """See the base class."""
-        return [self._chunk({"role": "assistant", "content": ""}, None)]
+    def _whole(self, choice: int, event: Event) -> dict[str, Any]:
+        message = {"role": "assistant", "content": event.text, "refusal": None}
+        logprobs = self._logprobs(event.logprobs)
+        return {"index": choice, "message": message, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
-    def chunks(self, text: str, reason: FinishReason | None) -> list[dict[str, Any]]:
-        """See the base class; the end comes in a chunk of its own."""
-        pieces = [self._chunk({"content": text}, None)] if text else []
-        return pieces + ([self._chunk({}, reason)] if reason else [])
+    def _pieces(self, choice: int, event: Event) -> list[dict[str, Any]]:
+        """The end comes in a chunk of its own."""
+        logprobs = self._logprobs(event.logprobs)
+        pieces = [_delta(choice, {"content": event.text}, logprobs)] if event.text or logprobs else []
+        return pieces + ([_delta(choice, {}, reason=event.finish_reason)] if event.finish_reason else [])
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """See the base class."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not logprobs:
+            return None
+        content = [
+            {**self._entry(each.token, each.logprob), "top_logprobs": [self._entry(*pair) for pair in each.top]}
+            for each in logprobs
+        ]
+        return {"content": content, "refusal": None}
 
-    def _chunk(self, delta: dict[str, str], reason: FinishReason | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """`bytes` is None where a token is no whole characters."""
+        text = self._spell(token)
+        return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
+
+
+def _delta(
+    choice: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, reason: FinishReason | None = None
+) -> dict[str, Any]:
+    return {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _wrapped(seed: int) -> int:
+    """As a signed number of 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

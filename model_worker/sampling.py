@@ -17,6 +17,7 @@ class SamplingParams:
     top_p: sample from the likeliest tokens that together reach this probability (nucleus sampling, arXiv 1904.09751).
     seed: the same seed gives the same tokens, whoever shares the batch; None draws one.
     stop: text ends before the first of these.
+    logprobs: None, or tell each token's log probability beside those of so many likeliest tokens.
     """
 
     max_tokens: int
@@ -24,6 +25,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def generator(self) -> torch.Generator:
         """The request's own source of chance."""
@@ -33,6 +35,22 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token, its log probability, and the likeliest tokens at its place with theirs, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probability(logits: Tensor, token: int, most: int) -> TokenLogprob:
+    """Of a token by float32 [V] logits: the model's own distribution, before temperature and top_p."""
+    logprobs = logits.log_softmax(-1)
+    values, tokens = logprobs.topk(min(most, len(logprobs)))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

@@ -18,6 +18,7 @@ from ray.serve._private import replica
 
 from embedding_service.errors import EmbeddingServiceError
 from model_worker.http_app import build_app
+from model_worker.metrics import ReplicaMetrics
 from model_worker.worker import Worker, WorkerConfig
 
 APP = "model-worker"
@@ -33,7 +34,9 @@ class WorkerReplica(Worker):
 
     def __init__(self, config: WorkerConfig) -> None:
         _keep_on_loopback()
-        super().__init__(config)
+        self._metrics = ReplicaMetrics()
+        super().__init__(config, self._metrics.first_token, self._metrics.lookup_wait)
+        self._metrics.watch(self.counts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self)
@@ -43,6 +46,7 @@ class WorkerReplica(Worker):
         self.check_engine()
 
     async def __del__(self) -> None:
+        self._metrics.close()
         self.close()
 
 
@@ -51,7 +55,9 @@ class Scaling:
     """How many replicas, and what each gets.
 
     replicas is fixed, unless maximum is set: then Ray Serve keeps between minimum and maximum of them, so that each has
-    about as many requests as its batch holds.
+    about as many requests as its batch holds. It adds one when there were too many requests for upscale_delay seconds,
+    and takes one away when there were too few for downscale_delay seconds. A replica that goes gets no new requests and
+    has drain_seconds to finish those it has.
     """
 
     replicas: int = 1
@@ -59,12 +65,16 @@ class Scaling:
     maximum: int | None = None
     num_cpus: float = 1
     num_gpus: float = 0
+    upscale_delay: float = 10
+    downscale_delay: float = 300
+    drain_seconds: float = 60
 
     def options(self, config: WorkerConfig) -> dict[str, Any]:
         """The options of Ray Serve's deployment."""
         options: dict[str, Any] = {
             "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "graceful_shutdown_timeout_s": self.drain_seconds,
         }
         if self.maximum is None:
             return options | {"num_replicas": self.replicas}
@@ -73,6 +83,8 @@ class Scaling:
                 "min_replicas": self.minimum,
                 "max_replicas": self.maximum,
                 "target_ongoing_requests": config.max_batch,
+                "upscale_delay_s": self.upscale_delay,
+                "downscale_delay_s": self.downscale_delay,
             }
         }
 
@@ -87,8 +99,8 @@ def join_ray(address: str) -> None:
     ray.init(address=address, namespace=APP, logging_level=logging.ERROR, log_to_driver=False)
 
 
-def start_local_ray(scaling: Scaling) -> None:
-    """Start Ray on this machine alone, with room for all replicas."""
+def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
+    """Start Ray on this machine alone, with room for all replicas; None exports metrics on any free port."""
     ray.init(
         address="local",
         namespace=APP,
@@ -96,9 +108,16 @@ def start_local_ray(scaling: Scaling) -> None:
         num_gpus=None if scaling.num_gpus else 0,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
+        _metrics_export_port=metrics_port,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def metrics_addresses() -> list[str]:
+    """Where Ray's nodes export the replicas' metrics."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
 
 
 def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None:
@@ -110,7 +129,6 @@ def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None
         name=APP,
         logging_config=quiet,
         max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         **scaling.options(config),
     )

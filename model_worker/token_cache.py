@@ -7,16 +7,11 @@ keys and values do.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.ngram import NO_TOKEN
 
 
 class TokenLayer(DynamicLayer):
@@ -55,35 +50,3 @@ def token_layer(cache: object, model_layers: int) -> TokenLayer:
             "it was filled before attach() or by a call that failed; start with a new cache"
         )
     return layer
-
-
-def join(first: DynamicCache | None, second: DynamicCache) -> DynamicCache:
-    """One cache with the sequences of both, `first`'s before `second`'s, left-padded to the longer of the two."""
-    if first is None:
-        return second
-    for ours, theirs in zip(_dynamic(first), _dynamic(second), strict=True):
-        width = max(ours.keys.shape[-2], theirs.keys.shape[-2])
-        fill = NO_TOKEN if isinstance(ours, TokenLayer) else 0
-        ours.keys = torch.cat([_left_padded(layer.keys, width, fill) for layer in (ours, theirs)])
-        ours.values = torch.cat([_left_padded(layer.values, width, fill) for layer in (ours, theirs)])
-    return first
-
-
-def keep(cache: DynamicCache, rows: list[int]) -> None:
-    """Keep only these sequences of a cache, and drop the left padding that none of them needs any more."""
-    cache.batch_select_indices(torch.tensor(rows))
-    layers = _dynamic(cache)
-    padding = int((layers[-1].tokens() == NO_TOKEN).cumprod(dim=1).sum(dim=1).min())
-    for layer in layers:
-        layer.keys = layer.keys[..., padding:, :]
-        layer.values = layer.values[..., padding:, :]
-
-
-def _dynamic(cache: DynamicCache) -> list[Any]:
-    """Its layers, all of them with keys and values as `token_layer` and a forward pass leave them."""
-    return list(cache.layers)
-
-
-def _left_padded(states: Tensor, width: int, fill: int) -> Tensor:
-    """[..., S, D] -> [..., width, D]."""
-    return pad(states, (0, 0, width - states.shape[-2], 0), value=fill)

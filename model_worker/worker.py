@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -46,58 +47,75 @@ class WorkerConfig:
 
 
 class Generation:
-    """One request as its HTTP handler sees it."""
+    """The choices that answer one HTTP request, as its handler sees them.
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams) -> None:
-        loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+    params: of each choice. Raises EngineBusy, which takes none of them.
+    """
 
-        def emit(event: Event) -> None:
-            # The loop is closed when the whole worker is.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
+    def __init__(self, engine: Engine, prompt: list[int], params: Sequence[SamplingParams]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.prompt = prompt
-        self._request = engine.submit(prompt, params, emit)
+        emitters = [partial(self._emit, choice) for choice in range(len(params))]
+        self._requests = engine.submit_all(prompt, list(zip(params, emitters, strict=True)))
+
+    def _emit(self, choice: int, event: Event) -> None:
+        # The loop is closed when the whole worker is.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
 
     @property
     def completion_tokens(self) -> int:
-        """Generated so far."""
-        return len(self._request.completion)
+        """Generated so far, by all choices."""
+        return sum(len(request.completion) for request in self._requests)
 
-    async def events(self) -> AsyncGenerator[Event]:
-        """All events to the one with finish_reason; raises what the request failed with.
+    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """All events with their choice, up to every choice's finish_reason; raises what a choice failed with.
 
-        Closing or dropping the iterator once it has started cancels the request.
+        Closing or dropping the iterator once it has started cancels all choices.
         """
         try:
-            finished = False
-            while not finished:
-                event = await self._events.get()
+            unfinished = len(self._requests)
+            while unfinished:
+                choice, event = await self._events.get()
                 if event.error:
                     raise event.error
-                yield event
-                finished = event.finish_reason is not None
+                yield choice, event
+                unfinished -= event.finish_reason is not None
         finally:
-            self._request.cancel()
+            for request in self._requests:
+                request.cancel()
 
 
 class Worker:
     """Loads a checkpoint's dense part, attaches it to the service and generates.
 
+    on_first_token, on_lookup_wait: called with the seconds of each, see `Engine` and `Lookups`.
     Raises what `load_model` and `attach` raise.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        on_first_token: Callable[[float], object] = lambda seconds: None,
+        on_lookup_wait: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
         self.name = config.name
         self.started = int(time.time())
         self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT)
         self._served_as = f"{config.name}@{config.version}"
         model: Any = longcat.load_model(config.checkpoint)
-        self._embedding = longcat.attach(model, self._client, self._served_as)
+        self._lookups = longcat.attach(model, self._client, self._served_as)
+        self._lookups.on_wait = on_lookup_wait
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(config.checkpoint)
-        self._engine = Engine(model, self.tokenizer, max_batch=config.max_batch, max_queue=config.max_queue)
+        self._engine = Engine(
+            model,
+            self.tokenizer,
+            max_batch=config.max_batch,
+            max_queue=config.max_queue,
+            on_first_token=on_first_token,
+        )
 
     @property
     def context_length(self) -> int:
@@ -109,8 +127,17 @@ class Worker:
         """Token ids are below it."""
         return self._model.config.vocab_size
 
-    def generate(self, prompt: list[int], params: SamplingParams) -> Generation:
-        """Queue a request. Call on an event loop. Raises EngineBusy."""
+    def spell(self, token: int) -> str:
+        """The text of one token; special tokens by their names."""
+        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    @property
+    def capacity(self) -> int:
+        """The most choices that may run and wait at once."""
+        return self._engine.capacity
+
+    def generate(self, prompt: list[int], params: Sequence[SamplingParams]) -> Generation:
+        """Queue one choice for each params. Call on an event loop. Raises EngineBusy."""
         return Generation(self._engine, prompt, params)
 
     def check(self) -> None:
@@ -133,8 +160,6 @@ class Worker:
         """What this replica holds and has done. Bytes, seconds, and counts since its start."""
         memory = psutil.Process().memory_info()
         tensors = self._model.state_dict()
-        embedding = self._embedding
-        rows = sum(table.rows for table in embedding.hasher.tables)
         return {
             "pid": os.getpid(),
             "model": self._served_as,
@@ -142,12 +167,20 @@ class Worker:
             "file_bytes": memory.shared,
             "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
             "table_bytes": sum(tensor.nbytes for name, tensor in tensors.items() if ".embedders." in name),
-            "remote_table_values": rows * embedding.row_dim,
+            "remote_table_values": self._lookups.table_values,
+            "lookup_wait_seconds": round(self._lookups.wait_seconds, 6),
+            **self.counts(),
+        }
+
+    def counts(self) -> dict[str, int]:
+        """What it does now and has done since its start, in numbers."""
+        return {
             "requests": self._engine.requests,
+            "refused": self._engine.refused,
             "running": self._engine.running,
             "waiting": self._engine.waiting,
+            "prompt_tokens": self._engine.prompt_tokens,
             "generated_tokens": self._engine.tokens,
-            "lookups": embedding.lookups,
-            "looked_up_tokens": embedding.tokens,
-            "lookup_wait_seconds": round(embedding.wait_seconds, 6),
+            "lookups": self._lookups.count,
+            "looked_up_tokens": self._lookups.tokens,
         }

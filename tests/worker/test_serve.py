@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 from conftest import Tables
+from prometheus_client.parser import text_string_to_metric_families
 from small_model import CONTEXT, VOCAB
 from support.cluster import free_port, until
 from test_engine import without_a_cache
@@ -38,6 +42,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # Ray's own pace of metrics is ten seconds.
+                env=os.environ | {"RAY_metrics_report_interval_ms": "1000"},
             )
 
     def wait_until_ready(self) -> None:
@@ -46,6 +52,9 @@ class Server:
             return " ready at " in self.log.read_text()
 
         until(printed, "the server")
+
+    def metrics_url(self) -> str:
+        return re.search(r"metrics at (\S+)\)", self.log.read_text())[1]
 
     def family(self) -> list[psutil.Process]:
         """The process and all that came from it."""
@@ -168,6 +177,81 @@ def test_sampling_with_a_seed(client: openai.OpenAI) -> None:
     assert sample(1) != sample(2)
 
 
+def test_several_choices(client: openai.OpenAI, expected: tuple[list[int], str]) -> None:
+    """Choice i is what a request of its own with the seed plus i gives; a stream tells them apart by index."""
+    options = {"model": "small", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.9}
+    alone = [client.completions.create(**options, seed=seed).choices[0].text for seed in (5, 6, 7)]
+    answer = client.completions.create(**options, seed=5, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [choice.text for choice in answer.choices] == alone
+    assert answer.usage.completion_tokens <= 60
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**options, seed=5, n=3, stream=True)]
+    assert ["".join(piece.text for piece in pieces if piece.index == index) for index in range(3)] == alone
+    assert sorted(piece.index for piece in pieces if piece.finish_reason) == [0, 1, 2]
+
+    messages = [{"role": "user", "content": "What is a list?"}]
+    chat = {"model": "small", "messages": messages, "max_tokens": 8, "seed": 5, "n": 2}
+    whole = [choice.message.content for choice in client.chat.completions.create(**chat).choices]
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**chat, stream=True)]
+    assert [delta.delta.role for delta in deltas].count("assistant") == 2
+    assert ["".join(d.delta.content or "" for d in deltas if d.index == index) for index in range(2)] == whole
+
+
+@pytest.fixture(scope="module")
+def logprobs(
+    model: LongcatFlashForCausalLM, expected: tuple[list[int], str], tokenizer: PreTrainedTokenizerFast
+) -> torch.Tensor:
+    """Log probabilities [T, V] at the places of the expected tokens."""
+    prompt = tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + expected[0]]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_log_probabilities_of_a_completion(
+    client: openai.OpenAI,
+    expected: tuple[list[int], str],
+    logprobs: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    options = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 3}
+    told = client.completions.create(**options).choices[0].logprobs
+    spelled = [tokenizer.decode([token]) for token in expected[0]]
+    assert told.tokens == spelled
+    assert told.token_logprobs == pytest.approx(
+        [float(row[token]) for row, token in zip(logprobs, expected[0], strict=True)], abs=1e-4
+    )
+    assert told.text_offset == [len("".join(spelled[:number])) for number in range(len(spelled))]
+    for place, row in zip(told.top_logprobs, logprobs, strict=True):
+        assert list(place.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+    pieces = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    pieces = [piece for piece in pieces if piece]
+    assert len(pieces) > 5
+    assert [token for piece in pieces for token in piece.tokens] == spelled
+    assert [offset for piece in pieces for offset in piece.text_offset] == told.text_offset
+    none = client.completions.create(**options | {"logprobs": 0}).choices[0].logprobs
+    assert (none.token_logprobs, none.top_logprobs[0]) == (pytest.approx(told.token_logprobs, abs=1e-4), {})
+
+
+def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "What is a list?"}]
+    options = {"model": "small", "messages": messages, "max_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for place in content:
+        first, second = place.top_logprobs
+        assert (first.token, first.logprob) == (place.token, place.logprob)
+        assert second.logprob <= place.logprob <= 0
+        assert place.bytes is None or bytes(place.bytes).decode() == place.token
+    chunks = [c.choices[0] for c in client.chat.completions.create(**options, logprobs=True, stream=True)]
+    streamed = [place for chunk in chunks if chunk.logprobs for place in chunk.logprobs.content]
+    assert [place.token for place in streamed] == [place.token for place in content]
+    assert {len(place.top_logprobs) for place in streamed} == {0}
+    assert client.chat.completions.create(**options).choices[0].logprobs is None
+
+
 def test_concurrent_requests_do_not_mix(client: openai.OpenAI) -> None:
     def ask(number: int) -> str:
         answer = client.completions.create(
@@ -193,8 +277,9 @@ def test_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"logprobs": 3}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": MAX_BATCH + MAX_QUEUE + 1}, "n"),
+        ({"logprobs": 6}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
@@ -234,11 +319,13 @@ def test_bad_parameters_are_named(server: Server, change: dict[str, object], par
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 2}, None),
     ],
     ids=str,
 )
-def test_bad_chat_parameters_are_named(server: Server, change: dict[str, object], param: str) -> None:
+def test_bad_chat_parameters_are_named(server: Server, change: dict[str, object], param: str | None) -> None:
     body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]} | change
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text
@@ -252,6 +339,15 @@ def test_other_bad_requests(server: Server, client: openai.OpenAI) -> None:
     assert (not_json.status_code, not_json.json()["error"]["code"]) == (400, "json_invalid")
     assert "error" in httpx.get(f"{server.url}/v2").json()
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["length told", "chunked"])
+def test_a_body_that_is_too_large(server: Server, told: bool) -> None:
+    piece = b"x" * 2**20
+    content = piece * 9 if told else (piece for _ in range(9))
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, timeout=30)
+    assert answer.status_code == 413
+    assert "8 MiB" in answer.json()["error"]["message"]
 
 
 def test_a_full_queue_answers_429(server: Server) -> None:
@@ -297,6 +393,27 @@ def test_it_holds_no_tables(server: Server, model_folder: Path) -> None:
     assert info["looked_up_tokens"] >= info["lookups"]
     assert info["lookup_wait_seconds"] > 0
     assert psutil.pid_exists(info["pid"])
+
+
+def test_metrics(server: Server, client: openai.OpenAI) -> None:
+    """What Prometheus reads: the counts that the worker itself tells, in time."""
+    client.completions.create(model="small", prompt=PROMPT, max_tokens=5)
+    info = server.info()
+
+    def scrape() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(server.metrics_url()).text)
+        samples = [sample for family in families for sample in family.samples if "model_worker" in sample.name]
+        assert all(sample.labels["replica"] for sample in samples)
+        return {sample.name.removeprefix("ray_model_worker_"): sample.value for sample in samples}
+
+    until(lambda: scrape().get("generated_tokens_total", 0) >= info["generated_tokens"], "the counts", 60)
+    seen = scrape()
+    for name in ("requests", "prompt_tokens", "generated_tokens", "looked_up_tokens"):
+        assert seen[f"{name}_total"] == info[name], name
+    assert seen["batch_requests"] == seen["queue_requests"] == 0
+    assert 0 < seen["time_to_first_token_seconds_count"] <= info["requests"]
+    assert seen["lookup_wait_seconds_count"] == info["lookups"]
+    assert seen["lookup_wait_seconds_sum"] > 0
 
 
 def test_nothing_listens_beyond_loopback(server: Server) -> None:

@@ -1,0 +1,51 @@
+"""Where a model's rows come from, and what asking for them cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from embedding_service.ngram import NgramHasher
+
+
+class RowSource(Protocol):
+    """An `EmbeddingClient`, or tables in this process as the reference."""
+
+    def lookup_ngrams(
+        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The rows of every token: int64 [B, S] and the [B, C] before them -> [B, S, L, H, dim]; -1 is no token."""
+
+    def hasher(self, model: str) -> NgramHasher:
+        """How the source turns the model's tokens into rows."""
+
+
+@dataclass
+class Lookups:
+    """What a model asked of its row source, counted as it happens.
+
+    table_values: of the tables, all rows times their width.
+    tokens: whose rows were asked for, padding included.
+    wait_seconds: that forward passes waited for rows.
+    on_wait: called with the seconds of each wait.
+    """
+
+    table_values: int
+    count: int = 0
+    tokens: int = 0
+    wait_seconds: float = 0.0
+    on_wait: Callable[[float], object] = lambda seconds: None
+
+    def waited(self, seconds: float) -> None:
+        """A forward pass got its rows."""
+        self.wait_seconds += seconds
+        self.on_wait(seconds)
+
+    def asked(self, tokens: int) -> None:
+        """Rows of so many tokens were asked for."""
+        self.count += 1
+        self.tokens += tokens
