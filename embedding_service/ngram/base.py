@@ -1,6 +1,7 @@
 """What every n-gram family shares: how a hasher is found, and what token ids it takes."""
 
 import json
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,17 +46,22 @@ class NgramHasher(ABC):
         self.tables = tables
 
     @staticmethod
-    def from_config(config: object) -> "NgramHasher":
+    def from_config(config: object, tokenizer: object = None) -> "NgramHasher":
         """The hasher of a model.
 
         config: a transformers config, the same as a mapping, or the path of a checkpoint folder or its config.json.
-        Raises InvalidRequest for a family that is not known or a config that lacks its keys, StoreError for a path
-        without a readable config.
+        tokenizer: for a family that hashes normalized tokens (engram), see `token_map.token_map_of`; where config is a
+        path, the tokenizer beside it by default. Other families do not look at it.
+        Raises InvalidRequest for a family that is not known, a config that lacks keys or a tokenizer that is missed,
+        StoreError for a path without a readable config or tokenizer.
         """
         keys = _config_keys(config)
+        if tokenizer is None and isinstance(config, (str, Path)):
+            tokenizer = Path(config) if Path(config).is_dir() else Path(config).parent
         for family in _families.values():
             if family.recognizes(keys):
-                return family.from_params(family.family, family.params_of(keys))
+                params = {**family.params_of(keys), **family.params_of_tokenizer(tokenizer)}
+                return family.from_params(family.family, params)
         raise InvalidRequest(
             f"no n-gram family for model_type={keys.get('model_type')!r}, architectures={keys.get('architectures')!r}; "
             f"known families: {', '.join(sorted(_families))}"
@@ -81,6 +87,11 @@ class NgramHasher(ABC):
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """What `params()` will return, from the config of a model of this family."""
 
+    @classmethod
+    def params_of_tokenizer(cls, tokenizer: object) -> dict[str, Any]:
+        """What `params()` further holds and only the tokenizer knows: nothing, for most families."""
+        return {}
+
     @abstractmethod
     def params(self) -> dict[str, Any]:
         """All that decides the ids, JSON-able: the keyword arguments of this class."""
@@ -102,8 +113,8 @@ class NgramHasher(ABC):
     def row_ids(self, token_ids: Tensor, context: Tensor | None = None) -> Tensor:
         """The rows of their tables that each token reads.
 
-        token_ids: int64 [B, S], each in [0, vocab_size), or NO_TOKEN for padding. A padded position gets the ids of
-        token 0, which are valid; the caller masks what it reads there.
+        token_ids: int64 [B, S], each in [0, vocab_size), or NO_TOKEN for padding. A padded position gets
+        ids that are valid but nobody's; the caller masks what it reads there.
         context: int64 [B, C], the tokens that come directly before; None at a sequence's start. Any C will do: what is
         missing counts as NO_TOKEN, and only the last context_length tokens count.
         Returns int64 [B, S, L, H] on the device of token_ids, head offsets added.
@@ -157,8 +168,14 @@ class NgramHasher(ABC):
         )
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.params().items())
+        arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.params().items())
         return f"{type(self).__name__}({arguments})"
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a model that also sees and hears: what its config nests under text_config, over the outer ones."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -268,7 +268,10 @@ def test_a_hasher_can_be_pickled_and_made_where_the_default_device_is_another():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type='llama'.*known families: longcat"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "model_type='llama'.*known families: engram, longcat, qwen4_exp",
+        ),
         ({**LITE, "model_type": "llama", "architectures": None}, "model_type='llama'"),  # its keys, another's name
         ({}, "known families"),
         ({**LITE, "emb_split_num": None}, "lacks emb_split_num"),
@@ -291,7 +294,7 @@ def test_bad_configs_are_refused(bad, says):
 @pytest.mark.parametrize(
     ("family", "params", "says"),
     [
-        ("nope", {}, "'nope'; known families: longcat"),
+        ("nope", {}, "'nope'; known families: engram, longcat, qwen4_exp"),
         ("longcat", {"vocab_size": 5}, "do not fit"),
         ("longcat", {"a": 1}, "'a'"),
     ],

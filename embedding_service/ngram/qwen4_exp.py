@@ -1,0 +1,126 @@
+"""Family qwen4_exp: Qwen4-Exp models and Qwen3.8-Flash-Next, with a table for each layer of per-layer embeddings (PLE).
+
+Source: module `qwen4_exp` of the transformers library (5.19 and later).
+"""
+
+from collections.abc import Mapping
+from itertools import islice
+from operator import index
+from typing import Any
+
+from torch import Tensor
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape, text_config
+from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
+
+_MODEL_TYPES = {"qwen4_exp", "qwen4_exp_text"}
+_ARCHITECTURES = {"Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM", "Qwen4ExpModel", "Qwen4ExpTextModel"}
+# The published config class's own; a config.json leaves out what equals them.
+_DEFAULTS = {
+    "vocab_size": 248320,
+    "ngram_size": 3,
+    "heads_per_ngram": 8,
+    "ngram_vocab_size_base": 20_000_000,
+    "make_ngram_vocab_size_divisible_by": 128,
+    "seed": 1234,
+}
+_MASK64 = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+class Qwen4ExpHasher(NgramHasher):
+    """heads_per_ngram hash functions for each n-gram length n in 2..ngram_size, for each PLE layer l = 0, 1, ...
+
+        rows of a head = the next prime >= ngram_vocab_size_base, counted on over the heads of all layers
+        m[d] = 2 * (splitmix64(seed + 10007 * l + gamma * (d + 1)) mod half) + 1,    half = (2^63 - 1) // V // 2
+        id at t = (xor over d < n of x[t-d] * m[d]) mod rows, plus the rows of the layer's heads before
+
+    where x[t-d], the token d before t, counts as EOS once look-back has met an EOS, a NO_TOKEN or the sequence's start.
+    A NO_TOKEN at t itself counts as EOS too: the published code replaces padding by EOS. Of several EOS ids the first
+    one counts, as there.
+
+    The table of the layer with the (one-based) PLE layer id i is named `layer_{i-1}`, as tensors count layers.
+    """
+
+    family = "qwen4_exp"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        ple_layer_ids: list[int],
+        ngram_size: int,
+        heads_per_ngram: int,
+        ngram_vocab_size_base: int,
+        make_ngram_vocab_size_divisible_by: int,
+        seed: int,
+        eos_token_id: int,
+    ) -> None:
+        self._params = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        if min(vocab_size, heads_per_ngram, ngram_vocab_size_base, make_ngram_vocab_size_divisible_by) < 1:
+            raise InvalidRequest(f"qwen4_exp needs sizes of 1 and more, got {self._params}")
+        if ngram_size < 2 or not ple_layer_ids or min(ple_layer_ids) < 1 or not 0 <= index(eos_token_id) < vocab_size:
+            raise InvalidRequest(
+                "qwen4_exp needs ngram_size >= 2, ple_layer_ids >= 1 and an eos_token_id below vocab_size, "
+                f"got {self._params}"
+            )
+        layers = sorted(set(ple_layer_ids))
+        heads = heads_per_ngram * (ngram_size - 1)
+        primes = primes_from(ngram_vocab_size_base)
+        head_rows = [tuple(islice(primes, heads)) for _ in layers]
+        step = make_ngram_vocab_size_divisible_by
+        tables = tuple(
+            TableShape(f"layer_{layer - 1}", -(-sum(rows) // step) * step, rows)
+            for layer, rows in zip(layers, head_rows, strict=True)
+        )
+        super().__init__(vocab_size, ngram_size - 1, tables)
+        self._eos = eos_token_id
+        half = multiplier_bound(vocab_size)
+        self._xor = XorHash(
+            [
+                [2 * (_splitmix64(seed + 10007 * layer + _GAMMA * (d + 1)) % half) + 1 for d in range(ngram_size)]
+                for layer in range(len(layers))
+            ],
+            head_rows,
+        )
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """By model_type or architectures."""
+        return config.get("model_type") in _MODEL_TYPES or not _ARCHITECTURES.isdisjoint(
+            config.get("architectures") or ()
+        )
+
+    @classmethod
+    def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class. Raises InvalidRequest for a model without PLE layers or EOS."""
+        keys = {**_DEFAULTS, **text_config(config)}
+        eos = keys.get("eos_token_id")
+        eos = (eos or [None])[0] if isinstance(eos, (list, tuple)) else eos
+        if not keys.get("ple_layer_ids") or eos is None:
+            raise InvalidRequest(
+                f"this qwen4_exp config describes no n-gram tables: ple_layer_ids is {keys.get('ple_layer_ids')!r}, "
+                f"eos_token_id {eos!r}"
+            )
+        return {**{key: keys[key] for key in _DEFAULTS}, "ple_layer_ids": keys["ple_layer_ids"], "eos_token_id": eos}
+
+    def params(self) -> dict[str, Any]:
+        """The config's own keys, with one EOS id."""
+        return dict(self._params)
+
+    def _hash(self, tokens: Tensor) -> Tensor:
+        # [B, S, N], the token itself first, then ever older ones.
+        grams = tokens.unfold(1, self.context_length + 1, 1).flip(-1)
+        older = grams[..., 1:]
+        ends = ((older == self._eos) | (older == NO_TOKEN)).cumsum(-1) > 0
+        grams[..., 1:] = older.masked_fill(ends, self._eos)
+        return self._xor.row_ids(grams.masked_fill(grams == NO_TOKEN, self._eos))
+
+
+def _splitmix64(value: int) -> int:
+    """The output of the generator SplitMix64 in state `value` (Steele, Lea and Flood, OOPSLA 2014)."""
+    value = (value + _GAMMA) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
