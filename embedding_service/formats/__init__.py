@@ -1,6 +1,7 @@
 """How one row lies in bytes, a file a kind of row. See `base.RowFormat`.
 
-Decoding is pure torch: the light client does it without FBGEMM. Encoding, which only an import needs, uses FBGEMM.
+Decoding is pure torch: the light client does it without FBGEMM. Encoding n-bit rows, which only an import needs, uses
+FBGEMM's quantizer.
 A new format is one class here.
 """
 
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.formats.base import RowFormat, UnencodableRow
+from embedding_service.formats.fp8 import Fp8Format
 from embedding_service.formats.nbit import Int4Format, Int8Format
 from embedding_service.formats.plain import Bf16Format, Fp16Format, Fp32Format
 
 FORMATS: dict[str, RowFormat] = {
-    row_format.name: row_format for row_format in (Fp32Format(), Fp16Format(), Bf16Format(), Int8Format(), Int4Format())
+    row_format.name: row_format
+    for row_format in (Fp32Format(), Fp16Format(), Bf16Format(), Int8Format(), Int4Format(), Fp8Format())
 }
 
 
