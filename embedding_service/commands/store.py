@@ -16,27 +16,48 @@ if TYPE_CHECKING:
 
 
 def import_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder (or its split-off tables).")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face checkpoint folder (or its split-off tables); with --generic any safetensors file, too."
+        ),
+    ],
     store: Annotated[str, typer.Option(help="Store to import into: a folder or an fsspec URL.")],
     name: Annotated[str, typer.Option(help="Name the model is served under.")],
-    dtype: Annotated[str, typer.Option(help="int8, int4, fp16, bf16, fp32 or keep.")] = "int8",
+    dtype: Annotated[str, typer.Option(help="int8, int4, fp8, fp16, bf16, fp32 or keep.")] = "int8",
     version: Annotated[str, typer.Option(help="Version of the model; the highest one is served.")] = "1",
     part_size: Annotated[str, typer.Option(help="Largest size of a part.")] = "256MiB",
+    generic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TENSOR[=TABLE]",
+            help="Take this matrix as a table that is looked up by row id, whatever model it is of; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Import a checkpoint's tables into a store. Run again to go on after an interruption."""
     part_bytes = parse_bytes(part_size)
+    wanted = dict(_tensor_and_table(text) for text in generic) if generic else None
     from embedding_service.store.importing import import_checkpoint
 
     with _Progress("importing") as progress:
         manifest = import_checkpoint(
-            checkpoint, store, name, version=version, dtype=dtype, part_bytes=part_bytes, progress=progress
+            checkpoint,
+            store,
+            name,
+            version=version,
+            dtype=dtype,
+            part_bytes=part_bytes,
+            progress=progress,
+            generic=wanted,
         )
-    rows = sum(table.rows for table in manifest.tables)
+    tables = ", ".join(
+        f"{table.rows:,} rows of {table.dim} as {table.dtype} in {table.name}" for table in manifest.tables
+    )
     parts = sum(len(table.parts) for table in manifest.tables)
     typer.echo(
-        f"{name}@{version}: {rows:,} rows of {manifest.tables[0].dim} as {manifest.tables[0].dtype}, "
-        f"{format_bytes(progress.total)} in, {format_bytes(manifest.bytes)} out in {parts} parts, "
-        f"{progress.seconds:.1f} s, to {store}"
+        f"{name}@{version}: {tables}; {format_bytes(progress.total)} in, {format_bytes(manifest.bytes)} out in "
+        f"{parts} parts, {progress.seconds:.1f} s, to {store}"
     )
 
 
@@ -52,6 +73,12 @@ def split(
     typer.echo(
         f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import"
     )
+
+
+def _tensor_and_table(text: str) -> tuple[str, str]:
+    """Read TENSOR=TABLE; a table is named as its tensor where only that is given."""
+    tensor, _, table = text.partition("=")
+    return tensor, table or tensor
 
 
 class _Progress:

@@ -79,6 +79,7 @@ class EngramHasher(NgramHasher):
             engram_max_ngram_size - 1,
             _tables(engram_layer_ids, engram_num_embeddings, head_rows),
         )
+        self.layers = tuple(engram_layer_ids)
         bound = multiplier_bound(engram_compressed_vocab_size)
         self._xor = XorHash(
             [_multipliers(layer, bound, engram_max_ngram_size) for layer in engram_layer_ids], head_rows

@@ -40,7 +40,7 @@ class Qwen4ExpHasher(NgramHasher):
     A NO_TOKEN at t itself counts as EOS too: the published code replaces padding by EOS. Of several EOS ids the first
     one counts, as there.
 
-    The table of the layer with the (one-based) PLE layer id i is named `layer_{i-1}`, as tensors count layers.
+    PLE layer ids count from 1. `layers` counts from 0, as names of tensors do, and so do the tables: `layer_{l}`.
     """
 
     family = "qwen4_exp"
@@ -75,6 +75,7 @@ class Qwen4ExpHasher(NgramHasher):
             for layer, rows in zip(layers, head_rows, strict=True)
         )
         super().__init__(vocab_size, ngram_size - 1, tables)
+        self.layers = tuple(layer - 1 for layer in layers)
         self._eos = eos_token_id
         half = multiplier_bound(vocab_size)
         self._xor = XorHash(

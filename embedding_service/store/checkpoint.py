@@ -11,30 +11,62 @@ from typing import Any
 import torch
 
 from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.store.tensorfile import BadTensorFile, TensorSpan, byte_view, read_spans
+from embedding_service.formats import FORMATS, get_format
+from embedding_service.store.tensorfile import ITEM_BYTES, BadTensorFile, TensorSpan, byte_view, read_spans
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FP8_DTYPE, FP8_SCALE_DTYPE = "F8_E4M3", "F8_E8M0"
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint; a float matrix can be read by rows."""
 
     name: str
     file: Path
     span: TensorSpan
 
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix."""
+        return self.span.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Values of a row."""
+        return self.span.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype."""
+        return self.span.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return self.span.bytes
+
+    @property
+    def stored_as(self) -> str:
+        """The row format that `read_stored` gives: `keep` in an import."""
+        return next(known.name for known in FORMATS.values() if known.tensor_dtype == self.dtype)
+
     def read_rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows [first, first + count) of a float matrix, as they are: Tensor[count, dim]. Raises StoreError.
+        """Rows [first, first + count) of a float matrix, as they are: Tensor[count, dim]. Raises StoreError."""
+        return self.read_stored(first, count).view(FLOAT_DTYPES[self.dtype])
+
+    def read_stored(self, first: int, count: int) -> torch.Tensor:
+        """The bytes of those rows: uint8 Tensor[count, row_bytes]. Raises StoreError.
 
         A plain read, no mapping: mapped pages would count as this process's memory.
         """
-        rows = torch.empty(count, self.span.shape[1], dtype=FLOAT_DTYPES[self.span.dtype])
-        self.read_bytes(first * (self.span.bytes // self.span.shape[0]), byte_view(rows))
+        row_bytes = self.dim * ITEM_BYTES[self.dtype]
+        rows = torch.empty(count, row_bytes, dtype=torch.uint8)
+        self.read_bytes(first * row_bytes, byte_view(rows))
         return rows
 
     def read_bytes(self, begin: int, target: memoryview) -> None:
@@ -49,6 +81,56 @@ class SourceTensor:
                     done += count
         except OSError as error:
             raise StoreError(f"{self.file}: cannot read tensor {self.name}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """An fp8 matrix in two tensors: e4m3 values [rows, dim], and an e8m0 scale for each 32 of a row."""
+
+    values: SourceTensor
+    scales: SourceTensor
+    stored_as = "fp8"
+
+    @property
+    def name(self) -> str:
+        """That of the values."""
+        return self.values.name
+
+    @property
+    def file(self) -> Path:
+        """That of the values."""
+        return self.values.file
+
+    @property
+    def rows(self) -> int:
+        """Rows of both."""
+        return self.values.rows
+
+    @property
+    def dim(self) -> int:
+        """Values of a row."""
+        return self.values.dim
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both in the checkpoint."""
+        return self.values.bytes + self.scales.bytes
+
+    def read_rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows [first, first + count), exactly: float32 Tensor[count, dim]. Raises StoreError."""
+        return get_format(self.stored_as).decode(self.read_stored(first, count), self.dim)
+
+    def read_stored(self, first: int, count: int) -> torch.Tensor:
+        """Those rows with their scales, as format fp8 lays them: uint8 Tensor[count, row_bytes]. Raises StoreError."""
+        return torch.cat([self.values.read_stored(first, count), self.scales.read_stored(first, count)], 1)
+
+
+SourceMatrix = SourceTensor | ScaledTensor
 
 
 class Checkpoint:
@@ -90,6 +172,33 @@ class Checkpoint:
             if name not in held[file]:
                 raise ImportRefused(f"{index} says that {file} holds tensor {name}, but it does not")
         return {name: held[file][name] for name, file in weight_map.items()}
+
+
+class LooseTensors(Checkpoint):
+    """The tensors of any safetensors file, or of a folder of them; no config is asked for.
+
+    Raises ImportRefused where there are none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        self.config = {}
+        self.tensors = self._read_folder() if path.is_dir() else _tensors_of(path)
+
+    def _read_folder(self) -> dict[str, SourceTensor]:
+        if (self.folder / WEIGHTS_FILE).exists() or (self.folder / INDEX_FILE).exists():
+            return self._read_tensors()
+        tensors: dict[str, SourceTensor] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            for name, tensor in _tensors_of(file).items():
+                if name in tensors:
+                    raise ImportRefused(
+                        f"both {tensors[name].file} and {file} hold a tensor {name}: name one of the files"
+                    )
+                tensors[name] = tensor
+        if not tensors:
+            raise ImportRefused(f"{self.folder} holds no safetensors file")
+        return tensors
 
 
 def _tensors_of(file: Path) -> dict[str, SourceTensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,10 +21,10 @@ import torch
 import xxhash
 
 from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
-from embedding_service.store.checkpoint import Checkpoint, SourceTensor
+from embedding_service.formats import RowFormat, UnencodableRow, get_format
+from embedding_service.store.checkpoint import Checkpoint, LooseTensors, SourceMatrix
 from embedding_service.store.draft import Draft, open_draft
-from embedding_service.store.importers import Importer, TableSource, find_importer
+from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
 from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
 from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, part_file, rows_per_part
 from embedding_service.store.progress import Meter, Progress
@@ -45,16 +45,18 @@ def import_checkpoint(
     dtype: str = "int8",
     part_bytes: int = DEFAULT_PART_BYTES,
     progress: Progress | None = None,
+    generic: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
 
-    dtype: "int8", "int4", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
+    dtype: "int8", "int4", "fp8", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
+    generic: tensor -> table, to take these matrices as tables without a family, whatever model they are of; then
+    `checkpoint` may also be a safetensors file, or a folder of them without a config.
     Goes on where an earlier call with the same checkpoint and options was interrupted. Until all is done the store
     shows nothing of it. Raises ImportRefused (not a checkpoint, unknown family, missing or misshapen tensor, no disk
     space, name taken), InvalidRequest (name, dtype, part size), StoreError (reading or writing failed midway).
     """
-    source = Checkpoint(Path(checkpoint))
-    importer = find_importer(source)
+    source, importer = _open(Path(checkpoint), generic)
     plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
     store = store if isinstance(store, Store) else Store(store)
     with open_draft(store, name, version) as draft, _explained_write_errors(store), _one_torch_thread():
@@ -66,6 +68,14 @@ def import_checkpoint(
         manifest = _manifest(name, version, source, importer, plans, tables)
         draft.publish(manifest)
     return manifest
+
+
+def _open(path: Path, generic: Mapping[str, str] | None) -> tuple[Checkpoint, Importer]:
+    if generic is not None:
+        tensors = LooseTensors(path)
+        return tensors, GenericImporter(tensors, generic)
+    checkpoint = Checkpoint(path)
+    return checkpoint, find_importer(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -98,10 +108,7 @@ class _TablePlan:
 
 
 def _plan(source: TableSource, dtype: str, part_bytes: int) -> _TablePlan:
-    if dtype == KEEP:
-        row_format = next(known for known in FORMATS.values() if known.tensor_dtype == source.dtype)
-    else:
-        row_format = get_format(dtype)
+    row_format = get_format(source.stored_as if dtype == KEEP else dtype)
     row_bytes = row_format.row_bytes(source.dim)
     return _TablePlan(source, row_format, row_bytes, rows_per_part(row_bytes, part_bytes))
 
@@ -154,14 +161,16 @@ def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, meter: Meter) -> P
 def _stored_chunks(plan: _TablePlan, slot: _Slot) -> Iterator[torch.Tensor]:
     """Stored rows that, one after the other, are the part; each chunk comes from one source tensor."""
     chunk_rows = max(1, _CHUNK_BYTES // (4 * plan.source.dim))
-    ends = list(accumulate(tensor.span.shape[0] for tensor in plan.source.tensors))
+    ends = list(accumulate(tensor.rows for tensor in plan.source.tensors))
     for tensor, tensor_first, tensor_end in zip(plan.source.tensors, [0, *ends], ends, strict=False):
         first, end = max(slot.first_row, tensor_first), min(slot.first_row + slot.rows, tensor_end)
         for begin in range(first, end, chunk_rows):
             yield _encode(plan, tensor, tensor_first, begin - tensor_first, min(chunk_rows, end - begin))
 
 
-def _encode(plan: _TablePlan, tensor: SourceTensor, tensor_first: int, begin: int, count: int) -> torch.Tensor:
+def _encode(plan: _TablePlan, tensor: SourceMatrix, tensor_first: int, begin: int, count: int) -> torch.Tensor:
+    if plan.row_format.name == tensor.stored_as:
+        return tensor.read_stored(begin, count)
     try:
         return plan.row_format.encode(tensor.read_rows(begin, count))
     except UnencodableRow as error:
@@ -187,16 +196,22 @@ def _manifest(
         family=importer.family,
         hash_params=importer.hash_params(),
         tables=tables,
-        dense=Dense(tensors=tuple(tensor for tensor in checkpoint.tensors if not importer.is_table(tensor))),
+        dense=_dense(checkpoint, importer),
         provenance=Provenance(
             checkpoint=str(checkpoint.folder.resolve()),
             files={file.name: file.stat().st_size for file in files},
-            source_dtype=plans[0].source.dtype,
+            source_dtype=", ".join(sorted({plan.source.dtype for plan in plans})),
             source_bytes=sum(plan.source.bytes for plan in plans),
             imported_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             importer=f"embedding-service {installed_version('embedding-service')}",
         ),
     )
+
+
+def _dense(checkpoint: Checkpoint, importer: Importer) -> Dense | None:
+    if not importer.family:
+        return None
+    return Dense(tensors=tuple(tensor for tensor in checkpoint.tensors if not importer.is_table(tensor)))
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Provenance(_Frozen):
     checkpoint: str
     # The checkpoint's safetensors files that held rows, with their bytes.
     files: dict[str, int]
-    # The safetensors dtype of the rows there, and their bytes.
+    # The safetensors dtypes of the rows there, and their bytes.
     source_dtype: str
     source_bytes: int
     imported_at: str

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.store.checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Checkpoint, SourceTensor
+from embedding_service.store.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint, SourceTensor
 from embedding_service.store.draft import check_disk_space
 from embedding_service.store.importers import find_importer
 from embedding_service.store.progress import Meter, Progress
@@ -27,7 +27,8 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 def split_checkpoint(
     checkpoint: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
 ) -> None:
-    """Write `out`/dense (all but the tables, with config and tokenizer) and `out`/tables (config and the tables).
+    """Write `out`/dense (all but the tables, with config and tokenizer) and `out`/tables (the tables, and the
+    config and what else their family needs).
 
     Both are checkpoint folders; `import` takes the second as it takes the whole. Files hold at most `shard_bytes`,
     unless one tensor is larger. `out` appears only when all is written. Raises ImportRefused (not a checkpoint, unknown
@@ -54,7 +55,7 @@ def split_checkpoint(
         _write_half(partial / "dense", dense, shard_bytes, meter)
         _write_half(partial / "tables", tables, shard_bytes, meter)
         _copy_files(source.folder, small_files, partial / "dense")
-        _copy_files(source.folder, [Path(CONFIG_FILE)], partial / "tables")
+        _copy_files(source.folder, [Path(name) for name in importer.needs], partial / "tables")
         partial.rename(out)
     except OSError as error:
         raise StoreError(f"splitting into {out} failed, nothing of it is left: {error}") from error

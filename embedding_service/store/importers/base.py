@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from embedding_service.errors import ImportRefused
-from embedding_service.store.checkpoint import FLOAT_DTYPES, Checkpoint, SourceTensor
+from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
+
+# The one place where the store knows another package: a family's geometry is written down once, with its hashing.
+from embedding_service.ngram import NgramHasher
+from embedding_service.store.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor
+
+Hasher = TypeVar("Hasher", bound=NgramHasher)
 
 
 @dataclass(frozen=True)
@@ -16,33 +21,40 @@ class TableSource:
     """One table as it lies in a checkpoint: matrices of one dtype and dim, their rows stacked in this order."""
 
     name: str
-    tensors: tuple[SourceTensor, ...]
+    tensors: tuple[SourceMatrix, ...]
 
     @property
     def rows(self) -> int:
         """Rows of the table."""
-        return sum(tensor.span.shape[0] for tensor in self.tensors)
+        return sum(tensor.rows for tensor in self.tensors)
 
     @property
     def dim(self) -> int:
         """Values of a row."""
-        return self.tensors[0].span.shape[1]
+        return self.tensors[0].dim
 
     @property
     def dtype(self) -> str:
         """The safetensors dtype."""
-        return self.tensors[0].span.dtype
+        return self.tensors[0].dtype
+
+    @property
+    def stored_as(self) -> str:
+        """The row format that the rows have already."""
+        return self.tensors[0].stored_as
 
     @property
     def bytes(self) -> int:
         """Bytes in the checkpoint."""
-        return sum(tensor.span.bytes for tensor in self.tensors)
+        return sum(tensor.bytes for tensor in self.tensors)
 
 
 class Importer(ABC):
     """Finds a family's tables in a checkpoint. A family is one subclass in one file, named in `importers.IMPORTERS`."""
 
     family: ClassVar[str]
+    # The small files that the tables need beside them to be imported.
+    needs: ClassVar[tuple[str, ...]] = (CONFIG_FILE,)
 
     @classmethod
     @abstractmethod
@@ -66,19 +78,45 @@ class Importer(ABC):
         """The tables, every tensor checked. Raises ImportRefused for a missing tensor, a wrong shape or dtype."""
 
 
-def take_matrix(checkpoint: Checkpoint, name: str, rows: int, dim: int) -> SourceTensor:
-    """Return a tensor that must be float [rows, dim]. Raises ImportRefused saying what is the matter."""
+def hasher_of(checkpoint: Checkpoint, family: type[Hasher]) -> Hasher:
+    """The hasher that a checkpoint's config, and its tokenizer where the family needs one, describe.
+
+    Raises ImportRefused where they describe none.
+    """
+    try:
+        return family(**family.params_of(checkpoint.config), **family.params_of_tokenizer(checkpoint.folder))
+    except (InvalidRequest, StoreError, TypeError) as error:
+        raise ImportRefused(f"{checkpoint.folder / CONFIG_FILE}: {error}") from error
+
+
+def row_dim(checkpoint: Checkpoint, key: str, values: object, heads: int) -> int:
+    """What each of `heads` rows holds of `values` in all. Raises ImportRefused, naming the config's key."""
+    if not isinstance(values, int) or values < heads or values % heads:
+        raise ImportRefused(f"{checkpoint.folder}/config.json: {key} {values!r} cannot be shared by {heads} heads")
+    return values // heads
+
+
+def take_matrix(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) -> SourceTensor:
+    """Return a tensor that must be float [rows, dim]; any rows where None. Raises ImportRefused."""
+    tensor = take_shape(checkpoint, name, rows, dim)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ImportRefused(
+            f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; "
+            f"{', '.join(FLOAT_DTYPES)} can be imported: convert the checkpoint first"
+        )
+    return tensor
+
+
+def take_shape(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) -> SourceTensor:
+    """Return a tensor that must be [rows, dim] of any dtype. Raises ImportRefused, saying what is wrong."""
     if name not in checkpoint.tensors:
         raise ImportRefused(f"{checkpoint.folder} lacks tensor {name}: is the checkpoint whole?")
     tensor = checkpoint.tensors[name]
-    if tensor.span.shape != (rows, dim):
+    shape = tensor.span.shape
+    if len(shape) != 2 or shape[1] != dim or shape[0] != (shape[0] if rows is None else rows):
         raise ImportRefused(
-            f"{tensor.file}: tensor {name} is {list(tensor.span.shape)}, but the config asks for [{rows}, {dim}]"
-        )
-    if tensor.span.dtype not in FLOAT_DTYPES:
-        raise ImportRefused(
-            f"{tensor.file}: tensor {name} has dtype {tensor.span.dtype}; "
-            f"{', '.join(FLOAT_DTYPES)} can be imported: convert the checkpoint first"
+            f"{tensor.file}: tensor {name} is {list(shape)}, but the config asks for "
+            f"[{'rows' if rows is None else rows}, {dim}]"
         )
     return tensor
 
@@ -86,8 +124,8 @@ def take_matrix(checkpoint: Checkpoint, name: str, rows: int, dim: int) -> Sourc
 def check_one_dtype(tensors: list[SourceTensor]) -> None:
     """Raise ImportRefused if tensors that make one table differ in dtype: no bound would hold for all its rows."""
     for tensor in tensors:
-        if tensor.span.dtype != tensors[0].span.dtype:
+        if tensor.dtype != tensors[0].dtype:
             raise ImportRefused(
-                f"{tensor.file}: tensor {tensor.name} is {tensor.span.dtype} but {tensors[0].name} is "
-                f"{tensors[0].span.dtype}: convert the checkpoint to one dtype first"
+                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype} but {tensors[0].name} is "
+                f"{tensors[0].dtype}: convert the checkpoint to one dtype first"
             )

@@ -6,12 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from embedding_service.errors import ImportRefused, InvalidRequest
-
-# The one place where the store knows another package: the family's geometry is written down once, with its hashing.
+from embedding_service.errors import ImportRefused
 from embedding_service.ngram import LongcatHasher
 from embedding_service.store.checkpoint import Checkpoint
-from embedding_service.store.importers.base import Importer, TableSource, check_one_dtype, take_matrix
+from embedding_service.store.importers.base import (
+    Importer,
+    TableSource,
+    check_one_dtype,
+    hasher_of,
+    row_dim,
+    take_matrix,
+)
 
 _HEAD = re.compile(r"model\.ngram_embeddings\.embedders\.(\d+)\.weight")
 
@@ -32,10 +37,7 @@ class LongcatImporter(Importer):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        try:
-            self._hasher = LongcatHasher(**LongcatHasher.params_of(checkpoint.config))
-        except (InvalidRequest, TypeError) as error:
-            raise ImportRefused(f"{checkpoint.folder}/config.json: {error}") from error
+        self._hasher = hasher_of(checkpoint, LongcatHasher)
 
     def hash_params(self) -> dict[str, Any]:
         """The hasher's."""
@@ -48,7 +50,9 @@ class LongcatImporter(Importer):
     def tables(self) -> list[TableSource]:
         """The heads in order."""
         table = self._hasher.tables[0]
-        dim = self._dim(len(table.head_rows))
+        dim = row_dim(
+            self._checkpoint, "hidden_size", self._checkpoint.config.get("hidden_size"), self._hasher.num_heads
+        )
         self._refuse_further_heads(len(table.head_rows))
         heads = [
             take_matrix(self._checkpoint, f"model.ngram_embeddings.embedders.{head}.weight", rows, dim)
@@ -56,14 +60,6 @@ class LongcatImporter(Importer):
         ]
         check_one_dtype(heads)
         return [TableSource(table.name, tuple(heads))]
-
-    def _dim(self, heads: int) -> int:
-        hidden = self._checkpoint.config.get("hidden_size")
-        if not isinstance(hidden, int) or hidden < heads or hidden % heads:
-            raise ImportRefused(
-                f"{self._checkpoint.folder}/config.json: hidden_size {hidden!r} cannot be shared by {heads} heads"
-            )
-        return hidden // heads
 
     def _refuse_further_heads(self, heads: int) -> None:
         for name in self._checkpoint.tensors:

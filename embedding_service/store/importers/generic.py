@@ -1,0 +1,68 @@
+"""No family: any matrix becomes a table that is looked up by row id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from embedding_service.errors import ImportRefused
+from embedding_service.store.checkpoint import FLOAT_DTYPES, Checkpoint
+from embedding_service.store.importers.base import Importer, TableSource
+from embedding_service.store.manifest import check_name
+
+_SHOWN = 20
+
+
+class GenericImporter(Importer):
+    """The matrices that its user names. Not in `IMPORTERS`: it recognizes nothing by itself.
+
+    Args:
+        wanted: Tensor name -> table name.
+    """
+
+    family = ""
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """Never."""
+        return False
+
+    def __init__(self, checkpoint: Checkpoint, wanted: Mapping[str, str]) -> None:
+        names = [check_name(table) for table in wanted.values()]
+        if not names or len(set(names)) < len(names):
+            raise ImportRefused(f"give each matrix a table name of its own, not {', '.join(names) or 'none'}")
+        self._checkpoint = checkpoint
+        self._wanted = wanted
+
+    def hash_params(self) -> dict[str, Any]:
+        """None: nothing is hashed."""
+        return {}
+
+    def is_table(self, tensor_name: str) -> bool:
+        """Those asked for."""
+        return tensor_name in self._wanted
+
+    def tables(self) -> list[TableSource]:
+        """A table each."""
+        return [self._table(tensor, table) for tensor, table in self._wanted.items()]
+
+    def _table(self, name: str, table: str) -> TableSource:
+        tensor = self._checkpoint.tensors.get(name)
+        if tensor is None:
+            raise ImportRefused(f"{self._checkpoint.folder} has no tensor {name!r}; {self._known()}")
+        shape = tensor.span.shape
+        if len(shape) != 2 or not all(shape) or tensor.dtype not in FLOAT_DTYPES:
+            raise ImportRefused(
+                f"{tensor.file}: tensor {name} is {tensor.dtype} {list(shape)}; a table must be a matrix of "
+                f"{', '.join(FLOAT_DTYPES)}; {self._known()}"
+            )
+        return TableSource(table, (tensor,))
+
+    def _known(self) -> str:
+        matrices = [
+            name
+            for name, tensor in sorted(self._checkpoint.tensors.items())
+            if len(tensor.span.shape) == 2 and all(tensor.span.shape) and tensor.dtype in FLOAT_DTYPES
+        ]
+        more = f" and {len(matrices) - _SHOWN} more" if len(matrices) > _SHOWN else ""
+        return f"it has the matrices {', '.join(matrices[:_SHOWN])}{more}" if matrices else "it has no matrix"
