@@ -6,7 +6,18 @@ from pathlib import Path
 
 import tomllib
 
-HEAVY = ("fbgemm_gpu", "torchrec", "ray", "transformers", "tokenizers", "pydantic", "fsspec", "typer", "rich", "safetensors")
+HEAVY = (
+    "fbgemm_gpu",
+    "torchrec",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "pydantic",
+    "fsspec",
+    "typer",
+    "rich",
+    "safetensors",
+)
 
 
 def run_python(code: str) -> str:
