@@ -108,3 +108,17 @@ def test_help_is_quick_because_nothing_heavy_is_loaded() -> None:
     code = f"import sys, embedding_service; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_any_matrices_are_imported_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    words, head = "model.embed_tokens.weight", "model.ngram_embeddings.embedders.0.weight"
+    options = ("import", checkpoint, "--store", tmp_path, "--name", "any", "--dtype", "fp8")
+    result = run(*options, "--generic", f"{words}=words", "--generic", head)
+    assert result.returncode == 0, result.stderr
+    manifest = Store(tmp_path).manifest("any")
+    assert [(table.name, table.dtype) for table in manifest.tables] == [("words", "fp8"), (head, "fp8")]
+    for table in manifest.tables:
+        assert f"{table.rows:,} rows of {table.dim} as fp8 in {table.name}" in result.stdout
+    wrong = run(*options, "--version", "2", "--generic", "nope")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: ") and f"no tensor 'nope'; it has the matrices {words}" in wrong.stderr
