@@ -1,0 +1,124 @@
+"""What every peer serves: one table whose rows say which they are, and the ids that are asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+import email
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+
+from embedding_service.ngram import NgramHasher
+from embedding_service.store.importing import import_checkpoint
+
+HEADS, DIM, VOCAB = 12, 256, 8192
+ROW_BYTES = 2 * DIM
+TABLE = "ngram"
+# Many parts, so that four shards have something to share.
+PART_BYTES = 8 << 20
+# Requests that are made ready before a slice, by tokens; a slice that is through with them begins again.
+READY = {1: 4096, 64: 512, 1024: 64}
+
+Ids = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.float16]
+_FACTORS = np.random.default_rng(1).integers(1, 1 << 31, DIM, dtype=np.uint32) | np.uint32(1)
+
+
+def named_rows(ids: Ids) -> Rows:
+    """float16 [n, 256] of whole numbers from 0 to 255: 0, 255, the id in three digits, then bytes of its own.
+
+    With both ends of that range in every row the scale of its int8 row is 1 and its bias 0: all dtypes hold it exactly.
+    """
+    short = ids.astype(np.uint32)
+    values = (short[:, None] * _FACTORS) >> np.uint32(24)
+    values[:, 0], values[:, 1] = 0, 255
+    for digit in range(3):
+        values[:, 2 + digit] = (short >> np.uint32(8 * digit)) & np.uint32(255)
+    return values.astype(np.float16)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A folder with `rows.bin` (float16 [rows, 256]), `text.npy` (ids of a text) and `store` (models fp16 and int8)."""
+
+    folder: Path
+    rows: int
+
+    @property
+    def store(self) -> Path:
+        """The store that our service serves."""
+        return self.folder / "store"
+
+    def table(self) -> Rows:
+        """All rows, mapped read-only; the pages are all there, so that no first touch is measured."""
+        with (self.folder / "rows.bin").open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        return np.frombuffer(pages, np.float16).reshape(self.rows, DIM)
+
+    def requests(self, kind: str, tokens: int, seed: int) -> list[Ids]:
+        """Ids int64 [tokens * 12] of many requests; kind "uniform" (at random) or "text" (consecutive tokens)."""
+        random = np.random.default_rng(seed)
+        count = READY.get(tokens, max(16, 65536 // tokens))
+        if kind == "uniform":
+            return list(random.integers(0, self.rows, (count, tokens * HEADS)))
+        text: Ids = np.load(self.folder / "text.npy")
+        begin = int(random.integers(len(text)))
+        positions = (begin + np.arange(count * tokens)) % len(text)
+        return list(text[positions].reshape(count, tokens * HEADS))
+
+
+def make_data(folder: Path, rows: int) -> Data:
+    """Fill a folder. The table gets about `rows` rows, in heads as LongCat's."""
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    config: dict[str, Any] = {
+        "architectures": ["LongcatFlashNgramForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": HEADS * DIM,
+        "ngram_vocab_size_ratio": rows / HEADS / VOCAB,
+        "emb_neighbor_num": 4,
+        "emb_split_num": 4,
+        "eos_token_id": 2,
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    hasher = NgramHasher.from_config(config)
+    head_rows = hasher.tables[0].head_rows
+    with (folder / "rows.bin").open("wb") as file:
+        for begin in range(0, sum(head_rows), 1 << 16):
+            named_rows(np.arange(begin, min(begin + (1 << 16), sum(head_rows)))).tofile(file)
+    data = Data(folder, sum(head_rows))
+    heads = torch.from_numpy(np.array(data.table())).split(list(head_rows))
+    save_file(
+        {f"model.ngram_embeddings.embedders.{head}.weight": part.clone() for head, part in enumerate(heads)},
+        checkpoint / "model.safetensors",
+    )
+    for dtype in ("fp16", "int8"):
+        import_checkpoint(checkpoint, str(data.store), dtype, dtype=dtype, part_bytes=PART_BYTES)
+    (checkpoint / "model.safetensors").unlink()
+    np.save(folder / "text.npy", hasher.row_ids(torch.tensor([_text_tokens()])).view(-1, HEADS).numpy())
+    return data
+
+
+def _text_tokens() -> list[int]:
+    """Python's language reference and some of its modules, by a byte-level BPE tokenizer that learnt from them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    documents = [*topics.topics.values(), *_module_sources()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    return [token for document in documents for token in tokenizer.encode(document).ids]
+
+
+def _module_sources() -> list[str]:
+    return [path.read_text() for package in (asyncio, email) for path in sorted(Path(package.__path__[0]).glob("*.py"))]

@@ -1,0 +1,150 @@
+"""A peer: something that serves the rows of one table to clients in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.data import Data, Ids
+
+START_SECONDS = 90.0
+STOP_SECONDS = 10.0
+# Row ids int64 [n] -> rows [n, dim], a numpy array or a torch tensor.
+Lookup = Callable[[Ids], Any]
+
+# Processes begin as forks of one that has loaded torch and nothing that has threads: quick, and its memory is shared.
+processes = get_context("forkserver")
+processes.set_forkserver_preload(["torch", "benchmarks.data"])
+
+
+class Unusable(Exception):
+    """The peer cannot run here; says why."""
+
+
+@dataclass
+class Server:
+    """A running peer: what a client's process needs to reach it, and its processes, whose time is counted."""
+
+    target: Any = None
+    pids: list[int] = field(default_factory=list)
+
+
+class Peer(ABC):
+    """Instances go to other processes by pickle: they hold settings only.
+
+    Attributes:
+        name: What the tables call it.
+        wire_row_bytes: Bytes of a row as it is sent.
+    """
+
+    name: str
+    wire_row_bytes = 512
+
+    @property
+    def server_name(self) -> str:
+        """Peers with the same share one running server."""
+        return self.name
+
+    @abstractmethod
+    def serve(self, data: Data, folder: Path) -> AbstractContextManager[Server]:
+        """Run its servers meanwhile; `folder` is for their files. Raises Unusable."""
+
+    @abstractmethod
+    def connect(self, data: Data, target: Any) -> AbstractContextManager[Lookup]:
+        """In a client's process: a lookup of its own for one thread."""
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def command(
+    arguments: Sequence[str], log: Path, ready: Callable[[], bool], **options: Any
+) -> Iterator[subprocess.Popen]:
+    """A program that runs meanwhile; entered when `ready()`, ended with SIGTERM, or by force when that is ignored."""
+    with log.open("w") as output:
+        running = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            if running.poll() is not None or time.monotonic() > deadline:
+                raise Unusable(f"{arguments[0]} did not start: {log.read_text(errors='replace')[-500:]}")
+            time.sleep(0.05)
+        yield running
+    finally:
+        running.terminate()
+        try:
+            running.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+
+
+def listening(port: int) -> bool:
+    """Whether somebody answers there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def child(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, Connection]]:
+    """A process of ours that runs `target(pipe, *arguments)` until the pipe closes: its pid and our end of the pipe."""
+    here, there = processes.Pipe()
+    process = processes.Process(target=_run_child, args=(target, there, *arguments), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield process.pid or 0, here
+    finally:
+        here.close()
+        end(process)
+
+
+def _run_child(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    torch.set_num_threads(1)  # several of us share the cores
+    try:
+        target(pipe, *arguments)
+    except Exception as error:  # whatever it is, who waits for an answer is told
+        with contextlib.suppress(OSError):
+            pipe.send(Unusable(f"{type(error).__name__}: {error}"))
+
+
+def end(process: Any) -> None:
+    """Wait for a process that was told to end; force it if it does not."""
+    process.join(STOP_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def receive(pipe: Connection, seconds: float) -> Any:
+    """The next message; one that is an exception is raised. Raises Unusable if none comes in time."""
+    try:
+        message = pipe.recv() if pipe.poll(seconds) else Unusable(f"no answer within {seconds:.0f} s")
+    except EOFError:
+        message = Unusable("the process ended")
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def wait_for_end(pipe: Connection) -> None:
+    """In a `child`: until the process that started it closes the pipe."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()

@@ -1,0 +1,48 @@
+"""This service, through its public client."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from benchmarks.data import DIM, TABLE, Data
+from benchmarks.peers.base import Lookup, Peer, Server, command, free_port
+from embedding_service import EmbeddingClient
+
+
+class Service(Peer):
+    """`embedding-service up`; `stored` is the table's dtype, `dtype` what the client makes of it."""
+
+    def __init__(self, stored: str, dtype: torch.dtype, shards: int = 1) -> None:
+        short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        self.name = f"ours {stored}" + (f" as {short}" if short != stored else "")
+        self.stored, self.dtype, self.shards = stored, dtype, shards
+        self.wire_row_bytes = {"fp16": 2 * DIM, "int8": DIM + 4}[stored]
+
+    @property
+    def server_name(self) -> str:
+        """One `up` serves tables of all dtypes."""
+        return f"up with {self.shards} shards"
+
+    @contextmanager
+    def serve(self, data: Data, folder: Path) -> Iterator[Server]:
+        """A controller and shards; all peers of one folder and number of shards share them."""
+        port, log = free_port(), folder / f"up-{self.shards}.log"
+        arguments = ["up", f"--store={data.store}", f"--shards={self.shards}", f"--port={port}"]
+        with command(
+            [sys.executable, "-m", "embedding_service", *arguments], log, lambda: "ready: " in log.read_text()
+        ) as running:
+            children = psutil.Process(running.pid).children(recursive=True)
+            yield Server(f"127.0.0.1:{port}", [process.pid for process in children])
+
+    @contextmanager
+    def connect(self, data: Data, target: str) -> Iterator[Lookup]:
+        """A client of its own."""
+        name = f"{self.stored}/{TABLE}"
+        with EmbeddingClient(target, timeout=30) as client:
+            yield lambda ids: client.lookup(name, torch.from_numpy(ids), dtype=self.dtype)

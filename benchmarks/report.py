@@ -1,0 +1,105 @@
+"""What rounds gave, as rows for a table, JSON and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import HEADS
+from benchmarks.rounds import Outcome, Outcomes, Slice
+
+# What all ratios are to: the fastest simple thing one can write with grpcio.
+FLOOR = "raw gRPC stream"
+Record = dict[str, Any]
+COLUMNS = {
+    "peer": "peer",
+    "shards": "shards",
+    "ids": "ids",
+    "tokens": "tokens",
+    "clients": "clients",
+    "rate": "due/s",
+    "p50_ms": "p50 ms",
+    "p90_ms": "p90 ms",
+    "p99_ms": "p99 ms",
+    "rows_per_second": "rows/s",
+    "p50_ratio": "p50 to floor",
+    "rate_ratio": "rows/s to floor",
+    "client_cpu_ms": "client CPU ms",
+    "server_cpu_ms": "server CPU ms",
+    "cpu_ratio": "CPU to floor",
+}
+
+
+def records(outcomes: Outcomes, **more: Any) -> list[Record]:
+    """One a peer and slice. Ratios are medians of the rounds' ratios to the floor; CPU is of one lookup."""
+    return [_record(name, what, rounds, outcomes.get((FLOOR, what)), more) for (name, what), rounds in outcomes.items()]
+
+
+def _record(name: str, what: Slice, rounds: list[Outcome], floor: list[Outcome] | None, more: Record) -> Record:
+    latencies = np.concatenate([outcome.load.latencies for outcome in rounds])
+    p50, p90, p99 = (float(value) for value in np.percentile(latencies, (50, 90, 99)) * 1e3)
+    seconds = sum(outcome.load.seconds for outcome in rounds)
+    record = {
+        "peer": name,
+        "ids": what.ids,
+        "tokens": what.tokens,
+        "clients": what.clients,
+        "rate": what.rate,
+        "lookups": len(latencies),
+        "unsent": sum(outcome.load.errors["unsent"] for outcome in rounds),
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "p99_ms": p99,
+        "rows_per_second": len(latencies) * what.tokens * HEADS / seconds,
+        "client_cpu_ms": 1e3 * sum(outcome.client_cpu for outcome in rounds) / len(latencies),
+        "server_cpu_ms": 1e3 * sum(outcome.server_cpu for outcome in rounds) / len(latencies),
+        **more,
+    }
+    if floor:
+        pairs = list(zip(rounds, floor, strict=True))
+        record["p50_ratio"] = float(np.median([a.load.percentile(50) / b.load.percentile(50) for a, b in pairs]))
+        record["rate_ratio"] = float(np.median([_throughput(a) / _throughput(b) for a, b in pairs]))
+        record["cpu_ratio"] = float(np.median([_cpu(a) / _cpu(b) for a, b in pairs]))
+    return record
+
+
+def _throughput(outcome: Outcome) -> float:
+    return len(outcome.load.latencies) / outcome.load.seconds
+
+
+def _cpu(outcome: Outcome) -> float:
+    return (outcome.client_cpu + outcome.server_cpu) / len(outcome.load.latencies)
+
+
+def show(title: str, found: Sequence[Record], console: Console) -> str:
+    """Print a table and return the same in Markdown. Columns that say the same in every row are left out."""
+    telling = ("shards", "ids", "tokens", "clients", "rate")
+    columns = [
+        key
+        for key in COLUMNS
+        if any(record.get(key) is not None for record in found)
+        and (key not in telling or len({record.get(key) for record in found}) > 1)
+    ]
+    table = Table(title=title, title_justify="left")
+    for key in columns:
+        table.add_column(COLUMNS[key], justify="left" if key in ("peer", "ids") else "right")
+    rows = [[_text(key, record.get(key)) for key in columns] for record in found]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [[COLUMNS[key] for key in columns], ["---" if key in ("peer", "ids") else "---:" for key in columns], *rows]
+    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key == "rows_per_second" or key == "rate":
+        return f"{value:,.0f}"
+    if isinstance(value, float):
+        return f"{value:.2f}" if key.endswith("ratio") else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return str(value)

@@ -1,0 +1,80 @@
+"""Load on a service: in a closed loop (a request follows an answer) or an open one (requests fall due by the clock)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass
+class Load:
+    """What a load gave: the latency of every answer in seconds, errors by kind, and the seconds it ran."""
+
+    latencies: npt.NDArray[np.float64]
+    errors: Counter[str]
+    seconds: float
+
+    def percentile(self, share: float) -> float:
+        """Seconds within which `share` (0 to 100) of the answers came; NaN where none did."""
+        return float(np.percentile(self.latencies, share)) if len(self.latencies) else float("nan")
+
+
+def run_load(
+    calls: Sequence[Callable[[int], Any]], seconds: float, *, rate: float | None = None, begin: float = 0.0
+) -> Load:
+    """Call each of `calls` with 0, 1, 2, ..., each in a thread of its own, in a closed loop or, with `rate`, an open one.
+
+    In the open loop a latency counts from when its call was due: a call that had to wait for late answers is late too
+    (Gil Tene's "coordinated omission"). Calls due and not begun after twice the time are counted as errors, "unsent".
+
+    Args:
+        calls: What they return is not looked at; what they raise is counted.
+        seconds: How long calls are begun.
+        rate: Calls a second in all, due at even distances and dealt to the threads in turn.
+        begin: When to begin, by time.perf_counter; in the past: now.
+    """
+    begin = max(begin, time.perf_counter())
+    latencies: list[list[float]] = [[] for _ in calls]
+    errors: Counter[str] = Counter()
+
+    def work(index: int) -> None:
+        call, mine, turn = calls[index], latencies[index], 0
+        _sleep_until(begin)
+        while True:
+            now = time.perf_counter()
+            due = now if rate is None else begin + (index + turn * len(calls)) / rate
+            if due >= begin + seconds:
+                return
+            if now > begin + 2 * seconds:
+                errors["unsent"] += int((begin + seconds - due) * (rate or 0) / len(calls)) + 1
+                return
+            _sleep_until(due)
+            try:
+                call(turn)
+            except Exception as error:  # counted, whatever it is: what is measured here may fail in any way
+                errors[type(error).__name__] += 1
+            else:
+                mine.append(time.perf_counter() - due)
+            turn += 1
+
+    if len(calls) == 1:
+        work(0)  # without a hand-over between threads
+    else:
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return Load(np.concatenate([np.array(mine) for mine in latencies]), errors, time.perf_counter() - begin)
+
+
+def _sleep_until(due: float) -> None:
+    if (wait := due - time.perf_counter()) > 0:
+        time.sleep(wait)
