@@ -77,7 +77,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._services = [health.SERVICE_NAME, reflection.SERVICE_NAME]
 
-    def add(self, register: Callable[[object, grpc.aio.Server], None], servicer: object, name: str) -> None:
+    def add(self, register: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str) -> None:
         """Offer a service under its full protobuf name."""
         register(servicer, self.grpc)
         self._services.append(name)

@@ -25,6 +25,13 @@ _ENCODINGS = {
     torch.float16: wire.ROW_ENCODING_FLOAT16,
     torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
 }
+_FORMATS = {
+    wire.ROW_ENCODING_FLOAT32: "fp32",
+    wire.ROW_ENCODING_FLOAT16: "fp16",
+    wire.ROW_ENCODING_BFLOAT16: "bf16",
+}
+# Up to so many ids a set finds repetitions sooner than sorting does.
+FEW_IDS = 64
 
 
 @dataclass(frozen=True)
@@ -197,21 +204,20 @@ class EmbeddingClient:
         """Fetch each row once, decode it once, then spread: for each (table, ids [n]) a Tensor[n, dim]."""
         if dtype not in _ENCODINGS:
             raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        inverses: list[np.ndarray[Any, Any]] = []
+        inverses: list[np.ndarray[Any, Any] | None] = []
 
         def wants_of(model: Model) -> list[Want]:
             inverses.clear()
             wants = []
             for table, ids in ids_of(model):
-                unique, inverse = np.unique(ids, return_inverse=True)
+                unique, inverse = _once(ids)
                 inverses.append(inverse)
                 wants.append(_want(table, unique, dtype))
             return wants
 
         wants, stored = yield from self._router.fetch(name, wants_of, self._deadline(timeout))
         return [
-            _decode(want, rows, dtype).index_select(0, torch.from_numpy(inverse))
-            for want, rows, inverse in zip(wants, stored, inverses, strict=True)
+            _decode(want, rows, inverse, dtype) for want, rows, inverse in zip(wants, stored, inverses, strict=True)
         ]
 
 
@@ -223,6 +229,14 @@ def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:
     return ids.detach().reshape(-1).to("cpu", torch.int64).numpy()
 
 
+def _once(ids: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """Each different id, and where it stands among `ids`; None where all differ and the ids stay as they are."""
+    if len(ids) <= FEW_IDS and len(set(ids.tolist())) == len(ids):
+        return ids, None
+    unique, inverse = np.unique(ids, return_inverse=True)
+    return (unique, inverse) if len(unique) < len(ids) else (ids, None)
+
+
 def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:
     """Rows cross the wire as stored, or converted by the shard where that is fewer bytes."""
     converted = table.dim * dtype.itemsize
@@ -231,8 +245,11 @@ def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:
     return Want(table, ids, wire.ROW_ENCODING_STORED, table.row_bytes)
 
 
-def _decode(want: Want, rows: Bytes, dtype: torch.dtype) -> Tensor:
+def _decode(want: Want, rows: Bytes, inverse: np.ndarray[Any, Any] | None, dtype: torch.dtype) -> Tensor:
+    """Rows uint8 [n, row_bytes] -> `dtype` Tensor[m, dim], each decoded once and put wherever it was asked."""
     stored = torch.from_numpy(rows)
-    if want.encoding == wire.ROW_ENCODING_STORED:
-        return get_format(want.table.dtype).decode(stored, want.table.dim, dtype=dtype)
-    return stored.view(dtype)
+    name = want.table.dtype if want.encoding == wire.ROW_ENCODING_STORED else _FORMATS[want.encoding]  # type: ignore[index]
+    if inverse is not None:
+        return get_format(name).decode(stored, want.table.dim, dtype=dtype).index_select(0, torch.from_numpy(inverse))
+    # A tensor of its own, not a view of the message: that would begin at an odd address.
+    return get_format(name).decode(stored, want.table.dim, out=torch.empty(len(rows), want.table.dim, dtype=dtype))

@@ -27,10 +27,10 @@ from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, 
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.rows import Answer, Bytes, Shape
 
 T = TypeVar("T")
 Steps = Generator[list[Call] | float, Any, T]
-Bytes = npt.NDArray[np.uint8]
 
 # A shard that takes this long for its routing is not worth waiting for: another one knows it too.
 ROUTING_TIMEOUT = 2.0
@@ -133,8 +133,9 @@ class Router:
             return routing.model(name)
 
     def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[list[Bytes]]:
-        rows = [np.empty((len(want.ids), want.row_bytes), np.uint8) for want in wants]
-        missing = {index: np.arange(len(want.ids)) for index, want in enumerate(wants) if len(want.ids)}
+        rows: list[Bytes | None] = [None] * len(wants)
+        everything = [np.arange(len(want.ids)) for want in wants]
+        missing = {index: positions for index, positions in enumerate(everything) if len(positions)}
         avoid: set[str] = set()
         for attempt, pause in enumerate(_pauses()):
             routing = yield from self.routing(deadline)
@@ -148,9 +149,18 @@ class Router:
                     failures.append((leg, answer))
                 else:
                     self._breaker.answered(leg.call.address)
-                    rows[leg.want][leg.positions] = _rows_of(answer, leg, model, wants[leg.want])
+                    found, want = _rows_of(answer, leg, model, wants[leg.want]), wants[leg.want]
+                    if leg.positions is everything[leg.want]:
+                        rows[leg.want] = found  # all from one shard: they stay in the message they came in
+                        continue
+                    if rows[leg.want] is None:
+                        rows[leg.want] = np.empty((len(want.ids), want.row_bytes), np.uint8)
+                    rows[leg.want][leg.positions] = found  # type: ignore[index]
             if not failures and not nowhere:
-                return rows
+                return [
+                    np.empty((0, want.row_bytes), np.uint8) if each is None else each
+                    for want, each in zip(wants, rows, strict=True)
+                ]
             redirects = self._judge(failures, avoid)
             missing = _still_missing(failures, nowhere)
             if time.monotonic() + pause >= deadline:
@@ -172,25 +182,34 @@ class Router:
         """Who is asked for what; and the positions whose part nobody holds at the moment."""
         legs: list[_Leg] = []
         nowhere: dict[int, Ids] = {}
-        resting = self._breaker.resting()
-        # One entry more, which index -1 finds: nobody.
-        badness = np.array([2 if each in avoid else each in resting for each in routing.addresses] + [3], np.int8)
+        badness = self._badness(routing, avoid)
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
             parts, turn = want.ids[positions] // table.rows_per_part, next(self._turn)
             owners = _choose(table.owners, parts, turn, badness)
-            others = _others(table.owners, parts, owners, badness) if self._alternatives else np.full_like(owners, -1)
+            others = _others(table.owners, parts, owners, badness) if self._alternatives else None
             most = _most_ids(routing.limits, want.row_bytes)
             for (shard, other), group in _groups(owners, others, positions):
                 if shard < 0:
                     nowhere[index] = group
                     continue
                 for start in range(0, len(group), most):
-                    chunk = group[start : start + most]
+                    chunk = group[start : start + most] if len(group) > most else group
                     request = _request(model, want, want.ids[chunk], routing)
-                    second = Call(routing.addresses[other], request, timeout) if other >= 0 else None
-                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout, second)))
+                    shape = Shape(len(chunk), want.row_bytes, want.table.dim, want.encoding, model.version)
+                    second = Call(routing.addresses[other], request, timeout, None, shape) if other >= 0 else None
+                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout, second, shape)))
         return legs, nowhere
+
+    def _badness(self, routing: Routing, avoid: set[str]) -> npt.NDArray[np.int8]:
+        """int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
+
+        1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs.
+        """
+        resting = self._breaker.resting()
+        if not resting and not avoid:
+            return routing.nothing_known
+        return np.array([2 if each in avoid else each in resting for each in routing.addresses] + [3], np.int8)
 
     def _judge(self, failures: Sequence[tuple[_Leg, Failure]], avoid: set[str]) -> list[str]:
         """Raise for what no retry mends; remember whom to avoid; return who said that it no longer holds the rows."""
@@ -227,7 +246,7 @@ class Router:
     def _learn(self, deadline: float) -> Steps[None]:
         """The first routing, from the seeds, until one answers."""
         for pause in _pauses():
-            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask", {})
+            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask")
             for address in self._seeds:
                 timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
                 [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
@@ -261,11 +280,7 @@ def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
 def _choose(
     owners: npt.NDArray[np.int32], parts: Ids, turn: int, badness: npt.NDArray[np.int8]
 ) -> npt.NDArray[np.int32]:
-    """For each part the best of its owners, in turn among equals; -1 where there is none.
-
-    `badness` of each shard: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody. 1 and 2 must
-    not be alike: a shard that was killed and started again is worth asking before one that hangs.
-    """
+    """For each part the best of its owners, in turn among equals; -1 where there is none."""
     copies = owners.shape[1]
     chosen = owners[parts, turn % copies]
     for column in range(1, copies):
@@ -288,13 +303,14 @@ def _others(
 
 
 def _groups(
-    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32], positions: Ids
+    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32] | None, positions: Ids
 ) -> Iterator[tuple[tuple[int, int], Ids]]:
-    """The positions of each pair of owner and other."""
-    first = (int(owners[0]), int(others[0]))
-    if (owners == first[0]).all() and (others == first[1]).all():
-        yield first, positions
+    """The positions of each pair of owner and other; of owner and -1 without others."""
+    if others is None and (owners == owners[0]).all():
+        yield (int(owners[0]), -1), positions
         return
+    if others is None:
+        others = np.full_like(owners, -1)
     order = np.lexsort((others, owners))
     owners, others, positions = owners[order], others[order], positions[order]
     starts = [0, *(np.flatnonzero(np.diff(owners) | np.diff(others)) + 1), len(owners)]
@@ -322,14 +338,14 @@ def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> wire.Looku
     )
 
 
-def _rows_of(answer: wire.LookupResponse, leg: _Leg, model: Model, want: Want) -> Bytes:
+def _rows_of(answer: Answer, leg: _Leg, model: Model, want: Want) -> Bytes:
     expected = len(leg.positions) * want.row_bytes
     if len(answer.rows) != expected or answer.version != model.version:
         raise ProtocolError(
             f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} "
             f"bytes of {model.full_name}/{want.table.name} were asked; is it a service of another release?"
         )
-    return np.frombuffer(answer.rows, np.uint8).reshape(-1, want.row_bytes)
+    return answer.rows.reshape(-1, want.row_bytes)
 
 
 def _still_missing(failures: Sequence[tuple[_Leg, Failure]], nowhere: dict[int, Ids]) -> dict[int, Ids]:
@@ -381,7 +397,7 @@ def run(steps: Steps[T], transport: Transport) -> T:
             if isinstance(step, float):
                 time.sleep(step)
             else:
-                answers = [future.result() for future in [transport.send(call) for call in step]]
+                answers = transport.exchange(step)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
 

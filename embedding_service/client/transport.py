@@ -1,22 +1,25 @@
-"""Sending one request to one address: a single method, under which sync and async part; above it they share all."""
+"""Sending requests to addresses: what sync and async have under them; above it they share all."""
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
+from embedding_service.client.streams import Ended, Stream, Watchdog, open_stream
 from embedding_service.errors import Unavailable
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire import rows
 
-_METHODS: dict[type[Message], tuple[str, type[Message]]] = {
-    wire.LookupRequest: ("/embedding.v1.EmbeddingService/Lookup", wire.LookupResponse),
-    wire.GetRoutingRequest: ("/embedding.v1.EmbeddingService/GetRouting", wire.Routing),
+_METHODS: dict[type[Message], str] = {
+    wire.LookupRequest: "/embedding.v1.EmbeddingService/Lookup",
+    wire.GetRoutingRequest: "/embedding.v1.EmbeddingService/GetRouting",
 }
 
 # Rows come in messages larger than gRPC's 4 MB default; the server's own limits bound them. Addresses may change behind
@@ -33,15 +36,24 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
+# Streams to one address; a shard takes 256 calls on a connection. Threads beyond these make unary calls.
+MOST_STREAMS = 64
 
 
 class Call(NamedTuple):
-    """A request to one address; `timeout` in seconds. `alternative` asks somebody else for the same."""
+    """A request to one address.
+
+    Attributes:
+        timeout: Seconds.
+        alternative: Asks somebody else for the same.
+        shape: What a lookup's answer should look like; its answer is a `rows.Answer`.
+    """
 
     address: str
     request: Message
     timeout: float
     alternative: Call | None = None
+    shape: rows.Shape | None = None
 
 
 class Failure(NamedTuple):
@@ -49,62 +61,244 @@ class Failure(NamedTuple):
 
     code: grpc.StatusCode
     message: str
-    trailers: dict[str, str]
 
 
 class Transport(ABC):
-    """Sends calls. The future's result is the response message or a `Failure`; it never raises."""
+    """Sends calls. A call's outcome is the response message or a `Failure`; nothing is raised for it."""
 
     @abstractmethod
     def send(self, call: Call) -> Future[Any]:
-        """Start a call."""
+        """Start a call; the future's result is its outcome."""
+
+    def exchange(self, calls: Sequence[Call]) -> list[Any]:
+        """Make calls at the same time and wait for all their outcomes."""
+        return [future.result() for future in [self.send(call) for call in calls]]
 
     def close(self) -> None:  # noqa: B027 - a transport without connections has nothing to close
         """Drop all connections; calls under way end as failures."""
 
 
 class GrpcTransport(Transport):
-    """One channel an address, opened when first used, shared by all threads."""
+    """One channel an address, opened when first used, shared by all threads.
+
+    `send` makes unary calls. `exchange` takes a stream an address for as long as its call takes; streams are kept open.
+    """
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message]], Callable[..., Any]] = {}
+        self._streams: dict[str, _Streams] = {}
+        self._watchdog = Watchdog()
         self._lock = threading.Lock()
         self._closed = False
 
     def send(self, call: Call) -> Future[Any]:
-        """Start a call. Raises Unavailable once closed."""
+        """Start a unary call. Raises Unavailable once closed."""
         if self._closed:
-            raise Unavailable("this client is closed")
-        method = self._methods.get((call.address, type(call.request))) or self._open(call.address, type(call.request))
+            raise Unavailable(_CLOSED)
+        kind = type(call.request)
+        method = self._methods.get((call.address, kind)) or self._method(call.address, kind)
         result: Future[Any] = Future()
         try:
             rpc = method(call.request, timeout=call.timeout)
         except ValueError:  # closed since we looked
-            raise Unavailable("this client is closed") from None
-        rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc)))
+            raise Unavailable(_CLOSED) from None
+        rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc, call)))
         return result
+
+    def exchange(self, calls: Sequence[Call]) -> list[Any]:
+        """Make calls at the same time and wait for all their outcomes. Raises Unavailable once closed."""
+        trips: list[_Trip | Future[Any]] = []
+        try:
+            for call in calls:
+                trips.append(self._begin(call))
+            return [trip.result() for trip in trips]
+        finally:
+            for trip in trips:
+                if isinstance(trip, _Trip):
+                    trip.close()
 
     def close(self) -> None:
         """Drop all connections."""
         self._closed = True
         with self._lock:
             channels, self._channels, self._methods = list(self._channels.values()), {}, {}
+            streams, self._streams = list(self._streams.values()), {}
+        self._watchdog.close()
+        for each in streams:
+            each.close()
         for channel in channels:
             channel.close()
 
-    def _open(self, address: str, kind: type[Message]) -> Callable[..., Any]:
+    def _begin(self, call: Call) -> _Trip | Future[Any]:
+        if call.shape is None:
+            return self.send(call)
+        streams = self._streams.get(call.address) or self._open_streams(call.address)
+        stream = streams.take()
+        return self.send(call) if stream is None else _Trip(call, stream, streams, self._watchdog)
+
+    def _open_streams(self, address: str) -> _Streams:
+        channel = self._channel(address)
         with self._lock:
-            channel = self._channels.get(address)
-            if channel is None:
-                channel = self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-            path, response = _METHODS[kind]
-            multi = channel.unary_unary(path, kind.SerializeToString, response.FromString)
-            return self._methods.setdefault((address, kind), multi.future)
+            if self._closed:
+                raise Unavailable(_CLOSED)
+            return self._streams.setdefault(address, _Streams(channel))
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise Unavailable(_CLOSED)
+            if address not in self._channels:
+                self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            return self._channels[address]
+
+    def _method(self, address: str, kind: type[Message]) -> Callable[..., Any]:
+        multi = self._channel(address).unary_unary(_METHODS[kind], kind.SerializeToString)
+        return self._methods.setdefault((address, kind), multi.future)
 
 
-def _outcome(rpc: Any) -> Any:
-    if rpc.code() is grpc.StatusCode.OK:
-        return rpc.result()
-    trailers = {item.key: item.value for item in rpc.trailing_metadata() or () if isinstance(item.value, str)}
-    return Failure(rpc.code(), rpc.details() or "", trailers)
+_CLOSED = "this client is closed"
+
+
+class _Streams:
+    """The streams to one address. One that is taken is its taker's alone until it is given back."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self._idle: list[Stream] = []
+        self._taken: set[Stream] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def take(self) -> tuple[Stream, bool] | None:
+        """A stream, and whether it was used before; None where there are too many."""
+        with self._lock:
+            if self._closed:
+                raise Unavailable(_CLOSED)
+            if self._idle:
+                stream = self._idle.pop()
+                self._taken.add(stream)
+                return stream, True
+            if len(self._taken) >= MOST_STREAMS:
+                return None
+            return self._fresh(), False
+
+    def replace(self, stream: Stream) -> Stream | None:
+        """A fresh stream for one that has ended, and for all that waited as long as it did; None once closed."""
+        with self._lock:
+            self._taken.discard(stream)
+            idle, self._idle = self._idle, []
+            if self._closed:
+                return None
+            fresh = self._fresh()
+        _end(idle)
+        return fresh
+
+    def give_back(self, stream: Stream) -> None:
+        """It was answered and may be used again."""
+        with self._lock:
+            if stream in self._taken:
+                self._taken.remove(stream)
+                self._idle.append(stream)
+
+    def drop(self, stream: Stream) -> None:
+        """It has ended, or nobody waits for what it is asked."""
+        with self._lock:
+            self._taken.discard(stream)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            idle, taken = self._idle, list(self._taken)
+            self._idle = []
+        _end(idle)
+        for stream in taken:  # whoever waits for it is told, and sees it end
+            stream.cancel(grpc.StatusCode.CANCELLED, _CLOSED)
+
+    def _fresh(self) -> Stream:
+        stream = open_stream(self._channel)
+        self._taken.add(stream)
+        return stream
+
+
+def _end(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.cancel(grpc.StatusCode.CANCELLED, "not used any more")
+    for stream in streams:
+        while not isinstance(stream.receive(), Ended):
+            pass
+
+
+class _Trip:
+    """A lookup there and back on a stream."""
+
+    def __init__(self, call: Call, taken: tuple[Stream, bool], streams: _Streams, watchdog: Watchdog) -> None:
+        self._call = call
+        self._streams = streams
+        self._watchdog = watchdog
+        self._due = time.monotonic() + call.timeout
+        self._stream: Stream | None = None
+        self._used_before = taken[1]
+        self._send(taken[0])
+
+    def result(self) -> Any:
+        """Wait for the outcome."""
+        assert self._stream is not None
+        answer = self._stream.receive()
+        self._watchdog.forget(self._stream)
+        if isinstance(answer, Ended) and self._used_before and time.monotonic() < self._due:
+            # It may have ended long ago, and says nothing about who is there now. Asking twice does no harm.
+            self._used_before = False
+            fresh = self._streams.replace(self._stream)
+            if fresh is not None:
+                self._send(fresh)
+                return self.result()
+        if isinstance(answer, Ended):
+            self.close()
+            return Failure(answer.code, answer.message)
+        self._streams.give_back(self._stream)
+        self._stream = None
+        return _read(answer, self._call)
+
+    def close(self) -> None:
+        """Give up what was not waited for."""
+        if self._stream is not None:
+            self._watchdog.forget(self._stream)
+            self._streams.drop(self._stream)
+            _end([self._stream])
+            self._stream = None
+
+    def _send(self, stream: Stream) -> None:
+        self._stream = stream
+        self._watchdog.watch(stream, self._due)
+        stream.send(wire.StreamLookupRequest(lookup=self._call.request).SerializeToString())  # type: ignore[arg-type]
+
+
+def _read(message: bytes, call: Call) -> Any:
+    assert call.shape is not None
+    try:
+        answer = rows.read_streamed(message, call.shape)
+    except DecodeError as error:
+        return _undecodable(error)
+    if isinstance(answer, wire.LookupFailure):
+        return Failure(_CODES.get(answer.code, grpc.StatusCode.UNKNOWN), answer.message)
+    return answer
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _outcome(rpc: Any, call: Call) -> Any:
+    if rpc.code() is not grpc.StatusCode.OK:
+        return Failure(rpc.code(), rpc.details() or "")
+    try:
+        if call.shape is not None:
+            return rows.read(rpc.result(), call.shape)
+        kind = wire.LookupResponse if isinstance(call.request, wire.LookupRequest) else wire.Routing
+        return kind.FromString(rpc.result())
+    except DecodeError as error:
+        return _undecodable(error)
+
+
+def _undecodable(error: DecodeError) -> Failure:
+    return Failure(grpc.StatusCode.INTERNAL, f"the answer is no message of this service: {error}")

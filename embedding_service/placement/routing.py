@@ -74,7 +74,12 @@ class Model:
 
 
 class Routing:
-    """An immutable view of a `Routing` message."""
+    """An immutable view of a `Routing` message.
+
+    Attributes:
+        nothing_known: int8 [shards + 1], what `Router` knows against each shard where it knows nothing: 0, and at index
+            -1, which is nobody, 3.
+    """
 
     def __init__(self, message: wire.Routing) -> None:
         self.message = message
@@ -82,6 +87,7 @@ class Routing:
         self.limits = message.limits
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
+        self.nothing_known = np.array([0] * len(self.addresses) + [3], np.int8)
         self._models: dict[str, Model] = {}
         for placement in message.models:
             model = _model(placement)

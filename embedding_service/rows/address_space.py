@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 
 import torch
 
@@ -39,7 +40,8 @@ def round_up(nbytes: int, unit: int = PAGE) -> int:
 class AddressSpace:
     """A reserved range of `nbytes` addresses, into which memory and files are mapped by offset.
 
-    Offsets must be multiples of the page size; lengths are rounded up to it.
+    Offsets must be multiples of the page size; lengths are rounded up to it. The addresses go when this object does:
+    `tensor` and views of it must not outlive it.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -47,6 +49,8 @@ class AddressSpace:
         # One huge page more than asked, so that the range can begin on a huge page's boundary.
         self._reserved = round_up(nbytes) + HUGE_PAGE
         self._origin = self._mmap(None, self._reserved, _PROT_READ, _NOTHING)
+        # Not at the interpreter's exit: threads may still look at them then.
+        weakref.finalize(self, _libc.munmap, self._origin, self._reserved).atexit = False
         self._base = round_up(self._origin, HUGE_PAGE)
         self.tensor: torch.Tensor = torch.frombuffer(
             (ctypes.c_uint8 * nbytes).from_address(self._base), dtype=torch.uint8
@@ -74,12 +78,6 @@ class AddressSpace:
     def unmap(self, offset: int, nbytes: int) -> None:
         """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""
         self._map(offset, nbytes, _PROT_READ, _NOTHING)
-
-    def close(self) -> None:
-        """Give everything back. `tensor` and all views of it must not be touched afterwards."""
-        if self._origin:
-            _libc.munmap(self._origin, self._reserved)
-            self._origin = 0
 
     def _map(self, offset: int, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
         if offset % PAGE or file_offset % PAGE:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +20,18 @@ STORED = "stored"
 
 
 class TableRows(ABC):
-    """The parts of one table that a shard holds. Thread-safe: parts come and go while rows are gathered."""
+    """The parts of one table that a shard holds. Thread-safe: parts come and go while rows are gathered.
+
+    A part has a generation, another one each time it is loaded and 0 while it is not held. Who gathers looks at it
+    before and after, so that nobody has to be waited for when a part is dropped: rows read meanwhile are not used.
+    Memory that a gather may still look at must stay readable for that, whatever it then reads as.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self._held = np.zeros(len(table.parts), dtype=np.bool_)
+        self._generation = np.zeros(len(table.parts), dtype=np.int64)
+        self._loads = itertools.count(1)
         self._accesses = np.zeros(len(table.parts), dtype=np.int64)
-        self._readers = _Readers()
-        self._leaving: set[int] = set()
-        self._changed = threading.Condition()
 
     def load(self, part: Part, path: Path, pace: Pace = lambda chunk_bytes: None) -> None:
         """Take a part in from its local file, reading at `pace`; it is held only once its checksum held.
@@ -40,28 +40,17 @@ class TableRows(ABC):
             CorruptPart: the file is not what the manifest says.
             MemoryError: no room.
         """
-        with self._changed:
-            # Its addresses may still be read by those who began before it was dropped.
-            self._changed.wait_for(lambda: part.index not in self._leaving)
         self._load(part, path, pace)
-        self._held[part.index] = True
+        self._generation[part.index] = next(self._loads)
 
     def drop(self, part: Part) -> None:
-        """Give a part's memory back, once the last gather that may read it has ended."""
-        self._held[part.index] = False
-        with self._changed:
-            self._leaving.add(part.index)
-        self._readers.when_gone(lambda: self._leave(part))
-
-    def _leave(self, part: Part) -> None:
+        """Give a part's memory back."""
+        self._generation[part.index] = 0
         self._unload(part)
-        with self._changed:
-            self._leaving.remove(part.index)
-            self._changed.notify_all()
 
     def held_parts(self) -> list[int]:
         """Indices of the parts that are held."""
-        return np.flatnonzero(self._held).tolist()
+        return np.flatnonzero(self._generation).tolist()
 
     def accesses(self, part: int) -> int:
         """Rows gathered from a part so far; threads that count at the same time may lose some."""
@@ -69,28 +58,31 @@ class TableRows(ABC):
 
     def holds(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Whether each id's part is held: bool [n] for ids in [0, rows)."""
-        return self._held[ids // self.table.rows_per_part]
+        return self._generation[ids // self.table.rows_per_part] > 0
 
-    def gather(self, ids: Ids, encoding: str) -> Bytes:
+    def gather(self, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         """The rows of `ids` int64 [n], in their order, as uint8 [n, bytes of a row in `encoding`].
 
         Args:
             ids: Each in [0, rows) and in a held part.
             encoding: "fp32", "fp16", "bf16", or "stored" for the table's own bytes.
+            out: Where to put them.
 
         Raises:
             NotFound: a part of them is not held (any more).
         """
-        with self._readers.reading():
-            parts = ids // self.table.rows_per_part
-            if not self._held[parts].all():
-                raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
-            np.add.at(self._accesses, parts, 1)
-            return self._gather(ids, encoding)
+        parts = ids // self.table.rows_per_part
+        generation = self._generation[parts]
+        if generation.all():
+            rows = self._gather(ids, encoding, out)
+            if (self._generation[parts] == generation).all():
+                np.add.at(self._accesses, parts, 1)
+                return rows
+        raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
 
     @abstractmethod
     def close(self) -> None:
-        """Give all memory back; nothing may be gathered afterwards."""
+        """Give all memory back; nothing is held afterwards."""
 
     @abstractmethod
     def _load(self, part: Part, path: Path, pace: Pace) -> None: ...
@@ -99,44 +91,4 @@ class TableRows(ABC):
     def _unload(self, part: Part) -> None: ...
 
     @abstractmethod
-    def _gather(self, ids: Ids, encoding: str) -> Bytes: ...
-
-
-class _Readers:
-    """Who reads now, by generation, so that memory is given back only after everyone who may still look at it left."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._generation = 0
-        self._reading: Counter[int] = Counter()
-        self._waiting: list[tuple[int, Callable[[], None]]] = []
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._lock:
-            generation = self._generation
-            self._reading[generation] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reading[generation] -= 1
-                due = self._take_due() if self._waiting else []
-            for action in due:
-                action()
-
-    def when_gone(self, action: Callable[[], None]) -> None:
-        """Do it once all who read now have ended; those who come later do not matter."""
-        with self._lock:
-            self._waiting.append((self._generation, action))
-            self._generation += 1
-            due = self._take_due()
-        for action in due:
-            action()
-
-    def _take_due(self) -> list[Callable[[], None]]:
-        self._reading = +self._reading  # forget generations without readers
-        oldest = min(self._reading, default=self._generation)
-        due = [action for generation, action in self._waiting if generation < oldest]
-        self._waiting = [entry for entry in self._waiting if entry[0] >= oldest]
-        return due
+    def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from pathlib import Path
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
@@ -32,9 +33,9 @@ class HostTable(TableRows):
         self._kernels: dict[str, IntNBitTableBatchedEmbeddingBagsCodegen] = {}
 
     def close(self) -> None:
-        """Give all memory back; nothing may be gathered afterwards."""
-        self._held[:] = False
-        self._readers.when_gone(self._space.close)
+        """Give all memory back; nothing is held afterwards."""
+        for index in self.held_parts():
+            self.drop(self.table.parts[index])
 
     @abstractmethod
     def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
@@ -51,17 +52,25 @@ class HostTable(TableRows):
     def _unload(self, part: Part) -> None:
         self._space.unmap(part.first_row * self.table.row_bytes, part.bytes)
 
-    def _gather(self, ids: Ids, encoding: str) -> Bytes:
-        indices = torch.from_numpy(ids)
+    def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
         if encoding in (STORED, self.table.dtype):
-            return self._rows.index_select(0, indices).numpy()
+            rows = np.empty((len(ids), self.table.row_bytes), np.uint8) if out is None else out
+            torch.index_select(self._rows, 0, torch.from_numpy(ids), out=torch.from_numpy(rows))
+            return rows
+        rows = self._convert(torch.from_numpy(ids), encoding)
+        if out is None:
+            return rows
+        out[:] = rows
+        return out
+
+    def _convert(self, indices: torch.Tensor, encoding: str) -> Bytes:
         if self.table.dtype not in _STORED_TYPES:
             stored = self._rows.index_select(0, indices)
             values = get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_TORCH_TYPES[encoding])
-        elif not len(ids):
+        elif not len(indices):
             values = torch.empty(0, self.table.dim, dtype=_TORCH_TYPES[encoding])
         else:
-            values = self._kernel(encoding)(indices, torch.tensor([0, len(ids)]))
+            values = self._kernel(encoding)(indices, torch.tensor([0, len(indices)]))
         return values.view(torch.uint8).numpy()
 
     def _kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:

@@ -30,14 +30,11 @@ from embedding_service.serving import (
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import available_memory
 from embedding_service.shard.registration import Registration
-from embedding_service.shard.service import LookupService
+from embedding_service.shard.service import SERVICE, LookupService
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
-from embedding_service.wire.embedding_pb2_grpc import add_EmbeddingServiceServicer_to_server
 
 log = logging.getLogger(__name__)
-
-SERVICE = "embedding.v1.EmbeddingService"
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ async def _serve(options: ShardOptions) -> None:
     if options.shared_listen:
         servers.append(Server(options.shared_listen, options.limits, shared=True))
     for server in servers:
-        server.add(add_EmbeddingServiceServicer_to_server, service, SERVICE)
+        server.add(LookupService.add_to, service, SERVICE)
         await server.start()
     about = control.ShardReport(
         shard_id=options.shard_id,

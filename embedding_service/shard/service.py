@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import grpc
 import numpy as np
@@ -20,13 +21,16 @@ from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Model, Routing, check_ids
+from embedding_service.placement.routing import Model, Routing, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.serving import RequestLimits, RoutingService, abort, cancel
 from embedding_service.shard.holdings import Holdings
 from embedding_service.status import code_of
+from embedding_service.store.manifest import Table as StoredTable
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer
+from embedding_service.wire.rows import Shape, allocate, allocate_streamed
+
+SERVICE = "embedding.v1.EmbeddingService"
 
 _ENCODINGS = {
     wire.ROW_ENCODING_UNSPECIFIED: "fp32",
@@ -95,15 +99,25 @@ class _Unread:
 Room = Callable[[int], Awaitable[None]]
 
 
-async def _window_bounds(nbytes: int) -> None:
-    """The room of a stream's lookups, of which STREAM_WINDOW are made before one must have been taken."""
+class _Lookup(NamedTuple):
+    """A request that was found to be right.
+
+    `model` is None for a sender that routed it by itself; `held` is None where no part of the table is held.
+    """
+
+    ids: Ids
+    encoding: str
+    shape: Shape
+    held: TableRows | None
+    model: Model | None
+    table: str
 
 
 class Redirect(Exception):
     """The sender routed by itself, and rows it asks for are not held here."""
 
 
-class LookupService(RoutingService, EmbeddingServiceServicer):
+class LookupService(RoutingService):
     """EmbeddingService of a shard. Everything about a request is checked before any work is done for it."""
 
     def __init__(self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits) -> None:
@@ -117,7 +131,26 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         self._limits = limits
         self._hashers: dict[str, NgramHasher] = {}
         self._unread = _Unread()
-        self._streams: set[asyncio.Queue[asyncio.Task[wire.StreamLookupResponse] | None]] = set()
+        self._streams: set[asyncio.Task[None]] = set()
+        self._ending = False
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
+        unary = grpc.unary_unary_rpc_method_handler
+        methods = {
+            "Lookup": unary(self.Lookup, wire.LookupRequest.FromString),
+            "StreamLookup": grpc.stream_stream_rpc_method_handler(
+                self.StreamLookup, wire.StreamLookupRequest.FromString
+            ),
+            "LookupNgrams": unary(
+                self.LookupNgrams, wire.LookupNgramsRequest.FromString, wire.LookupNgramsResponse.SerializeToString
+            ),
+            "ListModels": unary(
+                self.ListModels, wire.ListModelsRequest.FromString, wire.ListModelsResponse.SerializeToString
+            ),
+            "GetRouting": unary(self.GetRouting, wire.GetRoutingRequest.FromString, wire.Routing.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     def current_routing(self) -> Routing | None:
         """The routing that the controller last sent."""
@@ -125,149 +158,168 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
 
     def end_streams(self) -> None:
         """Let go of open streams: their senders open new ones elsewhere."""
-        for answers in self._streams:
-            answers.put_nowait(None)
+        self._ending = True
+        for stream in self._streams:
+            stream.cancel()
 
-    async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> wire.LookupResponse:
-        """Rows of one table."""
+    async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> bytes:
+        """Rows of one table: a serialized `LookupResponse`."""
+        began = time.perf_counter()
         try:
-            with self.seconds.time():
-                return await self._lookup(request, _deadline(context), partial(self._unread.add, context))
+            lookup = self._read(request)
+            await self._unread.add(context, lookup.shape.nbytes)
+            message, rows = allocate(lookup.shape)
+            await self._fill(rows, lookup, _deadline(context))
         except Redirect:
             await self._send_away(context)
         except EmbeddingServiceError as error:
             self.counters.errors += 1
             await abort(context, error)
+        self._count(lookup.shape.count, lookup.shape.nbytes, began)
+        return message
 
-    async def StreamLookup(
-        self, requests: AsyncIterator[wire.StreamLookupRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[wire.StreamLookupResponse]:
-        """Many lookups on one stream, a window of them at a time; each is answered when it is ready."""
-        answers: asyncio.Queue[asyncio.Task[wire.StreamLookupResponse] | None] = asyncio.Queue()
-        self._streams.add(answers)
+    async def StreamLookup(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        """Many lookups on one stream: small ones are answered one by one, a window of the others at a time."""
         window = asyncio.Semaphore(STREAM_WINDOW)
-        working: set[asyncio.Task[wire.StreamLookupResponse]] = set()
+        writing = asyncio.Lock()
+        working: set[asyncio.Task[None]] = set()
 
-        async def read() -> None:
+        async def write(message: bytes) -> None:
+            async with writing:
+                await context.write(message)  # waits for a reader that is slow
+
+        async def work(request: wire.StreamLookupRequest) -> None:
             try:
-                async for request in requests:
-                    await window.acquire()
-                    task = asyncio.create_task(self._stream_answer(request, _deadline(context)))
-                    working.add(task)
-                    task.add_done_callback(answers.put_nowait)
-                await asyncio.gather(*working, return_exceptions=True)
+                await write(await self._stream_answer(request, _deadline(context)))
             finally:
-                answers.put_nowait(None)
-
-        reader = asyncio.create_task(read())
-        try:
-            while (done := await answers.get()) is not None:
-                working.discard(done)
-                yield done.result()  # waits for a reader that is slow
                 window.release()
+
+        stream = asyncio.current_task()
+        assert stream is not None
+        self._streams.add(stream)
+        try:
+            while (request := await context.read()) is not grpc.aio.EOF:
+                message = self._answer_at_once(request)
+                if message is not None:
+                    await write(message)
+                    continue
+                await window.acquire()
+                task = asyncio.create_task(work(request))
+                working.add(task)
+                task.add_done_callback(working.discard)
+            await asyncio.gather(*working, return_exceptions=True)
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
         finally:
-            self._streams.discard(answers)
-            await cancel([reader, *working])
+            self._streams.discard(stream)
+            await cancel([*working])
 
     async def LookupNgrams(
         self, request: wire.LookupNgramsRequest, context: grpc.aio.ServicerContext
     ) -> wire.LookupNgramsResponse:
         """Token ids in, rows out."""
+        began = time.perf_counter()
         try:
-            with self.seconds.time():
-                return await self._lookup_ngrams(request, _deadline(context), partial(self._unread.add, context))
+            answer = await self._lookup_ngrams(request, _deadline(context), partial(self._unread.add, context))
         except EmbeddingServiceError as error:
             self.counters.errors += 1
             await abort(context, error)
-
-    async def _stream_answer(self, request: wire.StreamLookupRequest, deadline: float) -> wire.StreamLookupResponse:
-        answer = wire.StreamLookupResponse(request_id=request.request_id)
-        try:
-            with self.seconds.time():
-                answer.rows.CopyFrom(await self._lookup(request.lookup, deadline, _window_bounds))
-        except Redirect:
-            term, epoch = self._age()
-            answer.error.CopyFrom(
-                wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=_MOVED, term=term, epoch=epoch)
-            )
-        except EmbeddingServiceError as error:
-            self.counters.errors += 1
-            answer.error.CopyFrom(wire.LookupFailure(code=code_of(error).value[0], message=str(error)))
+        self._count(answer.batch * answer.length * answer.tables * answer.heads, len(answer.rows), began)
         return answer
 
-    async def _lookup(self, request: wire.LookupRequest, deadline: float, room: Room) -> wire.LookupResponse:
+    def _answer_at_once(self, request: wire.StreamLookupRequest) -> bytes | None:
+        """The serialized answer where rows are here and few: a task would cost more. None for all others."""
+        began = time.perf_counter()
+        try:
+            lookup = self._read(request.lookup)
+            if lookup.held is None or lookup.shape.nbytes > INLINE_BYTES:
+                return None
+            message, rows = allocate_streamed(lookup.shape, request.request_id)
+            lookup.held.gather(lookup.ids, lookup.encoding, rows)
+        except (EmbeddingServiceError, Redirect):
+            return None
+        self._count(lookup.shape.count, lookup.shape.nbytes, began)
+        return message
+
+    async def _stream_answer(self, request: wire.StreamLookupRequest, deadline: float) -> bytes:
+        """A serialized `StreamLookupResponse`."""
+        began = time.perf_counter()
+        try:
+            lookup = self._read(request.lookup)
+            message, rows = allocate_streamed(lookup.shape, request.request_id)
+            await self._fill(rows, lookup, deadline)
+        except Redirect:
+            term, epoch = self._age()
+            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=_MOVED, term=term, epoch=epoch)
+        except EmbeddingServiceError as error:
+            self.counters.errors += 1
+            failure = wire.LookupFailure(code=code_of(error).value[0], message=str(error))
+        else:
+            self._count(lookup.shape.count, lookup.shape.nbytes, began)
+            return message
+        return wire.StreamLookupResponse(request_id=request.request_id, error=failure).SerializeToString()
+
+    def _read(self, request: wire.LookupRequest) -> _Lookup:
+        """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
         encoding = _encoding(request.encoding)
         ids = _ids(request)
         if request.epoch:
             name, _, version = request.model.partition("@")
-            held = self._holdings.table(name, version, request.table)
+            model, held = None, self._holdings.table(name, version, request.table)
             if held is None:
                 raise Redirect
-            check_ids(ids, held.table.rows, f"{request.model}/{request.table}")
-            dim = held.table.dim
-            await self._admit(len(ids), _row_bytes(held.table.dtype, dim, encoding), room)
-            rows = await self._own_rows(held, ids, encoding)
+            table: Table | StoredTable = held.table
         else:
             model = self.known_routing().model(request.model)
-            table = model.table(request.table)
-            version, dim = model.version, table.dim
-            check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
-            await self._admit(len(ids), _row_bytes(table.dtype, dim, encoding), room)
-            rows = await self._any_rows(model, request.table, ids, encoding, request.encoding, deadline)
-        self._count(rows)
-        return wire.LookupResponse(
-            rows=rows.tobytes(),
-            row_bytes=rows.shape[1],
-            dim=dim,
-            encoding=request.encoding or wire.ROW_ENCODING_FLOAT32,
-            version=version,
-        )
+            table, version = model.table(request.table), model.version
+            held = self._holdings.table(model.name, version, request.table)
+        check_ids(ids, table.rows, f"{request.model}/{request.table}")
+        row_bytes = _row_bytes(table.dtype, table.dim, encoding)
+        self._limits.check_response(len(ids), row_bytes)
+        shape = Shape(len(ids), row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
+        return _Lookup(ids, encoding, shape, held, model, request.table)
 
-    async def _admit(self, ids: int, row_bytes: int, room: Room) -> None:
-        """Check the answer's size and wait for room for it."""
-        self._limits.check_response(ids, row_bytes)
-        await room(ids * row_bytes)
-
-    async def _own_rows(self, held: TableRows, ids: Ids, encoding: str) -> Bytes:
-        """For a sender that routed by itself: rows from here or none at all."""
+    async def _fill(self, rows: Bytes, lookup: _Lookup, deadline: float) -> None:
+        """Write the rows, uint8 [n, row_bytes]. Raises Redirect for a sender that routed them here in vain."""
+        if lookup.model is not None:
+            await self._any_rows(rows, lookup, deadline)
+            return
+        assert lookup.held is not None
         try:
-            return await self._gather(held, ids, encoding)
+            await self._gather(lookup.held, lookup.ids, lookup.encoding, rows)
         except NotFound as error:
             raise Redirect from error
 
-    async def _any_rows(
-        self, model: Model, table_name: str, ids: Ids, encoding: str, wire_encoding: int, deadline: float
-    ) -> Bytes:
+    async def _any_rows(self, rows: Bytes, lookup: _Lookup, deadline: float) -> None:
         """For a thin client: rows from here and from whoever holds the others."""
-        table = model.table(table_name)
-        row_bytes = _row_bytes(table.dtype, table.dim, encoding)
-        held = self._holdings.table(model.name, model.version, table_name)
+        ids, held = lookup.ids, lookup.held
         mine = held.holds(ids) if held else np.zeros(len(ids), np.bool_)
-        rows = np.empty((len(ids), row_bytes), np.uint8)
-        if held and mine.any():
-            try:
-                rows[mine] = await self._gather(held, ids[mine], encoding)
-            except NotFound:  # dropped since we looked: whoever took the part over has it
-                mine[:] = False
+        try:
+            if held and mine.all():
+                await self._gather(held, ids, lookup.encoding, rows)
+            elif held and mine.any():
+                rows[mine] = await self._gather(held, ids[mine], lookup.encoding)
+        except NotFound:  # dropped since we looked: whoever took the part over has it
+            mine[:] = False
         if not mine.all():
-            rows[~mine] = await self._forward(model, table_name, ids[~mine], wire_encoding, row_bytes, deadline)
-        return rows
+            rows[~mine] = await self._forward(lookup, ids[~mine], deadline)
 
-    async def _forward(
-        self, model: Model, table: str, ids: Ids, encoding: int, row_bytes: int, deadline: float
-    ) -> Bytes:
+    async def _forward(self, lookup: _Lookup, ids: Ids, deadline: float) -> Bytes:
         self.counters.forwarded_rows += len(ids)
+        assert lookup.model is not None
 
         def wants_of(model: Model) -> list[Want]:
-            return [Want(model.table(table), ids, encoding, row_bytes)]
+            return [Want(model.table(lookup.table), ids, lookup.shape.encoding, lookup.shape.row_bytes)]
 
-        _, rows = await run_async(self._router.fetch(model.full_name, wants_of, deadline), self._transport)
+        fetched = self._router.fetch(lookup.model.full_name, wants_of, deadline)
+        _, rows = await run_async(fetched, self._transport)
         return rows[0]
 
-    async def _gather(self, held: TableRows, ids: Ids, encoding: str) -> Bytes:
+    async def _gather(self, held: TableRows, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         if len(ids) * held.table.row_bytes <= INLINE_BYTES:
-            return held.gather(ids, encoding)
-        return await asyncio.to_thread(held.gather, ids, encoding)
+            return held.gather(ids, encoding, out)
+        return await asyncio.to_thread(held.gather, ids, encoding, out)
 
     async def _lookup_ngrams(
         self, request: wire.LookupNgramsRequest, deadline: float, room: Room
@@ -281,15 +333,18 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
         shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
         tables = [model.table(table.name) for table in hasher.tables]
         row_bytes = _row_bytes(tables[0].dtype, tables[0].dim, encoding)
-        await self._admit(int(np.prod(shape)), row_bytes, room)
+        self._limits.check_response(math.prod(shape), row_bytes)
+        await room(math.prod(shape) * row_bytes)
         row_ids = hasher.row_ids(tokens, context)
         rows = np.empty((*shape, row_bytes), np.uint8)
         for index, table in enumerate(tables):
             ids = row_ids[:, :, index].reshape(-1).numpy()
             check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
-            found = await self._any_rows(model, table.name, ids, encoding, request.encoding, deadline)
+            wanted = Shape(len(ids), row_bytes, table.dim, request.encoding, model.version)
+            held = self._holdings.table(model.name, model.version, table.name)
+            found = np.empty((len(ids), row_bytes), np.uint8)
+            await self._any_rows(found, _Lookup(ids, encoding, wanted, held, model, table.name), deadline)
             rows[:, :, index] = found.reshape(batch, shape[1], hasher.num_heads, row_bytes)
-        self._count(rows.reshape(-1, row_bytes))
         return wire.LookupNgramsResponse(
             rows=rows.tobytes(),
             batch=shape[0],
@@ -307,10 +362,11 @@ class LookupService(RoutingService, EmbeddingServiceServicer):
             self._hashers[model.full_name] = model.hasher()
         return self._hashers[model.full_name]
 
-    def _count(self, rows: Bytes) -> None:
+    def _count(self, rows: int, nbytes: int, began: float) -> None:
+        self.seconds.observe(time.perf_counter() - began)
         self.counters.lookups += 1
-        self.counters.rows += len(rows)
-        self.counters.row_bytes += rows.nbytes
+        self.counters.rows += rows
+        self.counters.row_bytes += nbytes
 
     def _age(self) -> tuple[int, int]:
         routing = self._router.current

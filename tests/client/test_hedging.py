@@ -17,7 +17,7 @@ from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.wire import embedding_pb2 as wire
 
 REQUEST = wire.LookupRequest()
-GONE = Failure(grpc.StatusCode.UNAVAILABLE, "gone", {})
+GONE = Failure(grpc.StatusCode.UNAVAILABLE, "gone")
 
 
 class Scripted(Transport):

@@ -12,10 +12,11 @@ from embedding_service.client.router import Router, Want
 from embedding_service.client.transport import Call, Failure
 from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.rows import Answer
 
 ROWS, PER_PART, DIM = 40, 10, 2
-REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved", {})
-GONE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused", {})
+REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved")
+GONE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused")
 
 
 def routing(owners: list[list[int]], epoch: int = 1, version: str = "1", response_bytes: int = 1 << 20) -> wire.Routing:
@@ -57,7 +58,7 @@ class Shards:
             return REDIRECT
         tag = float(model.model.version)
         rows = np.stack([ids.astype(np.float32), np.full(len(ids), tag, np.float32)], 1)
-        return wire.LookupResponse(rows=rows.tobytes(), version=model.model.version)
+        return Answer(rows.view(np.uint8).reshape(-1), model.model.version)
 
     def run(self, steps: Any, most_steps: int = 200) -> Any:
         """Drive `steps`; waiting takes no time."""
@@ -165,9 +166,7 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
     class Short(Shards):
         def answer(self, call: Call) -> Any:
             answer = super().answer(call)
-            if isinstance(answer, wire.LookupResponse):
-                answer.rows = answer.rows[:-1]
-            return answer
+            return answer._replace(rows=answer.rows[:-1]) if isinstance(answer, Answer) else answer
 
     with pytest.raises(errors.ProtocolError, match="another release"):
         fetch(Router(["h:0"]), Short(routing([[0]] * 4)), IDS)
@@ -177,7 +176,7 @@ def test_what_no_retry_mends_is_raised_at_once() -> None:
     class Refusing(Shards):
         def answer(self, call: Call) -> Any:
             if isinstance(call.request, wire.LookupRequest):
-                return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7", {})
+                return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7")
             return super().answer(call)
 
     with pytest.raises(errors.RequestTooLarge, match="limit of 7"):

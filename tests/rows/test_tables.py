@@ -1,7 +1,11 @@
 """Rows from memory: each tier, each stored dtype, each encoding, against FBGEMM's own dequantization."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +95,59 @@ def test_dropped_parts_are_not_answered_and_may_come_back(loaded: Loaded) -> Non
     assert np.array_equal(loaded.rows.gather(others, "stored"), loaded.stored[torch.from_numpy(others)].numpy())
     loaded.rows.load(part, loaded.store.part_path(loaded.manifest, part))
     assert np.array_equal(loaded.rows.gather(ids, "stored"), before)
+
+
+def test_rows_of_a_part_that_goes_while_they_are_read_are_not_used(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = loaded.table.parts[1]
+    ids = np.array([part.first_row])
+    gather = type(loaded.rows)._gather
+    path = loaded.store.part_path(loaded.manifest, part)
+
+    def interrupted(self: Any, *arguments: Any, back: bool) -> Any:
+        self.drop(part)
+        rows = gather(self, *arguments)  # what the addresses hold now: nothing
+        if back:
+            self.load(part, path)
+        return rows
+
+    for back in (True, False):
+        with monkeypatch.context() as patch, pytest.raises(NotFound):
+            patch.setattr(type(loaded.rows), "_gather", partialmethod(interrupted, back=back))
+            loaded.rows.gather(ids, "stored")
+    loaded.rows.load(part, path)
+    assert np.array_equal(loaded.rows.gather(ids, "stored"), loaded.stored[torch.from_numpy(ids)].numpy())
+
+
+def test_threads_read_right_rows_or_none_while_a_part_comes_and_goes(loaded: Loaded) -> None:
+    part = loaded.table.parts[1]
+    path = loaded.store.part_path(loaded.manifest, part)
+    ids = np.arange(part.first_row - 5, part.first_row + 50)
+    expected = loaded.stored[torch.from_numpy(ids)].numpy()
+    done = threading.Event()
+    outcomes: Counter[str] = Counter()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                outcomes["right" if np.array_equal(loaded.rows.gather(ids, "stored"), expected) else "wrong"] += 1
+            except NotFound:
+                outcomes["none"] += 1
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        loaded.rows.drop(part)
+        loaded.rows.load(part, path)
+        if outcomes["right"] > 20:
+            break
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert outcomes["right"]
+    assert not outcomes["wrong"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])

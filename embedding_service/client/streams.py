@@ -1,0 +1,187 @@
+"""One `StreamLookup` call, used by one thread at a time: a lookup is a message there and a message back.
+
+A stream costs about half of a unary call, which sends headers and a status each time. grpc's public stream hands every
+answer from a thread of its own to the thread that waits; the waiting thread can poll for itself, as grpc's own blocking
+unary calls do, which saves a third of the time and half of the processor's. That way leads through grpc's internals, so
+the public one is there for a grpc whose internals differ.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import grpc
+
+METHOD = "/embedding.v1.EmbeddingService/StreamLookup"
+
+
+class Ended(NamedTuple):
+    """How a stream ended."""
+
+    code: grpc.StatusCode
+    message: str
+
+
+class Stream(ABC):
+    """An open stream. `cancel` may be called from any thread, the rest from one at a time."""
+
+    @abstractmethod
+    def send(self, request: bytes) -> None:
+        """Send a serialized request, which one `receive` must follow."""
+
+    @abstractmethod
+    def receive(self) -> bytes | Ended:
+        """Wait for the serialized answer; `Ended` when none comes any more."""
+
+    @abstractmethod
+    def cancel(self, code: grpc.StatusCode, message: str) -> None:
+        """End the stream; whoever waits is told this code."""
+
+
+def open_stream(channel: grpc.Channel) -> Stream:
+    """A stream that polls for itself where grpc's internals allow it."""
+    try:
+        return _PollingStream(channel)
+    except (ImportError, AttributeError, TypeError):
+        return _PublicStream(channel)
+
+
+class _PollingStream(Stream):
+    """A call with a completion queue of its own, polled by who waits."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        from grpc._cython import cygrpc
+
+        self._cygrpc = cygrpc
+        self._receive_message = cygrpc.OperationType.receive_message
+        self._receive_status = cygrpc.OperationType.receive_status_on_client
+        self._call = channel._channel.segregated_call(  # type: ignore[attr-defined]
+            0,
+            METHOD.encode(),
+            None,
+            None,
+            None,
+            None,
+            (
+                ((cygrpc.SendInitialMetadataOperation(None, 0),), None),
+                ((cygrpc.ReceiveStatusOnClientOperation(0),), None),
+                ((cygrpc.ReceiveInitialMetadataOperation(0),), None),
+            ),
+            None,
+        )
+        self._ended: Ended | None = None
+
+    def send(self, request: bytes) -> None:
+        operations = (self._cygrpc.SendMessageOperation(request, 0), self._cygrpc.ReceiveMessageOperation(0))
+        if self._ended is None and not self._call.operate(operations, None):
+            self._ended = _ended(grpc.StatusCode.OK, "")
+
+    def receive(self) -> bytes | Ended:
+        while self._ended is None:
+            for operation in self._call.next_event().batch_operations:
+                kind = operation.type()
+                if kind == self._receive_message and (message := operation.message()) is not None:
+                    return message  # type: ignore[no-any-return]
+                if kind == self._receive_status:
+                    self._ended = _ended(_STATUS[operation.code()], _text(operation.details()))
+        return self._ended
+
+    def cancel(self, code: grpc.StatusCode, message: str) -> None:
+        self._call.cancel(code.value[0], message)
+
+
+class _PublicStream(Stream):
+    """grpc's own stream."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call: Any = channel.stream_stream(METHOD)(iter(self._requests.get, None))
+        self._told: Ended | None = None
+
+    def send(self, request: bytes) -> None:
+        self._requests.put(request)
+
+    def receive(self) -> bytes | Ended:
+        try:
+            return next(self._call)  # type: ignore[no-any-return]
+        except StopIteration:
+            ended = _ended(grpc.StatusCode.OK, "")
+        except grpc.RpcError as error:
+            ended = self._told or Ended(error.code(), error.details() or "")  # type: ignore[attr-defined]
+        self._requests.put(None)
+        return ended
+
+    def cancel(self, code: grpc.StatusCode, message: str) -> None:
+        self._told = Ended(code, message)
+        self._requests.put(None)
+        self._call.cancel()
+
+
+def _ended(code: grpc.StatusCode, message: str) -> Ended:
+    """A shard that drains ends its streams with OK: who still waits for an answer must ask elsewhere."""
+    if code is grpc.StatusCode.OK:
+        return Ended(grpc.StatusCode.UNAVAILABLE, "the stream was ended by the shard")
+    return Ended(code, message)
+
+
+_STATUS = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _text(details: bytes | str | None) -> str:
+    return details.decode(errors="replace") if isinstance(details, bytes) else details or ""
+
+
+class Watchdog:
+    """Cancels streams whose answer did not come in time; one thread for all of them."""
+
+    def __init__(self) -> None:
+        self._due: dict[Stream, float] = {}
+        self._wakes = float("inf")
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def watch(self, stream: Stream, due: float) -> None:
+        """Cancel `stream` at `due` (on time.monotonic's clock), unless it is forgotten before."""
+        with self._changed:
+            self._due[stream] = due
+            if due < self._wakes and not self._closed:
+                self._wakes = due
+                self._changed.notify()
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="lookup-deadlines", daemon=True)
+                    self._thread.start()
+
+    def forget(self, stream: Stream) -> None:
+        """Its answer is there."""
+        with self._changed:
+            self._due.pop(stream, None)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                late = [stream for stream, due in self._due.items() if due <= now]
+                for stream in late:
+                    del self._due[stream]
+                self._wakes = min(self._due.values(), default=float("inf"))
+                if not late:
+                    # Those forgotten before then are not woken up for, those due sooner are.
+                    self._changed.wait(None if self._wakes == float("inf") else self._wakes - now)
+                    continue
+            for stream in late:
+                stream.cancel(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")

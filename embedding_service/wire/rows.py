@@ -1,0 +1,147 @@
+"""`LookupResponse` without copies: rows are gathered into the message and read where it arrived.
+
+protobuf copies a `bytes` field when it is set, again when the message is serialized, and again when it is parsed; for
+answers of megabytes that is most of the work. The bytes written here are those of the contract in protos/embedding/v1,
+small fields first and `rows` last. Who asks knows what all but the rows must be, so reading is a comparison; an answer
+that is written in another order, or says something else, is parsed by protobuf.
+
+Written by hand; everything else in this folder is generated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.wire import embedding_pb2 as wire
+
+Bytes = npt.NDArray[np.uint8]
+
+# Field number << 3 | 2 (length-delimited).
+_ROWS = b"\x0a"  # LookupResponse.rows = 1
+_RESULT = b"\x12"  # StreamLookupResponse.rows = 2
+
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+# A bytes object is a header, the bytes, and a zero that the type's basic size counts.
+_BYTES_HEADER = bytes.__basicsize__ - 1
+
+
+class Shape(NamedTuple):
+    """All that a `LookupResponse` says besides its rows."""
+
+    count: int
+    row_bytes: int
+    dim: int
+    encoding: int
+    version: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.count * self.row_bytes
+
+
+class Answer(NamedTuple):
+    """What a `LookupResponse` says; `rows` is a view of the message, uint8 [n * row_bytes]."""
+
+    rows: Bytes
+    version: str
+
+
+@lru_cache(1024)
+def _before_rows(shape: Shape) -> bytes:
+    small = wire.LookupResponse(
+        row_bytes=shape.row_bytes,
+        dim=shape.dim,
+        encoding=shape.encoding,  # type: ignore[arg-type]
+        version=shape.version,
+    )
+    return small.SerializeToString() + (_ROWS + _varint(shape.nbytes) if shape.nbytes else b"")
+
+
+@lru_cache(1024)
+def _before_streamed_rows(shape: Shape) -> bytes:
+    answer = _before_rows(shape)
+    return _RESULT + _varint(len(answer) + shape.nbytes) + answer
+
+
+def allocate(shape: Shape) -> tuple[bytes, Bytes]:
+    """A serialized `LookupResponse` and the place of its rows, uint8 [count, row_bytes].
+
+    The caller writes the rows before anybody else sees the message.
+    """
+    return _allocate(_before_rows(shape), shape)
+
+
+def allocate_streamed(shape: Shape, request_id: int) -> tuple[bytes, Bytes]:
+    """`allocate` for a serialized `StreamLookupResponse`."""
+    before = _before_streamed_rows(shape)
+    if request_id:
+        before = wire.StreamLookupResponse(request_id=request_id).SerializeToString() + before
+    return _allocate(before, shape)
+
+
+def _allocate(before: bytes, shape: Shape) -> tuple[bytes, Bytes]:
+    message = _new_bytes(None, len(before) + shape.nbytes)  # a bytes object that nobody else knows may be written to
+    ctypes.memmove(id(message) + _BYTES_HEADER, before, len(before))
+    return message, _view(message, len(before)).reshape(shape.count, shape.row_bytes)
+
+
+def read(message: bytes, shape: Shape) -> Answer:
+    """A serialized `LookupResponse` to a request whose answer should have this shape.
+
+    Raises google.protobuf.message.DecodeError for bytes that are none.
+    """
+    return _read(message, _before_rows(shape), shape) or _answer(wire.LookupResponse.FromString(message))
+
+
+def read_streamed(message: bytes, shape: Shape) -> Answer | wire.LookupFailure:
+    """`read` for a `StreamLookupResponse` with request_id 0."""
+    if answer := _read(message, _before_streamed_rows(shape), shape):
+        return answer
+    parsed = wire.StreamLookupResponse.FromString(message)
+    return parsed.error if parsed.HasField("error") else _answer(parsed.rows)
+
+
+def _read(message: bytes, before: bytes, shape: Shape) -> Answer | None:
+    if len(message) != len(before) + shape.nbytes or not message.startswith(before):
+        return None
+    return Answer(_view(message, len(before)), shape.version)
+
+
+def _answer(response: wire.LookupResponse) -> Answer:
+    return Answer(_view(response.rows, 0), response.version)
+
+
+def _view(message: bytes, start: int) -> Bytes:
+    """A message from `start` on as an array that keeps it alive. Writable, for torch: the message is nobody else's."""
+    return np.asarray(_Memory(message, start))
+
+
+class _Memory:
+    """numpy's array interface for the inside of a bytes object."""
+
+    def __init__(self, message: bytes, start: int) -> None:
+        self._message = message
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (len(message) - start,),
+            "data": (id(message) + _BYTES_HEADER + start, False),
+        }
+
+
+def _varint(value: int) -> bytes:
+    """Base 128, low bits first, as protobuf writes lengths."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
