@@ -1,37 +1,56 @@
 """The transformer worker: a language model whose n-gram tables stay in the embedding service.
 
-`attach` puts the service's rows into a transformers model in place; `model-worker serve` puts such a model behind an
-OpenAI-compatible HTTP server, as a Ray Serve application.
+`load_model` loads a checkpoint without its tables and `attach` puts the service's rows into a transformers model in
+place; `model-worker serve` puts such a model behind an OpenAI-compatible HTTP server, as a Ray Serve application.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
+    from embedding_service import EmbeddingClient
     from model_worker.rows import RowSource
 
-__all__ = ["attach"]
+__all__ = ["attach", "load_model"]
 
 
-def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> None:
+def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The dense part of a LongCat or Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
+
+    The n-gram tables are never read nor allocated: tables of any size need no memory here.
+
+    checkpoint: the whole checkpoint's folder, or the "dense" half that `embedding-service split` makes.
+    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    Raises InvalidRequest: another architecture.
+    StoreError: tensors are missing, have other shapes than the config says, or are not known.
+    """
+    from model_worker import families
+
+    return families.load_model(checkpoint, dtype)
+
+
+def attach(hf_model: PreTrainedModel, client: EmbeddingClient | RowSource, name: str) -> None:
     """Feed a transformers model from the n-gram tables that the embedding service holds, in place.
 
     Afterwards `hf_model(input_ids=...)` and `hf_model.generate(...)` work as before: with or without a KV cache, in
-    batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache.
+    batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache. A call
+    that failed for want of rows leaves a Qwen4-Exp model's cache unusable: start with a new one.
 
-    hf_model: a `LongcatFlashForCausalLM` loaded from a LongCat n-gram checkpoint (whole, or the "dense" half that
-        `embedding-service split` makes), by `model_worker.longcat.load_model` or `from_pretrained`. The projections
-        are read from the folder it was loaded from.
-    client: an `EmbeddingClient`, or `model_worker.longcat.LocalTables`.
+    hf_model: a `LongcatFlashForCausalLM` loaded from a LongCat n-gram checkpoint by `load_model` or `from_pretrained`
+        (the projections are read from the folder it was loaded from); or any transformers Qwen4-Exp model, by
+        `load_model` or `from_pretrained` (tables it holds are given up).
+    client: an `EmbeddingClient`, or tables in this process with the same methods.
     name: the model's name in the service, `name` or `name@version`.
 
     Raises InvalidRequest when the model is of another family or attached already, or when its hash parameters or
     dimensions are not those of the service's tables; NotFound when the service has no such model; Unavailable when it
     does not answer.
     """
-    from model_worker import longcat
+    from model_worker import families
 
-    longcat.attach(hf_model, client, name)
+    families.attach(hf_model, client, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,10 @@ class Checkpoint:
             raise StoreError(
                 f"cannot read {file} in {self.folder} ({error}): give the folder of a checkpoint"
             ) from error
+
+
+def refuse_tensors(checkpoint: str | Path, kind: str, tensors: Collection[object]) -> None:
+    """Raises StoreError naming some of them, if there are any; kind: missing, unexpected or mismatched."""
+    if tensors:
+        names = ", ".join(sorted(map(str, tensors))[:8])
+        raise StoreError(f"{checkpoint} does not fit its config.json: {len(tensors)} {kind} tensors: {names}")

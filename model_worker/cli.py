@@ -69,7 +69,7 @@ def serve(
         str | None, typer.Option(help="Join this Ray cluster ('auto' for the one around) instead of starting one here.")
     ] = None,
 ) -> None:
-    """Serve a LongCat n-gram checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM."""
+    """Serve a LongCat or Qwen4-Exp checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM."""
     if metrics_port and ray_address:
         raise typer.BadParameter(
             "a Ray cluster has metrics ports of its own: give no --metrics-port with --ray-address"

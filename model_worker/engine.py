@@ -96,7 +96,7 @@ class Request:
         return reason is None
 
     def _text_and_end(self, token: int, eos: frozenset[int]) -> tuple[str, FinishReason | None]:
-        if token in eos:
+        if token in eos and not self.params.ignore_eos:
             return self.text.finish(), "stop"
         text = self.text.push(token)
         if self.text.stopped:
@@ -154,7 +154,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """The most tokens of prompt and completion together."""
-        return self._model.config.max_position_embeddings
+        return self._model.config.get_text_config().max_position_embeddings
 
     @property
     def alive(self) -> bool:
@@ -311,7 +311,7 @@ class Engine:
 def _eos_tokens(model: PreTrainedModel) -> frozenset[int]:
     """Every token that ends a sequence, by the config and by the generation config."""
     found: set[int] = set()
-    for config in (model.config, model.generation_config):
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
         ids = getattr(config, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausal
 
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
-from model_worker.checkpoint import Checkpoint
-from model_worker.rows import Lookups, RowSource
+from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.rows import Lookups, RowSource, check_same_hash
 from model_worker.token_cache import TokenLayer, token_layer
 
 ARCHITECTURE = "LongcatFlashNgramForCausalLM"
+ARCHITECTURES = (ARCHITECTURE,)
+MODELS = LongcatFlashForCausalLM
 WORDS = ("model.embed_tokens.weight", "model.ngram_embeddings.word_embeddings.weight")
 TABLE = "model.ngram_embeddings.embedders.{}.weight"
 PROJECTION = "model.ngram_embeddings.post_projs.{}.weight"
@@ -120,7 +121,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
     config = _flash_config(files.config)
     words = files.slice(_words_name(files))
     tensors: dict[str, Any] = {name: files.slice(name) for name in _transformer_names(files, config)}
-    _refuse(checkpoint, "missing", _expert_names(config) - tensors.keys())
+    refuse_tensors(checkpoint, "missing", _expert_names(config) - tensors.keys())
     tensors[WORDS[0]] = words
     try:
         # Other shapes are let through only to be named below: transformers' own refusal does not name them.
@@ -136,7 +137,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
         raise StoreError(f"the tensors of {checkpoint} do not fit its config.json: {error}") from error
     model, report = loaded
     for kind in ("missing", "unexpected", "mismatched"):
-        _refuse(checkpoint, kind, report[f"{kind}_keys"])
+        refuse_tensors(checkpoint, kind, report[f"{kind}_keys"])
     model.config.name_or_path = str(checkpoint)
     return model
 
@@ -154,7 +155,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
         raise InvalidRequest("the model was not loaded from a checkpoint, so its projections cannot be found: load it")
     files = Checkpoint(hf_model.config.name_or_path)
     _check_words(files, body.embed_tokens.weight)
-    _check_same_hash(NgramHasher.from_config(files.config), client.hasher(name), name)
+    check_same_hash(NgramHasher.from_config(files.config), client.hasher(name), name)
     embedding = NgramEmbedding(_projections(files).to(body.embed_tokens.weight), client, name)
     _check_dim(embedding, body.embed_tokens.weight)
     body.ngram_embeddings = embedding
@@ -249,12 +250,6 @@ def _expert_names(config: LongcatFlashConfig) -> set[str]:
     }
 
 
-def _refuse(checkpoint: str | Path, kind: str, tensors: Collection[object]) -> None:
-    if tensors:
-        names = ", ".join(sorted(map(str, tensors))[:8])
-        raise StoreError(f"{checkpoint} does not fit its config.json: {len(tensors)} {kind} tensors: {names}")
-
-
 def _words_name(files: Checkpoint) -> str:
     for name in WORDS:
         if name in files.names:
@@ -275,14 +270,6 @@ def _check_words(files: Checkpoint, words: Tensor) -> None:
         raise InvalidRequest(
             f"{files.folder} keeps its words in {WORDS[1]}, which from_pretrained does not read: "
             "load the model with model_worker.longcat.load_model"
-        )
-
-
-def _check_same_hash(ours: NgramHasher, theirs: NgramHasher, name: str) -> None:
-    if (ours.family, ours.params()) != (theirs.family, theirs.params()):
-        raise InvalidRequest(
-            f"the tables of {name!r} are hashed with {theirs.params()}, this checkpoint with {ours.params()}: "
-            "it is another model; give the name of the one imported from this checkpoint"
         )
 
 

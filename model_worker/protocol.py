@@ -11,6 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -60,6 +61,8 @@ class GenerationRequest(_Body):
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
+    ignore_eos: bool = False
+    """Not OpenAI's: for measuring with answers of one length, as vLLM has it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,8 +102,15 @@ class GenerationRequest(_Body):
     def sampling(self, max_tokens: int) -> list[SamplingParams]:
         """As the engine takes it, for each choice: choice i has the seed of the request plus i."""
         seeds = [None if self.seed is None else _wrapped(self.seed + choice) for choice in range(self.n)]
-        stop, logprobs = tuple(self.stop), self.wanted_logprobs()
-        return [SamplingParams(max_tokens, self.temperature, self.top_p, seed, stop, logprobs) for seed in seeds]
+        common = SamplingParams(
+            max_tokens,
+            self.temperature,
+            self.top_p,
+            stop=tuple(self.stop),
+            logprobs=self.wanted_logprobs(),
+            ignore_eos=self.ignore_eos,
+        )
+        return [replace(common, seed=seed) for seed in seeds]
 
 
 class CompletionRequest(GenerationRequest):

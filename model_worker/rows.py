@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NgramHasher
 
 
@@ -49,3 +50,12 @@ class Lookups:
         """Rows of so many tokens were asked for."""
         self.count += 1
         self.tokens += tokens
+
+
+def check_same_hash(ours: NgramHasher, theirs: NgramHasher, name: str) -> None:
+    """Raises InvalidRequest when the tables `name` are hashed otherwise than the model says."""
+    if (ours.family, ours.params()) != (theirs.family, theirs.params()):
+        raise InvalidRequest(
+            f"the tables of {name!r} are hashed with {theirs.params()}, this checkpoint with {ours.params()}: "
+            "it is another model; give the name of the one imported from this checkpoint"
+        )

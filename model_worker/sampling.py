@@ -17,6 +17,7 @@ class SamplingParams:
     top_p: sample from the likeliest tokens that together reach this probability (nucleus sampling, arXiv 1904.09751).
     seed: the same seed gives the same tokens, whoever shares the batch; None draws one.
     stop: text ends before the first of these.
+    ignore_eos: go on after an EOS, to max_tokens or a stop string.
     logprobs: None, or tell each token's log probability beside those of so many likeliest tokens.
     """
 
@@ -26,6 +27,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    ignore_eos: bool = False
 
     def generator(self) -> torch.Generator:
         """The request's own source of chance."""

@@ -85,6 +85,9 @@ class Scaling:
                 "target_ongoing_requests": config.max_batch,
                 "upscale_delay_s": self.upscale_delay,
                 "downscale_delay_s": self.downscale_delay,
+                # The load is a mean over this time, so it must not outlast the delays.
+                "look_back_period_s": min(30.0, max(2.0, self.upscale_delay)),
+                "metrics_interval_s": 1.0,
             }
         }
 

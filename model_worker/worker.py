@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import Unavailable
-from model_worker import longcat
+from model_worker import families
 from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
 
@@ -104,8 +104,8 @@ class Worker:
         self.started = int(time.time())
         self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT)
         self._served_as = f"{config.name}@{config.version}"
-        model: Any = longcat.load_model(config.checkpoint)
-        self._lookups = longcat.attach(model, self._client, self._served_as)
+        model: Any = families.load_model(config.checkpoint)
+        self._lookups = families.attach(model, self._client, self._served_as)
         self._lookups.on_wait = on_lookup_wait
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(config.checkpoint)
@@ -125,7 +125,7 @@ class Worker:
     @property
     def vocab_size(self) -> int:
         """Token ids are below it."""
-        return self._model.config.vocab_size
+        return self._model.config.get_text_config().vocab_size
 
     def spell(self, token: int) -> str:
         """The text of one token; special tokens by their names."""
@@ -166,7 +166,11 @@ class Worker:
             "anonymous_bytes": memory.rss - memory.shared,
             "file_bytes": memory.shared,
             "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "table_bytes": sum(tensor.nbytes for name, tensor in tensors.items() if ".embedders." in name),
+            "table_bytes": sum(
+                tensor.nbytes
+                for name, tensor in tensors.items()
+                if ".embedders." in name or ".ngram_embedding." in name
+            ),
             "remote_table_values": self._lookups.table_values,
             "lookup_wait_seconds": round(self._lookups.wait_seconds, 6),
             **self.counts(),

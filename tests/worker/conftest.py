@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from small_model import write_checkpoint
@@ -74,6 +75,11 @@ class Tables:
     def stop(self) -> None:
         """End it."""
         self._process.end()
+
+    def family(self) -> list[psutil.Process]:
+        """Its processes: `up`, the controller and the shards."""
+        first = psutil.Process(self._process.popen.pid)
+        return [first, *first.children(recursive=True)]
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,9 @@ def test_an_eos_ends_a_request(model_folder: Path, tokenizer: PreTrainedTokenize
         assert reason == "stop"
         assert job.request.completion == usual[: usual.index(usual[6]) + 1]
         assert text == tokenizer.decode(job.request.completion[:-1], skip_special_tokens=True)
+        ignoring = Job(ending, prompt, greedy(16, ignore_eos=True))
+        assert ignoring.outcome()[1] == "length"
+        assert ignoring.request.completion[:7] == usual[:7]
     finally:
         ending.close()
 

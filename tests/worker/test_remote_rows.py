@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import VOCAB
+from conftest import Tables
+from small_model import VOCAB, write_checkpoint
 from transformers import LongcatFlashForCausalLM
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import NotFound, Unavailable
+from embedding_service.store.importing import import_checkpoint
 from model_worker import attach
-from model_worker.longcat import load_model
+from model_worker.longcat import LocalTables, load_model
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,73 @@ def test_logits_are_identical(model: LongcatFlashForCausalLM, remote_model: Long
     assert torch.equal(here, there)
 
 
-def test_greedy_tokens_are_identical(model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 4},
+        {"do_sample": True},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
+)
+def test_generation_is_identical(
+    model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM, options: dict[str, object]
+) -> None:
     ids = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(4))
-    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "output_logits": True}
-    here = model.generate(ids, return_dict_in_generate=True, **options)
-    there = remote_model.generate(ids, return_dict_in_generate=True, **options)
-    assert torch.equal(here.sequences, there.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(here.logits, there.logits, strict=True))
+    same(model, remote_model, ids, options)
+
+
+@pytest.mark.parametrize("assistant", ["the prompt", "a model"])
+def test_assisted_generation_is_identical(
+    model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM, assistant: str
+) -> None:
+    """Guesses are taken back: the look-back must be, too."""
+    ids = torch.randint(3, VOCAB, (1, 12), generator=torch.Generator().manual_seed(4))
+    ids[0, 6:] = ids[0, :6]
+    options = {"prompt_lookup_num_tokens": 3} if assistant == "the prompt" else {"assistant_model": remote_model}
+    same(model, remote_model, ids, options)
+    plain = model.generate(ids, **OPTIONS)
+    assert torch.equal(remote_model.generate(ids, **OPTIONS, **options), plain)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
+    """Tables and weights as the checkpoint has them, through the service unchanged."""
+    stored = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    (tmp_path / "m").mkdir()
+    folder = write_checkpoint(tmp_path / "m", stored)
+    import_checkpoint(folder, str(tmp_path / "store"), "half", dtype="keep", part_bytes=16 << 10)
+    tables = Tables(tmp_path, tmp_path / "store")
+    try:
+        with EmbeddingClient(tables.address, timeout=30) as client:
+            here, there = load_model(folder), load_model(folder)
+            attach(here, LocalTables(folder), "local")
+            attach(there, client, "half")
+            assert there.dtype == stored
+            ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
+            assert torch.equal(here(ids).logits, there(ids).logits)
+            same(here, there, ids, {})
+    finally:
+        tables.stop()
+
+
+OPTIONS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def same(
+    here: LongcatFlashForCausalLM, there: LongcatFlashForCausalLM, ids: torch.Tensor, options: dict[str, object]
+) -> None:
+    """Both generate the same tokens from the same logits."""
+    options = OPTIONS | {"output_logits": True, "return_dict_in_generate": True} | options
+    given = []
+    for model in (here, there):
+        torch.manual_seed(1)
+        given.append(model.generate(ids, **options))
+    assert torch.equal(given[0].sequences, given[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(given[0].logits, given[1].logits, strict=True))
 
 
 def test_attach_says_what_is_wrong_with_the_service(model_folder: Path, remote: EmbeddingClient) -> None:

@@ -60,6 +60,14 @@ class Server:
         """The process and all that came from it."""
         return [self.popen, *self.popen.children(recursive=True)]
 
+    def end(self) -> None:
+        """Leave nothing of it."""
+        family = self.family() if self.popen.is_running() else []
+        for process in family:
+            process.terminate()
+        for process in psutil.wait_procs(family, timeout=20)[1]:
+            process.kill()
+
     def info(self) -> dict[str, int]:
         return httpx.get(f"{self.url}/v1/worker").json()
 
@@ -73,11 +81,7 @@ def server(model_folder: Path, embeddings: str, tmp_path_factory: pytest.TempPat
         running.wait_until_ready()
         yield running
     finally:
-        family = running.family() if running.popen.is_running() else []
-        for process in family:
-            process.terminate()
-        for process in psutil.wait_procs(family, timeout=20)[1]:
-            process.kill()
+        running.end()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,226 @@
+"""Family qwen4_exp: transformers' Qwen4-Exp with the tables of its per-layer embeddings (PLE) elsewhere.
+
+The model's own code hashes the tokens and carries its look-back in its cache; only the modules that held the tables are
+replaced. A layer deep in the model needs rows that depend on nothing but the token ids, so the rows of all PLE layers
+are asked for, at once and in the background, before the first layer runs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.qwen4_exp import modeling_qwen4_exp as published
+from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.ngram import NO_TOKEN, NgramHasher
+from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.rows import Lookups, RowSource, check_same_hash
+
+_TABLE_TENSOR = re.compile(r"\.ple_embedding\.ngram_embedding\.")
+# The published model's draft layers for speculative decoding, which transformers' class leaves out too.
+_DRAFT_TENSORS = "mtp."
+# Where the model's PLE layers keep the last tokens, among the states of a cache layer.
+_TOKENS_STATE = 2
+# Of Qwen4ExpTextModel.forward, in their order.
+_FORWARD_ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "ple_input_ids",
+)
+
+# The model's code asks where a table's weight lies.
+_NOWHERE = torch.empty(0, device="meta")
+
+
+class TableSource(RowSource, Protocol):
+    """Where rows come from: an `EmbeddingClient`, or tables in this process as the reference."""
+
+    def lookup(self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of `model/table`: int64 [*] -> [*, dim]."""
+
+
+class Prefetch:
+    """The rows of all PLE layers for the forward pass at hand, asked for in the background.
+
+    source: gives the rows.
+    name: the model's name in the source.
+    """
+
+    def __init__(self, source: TableSource, name: str, dim: int, dtype: torch.dtype) -> None:
+        self.source, self.name, self.dtype = source, name, dtype
+        self.hasher = source.hasher(name)
+        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
+        self._threads = ThreadPoolExecutor(1, "rows")
+        # The row ids [B, S, L, H] that were asked for, and their rows [B, S, L, H, dim] to come.
+        self._asked: tuple[Tensor, Future[Tensor]] | None = None
+
+    def start(self, tokens: Tensor, context: Tensor | None) -> None:
+        """Ask for the rows of int64 [B, S] tokens after [B, C] others; NO_TOKEN is padding."""
+        # Copies: the model changes its state in place while these rows are looked up.
+        tokens = tokens.to("cpu", copy=True)
+        context = None if context is None else context.to("cpu", copy=True)
+        self.lookups.asked(tokens.numel())
+        rows = self._threads.submit(self.source.lookup_ngrams, self.name, tokens, context, dtype=self.dtype)
+        self._asked = self.hasher.row_ids(tokens, context), rows
+
+    def rows(self, layer: int, ids: Tensor) -> Tensor:
+        """The rows of int64 [B, S, H] ids of the table of PLE layer 0, 1, ..., on their device.
+
+        The ids are the model's own. Were others asked for, they are not used: these are looked up now.
+        Raises EmbeddingServiceError: whatever the source raises.
+        """
+        ids, device = ids.cpu(), ids.device
+        before = time.perf_counter()
+        asked = self._asked
+        if asked is not None and torch.equal(asked[0][:, :, layer], ids):
+            rows = asked[1].result()[:, :, layer]
+        else:
+            self.lookups.asked(ids.shape[0] * ids.shape[1])
+            rows = self.source.lookup(f"{self.name}/{self.hasher.tables[layer].name}", ids, dtype=self.dtype)
+        self.lookups.waited(time.perf_counter() - before)
+        return rows.to(device)
+
+
+class RemoteTable(nn.Module):
+    """In place of the nn.Embedding that held one PLE layer's table."""
+
+    def __init__(self, prefetch: Prefetch, layer: int) -> None:
+        super().__init__()
+        self.prefetch, self.layer = prefetch, layer
+        self.weight = _NOWHERE
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, S, H] -> [B, S, H, dim]."""
+        return self.prefetch.rows(self.layer, ids)
+
+
+class _NoTable(nn.Module):
+    """Where a table will be attached."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.embedding_dim = dim
+        self.weight = _NOWHERE
+
+    def forward(self, ids: Tensor) -> Tensor:
+        raise InvalidRequest("this model was loaded without its n-gram tables: give it them with model_worker.attach")
+
+
+class _TablesElsewhere:
+    """Loads on the meta device, as transformers does, and drops the tables before anything is allocated."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for embedding in _ple_embeddings(self):
+            embedding.ngram_embedding = _NoTable(embedding.ngram_embedding.embedding_dim)
+
+
+# Of the published names, as transformers writes a class's name into what it saves.
+class Qwen4ExpForCausalLM(_TablesElsewhere, published.Qwen4ExpForCausalLM):  # type: ignore[misc]
+    """The text model, its tables elsewhere."""
+
+
+class Qwen4ExpForConditionalGeneration(_TablesElsewhere, published.Qwen4ExpForConditionalGeneration):  # type: ignore[misc]
+    """The model with vision, its tables elsewhere."""
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "Qwen4ExpForCausalLM": (Qwen4ExpForCausalLM, Qwen4ExpTextConfig),
+    "Qwen4ExpForConditionalGeneration": (Qwen4ExpForConditionalGeneration, Qwen4ExpConfig),
+}
+ARCHITECTURES = tuple(_CLASSES)
+MODELS = published.Qwen4ExpPreTrainedModel
+
+
+def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The dense part of a Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
+
+    The n-gram tables are never read nor allocated, nor is a file opened that holds nothing else.
+
+    checkpoint: the whole checkpoint's folder, or its dense half.
+    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    Raises InvalidRequest: another architecture.
+    StoreError: tensors are missing, have other shapes than the config says, or are not known.
+    """
+    files = Checkpoint(checkpoint)
+    known = [name for name in files.config.get("architectures") or [] if name in _CLASSES]
+    if not known:
+        raise InvalidRequest(
+            f"{checkpoint} is a checkpoint of {files.config.get('architectures')}; expected {' or '.join(_CLASSES)}"
+        )
+    model_class, config_class = _CLASSES[known[0]]
+    names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
+    words = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    refuse_tensors(checkpoint, "missing", set() if words else {"embed_tokens.weight"})
+    loaded: Any = model_class.from_pretrained(
+        None,
+        config=config_class.from_dict(files.config),
+        state_dict={name: files.slice(name) for name in names},
+        dtype=dtype or files.slice(str(words))[:1].dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    for kind in ("missing", "unexpected", "mismatched"):
+        refuse_tensors(checkpoint, kind, report[f"{kind}_keys"])
+    model.config.name_or_path = str(checkpoint)
+    return model
+
+
+def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups:
+    """See `model_worker.attach`."""
+    bodies = [module for module in hf_model.modules() if isinstance(module, published.Qwen4ExpTextModel)]
+    embeddings = _ple_embeddings(hf_model)
+    if len(bodies) != 1 or not embeddings:
+        raise InvalidRequest(f"this {type(hf_model).__name__} has no PLE layer, so there is no table to attach")
+    if any(isinstance(each.ngram_embedding, RemoteTable) for each in embeddings):
+        raise InvalidRequest("the model's tables are attached already: attach once, to a model that was loaded anew")
+    body: Any = bodies[0]
+    check_same_hash(NgramHasher.from_config(body.config), client.hasher(name), name)
+    dim = embeddings[0].ngram_embedding.embedding_dim
+    prefetch = Prefetch(client, name, dim, body.embed_tokens.weight.dtype)
+    _check_dim(prefetch, dim)
+    for embedding in embeddings:
+        embedding.ngram_embedding = RemoteTable(prefetch, embedding.ple_layer_index)
+
+    def before_forward(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _prefetch(prefetch, embeddings[0].layer_idx, {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs})
+
+    body.register_forward_pre_hook(before_forward, with_kwargs=True)
+    return prefetch.lookups
+
+
+def _prefetch(prefetch: Prefetch, layer: int, arguments: dict[str, Any]) -> None:
+    """Before Qwen4ExpTextModel.forward: ask for the rows it will need. Where it is not clear which, ask for none."""
+    tokens, mask = arguments.get("ple_input_ids"), arguments.get("attention_mask")
+    tokens = arguments.get("input_ids") if tokens is None else tokens
+    if tokens is None or not tokens.numel():
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2 and tokens.shape[1] > 1:
+        tokens = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, NO_TOKEN)
+    cache = arguments.get("past_key_values")
+    prefetch.start(tokens.long(), None if cache is None else cache.get_conv_state(layer, state_idx=_TOKENS_STATE))
+
+
+def _ple_embeddings(model: Any) -> list[Any]:
+    """The modules that hash and hold a table each, in the order of their layers."""
+    return [module for module in model.modules() if isinstance(module, published.Qwen4ExpTextNGramEmbedding)]
+
+
+def _check_dim(prefetch: Prefetch, dim: int) -> None:
+    """Look one token up: proves that the source answers, with rows that fit."""
+    rows = prefetch.source.lookup_ngrams(prefetch.name, torch.zeros(1, 1, dtype=torch.int64), dtype=prefetch.dtype)
+    if rows.shape[-1] != dim:
+        raise InvalidRequest(f"rows of {prefetch.name!r} are {rows.shape[-1]} values wide; this model takes {dim}")
