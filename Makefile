@@ -42,7 +42,9 @@ lint: setup
 proto: setup
 	$(BIN)/python protos/generate.py
 
+# With the peers to compare with: what of them is not there is skipped and named. They are no part of `make setup`.
 bench: setup
+	$(BIN)/pip install -qq --no-deps -r requirements/bench.txt
 	$(BIN)/python -m benchmarks
 
 clean:

@@ -7,6 +7,7 @@ MODULES = (
     ["benchmarks.ngram"],
     ["benchmarks.planning"],
     ["benchmarks.import_memory", "--gib", "1"],
+    ["benchmarks.peers"],
 )
 
 if __name__ == "__main__":

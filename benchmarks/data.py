@@ -6,6 +6,7 @@ import asyncio
 import email
 import json
 import mmap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -50,7 +51,17 @@ class Data:
     """A folder with `rows.bin` (float16 [rows, 256]), `text.npy` (ids of a text) and `store` (models fp16 and int8)."""
 
     folder: Path
-    rows: int
+    head_rows: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of all heads."""
+        return sum(self.head_rows)
+
+    @property
+    def first_rows(self) -> Ids:
+        """int64 [12], the id of each head's first row."""
+        return np.cumsum([0, *self.head_rows[:-1]])
 
     @property
     def store(self) -> Path:
@@ -63,12 +74,22 @@ class Data:
             pages = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
         return np.frombuffer(pages, np.float16).reshape(self.rows, DIM)
 
+    def tensor(self) -> torch.Tensor:
+        """`table` for torch, in the same memory; not to be written to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(self.table())
+
     def requests(self, kind: str, tokens: int, seed: int) -> list[Ids]:
-        """Ids int64 [tokens * 12] of many requests; kind "uniform" (at random) or "text" (consecutive tokens)."""
+        """Ids int64 [tokens * 12] of many requests, a row of each head for each token.
+
+        kind: "uniform" (each head's at random) or "text" (of consecutive tokens).
+        """
         random = np.random.default_rng(seed)
         count = READY.get(tokens, max(16, 65536 // tokens))
         if kind == "uniform":
-            return list(random.integers(0, self.rows, (count, tokens * HEADS)))
+            ids = random.integers(0, self.head_rows, (count * tokens, HEADS)) + self.first_rows
+            return list(ids.reshape(count, tokens * HEADS))
         text: Ids = np.load(self.folder / "text.npy")
         begin = int(random.integers(len(text)))
         positions = (begin + np.arange(count * tokens)) % len(text)
@@ -94,8 +115,8 @@ def make_data(folder: Path, rows: int) -> Data:
     with (folder / "rows.bin").open("wb") as file:
         for begin in range(0, sum(head_rows), 1 << 16):
             named_rows(np.arange(begin, min(begin + (1 << 16), sum(head_rows)))).tofile(file)
-    data = Data(folder, sum(head_rows))
-    heads = torch.from_numpy(np.array(data.table())).split(list(head_rows))
+    data = Data(folder, tuple(head_rows))
+    heads = data.tensor().split(list(head_rows))
     save_file(
         {f"model.ngram_embeddings.embedders.{head}.weight": part.clone() for head, part in enumerate(heads)},
         checkpoint / "model.safetensors",

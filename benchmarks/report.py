@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,62 @@ def _record(name: str, what: Slice, rounds: list[Outcome], floor: list[Outcome] 
     return record
 
 
+def plot_all(found: Mapping[str, Sequence[Record]], folder: Path) -> None:
+    """Plots of the sections that there are: latency, batch, shards, clients and open, each a .png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    if "peers" in found:
+        _save(folder / "latency.png", _latencies, found["peers"])
+        _save(folder / "batch.png", _lines, found["peers"], "tokens", "rows_per_second", "tokens a lookup")
+    if "shards" in found:
+        chosen = [record for record in found["shards"] if record["tokens"] == 64 and record["clients"] == 4]
+        _save(folder / "shards.png", _lines, chosen, "shards", "rows_per_second", "shards (4 clients, 64 tokens)")
+    if "clients" in found:
+        _save(folder / "clients.png", _lines, found["clients"], "clients", "rows_per_second", "clients (64 tokens)")
+    if "open" in found:
+        chosen = [record for record in found["open"] if record["tokens"] == 64]
+        _save(folder / "open.png", _lines, chosen, "rate", "p99_ms", "lookups due a second (64 tokens)")
+
+
+def _save(path: Path, draw: Callable[..., None], *arguments: Any) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
+    draw(axes, *arguments)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _lines(axes: Any, found: Sequence[Record], over: str, what: str, label: str) -> None:
+    for name in dict.fromkeys(record["peer"] for record in found):
+        mine = sorted((record[over], record[what]) for record in found if record["peer"] == name)
+        axes.plot(*zip(*mine, strict=True), marker="o", label=name)
+    axes.set(xlabel=label, ylabel=COLUMNS[what], xscale="log", yscale="log")
+    axes.set_xticks(sorted({record[over] for record in found}), [f"{x:g}" for x in sorted({r[over] for r in found})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _latencies(axes: Any, found: Sequence[Record]) -> None:
+    """p50, p90 and p99 of each peer, side by side for each batch."""
+    names = list(dict.fromkeys(record["peer"] for record in found))
+    batches = sorted({record["tokens"] for record in found})
+    width = 0.8 / len(batches)
+    for index, tokens in enumerate(batches):
+        mine = {record["peer"]: record for record in found if record["tokens"] == tokens}
+        places = [place + index * width for place, name in enumerate(names) if name in mine]
+        for key, alpha in (("p99_ms", 0.25), ("p90_ms", 0.5), ("p50_ms", 1.0)):
+            heights = [mine[name][key] for name in names if name in mine]
+            label = f"{tokens} tokens" if key == "p50_ms" else None
+            axes.bar(places, heights, width * 0.9, color=f"C{index}", alpha=alpha, label=label)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20, ha="right")
+    axes.set(yscale="log", ylabel="ms: p50, p90 (paler), p99 (palest)")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+
+
 def _throughput(outcome: Outcome) -> float:
     return len(outcome.load.latencies) / outcome.load.seconds
 
@@ -77,6 +134,7 @@ def _cpu(outcome: Outcome) -> float:
 
 def show(title: str, found: Sequence[Record], console: Console) -> str:
     """Print a table and return the same in Markdown. Columns that say the same in every row are left out."""
+    found = sorted(found, key=lambda record: (record["tokens"], record["clients"], record["rate"] or 0))
     telling = ("shards", "ids", "tokens", "clients", "rate")
     columns = [
         key
@@ -86,7 +144,7 @@ def show(title: str, found: Sequence[Record], console: Console) -> str:
     ]
     table = Table(title=title, title_justify="left")
     for key in columns:
-        table.add_column(COLUMNS[key], justify="left" if key in ("peer", "ids") else "right")
+        table.add_column(COLUMNS[key], no_wrap=key == "peer", justify="left" if key in ("peer", "ids") else "right")
     rows = [[_text(key, record.get(key)) for key in columns] for record in found]
     for row in rows:
         table.add_row(*row)

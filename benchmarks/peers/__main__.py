@@ -19,12 +19,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.data import Data, make_data
+from benchmarks.data import HEADS, Data, make_data
 from benchmarks.peers.base import Peer, Server, Unusable
+from benchmarks.peers.in_process import Fbgemm, IndexSelect
+from benchmarks.peers.mooncake import Mooncake
 from benchmarks.peers.raw_grpc import RawGrpc
+from benchmarks.peers.ray_actor import RayActor
 from benchmarks.peers.redis_mget import Redis
 from benchmarks.peers.service import Service
-from benchmarks.report import FLOOR, records, show
+from benchmarks.peers.torch_rpc import TorchRpc
+from benchmarks.report import FLOOR, Record, plot_all, records, show
 from benchmarks.rounds import Running, Slice, run_rounds, running
 
 TOKENS = (1, 64, 1024)
@@ -37,10 +41,20 @@ def all_peers(shards: int) -> list[Peer]:
     return [
         RawGrpc(stream=True),
         RawGrpc(stream=False),
-        Service("fp16", torch.float16, shards),
-        Service("int8", torch.float16, shards),
+        *ours(shards),
+        Service("fp16", torch.float32, shards),
         Redis(),
+        TorchRpc(),
+        RayActor(),
+        Mooncake(),
+        IndexSelect(),
+        Fbgemm(),
     ]
+
+
+def ours(shards: int) -> list[Peer]:
+    """Rows sent as fp16, and as int8 that the client decodes."""
+    return [Service("fp16", torch.float16, shards), Service("int8", torch.float16, shards)]
 
 
 @contextmanager
@@ -69,38 +83,88 @@ def _serve(peer: Peer, data: Data, stack: ExitStack) -> Server | Unusable:
         return error
 
 
+def peers_section(peers: Sequence[Peer], data: Data, console: Console, quick: bool) -> dict[str, list[Record]]:
+    """All peers: one client in a closed loop, ids at random and of a text, and then in an open loop."""
+    with started(peers, data, console) as ready:
+        uniform = [Slice(tokens, SLICE_SECONDS[tokens]) for tokens in TOKENS]
+        found = {"peers": records(run_rounds(ready, uniform, 4 if quick else 8))}
+        text = [Slice(tokens, SLICE_SECONDS[tokens], ids="text") for tokens in ((64,) if quick else TOKENS)]
+        found["text"] = records(run_rounds(ready, text, 2 if quick else 4))
+        if not quick:
+            remote = [peer for peer in ready if not isinstance(peer.peer, IndexSelect)]
+            found["open"] = records(run_rounds(remote, open_slices(found["peers"]), 3))
+    return found
+
+
+def open_slices(closed: Sequence[Record]) -> list[Slice]:
+    """Shares of what the floor does in a closed loop, sent by four threads."""
+    floor = {record["tokens"]: 1e3 / record["p50_ms"] for record in closed if record["peer"] == FLOOR}
+    due = [(1, 0.25), (64, 0.1), (64, 0.25), (64, 0.5)]
+    return [Slice(tokens, 0.5, rate=round(share * floor[tokens]), threads=4) for tokens, share in due]
+
+
+def clients_section(data: Data, console: Console) -> list[Record]:
+    """Throughput with more clients, each a process."""
+    peers = [RawGrpc(stream=True), RawGrpc(stream=False), *ours(1), Redis()]
+    with started(peers, data, console, clients=8) as ready:
+        return records(run_rounds(ready, [Slice(64, 0.5, clients=clients) for clients in (1, 2, 4, 8)], 3))
+
+
+def shards_section(data: Data, console: Console) -> list[Record]:
+    """Our service with more shards; the floor is one process all along."""
+    slices = [Slice(tokens, SLICE_SECONDS[tokens], clients=clients) for tokens in TOKENS for clients in (1, 4)]
+    found = []
+    for shards in (1, 2, 4):
+        with started([RawGrpc(stream=True), *ours(shards)], data, console, clients=4) as ready:
+            found += records(run_rounds(ready, slices, 3), shards=shards)
+    return found
+
+
+TITLES = {
+    "peers": "One client in a closed loop, ids at random",
+    "text": "One client in a closed loop, ids of a text",
+    "open": "One client process with four threads in an open loop, ids at random",
+    "clients": "Clients in a closed loop, 64 tokens a lookup, one shard",
+    "shards": "Shards, clients in a closed loop",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller table, fewer rounds, one table of results")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="peers whose name contains one of these")
+    parser.add_argument("--quick", action="store_true", help="a smaller table, fewer rounds, the first two sections")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="peers whose names contain one of these, and the floor"
+    )
+    parser.add_argument("--sections", nargs="+", choices=["peers", "clients", "shards"], help="default: all, or peers")
     parser.add_argument("--shards", type=int, default=1, help="shards of our service where they are not varied")
     parser.add_argument("--rows", type=int, help="rows of the table")
-    parser.add_argument("--rounds", type=int, help="rounds of the first table")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for what is written")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    sections = arguments.sections or (["peers"] if arguments.quick else ["peers", "clients", "shards"])
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
-    begun = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     peers = [
         peer
         for peer in all_peers(arguments.shards)
         if not arguments.only or peer.name == FLOOR or any(text in peer.name for text in arguments.only)
     ]
+    begun = time.monotonic()
+    found: dict[str, list[Record]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as work:
         data = make_data(Path(work) / "data", arguments.rows or (QUICK_ROWS if arguments.quick else FULL_ROWS))
-        console.print(f"{data.rows:,} rows, made in {time.monotonic() - begun:.0f} s")
-        slices = [Slice(tokens, SLICE_SECONDS[tokens]) for tokens in TOKENS]
-        with started(peers, data, console) as ready:
-            console.print(f"{len(ready)} peers started, right rows from each, after {time.monotonic() - begun:.0f} s")
-            rounds = arguments.rounds or (6 if arguments.quick else 12)
-            found = records(run_rounds(ready, slices, rounds))
-        found.sort(key=lambda record: record["tokens"])
-        text = show(f"one client in a closed loop, {rounds} rounds", found, console)
+        console.print(f"{data.rows:,} rows of {HEADS} heads, made in {time.monotonic() - begun:.0f} s")
+        if "peers" in sections:
+            found |= peers_section(peers, data, console, arguments.quick)
+        if "clients" in sections:
+            found["clients"] = clients_section(data, console)
+        if "shards" in sections:
+            found["shards"] = shards_section(data, console)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(show(TITLES[section], rows, console) for section, rows in found.items())
     (arguments.out / "peers.md").write_text(text)
     (arguments.out / "peers.json").write_text(json.dumps(found, indent=1))
-    console.print(f"{time.monotonic() - begun:.0f} s; written to {arguments.out}")
+    plot_all(found, arguments.out)
+    console.print(f"{time.monotonic() - begun:.0f} s; tables, JSON and plots are in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import time
@@ -118,6 +119,9 @@ def child(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, C
 
 def _run_child(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
     torch.set_num_threads(1)  # several of us share the cores
+    with Path(os.devnull).open("w") as silence:  # what peers' libraries log while all is well
+        os.dup2(silence.fileno(), 1)
+        os.dup2(silence.fileno(), 2)
     try:
         target(pipe, *arguments)
     except Exception as error:  # whatever it is, who waits for an answer is told

@@ -29,7 +29,7 @@ class Load:
 def run_load(
     calls: Sequence[Callable[[int], Any]], seconds: float, *, rate: float | None = None, begin: float = 0.0
 ) -> Load:
-    """Call each of `calls` with 0, 1, 2, ..., each in a thread of its own, in a closed loop or, with `rate`, an open one.
+    """Call each of `calls` with 0, 1, 2, ... in a thread of its own: in a closed loop or, with `rate`, an open one.
 
     In the open loop a latency counts from when its call was due: a call that had to wait for late answers is late too
     (Gil Tene's "coordinated omission"). Calls due and not begun after twice the time are counted as errors, "unsent".
