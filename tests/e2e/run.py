@@ -159,9 +159,10 @@ class Scenario:
             },
         }  # fmt: skip
         volume = claim_folder(self.work, "code")
-        for name in ("e2e/client.py", "support/__init__.py", "support/checkpoints.py"):
-            (volume / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / "tests" / name, volume / name)
+        for file in (ROOT / "tests/e2e/client.py", *(ROOT / "tests/support").glob("*.py")):
+            copy = volume / file.relative_to(ROOT / "tests")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
         client = self.cluster.start_pod("client", self.shards.manifest["metadata"]["namespace"], template)
         _until(
             lambda: self._read().get("completions", {}).get("seconds"), "the client's first lookups and completion", 90
