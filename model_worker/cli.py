@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -69,7 +70,11 @@ def serve(
         str | None, typer.Option(help="Join this Ray cluster ('auto' for the one around) instead of starting one here.")
     ] = None,
 ) -> None:
-    """Serve a LongCat or Qwen4-Exp checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM."""
+    """Serve a LongCat or Qwen4-Exp checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM.
+
+    Then it takes no more requests and ends when those that run have ended, at the latest after --drain-seconds, or at a
+    second signal.
+    """
     if metrics_port and ray_address:
         raise typer.BadParameter(
             "a Ray cluster has metrics ports of its own: give no --metrics-port with --ray-address"
@@ -144,7 +149,11 @@ def _run(
             f"(up to {scaling.most} replicas, embeddings from {config.embeddings}; "
             f"metrics at {', '.join(serving.metrics_addresses())})"
         )
-        signal.pause()
+        with suppress(SystemExit):
+            signal.pause()
+        # A second signal ends the wait.
+        with suppress(SystemExit):
+            serving.drain(scaling)
     finally:
         _on_signals(signal.SIG_IGN)
         serving.stop(joined=ray_address is not None)

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ APP = "model-worker"
 _ABOVE_QUEUE = 64
 _OBJECT_STORE_BYTES = 80 * 2**20
 _LOOPBACK = "127.0.0.1"
+# What Ray may take to end a replica that runs nothing any more.
+_DELETION_SECONDS = 10
 
 
 @serve.ingress()
@@ -159,14 +162,22 @@ def _keep_on_loopback() -> None:
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", _LOOPBACK))
 
 
+def drain(scaling: Scaling) -> None:
+    """Take the application down: no new requests, those that run have drain_seconds to end."""
+    serve.delete(APP, _blocking=False)
+    deadline = time.monotonic() + scaling.drain_seconds + _DELETION_SECONDS
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def stop(joined: bool) -> None:
-    """Take the application down; in a cluster we joined, nothing else."""
+    """Take down what is left; in a cluster we joined, the application and nothing else."""
     if not ray.is_initialized():
         return
     # Ray prints, as an error, that Serve's controller was killed at its own shutdown.
     with redirect_stdout(io.StringIO()):
         if joined:
-            serve.delete(APP)
+            serve.delete(APP, _blocking=False)
         else:
             serve.shutdown()
         ray.shutdown()

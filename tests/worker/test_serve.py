@@ -466,10 +466,15 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
     assert again.choices[0].text == expected[1]
 
 
-def test_sigterm_ends_everything(server: Server) -> None:
+def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> None:
     family = server.family()
     assert len(family) > 5  # Ray is there
-    server.popen.send_signal(signal.SIGTERM)
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        until(lambda: server.info()["running"] == 1, "the request to run")
+        server.popen.send_signal(signal.SIGTERM)
+        assert running.result().json()["usage"]["completion_tokens"] == 1500
     assert server.popen.wait(30) == 0
     assert psutil.wait_procs(family, timeout=5)[1] == []
     lines = server.log.read_text().splitlines()

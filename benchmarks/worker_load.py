@@ -1,0 +1,186 @@
+"""Many users of one worker: their number against tokens a second and the wait for a first token.
+
+    python -m benchmarks.worker_load --checkpoint FOLDER --out FOLDER
+    python -m benchmarks.worker_load --url http://HOST:PORT --out FOLDER
+
+The first imports the checkpoint's tables as int8, runs two shards and a worker of one replica, measures and ends them;
+`python examples/demo/make_checkpoint.py FOLDER` makes a checkpoint. The second asks a worker that runs already. Each
+user streams answers of a fixed number of tokens one after the other, each to another prompt. Clients, worker and shards
+share this machine. Leaves worker_load.json and worker_load.png in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data import topics
+from subprocess import run
+from time import perf_counter
+from typing import Any
+
+import httpx
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.base import command, free_port
+
+USERS = (1, 2, 4, 8, 16, 32)
+PROMPT_WORDS = 30
+SHARDS = 2
+WORDS = " ".join(topics.topics.values()).split()
+
+
+@dataclass(frozen=True)
+class Level:
+    """What so many users saw together. Seconds of the first token: from sending the request."""
+
+    users: int
+    answers: int
+    tokens_per_second: float
+    first_token_p50: float
+    first_token_p95: float
+    refused: int
+
+
+class Users:
+    """Asks a worker, and keeps what it saw."""
+
+    def __init__(self, url: str, model: str, tokens: int) -> None:
+        self._url, self._model, self._tokens = url, model, tokens
+        self._chance = random.Random(1)
+        self.first_tokens: list[float] = []
+        self.refused = 0
+
+    async def level(self, users: int, seconds: float) -> Level:
+        """So many users, each asking anew until the time is over."""
+        self.first_tokens, self.refused = [], 0
+        begun = perf_counter()
+        limits = httpx.Limits(max_connections=users)
+        async with httpx.AsyncClient(base_url=self._url, timeout=300, limits=limits) as client:
+            await asyncio.gather(*(self._user(client, begun + seconds) for _ in range(users)))
+        took = perf_counter() - begun
+        p50, p95 = np.percentile(self.first_tokens, (50, 95))
+        answers = len(self.first_tokens)
+        return Level(users, answers, answers * self._tokens / took, float(p50), float(p95), self.refused)
+
+    async def _user(self, client: httpx.AsyncClient, until: float) -> None:
+        while perf_counter() < until:
+            await self._ask(client)
+
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        start = self._chance.randrange(len(WORDS) - PROMPT_WORDS)
+        body = {
+            "model": self._model,
+            "prompt": " ".join(WORDS[start : start + PROMPT_WORDS]),
+            "max_tokens": self._tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        sent, first, told = perf_counter(), None, 0
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code == 429:
+                self.refused += 1
+                await asyncio.sleep(float(answer.headers["Retry-After"]))
+                return
+            answer.raise_for_status()
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                first = first or perf_counter() - sent
+                chunk = json.loads(line.removeprefix("data: "))
+                told = (chunk.get("usage") or {}).get("completion_tokens", told)
+        if first is None or told != self._tokens:
+            raise RuntimeError(f"the answer has {told} tokens, not {self._tokens}; its last line: {chunk}")
+        self.first_tokens.append(first)
+
+
+@contextmanager
+def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
+    """The URL of a worker over that checkpoint, with shards of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, port, web = Path(folder), free_port(), free_port()
+        store = f"--store={home / 'store'}"
+        service = [sys.executable, "-m", "embedding_service"]
+        run([*service, "import", str(checkpoint), store, "--name=load"], check=True)
+        up = [*service, "up", store, f"--shards={SHARDS}", f"--port={port}"]
+        worker = [sys.executable, "-m", "model_worker", "serve", str(checkpoint), f"--embeddings=127.0.0.1:{port}"]
+        options = [f"--port={web}", f"--max-batch={max_batch}"]
+        up_log, worker_log = home / "up.log", home / "worker.log"
+        with (
+            command(up, up_log, lambda: "ready: " in up_log.read_text()),
+            command([*worker, *options], worker_log, lambda: " ready at " in worker_log.read_text()),
+        ):
+            yield f"http://127.0.0.1:{web}"
+
+
+def measure(url: str, tokens: int, seconds: float) -> list[Level]:
+    """Every number of users, after a few answers to warm up."""
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    users = Users(url, model, tokens)
+    asyncio.run(users.level(2, 2))
+    return [asyncio.run(users.level(number, seconds)) for number in USERS]
+
+
+def show(levels: list[Level]) -> None:
+    table = Table("users", "answers", "tokens/s", "first token p50 ms", "p95 ms", "refused", title="worker under load")
+    for each in levels:
+        first = (f"{each.first_token_p50 * 1e3:.0f}", f"{each.first_token_p95 * 1e3:.0f}")
+        table.add_row(str(each.users), str(each.answers), f"{each.tokens_per_second:.0f}", *first, str(each.refused))
+    Console().print(table)
+
+
+def plot(levels: list[Level], about: str, file: Path) -> None:
+    figure, (speed, wait) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    users = [each.users for each in levels]
+    speed.plot(users, [each.tokens_per_second for each in levels], "o-")
+    speed.set(ylabel="tokens/s, all users", ylim=(0, None))
+    for name in ("p50", "p95"):
+        wait.plot(users, [1e3 * getattr(each, f"first_token_{name}") for each in levels], "o-", label=name)
+    wait.set(ylabel="first token, ms", ylim=(0, None))
+    wait.legend()
+    for axes in (speed, wait):
+        axes.set(xlabel="users", xscale="log", xticks=users, xticklabels=users)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.suptitle(about)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--checkpoint", type=Path, help="serve this one here")
+    where.add_argument("--url", help="a worker that runs already")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and the plot")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--seconds", type=float, default=15, help="for each number of users")
+    parser.add_argument("--max-batch", type=int, default=16, help="of the worker, with --checkpoint")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.url:
+        levels = measure(given.url.rstrip("/"), given.tokens, given.seconds)
+        batch = ""
+    else:
+        with served(given.checkpoint, given.max_batch) as url:
+            levels = measure(url, given.tokens, given.seconds)
+        batch = f", one replica, batch of {given.max_batch}"
+    show(levels)
+    about = f"answers of {given.tokens} tokens{batch}"
+    found: dict[str, Any] = {"about": about, "levels": [asdict(each) for each in levels]}
+    (given.out / "worker_load.json").write_text(json.dumps(found, indent=2) + "\n")
+    plot(levels, about, given.out / "worker_load.png")
+
+
+if __name__ == "__main__":
+    main()
