@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmarks.data import DIM, Data, Ids, named_rows
 from benchmarks.peers.base import START_SECONDS, Lookup, Peer, Server, Unusable, child, receive
-from embedding_service.commands.load import Load, run_load
+from embedding_service.commands.load import Load, run_load, together
 
 # Clients are told to begin a little later than now, so that several do at the same time.
 LEAD_SECONDS = 0.03
@@ -116,12 +115,9 @@ def run_slice(peer: Running, what: Slice, seed: int) -> Outcome:
         pipe.send(begin)
     results = [receive(pipe, 4 * what.seconds + START_SECONDS) for pipe in pipes]
     server_cpu = _cpu(peer.server.pids) - before
-    loads = [load for load, _ in results]
-    errors = sum((load.errors for load in loads), Counter[str]())
-    if set(errors) - {"unsent"}:
-        raise Unusable(f"{peer.peer.name} failed under load: {dict(errors)}")
-    latencies = np.concatenate([load.latencies for load in loads])
-    load = Load(latencies, errors, max(load.seconds for load in loads))
+    load = together([load for load, _ in results])
+    if set(load.errors) - {"unsent"}:
+        raise Unusable(f"{peer.peer.name} failed under load: {dict(load.errors)}")
     return Outcome(load, sum(cpu for _, cpu in results), server_cpu)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from embedding_service.commands import cluster, plan, query, store
+from embedding_service.commands import bench, cluster, plan, query, store
 from embedding_service.errors import EmbeddingServiceError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for command in (
     query.status,
     query.models,
     query.lookup,
+    bench.bench,
 ):
     app.command()(command)
 

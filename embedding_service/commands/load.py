@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -46,15 +47,13 @@ def run_load(
 
     def work(index: int) -> None:
         call, mine, turn = calls[index], latencies[index], 0
+        turns = _turns(seconds, rate, index, len(calls))
         _sleep_until(begin)
-        while True:
+        while turn < turns:
             now = time.perf_counter()
             due = now if rate is None else begin + (index + turn * len(calls)) / rate
-            if due >= begin + seconds:
-                return
-            if now > begin + 2 * seconds:
-                errors["unsent"] += int((begin + seconds - due) * (rate or 0) / len(calls)) + 1
-                return
+            if now >= begin + (seconds if rate is None else 2 * seconds):
+                break
             _sleep_until(due)
             try:
                 call(turn)
@@ -63,6 +62,8 @@ def run_load(
             else:
                 mine.append(time.perf_counter() - due)
             turn += 1
+        if rate is not None and turn < turns:
+            errors["unsent"] += int(turns - turn)
 
     if len(calls) == 1:
         work(0)  # without a hand-over between threads
@@ -73,6 +74,17 @@ def run_load(
         for thread in threads:
             thread.join()
     return Load(np.concatenate([np.array(mine) for mine in latencies]), errors, time.perf_counter() - begin)
+
+
+def _turns(seconds: float, rate: float | None, index: int, threads: int) -> float:
+    """How many calls fall due to one of the threads; without a rate there is no end to them."""
+    return math.inf if rate is None else max(0, math.ceil((seconds * rate - index) / threads))
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """Loads of several clients that ran at the same time, as one."""
+    errors = sum((load.errors for load in loads), Counter[str]())
+    return Load(np.concatenate([load.latencies for load in loads]), errors, max(load.seconds for load in loads))
 
 
 def _sleep_until(due: float) -> None:
