@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -74,6 +76,7 @@ def up(
         raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")
     else:
         _run_on_ray(options, ray)
+    _leave()
 
 
 def _run_on_ray(options: UpOptions, address: str) -> None:
@@ -116,6 +119,7 @@ def controller(
             metrics_port=metrics_port,
         )
     )
+    _leave()
 
 
 def shard(
@@ -165,3 +169,16 @@ def shard(
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )
     )
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End this process, whose work is done and closed, without taking the interpreter down first.
+
+    That takes a second of CPU with torch, FBGEMM and gRPC loaded, which the kernel does in none: five processes that
+    end together on two cores would be seconds late, and be killed by a platform that is in a hurry.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
