@@ -25,6 +25,8 @@ log = logging.getLogger("embedding_service")
 
 # How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
 STOP_GRACE = 1.0
+# The health service's name for "this process answers", whatever it has to answer with: restart it only without that.
+ALIVE = "alive"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Server:
             ) from error
         self.address = f"{host}:{bound}"
         await self.grpc.start()
+        await self._health.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks are told, for the process and for each of its services."""

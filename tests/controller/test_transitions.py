@@ -3,11 +3,14 @@
 import signal
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.checkpoints import longcat_table
 from support.cluster import Cluster, cluster, until
 from support.load import Load
 
+from embedding_service.serving import ALIVE
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 
@@ -106,3 +109,18 @@ def test_the_last_shards_need_not_wait_for_anybody(own_store: Path, tmp_path: Pa
         running.processes["controller"].end()
         assert running.processes["a"].end(signal.SIGTERM, 60) == 0
         assert "no controller to drain with" in running.processes["a"].output()
+
+
+def test_a_shard_that_waits_for_others_is_alive_and_not_ready(own_store: Path, tmp_path: Path) -> None:
+    with cluster(tmp_path, own_store, "--expect-shards=2") as running:
+        running.start_shard("a", "--memory=64MiB")
+        running.wait_until(lambda status: len(status.shards) == 1, "its registration")
+        with grpc.insecure_channel(running.addresses["a"]) as channel:
+
+            def said(name: str) -> int:
+                return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
+
+            assert said(ALIVE) == health_pb2.HealthCheckResponse.SERVING
+            assert said("") == health_pb2.HealthCheckResponse.NOT_SERVING
+            running.start_shard("b", "--memory=64MiB")
+            until(lambda: said("") == health_pb2.HealthCheckResponse.SERVING, "its first routing")
