@@ -21,8 +21,8 @@ from model_worker import families
 from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
 
-# Seconds a step waits for its rows, retries included, before its requests fail with 503. Where a shard is cut off, a try
-# takes 2 s and the routing names it for 5 s (the controller's --lost-after): this is more than both and another try.
+# Seconds a step waits for its rows, retries included, before its requests fail with 503. Where a shard is cut off,
+# a try takes 2 s and the routing names it for 5 s (the controller's --lost-after): more than both and another try.
 LOOKUP_TIMEOUT = 10.0
 # Seconds within which a healthy embedding service answers for one token.
 _HEALTH_TIMEOUT = 2.0
