@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from embedding_service.errors import CorruptPart, EmbeddingServiceError
@@ -47,7 +47,7 @@ class Holdings:
         self._store = store
         self._tier = TIERS[tier]
         self._cache = cache
-        self._pacer = _Pacer(load_rate)
+        self._pacer = Pacer(load_rate)
         self._loaders = asyncio.Semaphore(loaders)
         self._wanted: set[PartKey] = set()
         self._tasks: dict[PartKey, asyncio.Task[None]] = {}
@@ -176,20 +176,29 @@ class Holdings:
         return self._manifest(key).table(key.table).parts[key.part]
 
 
-class _Pacer:
-    """Keeps all loads together at `rate` bytes a second, by letting their threads wait; 0: does not."""
+class Pacer:
+    """Keeps all loads together at `rate` bytes a second, by letting their threads wait; 0: does not.
 
-    def __init__(self, rate: int) -> None:
+    Args:
+        clock: Seconds now.
+        sleep: Waits so many seconds.
+    """
+
+    def __init__(
+        self, rate: int, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         self.active = False
         self._rate = rate
+        self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
         self._next = 0.0
 
     def wait(self, chunk_bytes: int) -> None:
+        """After a chunk was read: until the bytes read so far are no more than the rate allows."""
         if not self.active or not self._rate:
             return
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             self._next = max(self._next, now) + chunk_bytes / self._rate
             pause = self._next - now
-        time.sleep(pause)
+        self._sleep(pause)
