@@ -23,6 +23,7 @@ COLUMNS = {
     "tokens": "tokens",
     "clients": "clients",
     "rate": "due/s",
+    "unsent": "unsent",
     "p50_ms": "p50 ms",
     "p90_ms": "p90 ms",
     "p99_ms": "p99 ms",
@@ -135,7 +136,7 @@ def _cpu(outcome: Outcome) -> float:
 def show(title: str, found: Sequence[Record], console: Console) -> str:
     """Print a table and return the same in Markdown. Columns that say the same in every row are left out."""
     found = sorted(found, key=lambda record: (record["tokens"], record["clients"], record["rate"] or 0))
-    telling = ("shards", "ids", "tokens", "clients", "rate")
+    telling = ("shards", "ids", "tokens", "clients", "rate", "unsent")
     columns = [
         key
         for key in COLUMNS
