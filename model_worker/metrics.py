@@ -24,8 +24,6 @@ _COUNTERS = {
     "prompt_tokens": ("model_worker_prompt_tokens", "Tokens prefilled."),
     "generated_tokens": ("model_worker_generated_tokens", "Tokens generated."),
     "looked_up_tokens": ("model_worker_looked_up_tokens", "Tokens whose rows were asked of the embedding service."),
-    "cache_hits": ("model_worker_row_cache_hits", "Rows the client had in its cache."),
-    "cache_misses": ("model_worker_row_cache_misses", "Rows the client had to ask for."),
 }
 
 
@@ -72,7 +70,7 @@ class ReplicaMetrics:
             for key, gauge in self._gauges.items():
                 gauge.set(counts[key])
             for key, counter in self._counters.items():
-                grown = counts.get(key, 0) - self._counted[key]
+                grown = counts[key] - self._counted[key]
                 if grown:
                     counter.inc(grown)
                     self._counted[key] += grown

@@ -75,6 +75,10 @@ class Prefetch:
         rows = self._threads.submit(self.source.lookup_ngrams, self.name, tokens, context, dtype=self.dtype)
         self._asked = self.hasher.row_ids(tokens, context), rows
 
+    def forget(self) -> None:
+        """Another forward pass begins."""
+        self._asked = None
+
     def rows(self, layer: int, ids: Tensor) -> Tensor:
         """The rows of int64 [B, S, H] ids of the table of PLE layer 0, 1, ..., on their device.
 
@@ -115,6 +119,7 @@ class _NoTable(nn.Module):
         self.weight = _NOWHERE
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Raises InvalidRequest: there are no rows."""
         raise InvalidRequest("this model was loaded without its n-gram tables: give it them with model_worker.attach")
 
 
@@ -204,6 +209,7 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
 
 def _prefetch(prefetch: Prefetch, layer: int, arguments: dict[str, Any]) -> None:
     """Before Qwen4ExpTextModel.forward: ask for the rows it will need. Where it is not clear which, ask for none."""
+    prefetch.forget()
     tokens, mask = arguments.get("ple_input_ids"), arguments.get("attention_mask")
     tokens = arguments.get("input_ids") if tokens is None else tokens
     if tokens is None or not tokens.numel():

@@ -87,6 +87,7 @@ def busy(server: Server) -> set[str]:
     }
 
 
+@pytest.mark.timeout(600)
 def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tables: Tables) -> None:
     shards = {process.pid for process in tables.family()}
     assert len(replicas(server)) == 1
