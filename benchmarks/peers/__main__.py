@@ -83,13 +83,15 @@ def _serve(peer: Peer, data: Data, stack: ExitStack) -> Server | Unusable:
         return error
 
 
-def peers_section(peers: Sequence[Peer], data: Data, console: Console, quick: bool) -> dict[str, list[Record]]:
+def peers_section(
+    peers: Sequence[Peer], data: Data, console: Console, rounds: int, quick: bool
+) -> dict[str, list[Record]]:
     """All peers: one client in a closed loop, ids at random and of a text, and then in an open loop."""
     with started(peers, data, console) as ready:
         uniform = [Slice(tokens, SLICE_SECONDS[tokens]) for tokens in TOKENS]
-        found = {"peers": records(run_rounds(ready, uniform, 4 if quick else 8))}
+        found = {"peers": records(run_rounds(ready, uniform, rounds))}
         text = [Slice(tokens, SLICE_SECONDS[tokens], ids="text") for tokens in ((64,) if quick else TOKENS)]
-        found["text"] = records(run_rounds(ready, text, 2 if quick else 4))
+        found["text"] = records(run_rounds(ready, text, max(2, rounds // 2)))
         if not quick:
             remote = [peer for peer in ready if not isinstance(peer.peer, IndexSelect)]
             found["open"] = records(run_rounds(remote, open_slices(found["peers"]), 3))
@@ -137,10 +139,12 @@ def main() -> None:
     )
     parser.add_argument("--sections", nargs="+", choices=["peers", "clients", "shards"], help="default: all, or peers")
     parser.add_argument("--shards", type=int, default=1, help="shards of our service where they are not varied")
+    parser.add_argument("--rounds", type=int, help="rounds of closed loops over all peers; default 8, quick: 3")
     parser.add_argument("--rows", type=int, help="rows of the table")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for what is written")
     arguments = parser.parse_args()
     sections = arguments.sections or (["peers"] if arguments.quick else ["peers", "clients", "shards"])
+    rounds = arguments.rounds or (3 if arguments.quick else 8)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
     peers = [
@@ -154,7 +158,7 @@ def main() -> None:
         data = make_data(Path(work) / "data", arguments.rows or (QUICK_ROWS if arguments.quick else FULL_ROWS))
         console.print(f"{data.rows:,} rows of {HEADS} heads, made in {time.monotonic() - begun:.0f} s")
         if "peers" in sections:
-            found |= peers_section(peers, data, console, arguments.quick)
+            found |= peers_section(peers, data, console, rounds, arguments.quick)
         if "clients" in sections:
             found["clients"] = clients_section(data, console)
         if "shards" in sections:
