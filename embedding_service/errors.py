@@ -14,6 +14,7 @@
             ImportRefused       the checkpoint cannot be imported as asked
             CorruptPart         a part whose bytes do not match its checksum
         PlacementError          the parts do not fit the shards
+        NoGradients             a remote module was asked to be trained
 
 Each message names the input at fault and the remedy.
 """
@@ -75,3 +76,7 @@ class CorruptPart(StoreError):
 
 class PlacementError(EmbeddingServiceError):
     """The parts do not fit the shards; the message gives the bytes needed and the bytes there are."""
+
+
+class NoGradients(EmbeddingServiceError, RuntimeError):
+    """A remote module was asked for gradients: the service's rows cannot be trained."""

@@ -1,0 +1,303 @@
+"""TorchRec's embedding modules with their tables in the service: swap the module, leave the model as it is.
+
+They are used as `torchrec.EmbeddingCollection` and `torchrec.EmbeddingBagCollection` are, with the client and the name
+of the model before the configs. A batch asks for the rows of all its tables at once, and for each row once. Needs
+torchrec, which the rest of the client side does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+    pooling_type_to_str,
+)
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollectionInterface,
+    get_embedding_names_by_table,
+    process_pooled_embeddings,
+    reorder_inverse_indices,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from embedding_service.client.client import EmbeddingClient, ModelDescription
+from embedding_service.client.remote import RemoteModule
+from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
+
+__all__ = ["RemoteEmbeddingBagCollection", "RemoteEmbeddingCollection"]
+# Lookups that one module may have under way; a lookup waits for shards, it does not compute.
+_LOOKUPS = 32
+
+
+class _RemoteTables(RemoteModule):
+    """The tables of one model, a config each."""
+
+    def __init__(
+        self,
+        client: EmbeddingClient,
+        model: str,
+        tables: Sequence[BaseEmbeddingConfig],
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self._client, self._model, self._configs = client, model, tables
+        self._device = None if device is None else torch.device(device)
+        names = [config.name for config in tables]
+        if not names or len(set(names)) < len(names):
+            raise InvalidRequest(
+                f"each config needs a table name of its own, got {', '.join(map(repr, names)) or 'none'}"
+            )
+        for config in tables:
+            config.feature_names = config.feature_names or [config.name]  # as TorchRec does
+        self._output_names = get_embedding_names_by_table(list(tables))
+        self._served = self._served_version()
+        self._pool = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="embedding-lookup")
+
+    @property
+    def device(self) -> torch.device:
+        """Where outputs lie; the CPU where they lie where the features do."""
+        return self._device or torch.device("cpu")
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        tables = ", ".join(f"{each.name} [{each.num_embeddings}, {each.embedding_dim}]" for each in self._configs)
+        return f"{self._model!r}, {tables}"
+
+    def _features(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, dict[str, JaggedTensor]]:
+        """The features, which may come as a TensorDict, and each by its name."""
+        features = maybe_td_to_kjt(features, None)
+        jagged = features.to_dict()
+        for config in self._configs:
+            for name in config.feature_names:
+                if name not in jagged:
+                    known = ", ".join(jagged) or "none"
+                    raise InvalidRequest(f"table {config.name} needs the feature {name!r}; given are: {known}")
+        return features, jagged
+
+    def _rows(self, jagged: Mapping[str, JaggedTensor]) -> list[list[Tensor]]:
+        """For each table and each of its features the rows float32 [ids, dim], all of one version of the model."""
+        ids = [[jagged[name].values() for name in config.feature_names] for config in self._configs]
+        flat = [torch.cat(each) for each in ids]
+        rows = [self._in_graph(each if self._device is None else each.to(self._device)) for each in self._fetch(flat)]
+        return [_apart(each, [len(part) for part in parts]) for each, parts in zip(rows, ids, strict=True)]
+
+    def _fetch(self, ids: list[Tensor]) -> list[Tensor]:
+        """For each table the rows of its ids [n], looked up all at once in one version."""
+        concurrently = self._pool.map if len(ids) > 1 else map
+        while True:
+            served = self._served
+            try:
+                return list(concurrently(partial(self._lookup, served), self._configs, ids))
+            except NotFound:  # that version was replaced
+                self._served = self._served_version()
+                if self._served == served:
+                    raise
+
+    def _lookup(self, served: str, config: BaseEmbeddingConfig, ids: Tensor) -> Tensor:
+        try:
+            return self._client.lookup(f"{served}/{config.name}", ids)
+        except OutOfRange as error:
+            raise OutOfRange(f"{error} (the ids of {', '.join(config.feature_names)}, one after the other)") from error
+
+    def _served_version(self) -> str:
+        """`name@version` of what is served now. Raises InvalidRequest where it is not what the configs say."""
+        models = self._client.models()
+        found = [model for model in models if self._model in (model.name, _full_name(model))]
+        if not found:
+            known = ", ".join(map(_full_name, models)) or "none yet"
+            raise NotFound(f"no model {self._model!r} is served; served models: {known}")
+        if problems := [problem for config in self._configs for problem in _mismatch(config, found[-1])]:
+            raise InvalidRequest(
+                f"the configs are not of the tables that {_full_name(found[-1])} has: {'; '.join(problems)}. Correct "
+                "them, or name the model@version that they were made for"
+            )
+        return _full_name(found[-1])
+
+
+class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
+    """In place of a `torchrec.EmbeddingCollection`. Values are float32 and equal to TorchRec's on the same weights.
+
+    What TorchRec's takes for sharding (`use_gather_select`) has no meaning here. Gradients: none, as `RemoteModule`
+    says.
+
+    Args:
+        client: Shared, not owned: close it yourself.
+        model: `name` or `name@version`. Is `name` replaced by a newer version, that one is taken, if the configs fit.
+        tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
+            the served table, decoded.
+        device: Where outputs shall lie; None: where the features lie.
+        need_indices: Give the ids as the outputs' weights.
+
+    Raises:
+        InvalidRequest: a config differs in rows or dim from the served table, or configs from each other.
+        NotFound, Unavailable: no such model; nobody there to ask.
+    """
+
+    def __init__(
+        self,
+        client: EmbeddingClient,
+        model: str,
+        tables: list[EmbeddingConfig],
+        device: torch.device | str | None = None,
+        need_indices: bool = False,
+    ) -> None:
+        super().__init__(client, model, tables, device)
+        if len({config.embedding_dim for config in tables}) > 1:
+            dims = ", ".join(f"{config.name} {config.embedding_dim}" for config in tables)
+            raise InvalidRequest(f"all tables of a collection must have the same embedding_dim, got {dims}")
+        self._embedding_configs, self._need_indices = tables, need_indices
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Rows of every id, unpooled.
+
+        Args:
+            features: [F, B, lengths]; any integer dtype.
+
+        Returns:
+            For each feature a JaggedTensor of float32 [ids, dim] with the feature's lengths; `feature@table` where
+            several tables have that feature.
+
+        Raises:
+            InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
+        """
+        _, jagged = self._features(features)
+        outputs = {}
+        for config, names, rows in zip(self._configs, self._output_names, self._rows(jagged), strict=True):
+            for feature, name, values in zip(config.feature_names, names, rows, strict=True):
+                asked = jagged[feature].to(values.device)
+                outputs[name] = JaggedTensor(
+                    values, lengths=asked.lengths(), weights=asked.values() if self._need_indices else None
+                )
+        return outputs
+
+    def need_indices(self) -> bool:
+        """Whether outputs carry the ids as their weights."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """Values of a row, the same in all tables."""
+        return self._embedding_configs[0].embedding_dim
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """What it was made with."""
+        return self._embedding_configs
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """The keys of the output, for each table."""
+        return self._output_names
+
+
+class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterface):
+    """In place of a `torchrec.EmbeddingBagCollection`. Rows are pooled here, by the kernel that TorchRec's uses.
+
+    So on the CPU its float32 values equal TorchRec's on the same weights bit for bit; a float16 table is pooled in
+    float32 here and in float16 there. Gradients: none, as `RemoteModule` says.
+
+    Args:
+        client: Shared, not owned: close it yourself.
+        model: `name` or `name@version`. Is `name` replaced by a newer version, that one is taken, if the configs fit.
+        tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
+            the served table, decoded.
+        is_weighted: Whether features come with weights; only for sum pooling.
+        device: Where outputs shall lie; None: where the features lie.
+
+    Raises:
+        InvalidRequest: a config differs in rows or dim from the served table, or asks for weighted means.
+        NotFound, Unavailable: no such model; nobody there to ask.
+    """
+
+    def __init__(
+        self,
+        client: EmbeddingClient,
+        model: str,
+        tables: list[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(client, model, tables, device)
+        for config in tables:
+            if config.pooling not in ([PoolingType.SUM] if is_weighted else [PoolingType.SUM, PoolingType.MEAN]):
+                kinds = "SUM where features are weighted" if is_weighted else "SUM or MEAN"
+                raise InvalidRequest(f"pooling of table {config.name} must be {kinds}, got {config.pooling.name}")
+        self._bag_configs, self._is_weighted = tables, is_weighted
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """The bags of every feature, pooled; an empty bag gives zeros.
+
+        Args:
+            features: [F, B, lengths]; any integer dtype.
+
+        Returns:
+            A KeyedTensor of float32 [B, sum of dims], a key for each feature; `feature@table` where several tables have
+            that feature.
+
+        Raises:
+            InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
+        """
+        features, jagged = self._features(features)
+        pooled = [
+            self._pool_bags(config, jagged[feature].to(rows.device), rows)
+            for config, of_table in zip(self._bag_configs, self._rows(jagged), strict=True)
+            for feature, rows in zip(config.feature_names, of_table, strict=True)
+        ]
+        names = [name for config in self._bag_configs for name in config.feature_names]
+        inverse = reorder_inverse_indices(features.inverse_indices_or_none(), names)
+        return KeyedTensor(
+            keys=[name for names in self._output_names for name in names],
+            length_per_key=[each.shape[1] for each in pooled],
+            values=process_pooled_embeddings(pooled, inverse.to(pooled[0].device)),
+        )
+
+    def is_weighted(self) -> bool:
+        """Whether features come with weights."""
+        return self._is_weighted
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """What it was made with."""
+        return self._bag_configs
+
+    def _pool_bags(self, config: EmbeddingBagConfig, bags: JaggedTensor, rows: Tensor) -> Tensor:
+        offsets = bags.offsets()
+        return functional.embedding_bag(
+            torch.arange(len(rows), dtype=offsets.dtype, device=rows.device),
+            rows,
+            offsets,
+            mode=pooling_type_to_str(config.pooling),
+            per_sample_weights=bags.weights().to(rows.dtype) if self._is_weighted else None,
+            include_last_offset=True,
+        )
+
+
+def _apart(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """Views of so many rows each; unlike those of Tensor.split they may be changed in place."""
+    ends = list(accumulate(counts))
+    return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _full_name(model: ModelDescription) -> str:
+    return f"{model.name}@{model.version}"
+
+
+def _mismatch(config: BaseEmbeddingConfig, model: ModelDescription) -> list[str]:
+    """What is wrong with a config, if anything."""
+    if config.name not in model.tables:
+        return [f"it has no table {config.name!r}, only {', '.join(model.tables)}"]
+    rows, dim, _ = model.tables[config.name]
+    if (rows, dim) == (config.num_embeddings, config.embedding_dim):
+        return []
+    return [
+        f"{config.name} has {rows} rows of {dim}, its config says num_embeddings={config.num_embeddings}, "
+        f"embedding_dim={config.embedding_dim}"
+    ]
