@@ -1,5 +1,6 @@
 """Controllers and shards as processes that come, go and die, under a load whose rows are checked."""
 
+import mmap
 import shutil
 import signal
 from pathlib import Path
@@ -157,6 +158,36 @@ def test_with_two_replicas_a_killed_shard_loses_no_lookup(own_store: Path, tmp_p
                 "the lost copies to be made again",
             )
         load.check()
+
+
+def test_a_part_cut_short_under_a_mapping_costs_a_shard_and_no_lookup(own_store: Path, tmp_path: Path) -> None:
+    """Its pages are gone, and the kernel ends who reads them: there is no right answer that it could give."""
+    whole = own_store
+    hurt = tmp_path / "hurt"
+    shutil.copytree(own_store, hurt)  # shards a and b read stores of their own, as from volumes of their own
+    with cluster(tmp_path, whole, "--expect-shards=2", "--replicas=2", "--lost-after=2") as running:
+        running.start_shard("a", "--tier=mmap")
+        running.store = hurt
+        running.start_shard("b", "--tier=mmap")
+        until(lambda: running.is_whole(2), "two copies")
+        with Load(addresses(running), "m/ngram", longcat_table()) as load:
+            until(lambda: load.lookups > 50, "lookups")
+            part = hurt / "m/1/ngram/part-00003.safetensors"
+            with part.open("r+b") as file:
+                # At a page's end: what is left of a page that was cut within reads as zeros, which nobody can tell.
+                file.truncate(part.stat().st_size // 2 // mmap.PAGESIZE * mmap.PAGESIZE)
+            assert running.processes["b"].popen.wait(30) == -signal.SIGBUS
+            running.start_shard("b", "--tier=mmap")
+
+            def refused(status: control.Status) -> bool:
+                return any("part-00003.safetensors is cut short" in problem.message for problem in status.problems)
+
+            status = running.wait_until(refused, "the part's problem")
+            asked = load.lookups
+            until(lambda: load.lookups > asked + 50, "lookups beside the cut part")
+        load.check()
+        [problem] = [problem for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
+        assert "import the table again" in problem.message
 
 
 def test_with_one_copy_a_killed_shards_parts_are_loaded_elsewhere(own_store: Path, tmp_path: Path) -> None:
