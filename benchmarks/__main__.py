@@ -7,6 +7,7 @@ MODULES = (
     ["benchmarks.ngram"],
     ["benchmarks.planning"],
     ["benchmarks.import_memory", "--gib", "1"],
+    ["benchmarks.loading"],
     ["benchmarks.peers"],
 )
 
