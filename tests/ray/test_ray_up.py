@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,8 +25,8 @@ NODES = 3
 TABLE = "fp32/ngram"
 
 
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[str]:
+@contextmanager
+def ray_nodes() -> Iterator[str]:
     """The address of a Ray cluster."""
     command = [sys.executable, str(Path(__file__).with_name("nodes.py")), str(NODES)]
     with pytest.MonkeyPatch.context() as patch:
@@ -34,6 +35,13 @@ def ray_cluster() -> Iterator[str]:
             assert nodes.stdin and nodes.stdout
             yield nodes.stdout.readline().strip()
             nodes.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster that no test hurts."""
+    with ray_nodes() as address:
+        yield address
 
 
 def run_up(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -69,6 +77,11 @@ def its_processes(running: Up) -> list[psutil.Process]:
     return [*processes, *(actor for actor in actors if actor)]
 
 
+def raylet_of(pid: int) -> psutil.Process:
+    """The first process of the Ray node on which a server's process runs."""
+    return next(process for process in psutil.Process(pid).parents() if process.name() == "raylet")
+
+
 def wait_for_another(running: Up, name: str, pid: int) -> None:
     """Until a process other than `pid` holds that shard's parts."""
     until(lambda: shard_pids(running).get(name, pid) != pid, f"another process of {name}", 60)
@@ -100,6 +113,32 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
         assert running.end() == 0
         assert not [process for process in processes if process.is_running()]
         assert "Traceback" not in running.output()
+
+
+def test_a_lost_node_costs_no_lookup_and_its_shard_comes_back_on_another(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ray_nodes() as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)  # which cluster `auto` is: this machine may be a node of several
+        with up(tmp_path, store, NODES - 1, "--ray=auto", "--replicas=2", "--tier=mmap") as running:
+            until(lambda: len(shard_pids(running)) == NODES - 1, "all shards to hold their parts")
+            controller, pids = controller_process(running), shard_pids(running)
+            assert controller
+            lost = next(name for name, pid in pids.items() if raylet_of(pid) != raylet_of(controller.pid))
+            node = raylet_of(pids[lost])
+            with Load(running.address, TABLE, longcat_table(), threads=1) as load:
+                until(lambda: load.lookups > 50, "lookups")
+                for process in [*node.children(recursive=True), node]:
+                    process.kill()
+                asked = load.lookups
+                until(lambda: load.lookups > asked + 50, "lookups without the node")
+                wait_for_another(running, lost, pids[lost])
+                asked = load.lookups
+                until(lambda: load.lookups > asked + 50, "lookups with the new shard")
+            load.check()
+            assert raylet_of(shard_pids(running)[lost]) != node
+            assert f"{lost} ended, Ray starts it anew" in running.output()
+            assert running.end() == 0
 
 
 def test_its_processes_end_when_it_is_killed(ray_cluster: str, store: Path, tmp_path: Path) -> None:
