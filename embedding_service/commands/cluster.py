@@ -86,7 +86,9 @@ def _run_on_ray(options: UpOptions, address: str) -> None:
     try:
         from embedding_service.commands import ray_up
     except ModuleNotFoundError as error:
-        raise InvalidRequest(f"--ray needs {error.name}, on every node: pip install 'embedding-service[ray]'") from error
+        raise InvalidRequest(
+            f"--ray needs {error.name}, on every node: pip install 'embedding-service[ray]'"
+        ) from error
     ray_up.run(options, address)
 
 
