@@ -1,0 +1,131 @@
+// Looks rows up in an embedding service, with the .proto file alone: no generated code, nothing of the service's.
+//
+//     npm ci --ignore-scripts
+//     node client.js HOST:PORT MODEL TABLE ID [ID ...]
+//
+// Any shard's address will do. Each step prints one line of JSON.
+'use strict';
+
+const path = require('node:path');
+const grpc = require('@grpc/grpc-js');
+const protoLoader = require('@grpc/proto-loader');
+
+const PROTOS = path.join(__dirname, '..', '..', 'protos');
+const DEADLINE_MS = 10_000;
+
+const definition = protoLoader.loadSync('embedding/v1/embedding.proto', {
+  includeDirs: [PROTOS],
+  keepCase: true,
+  longs: Number, // row counts stay far below 2^53
+  enums: String,
+  defaults: true,
+});
+const { EmbeddingService } = grpc.loadPackageDefinition(definition).embedding.v1;
+
+/** A client of the service; its answers are promises. */
+class Embeddings {
+  constructor(address) {
+    // Rows of many ids are more than the 4 MiB that grpc-js takes by default; the service has a limit of its own.
+    const options = { 'grpc.max_receive_message_length': -1 };
+    this.stub = new EmbeddingService(address, grpc.credentials.createInsecure(), options);
+  }
+
+  close() {
+    this.stub.close();
+  }
+
+  /** A unary call. Rejects with grpc's ServiceError: `code` is a grpc.status, `details` the service's message. */
+  call(method, request) {
+    return new Promise((resolve, reject) => {
+      const deadline = Date.now() + DEADLINE_MS;
+      this.stub[method](request, { deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
+    });
+  }
+
+  /** What is served: [{ name, version, family, tables: [{ name, rows, dim, dtype }] }]. */
+  async models() {
+    return (await this.call('ListModels', {})).models;
+  }
+
+  /** Rows of one table as a Float32Array each, in the order of the ids. */
+  async lookup(model, table, ids) {
+    const answer = await this.call('Lookup', { model, table, ids_uint32: littleEndian32(ids) });
+    return rowsOf(answer);
+  }
+
+  /** The n-gram rows of each token of one sequence; the service hashes. A token has tables * heads of them. */
+  async ngrams(model, tokens) {
+    const answer = await this.call('LookupNgrams', { model, token_ids: tokens });
+    return chunks(rowsOf(answer), answer.tables * answer.heads);
+  }
+
+  /** Many lookups on one stream, as a decode loop does; resolves when all are answered, whatever their order. */
+  lookupMany(requests) {
+    return new Promise((resolve, reject) => {
+      const stream = this.stub.StreamLookup({ deadline: Date.now() + DEADLINE_MS });
+      const results = new Array(requests.length);
+      stream.on('error', reject);
+      stream.on('end', () => resolve(results));
+      stream.on('data', ({ request_id: id, rows, error }) => {
+        // A bad request is answered with an error; the stream and the other requests go on.
+        results[id] = error ? { code: error.code, message: error.message } : rowsOf(rows);
+      });
+      requests.forEach(({ model, table, ids }, id) => {
+        stream.write({ request_id: id, lookup: { model, table, ids_uint32: littleEndian32(ids) } });
+      });
+      stream.end();
+    });
+  }
+}
+
+/** Ids as the bytes the service reads fastest; tables of more than 2^32 rows take `ids_int64` instead. */
+function littleEndian32(ids) {
+  const bytes = Buffer.alloc(4 * ids.length);
+  ids.forEach((id, index) => bytes.writeUInt32LE(id, 4 * index));
+  return bytes;
+}
+
+/** The rows of an answer: little-endian float32, row-major. */
+function rowsOf({ rows, dim }) {
+  const values = Float32Array.from({ length: rows.length / 4 }, (_, index) => rows.readFloatLE(4 * index));
+  return chunks(values, dim);
+}
+
+/** An array or typed array in pieces of `size`. */
+function chunks(values, size) {
+  return Array.from({ length: values.length / size }, (_, index) => values.slice(index * size, (index + 1) * size));
+}
+
+async function main(address, model, table, ids) {
+  const embeddings = new Embeddings(address);
+  const show = (step, result) =>
+    console.log(JSON.stringify({ step, result }, (_, value) => (value instanceof Float32Array ? [...value] : value)));
+  try {
+    const served = await embeddings.models();
+    show('models', served.map(({ name, version, family }) => `${name}@${version} ${family}`));
+    show('lookup', await embeddings.lookup(model, table, ids));
+    if (served.some(({ name, family }) => name === model && family)) {
+      show('ngrams', await embeddings.ngrams(model, ids));
+    }
+    const single = ids.map((id) => ({ model, table, ids: [id] }));
+    show('stream', await embeddings.lookupMany([...single, { model, table, ids: [2 ** 32 - 1] }]));
+    show('error', await embeddings.lookup(model, 'no-such-table', ids));
+  } catch (error) {
+    if (error.code === undefined) throw error;
+    show('error', { code: grpc.status[error.code], message: error.details });
+  } finally {
+    embeddings.close();
+  }
+}
+
+if (require.main === module) {
+  const [address, model, table, ...ids] = process.argv.slice(2);
+  if (!ids.length || ids.some((id) => !/^\d+$/.test(id) || Number(id) >= 2 ** 32)) {
+    console.error('usage: node client.js HOST:PORT MODEL TABLE ID [ID ...]   (ids from 0 to 2^32 - 1)');
+    process.exitCode = 2;
+  } else {
+    main(address, model, table, ids.map(Number));
+  }
+}
+
+module.exports = { Embeddings };

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The service from a shell, with grpcurl (https://github.com/fullstorydev/grpcurl) and jq: no .proto file, because every
+# process tells its own by server reflection.
+#
+#     examples/shell/walkthrough.sh HOST:PORT MODEL TABLE ID [ID ...]
+set -euo pipefail
+if (($# < 4)); then
+    echo "usage: $0 HOST:PORT MODEL TABLE ID [ID ...]" >&2
+    exit 2
+fi
+address=$1 model=$2 table=$3
+ids=$(IFS=,; echo "${*:4}")
+service=embedding.v1.EmbeddingService
+answer=$(mktemp)
+trap 'rm -f "$answer"' EXIT
+call() { grpcurl -plaintext -max-time 10 "$@"; }
+ask() { call -d "$(jq -nc --arg model "$model" --arg table "$table" "$1")" "$address" "$service/$2"; }
+title() { printf '\n# %s\n' "$1"; }
+
+title "What does this process serve?"
+call "$address" list
+
+title "What can be asked of it, and what is a lookup?"
+call "$address" describe $service
+call "$address" describe embedding.v1.LookupRequest
+
+title "Is it well?"
+call "$address" grpc.health.v1.Health/Check
+
+title "Which models are there?"
+ask '{}' ListModels | jq -c '.models[] | {name, version, family, tables: [.tables[] | {name, rows, dim, dtype}]}'
+
+title "Rows $ids of $model/$table: bytes are base64 in JSON, and these are little-endian float32"
+ask "{model: \$model, table: \$table, ids: [$ids]}" Lookup >"$answer"
+jq -r .rows "$answer" | base64 --decode | od -A n -t f4 -w"$(jq '4 * .dim' "$answer")"
+
+title "The same on a stream; each answer bears its request's id"
+ask "{request_id: 1, lookup: {model: \$model, table: \$table, ids: [$ids]}}" StreamLookup |
+    jq -c '{request: (.request_id // .requestId), dim: .rows.dim}' # grpcurl's releases spell JSON's names differently
+
+title "A wrong name is answered with the right ones"
+ask "{model: \$model, table: \"no-such-table\", ids: [$ids]}" Lookup || echo "grpcurl ended with $?"

@@ -1,0 +1,113 @@
+"""The clients in examples/ as a reader would run them, against a running service."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import DIM, HEADS, longcat_table
+from support.cluster import Up
+
+from embedding_service import EmbeddingClient
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+IDS = [3, 5, 8, 3]
+NO_NETWORK = ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT", "ENETUNREACH", "ENOTCACHED")
+
+
+def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=150, **options)
+
+
+def needs(*programs: str) -> None:
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)} on the PATH")
+
+
+def number_lines(text: str) -> torch.Tensor:
+    """float32 [n, DIM] of all numbers in a text."""
+    return torch.tensor([float(word) for word in text.split()]).view(-1, DIM)
+
+
+def test_python_stubs_need_neither_torch_nor_numpy(service: Up) -> None:
+    example = EXAMPLES / "python_stubs.py"
+    without = f"import runpy, sys; sys.modules.update(torch=None, numpy=None); sys.argv[0] = {str(example)!r}"
+    code = f"{without}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run(sys.executable, "-c", code, service.address, "fp32", "ngram", *map(str, IDS))
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(number_lines(done.stdout), longcat_table()[IDS])
+
+
+def test_python_stubs_say_what_the_service_says(service: Up) -> None:
+    done = run(sys.executable, EXAMPLES / "python_stubs.py", service.address, "fp32", "nope", "3")
+    assert done.returncode == 1
+    assert done.stderr.startswith("NOT_FOUND: ")
+    assert "ngram" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """client.js with its packages as the lock file pins them, beside a copy of the protos."""
+    needs("node", "npm")
+    root = tmp_path_factory.mktemp("node")
+    shutil.copytree(EXAMPLES / "node", root / "examples/node", ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copytree(ROOT / "protos", root / "protos")
+    done = run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=root / "examples/node")
+    if done.returncode and any(code in done.stderr for code in NO_NETWORK):
+        pytest.skip(f"npm reaches no registry: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return root / "examples/node/client.js"
+
+
+def test_node_looks_up_hashes_streams_and_explains_errors(
+    node_client: Path, service: Up, client: EmbeddingClient
+) -> None:
+    done = run("node", node_client, service.address, "fp32", "ngram", *map(str, IDS))
+    assert done.returncode == 0, done.stderr
+    steps = {line["step"]: line["result"] for line in map(json.loads, done.stdout.splitlines())}
+    assert "fp32@1 longcat" in steps["models"]
+    assert torch.equal(torch.tensor(steps["lookup"]), longcat_table()[IDS])
+    ngrams = client.lookup_ngrams("fp32", torch.tensor([IDS]))
+    assert torch.equal(torch.tensor(steps["ngrams"]).view(1, len(IDS), 1, HEADS, DIM), ngrams)
+    *rows, failure = steps["stream"]
+    assert torch.equal(torch.tensor(rows)[:, 0], longcat_table()[IDS])
+    assert failure["code"] == 11  # OUT_OF_RANGE, and the requests beside it were answered
+    assert "4294967295" in failure["message"]
+    assert steps["error"]["code"] == "NOT_FOUND"
+    assert "ngram" in steps["error"]["message"]
+
+
+def test_node_says_who_does_not_answer(node_client: Path) -> None:
+    done = run("node", node_client, "127.0.0.1:1", "fp32", "ngram", "3")
+    assert json.loads(done.stdout)["result"]["code"] == "UNAVAILABLE"
+    assert run("node", node_client, "127.0.0.1:1", "fp32", "ngram", "-3").returncode == 2
+
+
+def test_the_node_lock_file_names_no_registry_and_pins_every_package() -> None:
+    lock = json.loads((EXAMPLES / "node/package-lock.json").read_text())
+    packages = {name: entry for name, entry in lock["packages"].items() if name}
+    assert "node_modules/@grpc/grpc-js" in packages
+    assert all("resolved" not in entry and entry["integrity"] for entry in packages.values())
+
+
+def test_the_shell_walkthrough_needs_no_proto_file(service: Up, tmp_path: Path) -> None:
+    needs("grpcurl", "jq")
+    done = run(EXAMPLES / "shell/walkthrough.sh", service.address, "fp32", "ngram", *map(str, IDS), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = dict(part.split("\n", 1) for part in done.stdout.split("\n# ")[1:])
+    assert "embedding.v1.EmbeddingService" in steps["What does this process serve?"]
+    assert "rpc LookupNgrams" in steps["What can be asked of it, and what is a lookup?"]
+    assert "bytes ids_int64" in steps["What can be asked of it, and what is a lookup?"]
+    assert '"SERVING"' in steps["Is it well?"]
+    [rows] = [text for title, text in steps.items() if title.startswith("Rows")]
+    torch.testing.assert_close(number_lines(rows), longcat_table()[IDS], rtol=1e-6, atol=0)
+    assert '{"request":"1","dim":16}' in done.stdout
+    assert "NotFound" in done.stderr
+    assert "ngram" in done.stderr
