@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,3 +302,19 @@ def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
         publish(tmp_path, "3", {name: table[:600] for name, table in tables.items()})
         with pytest.raises(InvalidRequest, match=r"rec@3 has: goods has 600 rows"):
             until(lambda: not is_new(), "a refusal of version 3")
+
+
+def test_the_page_on_other_models_does_what_it_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "other-models.md").read_text()
+    save_file({"users": torch.randn(5000, DIM), "items": torch.randn(2000, DIM)}, tmp_path / "model.safetensors")
+    [command] = re.findall(r"^    embedding-service (import .*)$", page, re.MULTILINE)
+    arguments = command.replace("STORE", "store").split()
+    subprocess.run([sys.executable, "-m", "embedding_service", *arguments], cwd=tmp_path, check=True, timeout=120)
+    with up(tmp_path, tmp_path / "store", 2) as running:
+        names: dict[str, Any] = {}
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+            exec(block.replace("localhost:7070", running.address), names)
+        names["client"].close()
+    assert names["scores"].shape == (2, 2, 1)
+    assert names["logits"].shape == (2, 1)
+    assert all(parameter.grad is not None for parameter in names["dlrm"].parameters())
