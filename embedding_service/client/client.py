@@ -25,11 +25,7 @@ _ENCODINGS = {
     torch.float16: wire.ROW_ENCODING_FLOAT16,
     torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
 }
-_FORMATS = {
-    wire.ROW_ENCODING_FLOAT32: "fp32",
-    wire.ROW_ENCODING_FLOAT16: "fp16",
-    wire.ROW_ENCODING_BFLOAT16: "bf16",
-}
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Up to so many ids a set finds repetitions sooner than sorting does.
 FEW_IDS = 64
 
@@ -246,10 +242,13 @@ def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:
 
 
 def _decode(want: Want, rows: Bytes, inverse: np.ndarray[Any, Any] | None, dtype: torch.dtype) -> Tensor:
-    """Rows uint8 [n, row_bytes] -> `dtype` Tensor[m, dim], each decoded once and put wherever it was asked."""
-    stored = torch.from_numpy(rows)
-    name = want.table.dtype if want.encoding == wire.ROW_ENCODING_STORED else _FORMATS[want.encoding]  # type: ignore[index]
+    """Rows uint8 [n, row_bytes] -> `dtype` Tensor[m, dim], each wherever it was asked.
+
+    They are spread while they are still bytes, which are fewer than what they decode to.
+    """
+    name = want.table.dtype if want.encoding == wire.ROW_ENCODING_STORED else _NAMES[dtype]
     if inverse is not None:
-        return get_format(name).decode(stored, want.table.dim, dtype=dtype).index_select(0, torch.from_numpy(inverse))
-    # A tensor of its own, not a view of the message: that would begin at an odd address.
-    return get_format(name).decode(stored, want.table.dim, out=torch.empty(len(rows), want.table.dim, dtype=dtype))
+        rows = rows.take(inverse, axis=0)
+    elif name == _NAMES[dtype]:  # decoding would give a view of the message, which may begin at an odd address
+        rows = rows.copy()
+    return get_format(name).decode(torch.from_numpy(rows), want.table.dim, dtype=dtype)

@@ -50,10 +50,10 @@ class Want(NamedTuple):
 
 @dataclass(frozen=True)
 class _Leg:
-    """What one shard is asked of one want: the rows at `positions` of its ids."""
+    """What one shard is asked of one want: the rows at `positions` of its ids; None: all, in their order."""
 
     want: int
-    positions: Ids
+    positions: Ids | None
     call: Call
 
 
@@ -134,10 +134,9 @@ class Router:
 
     def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[list[Bytes]]:
         rows: list[Bytes | None] = [None] * len(wants)
-        everything = [np.arange(len(want.ids)) for want in wants]
-        missing = {index: positions for index, positions in enumerate(everything) if len(positions)}
+        missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
         avoid: set[str] = set()
-        for attempt, pause in enumerate(_pauses()):
+        for attempt in itertools.count():
             routing = yield from self.routing(deadline)
             current = routing.model(model.full_name)
             timeout = _attempt_timeout(attempt, current, deadline)
@@ -150,7 +149,7 @@ class Router:
                 else:
                     self._breaker.answered(leg.call.address)
                     found, want = _rows_of(answer, leg, model, wants[leg.want]), wants[leg.want]
-                    if leg.positions is everything[leg.want]:
+                    if leg.positions is None:
                         rows[leg.want] = found  # all from one shard: they stay in the message they came in
                         continue
                     if rows[leg.want] is None:
@@ -163,29 +162,31 @@ class Router:
                 ]
             redirects = self._judge(failures, avoid)
             missing = _still_missing(failures, nowhere)
+            pause = _pause(attempt)
             if time.monotonic() + pause >= deadline:
                 raise _gave_up(model, wants, missing, failures, routing)
             yield from self._refresh(redirects, deadline, avoid)
             if self._routing is routing:
                 yield pause
-        raise AssertionError("unreachable: pauses never end")
+        raise AssertionError("unreachable")
 
     def _legs(
         self,
         routing: Routing,
         model: Model,
         wants: Sequence[Want],
-        missing: dict[int, Ids],
+        missing: dict[int, Ids | None],
         avoid: set[str],
         timeout: float,
-    ) -> tuple[list[_Leg], dict[int, Ids]]:
+    ) -> tuple[list[_Leg], dict[int, Ids | None]]:
         """Who is asked for what; and the positions whose part nobody holds at the moment."""
         legs: list[_Leg] = []
-        nowhere: dict[int, Ids] = {}
+        nowhere: dict[int, Ids | None] = {}
         badness = self._badness(routing, avoid)
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
-            parts, turn = want.ids[positions] // table.rows_per_part, next(self._turn)
+            ids = want.ids if positions is None else want.ids[positions]
+            parts, turn = ids // table.rows_per_part, next(self._turn)
             owners = _choose(table.owners, parts, turn, badness)
             others = _others(table.owners, parts, owners, badness) if self._alternatives else None
             most = _most_ids(routing.limits, want.row_bytes)
@@ -193,10 +194,10 @@ class Router:
                 if shard < 0:
                     nowhere[index] = group
                     continue
-                for start in range(0, len(group), most):
-                    chunk = group[start : start + most] if len(group) > most else group
-                    request = _request(model, want, want.ids[chunk], routing)
-                    shape = Shape(len(chunk), want.row_bytes, want.table.dim, want.encoding, model.version)
+                for chunk in _chunks(group, len(ids), most):
+                    asked = want.ids if chunk is None else want.ids[chunk]
+                    request = _request(model, want, asked, routing)
+                    shape = Shape(len(asked), want.row_bytes, want.table.dim, want.encoding, model.version)
                     second = Call(routing.addresses[other], request, timeout, None, shape) if other >= 0 else None
                     legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout, second, shape)))
         return legs, nowhere
@@ -245,8 +246,8 @@ class Router:
 
     def _learn(self, deadline: float) -> Steps[None]:
         """The first routing, from the seeds, until one answers."""
-        for pause in _pauses():
-            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask")
+        for attempt in itertools.count():
+            failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), _pause(attempt)
             for address in self._seeds:
                 timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
                 [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
@@ -272,9 +273,8 @@ def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
     then the controller may have had its parts loaded elsewhere.
     """
     left = max(deadline - time.monotonic(), 0.001)
-    copies = max(table.owners.shape[1] for table in model.tables.values())
     patience = ATTEMPT_TIMEOUT * 2**attempt
-    return min(left, patience if copies > 1 else max(patience, left / 2))
+    return min(left, patience if model.replicated else max(patience, left / 2))
 
 
 def _choose(
@@ -303,19 +303,32 @@ def _others(
 
 
 def _groups(
-    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32] | None, positions: Ids
-) -> Iterator[tuple[tuple[int, int], Ids]]:
+    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32] | None, positions: Ids | None
+) -> Iterator[tuple[tuple[int, int], Ids | None]]:
     """The positions of each pair of owner and other; of owner and -1 without others."""
-    if others is None and (owners == owners[0]).all():
+    if others is None and np.count_nonzero(owners == owners[0]) == len(owners):
         yield (int(owners[0]), -1), positions
         return
     if others is None:
         others = np.full_like(owners, -1)
+    if positions is None:
+        positions = np.arange(len(owners))
     order = np.lexsort((others, owners))
     owners, others, positions = owners[order], others[order], positions[order]
     starts = [0, *(np.flatnonzero(np.diff(owners) | np.diff(others)) + 1), len(owners)]
     for start, end in itertools.pairwise(starts):
         yield (int(owners[start]), int(others[start])), positions[start:end]
+
+
+def _chunks(positions: Ids | None, count: int, most: int) -> Iterator[Ids | None]:
+    """At most so many positions at a time; None stands for all `count` of them."""
+    if positions is None and count <= most:
+        yield None
+        return
+    if positions is None:
+        positions = np.arange(count)
+    for start in range(0, len(positions), most):
+        yield positions[start : start + most]
 
 
 def _most_ids(limits: wire.Limits, row_bytes: int) -> int:
@@ -339,7 +352,7 @@ def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> wire.Looku
 
 
 def _rows_of(answer: Answer, leg: _Leg, model: Model, want: Want) -> Bytes:
-    expected = len(leg.positions) * want.row_bytes
+    expected = (len(want.ids) if leg.positions is None else len(leg.positions)) * want.row_bytes
     if len(answer.rows) != expected or answer.version != model.version:
         raise ProtocolError(
             f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} "
@@ -348,24 +361,25 @@ def _rows_of(answer: Answer, leg: _Leg, model: Model, want: Want) -> Bytes:
     return answer.rows.reshape(-1, want.row_bytes)
 
 
-def _still_missing(failures: Sequence[tuple[_Leg, Failure]], nowhere: dict[int, Ids]) -> dict[int, Ids]:
-    pieces: dict[int, list[Ids]] = {index: [positions] for index, positions in nowhere.items()}
-    for leg, _ in failures:
-        pieces.setdefault(leg.want, []).append(leg.positions)
-    return {index: np.concatenate(positions) for index, positions in pieces.items()}
+def _still_missing(failures: Sequence[tuple[_Leg, Failure]], nowhere: dict[int, Ids | None]) -> dict[int, Ids | None]:
+    pieces: dict[int, list[Ids]] = {}
+    for index, positions in (*nowhere.items(), *((leg.want, leg.positions) for leg, _ in failures)):
+        pieces.setdefault(index, []).extend([] if positions is None else [positions])
+    return {index: np.concatenate(positions) if positions else None for index, positions in pieces.items()}
 
 
 def _gave_up(
     model: Model,
     wants: Sequence[Want],
-    missing: dict[int, Ids],
+    missing: dict[int, Ids | None],
     failures: Sequence[tuple[_Leg, Failure]],
     routing: Routing,
 ) -> Exception:
     """Names the rows and the shards concerned."""
     rows = "; ".join(
-        f"{len(positions)} of {len(wants[index].ids)} rows of {model.full_name}/{wants[index].table.name} "
-        f"(the first: row {int(wants[index].ids[positions[0]])})"
+        f"{len(wants[index].ids if positions is None else positions)} of {len(wants[index].ids)} rows of "
+        f"{model.full_name}/{wants[index].table.name} "
+        f"(the first: row {int(wants[index].ids[0 if positions is None else positions[0]])})"
         for index, positions in missing.items()
     )
     by_address = {leg.call.address: failure for leg, failure in failures}
@@ -380,12 +394,9 @@ def _gave_up(
     return Unavailable(message)
 
 
-def _pauses() -> Iterator[float]:
-    """Seconds to wait before each further try: doubling to a bound, spread so that clients do not come in step."""
-    pause = FIRST_PAUSE
-    while True:
-        yield pause * random.uniform(0.5, 1.5)
-        pause = min(2 * pause, LONGEST_PAUSE)
+def _pause(attempt: int) -> float:
+    """Seconds to wait before the next try: doubling to a bound, spread so that clients do not come in step."""
+    return min(FIRST_PAUSE * 2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.5)
 
 
 def run(steps: Steps[T], transport: Transport) -> T:

@@ -39,9 +39,6 @@ class PlainFormat(RowFormat):
         if not len(stored):  # torch will not view bytes without rows as floats
             return output(stored, dim, out, dtype)
         stored = stored.contiguous()
-        if out is not None and out.dtype == self.dtype:
-            output(stored, dim, out, dtype).view(torch.uint8).copy_(stored)
-            return out
         if stored.data_ptr() % self.dtype.itemsize:  # rows in a message lie at any address
             stored = stored.clone()
         values = stored.view(self.dtype)

@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 
 def check_ids(ids: Ids, rows: int, table: str) -> None:
     """Raise OutOfRange unless all of `ids` [n] are in [0, rows); `table` names the table in the message."""
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+    if len(ids) and ids.view(np.uint64).max() >= rows:  # a negative id is a huge unsigned one
         position = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
         raise OutOfRange(
             f"id {int(ids[position])} at position {position} is outside table {table}: ids must be from 0 to {rows - 1}"
@@ -47,13 +47,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Model:
-    """One served version of a model: its tables in the order of its family's layers."""
+    """One served version of a model: its tables in the order of its family's layers.
+
+    `replicated`: parts may have more than one owner.
+    """
 
     name: str
     version: str
     family: str
     hash_params: str
     tables: dict[str, Table]
+    replicated: bool
 
     @property
     def full_name(self) -> str:
@@ -121,7 +125,8 @@ def _model(placement: wire.ModelPlacement) -> Model:
         )
         for table, owners in zip(info.tables, placement.tables, strict=True)
     }
-    return Model(info.name, info.version, info.family, info.hash_params, tables)
+    replicated = any(table.owners.shape[1] > 1 for table in tables.values())
+    return Model(info.name, info.version, info.family, info.hash_params, tables, replicated)
 
 
 def _owner_matrix(owners: list[Iterable[int]]) -> npt.NDArray[np.int32]:

@@ -73,9 +73,9 @@ class TableRows(ABC):
         """
         parts = ids // self.table.rows_per_part
         generation = self._generation[parts]
-        if generation.all():
+        if np.count_nonzero(generation) == len(ids):
             rows = self._gather(ids, encoding, out)
-            if (self._generation[parts] == generation).all():
+            if np.count_nonzero(self._generation[parts] == generation) == len(ids):
                 np.add.at(self._accesses, parts, 1)
                 return rows
         raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# glibc takes no more for the second; larger messages are mapped anew each time.
+_KEPT, _LARGEST = 256 << 20, 32 << 20
 
 
 def available_memory() -> int:
@@ -20,3 +26,15 @@ def resident_bytes() -> tuple[int, int]:
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     anonymous, file, shared = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem"))
     return anonymous, file + shared
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what answers took for the next ones, up to 256 MiB.
+
+    By default it gives megabytes back to the kernel at once, and an answer of 6 MB then spends more time on page faults
+    than on anything else. Where the C library is not glibc nothing changes.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)

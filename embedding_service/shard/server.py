@@ -28,7 +28,7 @@ from embedding_service.serving import (
     told_to_end,
 )
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.memory import available_memory
+from embedding_service.shard.memory import available_memory, keep_freed_memory
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import SERVICE, LookupService
 from embedding_service.store.store import Store
@@ -84,6 +84,7 @@ async def _serve(options: ShardOptions) -> None:
     if options.tier not in TIERS:
         raise InvalidRequest(f"unknown tier {options.tier!r}; known: {', '.join(TIERS)}")
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     memory_limit = options.memory_limit or default_memory_limit(options)
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()

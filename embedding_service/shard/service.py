@@ -399,14 +399,13 @@ def _row_bytes(dtype: str, dim: int, encoding: str) -> int:
 
 def _ids(request: wire.LookupRequest) -> Ids:
     """int64 [n] from whichever field holds them."""
-    given = [name for name in ("ids", "ids_int64", "ids_uint32") if getattr(request, name)]
-    if len(given) > 1:
+    plain, wide, narrow = request.ids, request.ids_int64, request.ids_uint32
+    if bool(plain) + bool(wide) + bool(narrow) > 1:
+        given = [name for name in ("ids", "ids_int64", "ids_uint32") if getattr(request, name)]
         raise InvalidRequest(f"row ids in {' and '.join(given)}: give them in one field")
-    if request.ids_int64:
-        return _from_bytes("ids_int64", request.ids_int64, "<i8")
-    if request.ids_uint32:
-        return _from_bytes("ids_uint32", request.ids_uint32, "<u4")
-    return np.array(request.ids, np.int64)
+    if narrow:
+        return _from_bytes("ids_uint32", narrow, "<u4")
+    return _from_bytes("ids_int64", wide, "<i8") if wide else np.array(plain, np.int64)
 
 
 def _from_bytes(field: str, data: bytes, dtype: str) -> Ids:
