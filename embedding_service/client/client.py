@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
 from embedding_service.client.router import Bytes, Router, Steps, Want, run, run_async
 from embedding_service.client.transport import GrpcTransport, Transport
 from embedding_service.errors import InvalidRequest
 from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Model, Table
+from embedding_service.placement.routing import Model, Routing, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
 
 _ENCODINGS = {
@@ -28,6 +29,9 @@ _ENCODINGS = {
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Up to so many ids a set finds repetitions sooner than sorting does.
 FEW_IDS = 64
+# Seconds for which a version stays the newest one for rows of the cache; then a lookup asks a shard again, which says
+# so when it was replaced.
+TRUSTED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,13 @@ class EmbeddingClient:
         timeout: Seconds a call may take in all, retries included, where the call gives none.
         hedge: Ask a second owner when the first takes longer than 95 % of the last calls did. Needs replicas; costs up
             to 5 % more requests, and smaller ones. Off by default: it pays only where single shards are slow at times.
+        cache_bytes: Keep rows in so much memory, in the bytes they came in; a lookup whose rows are all here does no
+            RPC. 0 keeps none. `cache` has the counts.
     """
 
-    def __init__(self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False) -> None:
+    def __init__(
+        self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False, cache_bytes: int = 0
+    ) -> None:
         seeds = [address] if isinstance(address, str) else list(address)
         if not seeds or not all(":" in seed for seed in seeds):
             raise InvalidRequest(f"address must be HOST:PORT, got {address!r}")
@@ -62,6 +70,12 @@ class EmbeddingClient:
         self._transport: Transport = HedgingTransport(GrpcTransport()) if hedge else GrpcTransport()
         self._router = Router(seeds, alternatives=hedge)
         self._hashers: dict[str, NgramHasher] = {}
+        self._kept = _KeptRows(RowCache(cache_bytes)) if cache_bytes else None
+
+    @property
+    def cache(self) -> RowCache | None:
+        """The rows kept here, whose `stats` count hits; None without `cache_bytes`."""
+        return self._kept.cache if self._kept else None
 
     def __enter__(self) -> EmbeddingClient:
         return self
@@ -201,6 +215,8 @@ class EmbeddingClient:
         if dtype not in _ENCODINGS:
             raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         inverses: list[np.ndarray[Any, Any] | None] = []
+        founds: list[_Found] = []
+        kept, began = self._kept, time.monotonic()
 
         def wants_of(model: Model) -> list[Want]:
             inverses.clear()
@@ -209,12 +225,69 @@ class EmbeddingClient:
                 unique, inverse = _once(ids)
                 inverses.append(inverse)
                 wants.append(_want(table, unique, dtype))
-            return wants
+            if kept is None:
+                return wants
+            founds[:] = kept.find(model, wants, began, self._router.current, pinned=name == model.full_name)
+            return [found.missing for found in founds]
 
         wants, stored = yield from self._router.fetch(name, wants_of, self._deadline(timeout))
+        if kept:
+            stored = kept.merge(founds, stored, began)
         return [
             _decode(want, rows, inverse, dtype) for want, rows, inverse in zip(wants, stored, inverses, strict=True)
         ]
+
+
+class _Found(NamedTuple):
+    """What the cache had of a want: bool [n] and uint8 [hits, row_bytes]; `missing` asks for the rest."""
+
+    group: Group
+    here: np.ndarray[Any, Any]
+    rows: Bytes
+    missing: Want
+
+
+class _KeptRows:
+    """When rows of the cache may stand for those of the service, and what goes into it."""
+
+    def __init__(self, cache: RowCache) -> None:
+        self.cache = cache
+        self._routing: Routing | None = None
+        self._confirmed: dict[str, float] = {}
+
+    def find(
+        self, model: Model, wants: Sequence[Want], now: float, routing: Routing | None, *, pinned: bool
+    ) -> list[_Found]:
+        """Split wants. Raises OutOfRange as the service would: what is out of range is no key."""
+        if routing is not None and routing is not self._routing:
+            self._routing = routing
+            self.cache.retain({each.full_name for each in routing.models})
+        trusted = pinned or now < self._confirmed.get(model.full_name, now - TRUSTED_SECONDS) + TRUSTED_SECONDS
+        return [self._split(model, want, trusted) for want in wants]
+
+    def merge(self, founds: Sequence[_Found], fetched: Sequence[Bytes], began: float) -> list[Bytes]:
+        """The rows of split wants in their order, uint8 [n, row_bytes] each; what was fetched is kept."""
+        if any(len(found.missing.ids) for found in founds):
+            self._confirmed[founds[0].group.model] = began
+        return [self._together(found, rows) for found, rows in zip(founds, fetched, strict=True)]
+
+    def _split(self, model: Model, want: Want, trusted: bool) -> _Found:
+        check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
+        group = Group(model.full_name, want.table.name, want.encoding, want.row_bytes)
+        if not trusted:
+            return _Found(group, np.zeros(len(want.ids), np.bool_), np.empty((0, want.row_bytes), np.uint8), want)
+        here, rows = self.cache.find(group, want.ids)
+        return _Found(group, here, rows, want._replace(ids=want.ids[~here]) if len(rows) else want)
+
+    def _together(self, found: _Found, fetched: Bytes) -> Bytes:
+        if not len(fetched):
+            return found.rows
+        self.cache.keep(found.group, found.missing.ids, fetched)
+        if not len(found.rows):
+            return fetched
+        rows = np.empty((len(found.here), found.group.row_bytes), np.uint8)
+        rows[found.here], rows[~found.here] = found.rows, fetched
+        return rows
 
 
 def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:

@@ -1,0 +1,174 @@
+"""Rows that this client has seen, kept in the bytes they came in.
+
+N-grams of text repeat: a row that is here needs no RPC. The cache is set-associative, as a processor's: a key's hash
+names a set of `WAYS` slots, and within a set the row that was asked for longest ago gives way. Everything is done for
+all ids of a lookup at once, in numpy; a lookup of 12 rows must cost less than the RPC it saves by far.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.placement.routing import Ids
+from embedding_service.wire.rows import Bytes
+
+WAYS = 8
+# A key is a group's number and, in the low bits, a row id. Tables with more rows than that are not cached.
+_ID_BITS = 40
+_NOBODY = -1
+# What a slot costs beside its row: its key and when it was asked for last, int64 each.
+_SLOT_BYTES = 16
+# 2^64 divided by the golden ratio, odd: Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4).
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+_HIGH = np.uint64(32)
+
+
+class Group(NamedTuple):
+    """Rows that may be told apart by their ids: of one table of one version, in one encoding."""
+
+    model: str
+    table: str
+    encoding: int
+    row_bytes: int
+
+
+class CacheStats(NamedTuple):
+    """`hits` and `misses`: rows, since the client began; `saved_bytes` that did not cross the wire; `rows` held now."""
+
+    hits: int
+    misses: int
+    saved_bytes: int
+    rows: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of all rows asked for, each once a lookup; 0 before the first."""
+        return self.hits / ((self.hits + self.misses) or 1)
+
+
+class RowCache:
+    """At most `cache_bytes` of rows with their keys; thread-safe. Raises InvalidRequest for less than one set."""
+
+    def __init__(self, cache_bytes: int) -> None:
+        if cache_bytes < 1 << 20:
+            raise InvalidRequest(f"cache_bytes must be 0 (no cache) or at least 1048576 (1 MiB), got {cache_bytes}")
+        self._bytes = cache_bytes
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._groups: dict[Group, int] = {}
+        self._slots: dict[int, _Slots] = {}  # by the bytes of a row
+        self._hits = self._misses = self._saved = 0
+
+    @property
+    def stats(self) -> CacheStats:
+        """What it did so far."""
+        with self._lock:
+            rows = sum(slots.count for slots in self._slots.values())
+            return CacheStats(self._hits, self._misses, self._saved, rows)
+
+    def find(self, group: Group, ids: Ids) -> tuple[npt.NDArray[np.bool_], Bytes]:
+        """Which of the `ids` int64 [n] are here, bool [n], and a copy of their rows, uint8 [hits, row_bytes]."""
+        with self._lock:
+            number = self._groups.get(group)
+            if number is None:
+                here, rows = np.zeros(len(ids), np.bool_), np.empty((0, group.row_bytes), np.uint8)
+            else:
+                here, rows = self._slots[group.row_bytes].find(_keys(number, ids))
+            self._hits += len(rows)
+            self._misses += len(ids) - len(rows)
+            self._saved += rows.nbytes
+        return here, rows
+
+    def keep(self, group: Group, ids: Ids, rows: Bytes) -> None:
+        """Remember the rows uint8 [n, row_bytes] of different `ids` int64 [n] in [0, 2^40)."""
+        if not len(ids) or not self._fits(group.row_bytes) or int(ids.max()) >> _ID_BITS:
+            return
+        with self._lock:
+            if group not in self._groups:
+                self._make_room(group.row_bytes)
+                self._groups[group] = next(self._numbers)
+            self._slots[group.row_bytes].keep(_keys(self._groups[group], ids), rows)
+
+    def retain(self, models: Collection[str]) -> None:
+        """Drop the rows of all versions but these (`name@version`)."""
+        with self._lock:
+            for group in [group for group in self._groups if group.model not in models]:
+                self._slots[group.row_bytes].drop(self._groups.pop(group))
+
+    def _fits(self, row_bytes: int) -> bool:
+        # Several widths share the bytes evenly; where a set would not fit even so, that table is not cached.
+        return self._bytes // (len(self._slots) + 1) >= WAYS * (row_bytes + _SLOT_BYTES)
+
+    def _make_room(self, row_bytes: int) -> None:
+        """Rows of another width need slots of their own: those of all widths begin anew, with an even share each."""
+        if row_bytes in self._slots:
+            return
+        widths = {row_bytes, *(group.row_bytes for group in self._groups)}
+        self._slots.clear()  # before the new ones are made: never twice the bytes
+        self._slots = {width: _Slots(self._bytes // len(widths), width) for width in widths}
+
+
+def _keys(number: int, ids: Ids) -> Ids:
+    return ids + (number << _ID_BITS)
+
+
+class _Slots:
+    """Slots for rows of one width. Not thread-safe."""
+
+    def __init__(self, total_bytes: int, row_bytes: int) -> None:
+        self._sets = total_bytes // (WAYS * (row_bytes + _SLOT_BYTES))
+        self._keys = np.full((self._sets, WAYS), _NOBODY, np.int64)
+        self._asked = np.zeros((self._sets, WAYS), np.int64)
+        # Pages that hold no row yet are no memory yet.
+        self._rows = np.empty((self._sets * WAYS, row_bytes), np.uint8)
+        self._now = 0
+
+    @property
+    def count(self) -> int:
+        """Rows held."""
+        return int(np.count_nonzero(self._keys != _NOBODY))
+
+    def find(self, keys: Ids) -> tuple[npt.NDArray[np.bool_], Bytes]:
+        self._now += 1
+        sets = self._set_of(keys)
+        same = self._keys[sets] == keys[:, None]
+        here = same.any(1)
+        slots = sets * WAYS + same.argmax(1)
+        if not here.all():
+            slots = slots[here]
+        self._asked.reshape(-1)[slots] = self._now
+        return here, self._rows.take(slots, axis=0)
+
+    def keep(self, keys: Ids, rows: Bytes) -> None:
+        self._now += 1
+        sets = self._set_of(keys)
+        # Two threads may have fetched the same row: the bytes are the same, and one copy is enough.
+        new = ~(self._keys[sets] == keys[:, None]).any(1)
+        order = np.flatnonzero(new)[np.argsort(sets[new], kind="stable")]
+        sets = sets[order]
+        # The first of a set's newcomers takes the slot that was asked for longest ago, the second the next one.
+        rank = np.arange(len(sets)) - np.searchsorted(sets, sets)
+        room = rank < WAYS
+        order, sets, rank = order[room], sets[room], rank[room]
+        ways = np.argsort(self._asked[sets], axis=1, kind="stable")[np.arange(len(sets)), rank]
+        self._keys[sets, ways] = keys[order]
+        self._asked[sets, ways] = self._now
+        self._rows[sets * WAYS + ways] = rows[order]
+
+    def drop(self, number: int) -> None:
+        """Forget a group's rows."""
+        gone = self._keys >> _ID_BITS == number
+        self._keys[gone] = _NOBODY
+        self._asked[gone] = 0
+
+    def _set_of(self, keys: Ids) -> Ids:
+        spread = (keys.view(np.uint64) * _SPREAD) >> _HIGH
+        # The high bits, scaled to the number of sets: cheaper than a remainder.
+        return ((spread * np.uint64(self._sets)) >> _HIGH).view(np.int64)

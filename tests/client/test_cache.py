@@ -1,0 +1,177 @@
+"""The row cache: what it returns is what the service would, however full it is and whatever version is served."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import longcat_checkpoint, longcat_table
+from support.cluster import Up, up
+
+from embedding_service import EmbeddingClient, errors
+from embedding_service.client import client as client_module
+from embedding_service.client.cache import WAYS, Group, RowCache
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.wire.rows import Bytes
+
+ROWS = len(longcat_table())
+MIB = 1 << 20
+
+
+def group(table: str = "t", version: str = "1", row_bytes: int = 16) -> Group:
+    return Group(f"m@{version}", table, 0, row_bytes)
+
+
+def named(ids: np.ndarray, tag: int = 0, row_bytes: int = 16) -> Bytes:
+    """Rows that hold their id and a tag."""
+    values = np.full((len(ids), row_bytes // 8), tag, np.int64)
+    values[:, 0] = ids
+    return values.view(np.uint8)
+
+
+def check(cache: RowCache, of: Group, ids: np.ndarray, tag: int = 0) -> int:
+    """Every row found must be the one asked for; returns how many were."""
+    here, rows = cache.find(of, ids)
+    assert np.array_equal(rows, named(ids[here], tag, of.row_bytes))
+    return int(here.sum())
+
+
+def test_what_is_kept_is_found() -> None:
+    cache, ids = RowCache(MIB), np.arange(5, 1000, 7)
+    assert check(cache, group(), ids) == 0
+    cache.keep(group(), ids, named(ids))
+    assert check(cache, group(), ids) == len(ids)
+    assert check(cache, group(), np.arange(1000)) == len(ids)
+    assert cache.stats == (2 * len(ids), len(ids) + 1000 - len(ids), 2 * len(ids) * 16, len(ids))
+
+
+def test_tables_encodings_and_versions_are_kept_apart() -> None:
+    cache, ids = RowCache(MIB), np.arange(50)
+    groups = [group("a"), group("b"), group("a", "2"), group("a")._replace(encoding=3)]
+    for tag, each in enumerate(groups):
+        cache.keep(each, ids, named(ids, tag))
+    assert [check(cache, each, ids, tag) for tag, each in enumerate(groups)] == [50] * 4
+
+
+def test_memory_is_bounded_and_what_was_asked_for_last_stays() -> None:
+    cache = RowCache(MIB)
+    most, favourites = MIB // (16 + 16), np.arange(64)
+    cache.keep(group(), favourites, named(favourites))
+    for begin in range(1000, 200_000, 4000):
+        ids = np.arange(begin, begin + 4000)
+        cache.keep(group(), ids, named(ids))
+        assert check(cache, group(), favourites) == 64
+    assert check(cache, group(), np.arange(210_000)) == cache.stats.rows
+    assert most * 0.9 < cache.stats.rows <= most
+
+
+def test_more_rows_at_once_than_there_is_room_for() -> None:
+    cache, ids = RowCache(MIB), np.random.default_rng(1).permutation(1 << 17)
+    cache.keep(group(), ids, named(ids))
+    assert check(cache, group(), ids) == cache.stats.rows <= MIB // 32
+
+
+def test_rows_of_several_widths_share_the_bytes() -> None:
+    cache, ids = RowCache(MIB), np.arange(1 << 16)
+    for width in (16, 64, 256):
+        cache.keep(group(row_bytes=width), ids, named(ids, row_bytes=width))
+    assert cache._slots.keys() == {16, 64, 256}
+    kept = {width: check(cache, group(row_bytes=width), ids) for width in (16, 64, 256)}
+    assert kept[256] > WAYS
+    assert sum(rows * (width + 16) for width, rows in kept.items()) <= MIB
+
+
+def test_a_row_wider_than_the_cache_is_not_kept() -> None:
+    cache, ids = RowCache(MIB), np.arange(2)
+    cache.keep(group(row_bytes=MIB), ids, named(ids, row_bytes=MIB))
+    assert check(cache, group(row_bytes=MIB), ids) == 0
+
+
+def test_versions_that_are_gone_are_dropped() -> None:
+    cache, ids = RowCache(MIB), np.arange(100)
+    cache.keep(group(version="1"), ids, named(ids, 1))
+    cache.keep(group(version="2"), ids, named(ids, 2))
+    cache.retain({"m@2"})
+    assert cache.stats.rows == 100
+    assert (check(cache, group(version="1"), ids, 1), check(cache, group(version="2"), ids, 2)) == (0, 100)
+
+
+def test_a_cache_must_hold_something(service: Up) -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"cache_bytes.*1 MiB"):
+        EmbeddingClient(service.address, cache_bytes=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model", ["fp32", "fp16", "int8", "int4"])
+def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+        assert cached.cache is not None
+        for size in (12, 300, 0, 12, 2000, 300):
+            ids = torch.randint(0, 700, (size,), generator=random)
+            expected = client.lookup(f"{model}/ngram", ids, dtype=dtype)
+            assert torch.equal(cached.lookup(f"{model}/ngram", ids, dtype=dtype), expected)
+            assert torch.equal(asyncio.run(cached.lookup_async(f"{model}/ngram", ids, dtype=dtype)), expected)
+        assert cached.cache.stats.hits > 1000
+
+
+def test_a_lookup_of_kept_rows_asks_nobody(service: Up) -> None:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+        tokens = torch.tensor([[5, 3, 8, 5, 3, 8]])
+        rows = cached.lookup_ngrams("int8@1", tokens)
+        cached._transport.close()
+        assert torch.equal(cached.lookup_ngrams("int8@1", tokens), rows)
+        with pytest.raises(errors.Unavailable):
+            cached.lookup_ngrams("int8@1", tokens + 1)
+
+
+def test_ids_out_of_range_are_never_found(service: Up) -> None:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+        cached.lookup("fp32/ngram", torch.arange(ROWS))
+        for bad in (-1, ROWS, 1 << 40):
+            with pytest.raises(errors.OutOfRange, match=f"id {bad} at position 1"):
+                cached.lookup("fp32/ngram", torch.tensor([5, bad]))
+
+
+def test_threads_share_a_cache_that_is_too_small(service: Up) -> None:
+    wrong: list[int] = []
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+
+        def work(seed: int) -> None:
+            random = torch.Generator().manual_seed(seed)
+            for _ in range(40):
+                ids = torch.randint(0, ROWS, (500,), generator=random)
+                if not torch.equal(cached.lookup("fp32/ngram", ids), longcat_table()[ids]):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert cached.cache is not None and cached.cache.stats.hits > 0
+    assert not wrong
+
+
+def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "TRUSTED_SECONDS", 0.2)
+    store = tmp_path / "store"
+    import_checkpoint(longcat_checkpoint(tmp_path / "one"), str(store), "m", dtype="fp32", version="1")
+    ids, old, new = torch.arange(40), longcat_table(1)[:40], longcat_table(2)[:40]
+    with (
+        up(tmp_path, store, 2) as running,
+        EmbeddingClient(running.address, timeout=30, cache_bytes=MIB) as cached,
+    ):
+        assert torch.equal(cached.lookup("m/ngram", ids), old)
+        import_checkpoint(longcat_checkpoint(tmp_path / "two", 2), str(store), "m", dtype="fp32", version="2")
+        answers = []
+        for _ in range(600):
+            answers.append(cached.lookup("m/ngram", ids))
+            if torch.equal(answers[-1], new):
+                break
+            threading.Event().wait(0.1)
+        assert torch.equal(answers[-1], new)
+        assert all(torch.equal(answer, old) for answer in answers[:-1])
+        assert {each.model for each in cached.cache._groups} == {"m@2"}  # type: ignore[union-attr]
