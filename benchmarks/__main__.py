@@ -8,6 +8,7 @@ MODULES = (
     ["benchmarks.planning"],
     ["benchmarks.import_memory", "--gib", "1"],
     ["benchmarks.loading"],
+    ["benchmarks.cache"],
     ["benchmarks.peers"],
 )
 

@@ -130,15 +130,21 @@ def make_data(folder: Path, rows: int) -> Data:
 
 def _text_tokens() -> list[int]:
     """Python's language reference and some of its modules, by a byte-level BPE tokenizer that learnt from them."""
+    documents = [*topics.topics.values(), *_module_sources()]
+    tokenizer = text_tokenizer(documents)
+    return [token for document in documents for token in tokenizer.encode(document).ids]
+
+
+def text_tokenizer(documents: list[str]) -> Any:
+    """A `tokenizers.Tokenizer`: byte-level BPE of VOCAB tokens that learnt from these documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    documents = [*topics.topics.values(), *_module_sources()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
-    return [token for document in documents for token in tokenizer.encode(document).ids]
+    return tokenizer
 
 
 def _module_sources() -> list[str]:
