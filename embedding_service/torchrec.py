@@ -7,8 +7,7 @@ torchrec, which the rest of the client side does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -37,8 +36,8 @@ from embedding_service.client.remote import RemoteModule
 from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
 
 __all__ = ["RemoteEmbeddingBagCollection", "RemoteEmbeddingCollection"]
-# Lookups that one module may have under way; a lookup waits for shards, it does not compute.
-_LOOKUPS = 32
+# Versions that may replace each other while a batch is looked up, before that is an error.
+_VERSIONS = 3
 
 
 class _RemoteTables(RemoteModule):
@@ -63,7 +62,6 @@ class _RemoteTables(RemoteModule):
             config.feature_names = config.feature_names or [config.name]  # as TorchRec does
         self._output_names = get_embedding_names_by_table(list(tables))
         self._served = self._served_version()
-        self._pool = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="embedding-lookup")
 
     @property
     def device(self) -> torch.device:
@@ -95,21 +93,25 @@ class _RemoteTables(RemoteModule):
 
     def _fetch(self, ids: list[Tensor]) -> list[Tensor]:
         """For each table the rows of its ids [n], looked up all at once in one version."""
-        concurrently = self._pool.map if len(ids) > 1 else map
-        while True:
+        for attempt in range(_VERSIONS):
             served = self._served
             try:
-                return list(concurrently(partial(self._lookup, served), self._configs, ids))
+                return self._lookup(served, ids)
             except NotFound:  # that version was replaced
                 self._served = self._served_version()
-                if self._served == served:
+                if self._served == served or attempt == _VERSIONS - 1:
                     raise
+        raise AssertionError("unreachable")
 
-    def _lookup(self, served: str, config: BaseEmbeddingConfig, ids: Tensor) -> Tensor:
-        try:
-            return self._client.lookup(f"{served}/{config.name}", ids)
-        except OutOfRange as error:
-            raise OutOfRange(f"{error} (the ids of {', '.join(config.feature_names)}, one after the other)") from error
+    def _lookup(self, served: str, ids: list[Tensor]) -> list[Tensor]:
+        names = [f"{served}/{config.name}" for config in self._configs]
+        # The last one on this thread, which would only wait: with one table there is no other.
+        ahead = [self._client.prefetch(*each) for each in zip(names[:-1], ids[:-1], strict=True)]
+        last = partial(self._client.lookup, names[-1], ids[-1])
+        waits: list[Callable[[], Tensor]] = [last, *(each.result for each in ahead)]
+        configs = [self._configs[-1], *self._configs[:-1]]
+        found = [_wait(config, wait) for config, wait in zip(configs, waits, strict=True)]
+        return [*found[1:], found[0]]
 
     def _served_version(self) -> str:
         """`name@version` of what is served now. Raises InvalidRequest where it is not what the configs say."""
@@ -124,6 +126,13 @@ class _RemoteTables(RemoteModule):
                 "them, or name the model@version that they were made for"
             )
         return _full_name(found[-1])
+
+
+def _wait(config: BaseEmbeddingConfig, rows: Callable[[], Tensor]) -> Tensor:
+    try:
+        return rows()
+    except OutOfRange as error:
+        raise OutOfRange(f"{error} (the ids of {', '.join(config.feature_names)}, one after the other)") from error
 
 
 class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):

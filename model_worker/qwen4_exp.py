@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,11 @@ class TableSource(RowSource, Protocol):
     def lookup(self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of `model/table`: int64 [*] -> [*, dim]."""
 
+    def prefetch_ngrams(
+        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Future[Tensor]:
+        """Begin `lookup_ngrams` and go on. The caller may change the tokens meanwhile."""
+
 
 class Prefetch:
     """The rows of all PLE layers for the forward pass at hand, asked for in the background.
@@ -62,17 +67,14 @@ class Prefetch:
         self.source, self.name, self.dtype = source, name, dtype
         self.hasher = source.hasher(name)
         self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
-        self._threads = ThreadPoolExecutor(1, "rows")
         # The row ids [B, S, L, H] that were asked for, and their rows [B, S, L, H, dim] to come.
         self._asked: tuple[Tensor, Future[Tensor]] | None = None
 
     def start(self, tokens: Tensor, context: Tensor | None) -> None:
         """Ask for the rows of int64 [B, S] tokens after [B, C] others; NO_TOKEN is padding."""
-        # Copies: the model changes its state in place while these rows are looked up.
-        tokens = tokens.to("cpu", copy=True)
-        context = None if context is None else context.to("cpu", copy=True)
+        tokens, context = tokens.cpu(), None if context is None else context.cpu()
         self.lookups.asked(tokens.numel())
-        rows = self._threads.submit(self.source.lookup_ngrams, self.name, tokens, context, dtype=self.dtype)
+        rows = self.source.prefetch_ngrams(self.name, tokens, context, dtype=self.dtype)
         self._asked = self.hasher.row_ids(tokens, context), rows
 
     def forget(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
 from embedding_service.client.router import Bytes, Router, Steps, Want, run, run_async
 from embedding_service.client.transport import GrpcTransport, Transport
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, Table, check_ids
@@ -32,6 +33,8 @@ FEW_IDS = 64
 # Seconds for which a version stays the newest one for rows of the cache; then a lookup asks a shard again, which says
 # so when it was replaced.
 TRUSTED_SECONDS = 1.0
+# Lookups that run ahead at the same time; they wait for shards, they hardly compute. Others wait for their turn.
+MOST_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class EmbeddingClient:
         self._router = Router(seeds, alternatives=hedge)
         self._hashers: dict[str, NgramHasher] = {}
         self._kept = _KeptRows(RowCache(cache_bytes)) if cache_bytes else None
+        self._ahead = ThreadPoolExecutor(MOST_AHEAD, "embedding-prefetch")  # has no thread before it is used
 
     @property
     def cache(self) -> RowCache | None:
@@ -85,7 +89,9 @@ class EmbeddingClient:
 
     def close(self) -> None:
         """Drop all connections; calls under way fail with Unavailable."""
+        self._ahead.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
+        self._ahead.shutdown()
 
     def lookup(
         self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
@@ -150,6 +156,35 @@ class EmbeddingClient:
     ) -> Tensor:
         """`lookup_ngrams` for asyncio."""
         return await run_async(self._lookup_ngrams(model, token_ids, context, dtype, timeout), self._transport)
+
+    def prefetch(
+        self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
+    ) -> Future[Tensor]:
+        """Begin a `lookup` and go on; `result()` waits for its rows and raises what it raised.
+
+        `ids` may be changed once this returned. `timeout` counts from when a thread takes it up: at once, unless 32
+        others are under way. One that has not begun when the client is closed is cancelled: its `result()` raises
+        concurrent.futures.CancelledError. Raises Unavailable once closed.
+        """
+        return self._begin(self.lookup, table, _copy(ids), dtype=dtype, timeout=timeout)
+
+    def prefetch_ngrams(
+        self,
+        model: str,
+        token_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        timeout: float | None = None,
+    ) -> Future[Tensor]:
+        """Begin a `lookup_ngrams` and go on, as `prefetch` does."""
+        return self._begin(self.lookup_ngrams, model, _copy(token_ids), _copy(context), dtype=dtype, timeout=timeout)
+
+    def _begin(self, lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Future[Tensor]:
+        try:
+            return self._ahead.submit(lookup, *arguments, **options)
+        except RuntimeError:  # the pool was shut down
+            raise Unavailable("this client is closed") from None
 
     def hasher(self, model: str, *, timeout: float | None = None) -> NgramHasher:
         """What the client hashes this model's token ids with. Raises NotFound, InvalidRequest (no n-gram family)."""
@@ -288,6 +323,11 @@ class _KeptRows:
         rows = np.empty((len(found.here), found.group.row_bytes), np.uint8)
         rows[found.here], rows[~found.here] = found.rows, fetched
         return rows
+
+
+def _copy(ids: Any) -> Any:
+    """What others may change is copied; what is no tensor is refused by the lookup."""
+    return ids.clone() if isinstance(ids, Tensor) else ids
 
 
 def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:

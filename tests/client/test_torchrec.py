@@ -166,10 +166,10 @@ def test_a_batch_asks_for_each_table_once_and_for_all_at_the_same_time(rec: Embe
     remote, together, asked = RemoteEmbeddingCollection(rec, "rec", configs()), threading.Barrier(4, timeout=30), {}
     lookup = rec.lookup
 
-    def spy(table: str, ids: torch.Tensor) -> torch.Tensor:
+    def spy(table: str, ids: torch.Tensor, **options) -> torch.Tensor:
         together.wait()  # breaks unless all four are under way
         assert asked.setdefault(table, ids) is ids
-        return lookup(table, ids)
+        return lookup(table, ids, **options)
 
     monkeypatch.setattr(rec, "lookup", spy)
     bags = features()

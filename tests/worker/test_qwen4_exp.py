@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,7 @@ class Watched:
         self._client = client
         self.open = threading.Event()
         self.open.set()
+        self._threads = ThreadPoolExecutor(1)
         self.ahead = self.at_once = 0
         self.broken = False
 
@@ -300,11 +302,19 @@ class Watched:
         return self._client.hasher(model)
 
     def lookup_ngrams(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._client.lookup_ngrams(*args, **kwargs)
+
+    def prefetch_ngrams(self, model: str, *tokens: torch.Tensor | None, **options: Any) -> Future[torch.Tensor]:
+        # Copied when asked, as the client does: what is looked up late must not be what the model made of it since.
         self.ahead += 1
+        copies = [None if each is None else each.clone() for each in tokens]
+        return self._threads.submit(self._late, model, *copies, **options)
+
+    def _late(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self.open.wait(30)
         if self.broken:
             raise Unavailable("no shard answers")
-        return self._client.lookup_ngrams(*args, **kwargs)
+        return self._client.prefetch_ngrams(*args, **kwargs).result()
 
     def lookup(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.at_once += 1
@@ -315,7 +325,6 @@ class Watched:
 def watched(folder: Path, client: EmbeddingClient) -> tuple[Any, Watched]:
     loaded, source = load_model(folder).eval(), Watched(client)
     attach(loaded, source, "qwen")
-    source.ahead = 0
     return loaded, source
 
 
