@@ -118,8 +118,8 @@ def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
         options = [f"--port={web}", f"--max-batch={max_batch}"]
         up_log, worker_log = home / "up.log", home / "worker.log"
         with (
-            command(up, up_log, lambda: "ready: " in up_log.read_text()),
-            command([*worker, *options], worker_log, lambda: " ready at " in worker_log.read_text()),
+            command(up, up_log, lambda: "ready: " in up_log.read_text(errors="replace")),
+            command([*worker, *options], worker_log, lambda: " ready at " in worker_log.read_text(errors="replace")),
         ):
             yield f"http://127.0.0.1:{web}"
 
