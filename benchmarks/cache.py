@@ -115,7 +115,11 @@ def service(data: Data, folder: Path) -> Iterator[str]:
     """`up` with one shard; its address."""
     port, log = free_port(), folder / "up.log"
     arguments = ["up", f"--store={data.store}", "--shards=1", f"--port={port}"]
-    with command([sys.executable, "-m", "embedding_service", *arguments], log, lambda: "ready: " in log.read_text(errors="replace")):
+    with command(
+        [sys.executable, "-m", "embedding_service", *arguments],
+        log,
+        lambda: "ready: " in log.read_text(errors="replace"),
+    ):
         yield f"127.0.0.1:{port}"
 
 

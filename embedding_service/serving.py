@@ -25,6 +25,8 @@ log = logging.getLogger("embedding_service")
 
 # How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
 STOP_GRACE = 1.0
+# Calls open at a time on a connection, each with its request in memory; clients queue further ones.
+CALLS = 256
 # The health service's name for "this process answers", whatever it has to answer with: restart it only without that.
 ALIVE = "alive"
 
@@ -49,31 +51,50 @@ class RequestLimits:
             )
 
 
+def server_options(limits: RequestLimits, *, shared: bool = False, streams: int = CALLS) -> list[tuple[str, int]]:
+    """Settings of a gRPC server; `shared` and `streams` as `Server` and its kin say."""
+    return [
+        # Room for what a request holds besides its ids.
+        ("grpc.max_receive_message_length", limits.request_bytes + 65536),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.so_reuseport", 1 if shared else 0),
+        # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def bind(add_port: Callable[[str], int], address: str) -> str:
+    """Listen: the address with the port that was taken. Raises InvalidRequest naming an address that cannot be had."""
+    if address.startswith("unix"):
+        add_port(address)
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {address!r}")
+    try:
+        bound = add_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise InvalidRequest(f"cannot listen on {address}: is another process there? Give another port")
+    return f"{host}:{bound}"
+
+
 class Server:
     """A gRPC server on one address, with health and reflection.
 
     Args:
-        address: host:port to listen on; port 0 takes a free one.
+        address: host:port to listen on, port 0 takes a free one; or `unix-abstract:name`.
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
-        shared: Several processes listen on this same port, and the kernel spreads connections over them.
+        streams: Calls open at a time on a connection.
     """
 
-    def __init__(self, address: str, limits: RequestLimits, *, shared: bool = False) -> None:
-        self.grpc = grpc.aio.server(
-            options=[
-                # Room for what a request holds besides its ids.
-                ("grpc.max_receive_message_length", limits.request_bytes + 65536),
-                ("grpc.max_send_message_length", -1),
-                # Calls open at a time on a connection, each with its request in memory; clients queue further ones.
-                ("grpc.max_concurrent_streams", 256),
-                ("grpc.so_reuseport", 1 if shared else 0),
-                # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-            ]
-        )
+    def __init__(self, address: str, limits: RequestLimits, *, streams: int = CALLS) -> None:
+        self.grpc = grpc.aio.server(options=server_options(limits, streams=streams))
         self.address = address
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -88,16 +109,7 @@ class Server:
         """Listen. Raises InvalidRequest naming an address that cannot be had."""
         reflection.enable_server_reflection(self._services, self.grpc)
         await self.set_serving(False)
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit():
-            raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {self.address!r}")
-        try:
-            bound = self.grpc.add_insecure_port(self.address)
-        except RuntimeError as error:
-            raise InvalidRequest(
-                f"cannot listen on {self.address}: is another process there? Give another port"
-            ) from error
-        self.address = f"{host}:{bound}"
+        self.address = bind(self.grpc.add_insecure_port, self.address)
         await self.grpc.start()
         await self._health.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
 

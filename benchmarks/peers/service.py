@@ -35,7 +35,9 @@ class Service(Peer):
         port, log = free_port(), folder / f"up-{self.shards}.log"
         arguments = ["up", f"--store={data.store}", f"--shards={self.shards}", f"--port={port}"]
         with command(
-            [sys.executable, "-m", "embedding_service", *arguments], log, lambda: "ready: " in log.read_text(errors="replace")
+            [sys.executable, "-m", "embedding_service", *arguments],
+            log,
+            lambda: "ready: " in log.read_text(errors="replace"),
         ) as running:
             children = psutil.Process(running.pid).children(recursive=True)
             yield Server(f"127.0.0.1:{port}", [process.pid for process in children])

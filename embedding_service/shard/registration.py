@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -50,13 +50,13 @@ class Registration:
         holdings: Holdings,
         router: Router,
         counters: Counters,
-        servers: Sequence[Server],
+        server: Server,
     ) -> None:
         self._controller = controller
         self._about = about
         self._holdings = holdings
         self._router = router
-        self._servers = servers
+        self._server = server
         self._stats = _Stats(counters, holdings)
         self._term = 0
         self._connected = False
@@ -142,8 +142,7 @@ class Registration:
             self._holdings.assign(PartKey.from_wire(part) for part in assignment.parts)
         if assignment.HasField("routing"):
             self._router.adopt(Routing(assignment.routing))
-            for server in self._servers:
-                await server.set_serving(True)
+            await self._server.set_serving(True)
 
 
 class _Stats:

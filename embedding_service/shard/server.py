@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from embedding_service.serving import (
     run_process,
     told_to_end,
 )
+from embedding_service.shard.front import BACK_CALLS, Front
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import available_memory, keep_freed_memory
 from embedding_service.shard.registration import Registration
@@ -89,22 +91,24 @@ async def _serve(options: ShardOptions) -> None:
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
     service = LookupService(holdings, router, transport, options.limits)
-    servers = [Server(options.listen, options.limits)]
+    back = Server(f"unix-abstract:embedding-{secrets.token_hex(16)}", options.limits, streams=BACK_CALLS)
+    back.add(LookupService.add_to, service, SERVICE)
+    await back.start()
+    fronts = [Front(options.listen, back.address, service, options.limits)]
     if options.shared_listen:
-        servers.append(Server(options.shared_listen, options.limits, shared=True))
-    for server in servers:
-        server.add(LookupService.add_to, service, SERVICE)
-        await server.start()
+        fronts.append(Front(options.shared_listen, back.address, service, options.limits, shared=True))
+    for front in fronts:
+        front.start()
     about = control.ShardReport(
         shard_id=options.shard_id,
-        address=reachable_address(servers[0].address, options.advertise),
+        address=reachable_address(fronts[0].address, options.advertise),
         device="cpu",
         tier=options.tier,
         memory_limit=holdings.memory_limit,
         topology=options.topology,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
-    registration = Registration(options.controller, about, holdings, router, service.counters, servers)
+    registration = Registration(options.controller, about, holdings, router, service.counters, back)
     metrics = MetricsServer(
         options.listen.rpartition(":")[0],
         options.metrics_port,
@@ -119,8 +123,8 @@ async def _serve(options: ShardOptions) -> None:
         await first_of(told.wait(), registration.drain(options.drain_seconds), registering)
     finally:
         log.info("ending")
-        service.end_streams()
-        await asyncio.gather(*(server.stop() for server in servers))
+        await asyncio.gather(*(asyncio.to_thread(front.stop) for front in fronts))
+        await back.stop()
         await cancel([registering])
         transport.close()
         metrics.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from typing import NamedTuple, NoReturn
 import grpc
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 from prometheus_client import Histogram
 
 from embedding_service.client.router import Router, Want, run_async
@@ -23,7 +25,7 @@ from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
-from embedding_service.serving import RequestLimits, RoutingService, abort, cancel
+from embedding_service.serving import RequestLimits, RoutingService, abort
 from embedding_service.shard.holdings import Holdings
 from embedding_service.status import code_of
 from embedding_service.store.manifest import Table as StoredTable
@@ -31,6 +33,9 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.rows import Shape, allocate, allocate_streamed
 
 SERVICE = "embedding.v1.EmbeddingService"
+# What the front passes on: a message of a `StreamLookup` to answer, and whose it is.
+ANSWER = f"/{SERVICE}/Answer"
+PEER = "embedding-peer"
 
 _ENCODINGS = {
     wire.ROW_ENCODING_UNSPECIFIED: "fp32",
@@ -43,8 +48,6 @@ _ENCODINGS = {
 FORWARD_TIMEOUT = 10.0
 # Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
 INLINE_BYTES = 256 << 10
-# Requests of one stream that are worked on at a time.
-STREAM_WINDOW = 8
 # Bytes of answers that one connection may leave unread before it must wait with its next large lookup. It takes up to
 # four times as much memory: numpy, protobuf (twice) and gRPC each hold a copy. Two of the largest answers fit.
 UNREAD_BYTES = 128 << 20
@@ -81,7 +84,7 @@ class _Unread:
         """Wait until the connection's unread answers are few enough, then count this one until its call has ended."""
         if nbytes < COUNTED_BYTES:
             return
-        peer = context.peer()
+        peer = _peer(context)
         while self._bytes[peer] + nbytes > UNREAD_BYTES:
             self._taken.clear()
             await self._taken.wait()
@@ -131,17 +134,14 @@ class LookupService(RoutingService):
         self._limits = limits
         self._hashers: dict[str, NgramHasher] = {}
         self._unread = _Unread()
-        self._streams: set[asyncio.Task[None]] = set()
-        self._ending = False
+        self._counting = threading.Lock()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
         unary = grpc.unary_unary_rpc_method_handler
         methods = {
             "Lookup": unary(self.Lookup, wire.LookupRequest.FromString),
-            "StreamLookup": grpc.stream_stream_rpc_method_handler(
-                self.StreamLookup, wire.StreamLookupRequest.FromString
-            ),
+            "Answer": unary(self.Answer, wire.StreamLookupRequest.FromString),
             "LookupNgrams": unary(
                 self.LookupNgrams, wire.LookupNgramsRequest.FromString, wire.LookupNgramsResponse.SerializeToString
             ),
@@ -156,12 +156,6 @@ class LookupService(RoutingService):
         """The routing that the controller last sent."""
         return self._router.current
 
-    def end_streams(self) -> None:
-        """Let go of open streams: their senders open new ones elsewhere."""
-        self._ending = True
-        for stream in self._streams:
-            stream.cancel()
-
     async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> bytes:
         """Rows of one table: a serialized `LookupResponse`."""
         began = time.perf_counter()
@@ -173,47 +167,29 @@ class LookupService(RoutingService):
         except Redirect:
             await self._send_away(context)
         except EmbeddingServiceError as error:
-            self.counters.errors += 1
+            self._count_error()
             await abort(context, error)
-        self._count(lookup.shape.count, lookup.shape.nbytes, began)
+        self._count(lookup.shape, began)
         return message
 
-    async def StreamLookup(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        """Many lookups on one stream: small ones are answered one by one, a window of the others at a time."""
-        window = asyncio.Semaphore(STREAM_WINDOW)
-        writing = asyncio.Lock()
-        working: set[asyncio.Task[None]] = set()
-
-        async def write(message: bytes) -> None:
-            async with writing:
-                await context.write(message)  # waits for a reader that is slow
-
-        async def work(request: wire.StreamLookupRequest) -> None:
-            try:
-                await write(await self._stream_answer(request, _deadline(context)))
-            finally:
-                window.release()
-
-        stream = asyncio.current_task()
-        assert stream is not None
-        self._streams.add(stream)
+    async def Answer(self, request: wire.StreamLookupRequest, context: grpc.aio.ServicerContext) -> bytes:
+        """A message of a `StreamLookup`: a serialized `StreamLookupResponse`, which says so if there are no rows."""
+        began = time.perf_counter()
         try:
-            while (request := await context.read()) is not grpc.aio.EOF:
-                message = self._answer_at_once(request)
-                if message is not None:
-                    await write(message)
-                    continue
-                await window.acquire()
-                task = asyncio.create_task(work(request))
-                working.add(task)
-                task.add_done_callback(working.discard)
-            await asyncio.gather(*working, return_exceptions=True)
-        except asyncio.CancelledError:
-            if not self._ending:
-                raise
-        finally:
-            self._streams.discard(stream)
-            await cancel([*working])
+            lookup = self._read(request.lookup)
+            await self._unread.add(context, lookup.shape.nbytes)
+            message, rows = allocate_streamed(lookup.shape, request.request_id)
+            await self._fill(rows, lookup, _deadline(context))
+        except Redirect:
+            term, epoch = self._age()
+            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=_MOVED, term=term, epoch=epoch)
+        except EmbeddingServiceError as error:
+            self._count_error()
+            failure = wire.LookupFailure(code=code_of(error).value[0], message=str(error))
+        else:
+            self._count(lookup.shape, began)
+            return message
+        return wire.StreamLookupResponse(request_id=request.request_id, error=failure).SerializeToString()
 
     async def LookupNgrams(
         self, request: wire.LookupNgramsRequest, context: grpc.aio.ServicerContext
@@ -223,42 +199,41 @@ class LookupService(RoutingService):
         try:
             answer = await self._lookup_ngrams(request, _deadline(context), partial(self._unread.add, context))
         except EmbeddingServiceError as error:
-            self.counters.errors += 1
+            self._count_error()
             await abort(context, error)
-        self._count(answer.batch * answer.length * answer.tables * answer.heads, len(answer.rows), began)
+        count = answer.batch * answer.length * answer.tables * answer.heads
+        self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began)
         return answer
 
-    def _answer_at_once(self, request: wire.StreamLookupRequest) -> bytes | None:
-        """The serialized answer where rows are here and few: a task would cost more. None for all others."""
-        began = time.perf_counter()
-        try:
-            lookup = self._read(request.lookup)
-            if lookup.held is None or lookup.shape.nbytes > INLINE_BYTES:
-                return None
-            message, rows = allocate_streamed(lookup.shape, request.request_id)
-            lookup.held.gather(lookup.ids, lookup.encoding, rows)
-        except (EmbeddingServiceError, Redirect):
-            return None
-        self._count(lookup.shape.count, lookup.shape.nbytes, began)
-        return message
+    def answer(self, message: bytes, room: int) -> bytes | None:
+        """The serialized answer to a serialized `LookupRequest` where its rows are here and take at most `room` bytes.
 
-    async def _stream_answer(self, request: wire.StreamLookupRequest, deadline: float) -> bytes:
-        """A serialized `StreamLookupResponse`."""
-        began = time.perf_counter()
+        None for all others, wrong ones among them. May be called from any thread.
+        """
         try:
-            lookup = self._read(request.lookup)
-            message, rows = allocate_streamed(lookup.shape, request.request_id)
-            await self._fill(rows, lookup, deadline)
-        except Redirect:
-            term, epoch = self._age()
-            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=_MOVED, term=term, epoch=epoch)
-        except EmbeddingServiceError as error:
-            self.counters.errors += 1
-            failure = wire.LookupFailure(code=code_of(error).value[0], message=str(error))
-        else:
-            self._count(lookup.shape.count, lookup.shape.nbytes, began)
-            return message
-        return wire.StreamLookupResponse(request_id=request.request_id, error=failure).SerializeToString()
+            return self._at_once(wire.LookupRequest.FromString(message), room, allocate)
+        except (EmbeddingServiceError, Redirect, DecodeError):
+            return None
+
+    def answer_streamed(self, message: bytes, room: int) -> bytes | None:
+        """`answer` for a `StreamLookupRequest`."""
+        try:
+            request = wire.StreamLookupRequest.FromString(message)
+            return self._at_once(request.lookup, room, partial(allocate_streamed, request_id=request.request_id))
+        except (EmbeddingServiceError, Redirect, DecodeError):
+            return None
+
+    def _at_once(
+        self, request: wire.LookupRequest, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]
+    ) -> bytes | None:
+        began = time.perf_counter()
+        lookup = self._read(request)
+        if lookup.held is None or lookup.shape.nbytes > room:
+            return None
+        message, rows = allocate(lookup.shape)
+        lookup.held.gather(lookup.ids, lookup.encoding, rows)
+        self._count(lookup.shape, began)
+        return message
 
     def _read(self, request: wire.LookupRequest) -> _Lookup:
         """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
@@ -362,11 +337,16 @@ class LookupService(RoutingService):
             self._hashers[model.full_name] = model.hasher()
         return self._hashers[model.full_name]
 
-    def _count(self, rows: int, nbytes: int, began: float) -> None:
+    def _count(self, shape: Shape, began: float) -> None:
         self.seconds.observe(time.perf_counter() - began)
-        self.counters.lookups += 1
-        self.counters.rows += rows
-        self.counters.row_bytes += nbytes
+        with self._counting:
+            self.counters.lookups += 1
+            self.counters.rows += shape.count
+            self.counters.row_bytes += shape.nbytes
+
+    def _count_error(self) -> None:
+        with self._counting:
+            self.counters.errors += 1
 
     def _age(self) -> tuple[int, int]:
         routing = self._router.current
@@ -380,6 +360,11 @@ class LookupService(RoutingService):
 
 
 _MOVED = "rows that were asked for are not held here: get the routing again, or send epoch 0 to have them forwarded"
+
+
+def _peer(context: grpc.aio.ServicerContext) -> str:
+    """Whose call it is: it came through the front, which says so."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == PEER), context.peer())
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float:
