@@ -109,12 +109,12 @@ def run_slice(peer: Running, what: Slice, seed: int) -> Outcome:
         pipe.send((what, 1000 * seed + index))
     for pipe in pipes:
         receive(pipe, START_SECONDS)
-    before = _cpu(peer.server.pids)
+    before = cpu_seconds(peer.server.pids)
     begin = time.perf_counter() + LEAD_SECONDS
     for pipe in pipes:
         pipe.send(begin)
     results = [receive(pipe, 4 * what.seconds + START_SECONDS) for pipe in pipes]
-    server_cpu = _cpu(peer.server.pids) - before
+    server_cpu = cpu_seconds(peer.server.pids) - before
     load = together([load for load, _ in results])
     if set(load.errors) - {"unsent"}:
         raise Unusable(f"{peer.peer.name} failed under load: {dict(load.errors)}")
@@ -135,6 +135,6 @@ def run_rounds(
     return outcomes
 
 
-def _cpu(pids: Sequence[int]) -> float:
+def cpu_seconds(pids: Sequence[int]) -> float:
     """CPU seconds that processes used, by their own clocks (ids as clock_getcpuclockid(3) makes them)."""
     return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
