@@ -39,7 +39,8 @@ def attach(hf_model: PreTrainedModel, client: EmbeddingClient | RowSource, name:
 
     Afterwards `hf_model(input_ids=...)` and `hf_model.generate(...)` work as before: with or without a KV cache, in
     batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache. A call
-    that failed for want of rows leaves a Qwen4-Exp model's cache unusable: start with a new one.
+    that failed for want of rows leaves a Qwen4-Exp model's cache unusable: start with a new one. The tables cannot be
+    trained: `backward` raises NoGradients and says which module to freeze so that the rest of the model can be.
 
     hf_model: a `LongcatFlashForCausalLM` loaded from a LongCat n-gram checkpoint by `load_model` or `from_pretrained`
         (the projections are read from the folder it was loaded from); or any transformers Qwen4-Exp model, by

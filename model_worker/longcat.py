@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
 
+from embedding_service.client.remote import RemoteModule
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -65,6 +66,36 @@ class LocalTables:
         return self._hasher
 
 
+class NgramRows(RemoteModule):
+    """In place of the tables: looks the rows of tokens up. Gradients: none, as `RemoteModule` says.
+
+    source: gives the rows.
+    name: the model's name in the source.
+    dim: values of a row.
+    """
+
+    def __init__(self, source: RowSource, name: str, dim: int) -> None:
+        super().__init__()
+        self.source = source
+        self.name = name
+        self.hasher = source.hasher(name)
+        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
+
+    def forward(self, tokens: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
+        """int64 [B, S] tokens after [B, C] others -> [B, S, heads * dim], of the dtype and device of `like`."""
+        before = time.perf_counter()
+        rows = self.source.lookup_ngrams(
+            self.name, tokens.cpu(), None if context is None else context.cpu(), dtype=like.dtype
+        )
+        self.lookups.asked(tokens.numel())
+        self.lookups.waited(time.perf_counter() - before)
+        return self._in_graph(rows.to(like.device).flatten(-3))
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return repr(self.name)
+
+
 class NgramEmbedding(nn.Module):
     """The fused input embedding, but for the words: rows of a source, through the projections.
 
@@ -80,10 +111,7 @@ class NgramEmbedding(nn.Module):
         side_by_side = projections.transpose(0, 1).reshape(hidden, heads * dim)
         self.projection = nn.Linear(heads * dim, hidden, bias=False, device="meta")
         self.projection.weight = nn.Parameter(side_by_side, requires_grad=projections.requires_grad)
-        self.source = source
-        self.name = name
-        self.hasher = source.hasher(name)
-        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
+        self.rows = NgramRows(source, name, dim)
 
     def forward(self, words: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Fuse.
@@ -94,14 +122,8 @@ class NgramEmbedding(nn.Module):
         Returns [B, S, hidden], in the dtype of the words.
         Raises EmbeddingServiceError: whatever the source raises.
         """
-        weight = self.projection.weight
-        before = time.perf_counter()
-        rows = self.source.lookup_ngrams(
-            self.name, tokens.cpu(), None if context is None else context.cpu(), dtype=weight.dtype
-        )
-        self.lookups.asked(tokens.numel())
-        self.lookups.waited(time.perf_counter() - before)
-        return (words + self.projection(rows.to(weight.device).flatten(-3))) / (1 + self.hasher.num_heads)
+        rows = self.rows(tokens, context, self.projection.weight)
+        return (words + self.projection(rows)) / (1 + self.rows.hasher.num_heads)
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> LongcatFlashForCausalLM:
@@ -160,7 +182,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
     _check_dim(embedding, body.embed_tokens.weight)
     body.ngram_embeddings = embedding
     body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
-    return embedding.lookups
+    return embedding.rows.lookups
 
 
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -172,7 +194,7 @@ def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     tokens = _without_padding(input_ids, kwargs.get("attention_mask"))
     history = _history(body, kwargs)
     past = None if history is None else history.tokens()
-    context = None if past is None else past[:, -body.ngram_embeddings.hasher.context_length :]
+    context = None if past is None else past[:, -body.ngram_embeddings.rows.hasher.context_length :]
     kwargs["inputs_embeds"] = body.ngram_embeddings(body.embed_tokens(input_ids), tokens, context)
     if history is not None:
         history.append(tokens)
@@ -275,10 +297,11 @@ def _check_words(files: Checkpoint, words: Tensor) -> None:
 
 def _check_dim(embedding: NgramEmbedding, words: Tensor) -> None:
     """Look one token up: proves that the source answers, with rows the projections fit."""
-    rows = embedding.source.lookup_ngrams(embedding.name, torch.zeros(1, 1, dtype=torch.int64), dtype=words.dtype)
+    source, name = embedding.rows.source, embedding.rows.name
+    rows = source.lookup_ngrams(name, torch.zeros(1, 1, dtype=torch.int64), dtype=words.dtype)
     width, hidden = rows[0, 0].numel(), words.shape[1]
     if embedding.projection.weight.shape != (hidden, width):
         raise InvalidRequest(
-            f"a token's rows of {embedding.name!r} are {width} values wide; the projections of this checkpoint take "
+            f"a token's rows of {name!r} are {width} values wide; the projections of this checkpoint take "
             f"{embedding.projection.in_features}"
         )

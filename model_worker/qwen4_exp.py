@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as published
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
 
+from embedding_service.client.remote import RemoteModule
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -99,8 +100,8 @@ class Prefetch:
         return rows.to(device)
 
 
-class RemoteTable(nn.Module):
-    """In place of the nn.Embedding that held one PLE layer's table."""
+class RemoteTable(RemoteModule):
+    """In place of the nn.Embedding that held one PLE layer's table. Gradients: none, as `RemoteModule` says."""
 
     def __init__(self, prefetch: Prefetch, layer: int) -> None:
         super().__init__()
@@ -109,7 +110,11 @@ class RemoteTable(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, S, H] -> [B, S, H, dim]."""
-        return self.prefetch.rows(self.layer, ids)
+        return self._in_graph(self.prefetch.rows(self.layer, ids))
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return repr(f"{self.prefetch.name}/{self.prefetch.hasher.tables[self.layer].name}")
 
 
 class _NoTable(nn.Module):

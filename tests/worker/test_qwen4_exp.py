@@ -29,11 +29,12 @@ from transformers import (
 )
 
 from embedding_service import EmbeddingClient
-from embedding_service.errors import InvalidRequest, StoreError, Unavailable
+from embedding_service.errors import InvalidRequest, NoGradients, StoreError, Unavailable
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.split import split_checkpoint
 from model_worker import attach, load_model
 from model_worker.engine import Engine
+from model_worker.qwen4_exp import RemoteTable
 from model_worker.sampling import SamplingParams
 from model_worker.worker import Worker, WorkerConfig
 
@@ -379,6 +380,21 @@ def test_a_failed_lookup_is_told_and_leaves_the_model_usable(watched: tuple[Any,
 
 
 # Refusals
+
+
+def test_training_fails_until_the_tables_are_frozen(folder: Path, client: EmbeddingClient) -> None:
+    loaded = load_model(folder)
+    attach(loaded, client, "qwen")
+    with torch.enable_grad(), pytest.raises(NoGradients, match=r"RemoteTable\('qwen/.*requires_grad_\(False\)"):
+        loaded(some_ids(), labels=some_ids()).loss.backward()
+    tables = [module for module in loaded.modules() if isinstance(module, RemoteTable)]
+    assert len(tables) == 2
+    for table in tables:
+        table.requires_grad_(False)
+    loaded.zero_grad()
+    with torch.enable_grad():
+        loaded(some_ids(), labels=some_ids()).loss.backward()
+    assert loaded.model.layers[1].ple.key_proj.weight.grad.count_nonzero()
 
 
 def test_attach_refuses_the_wrong_model(folder: Path, client: EmbeddingClient, there: Any) -> None:

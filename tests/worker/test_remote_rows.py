@@ -11,7 +11,7 @@ from small_model import VOCAB, write_checkpoint
 from transformers import LongcatFlashForCausalLM
 
 from embedding_service import EmbeddingClient
-from embedding_service.errors import NotFound, Unavailable
+from embedding_service.errors import NoGradients, NotFound, Unavailable
 from embedding_service.store.importing import import_checkpoint
 from model_worker import attach
 from model_worker.longcat import LocalTables, load_model
@@ -100,6 +100,21 @@ def same(
         given.append(model.generate(ids, **options))
     assert torch.equal(given[0].sequences, given[1].sequences)
     assert all(torch.equal(a, b) for a, b in zip(given[0].logits, given[1].logits, strict=True))
+
+
+def test_training_fails_until_the_rows_are_frozen(model_folder: Path, remote: EmbeddingClient) -> None:
+    loaded = load_model(model_folder)
+    attach(loaded, remote, "small")
+    loaded.requires_grad_(True)  # LongCat's projections are loaded as they are in the file, without
+    ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(4))
+    with torch.enable_grad(), pytest.raises(NoGradients, match=r"NgramRows\('small'\).*requires_grad_\(False\)"):
+        loaded(ids, labels=ids).loss.backward()
+    loaded.model.ngram_embeddings.rows.requires_grad_(False)
+    loaded.zero_grad()
+    with torch.enable_grad():
+        loaded(ids, labels=ids).loss.backward()
+    assert loaded.model.ngram_embeddings.projection.weight.grad.count_nonzero()
+    assert loaded.model.embed_tokens.weight.grad.count_nonzero()
 
 
 def test_attach_says_what_is_wrong_with_the_service(model_folder: Path, remote: EmbeddingClient) -> None:
