@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from embedding_service.polling import load_grpc
+
 if TYPE_CHECKING:
     from embedding_service.client.client import EmbeddingClient
     from embedding_service.client.remote import RemoteEmbedding
@@ -19,6 +21,9 @@ _HOMES = {
     "NgramHasher": "embedding_service.ngram",
     "RemoteEmbedding": "embedding_service.client.remote",
 }
+
+
+load_grpc()
 
 
 def __getattr__(name: str) -> Any:
