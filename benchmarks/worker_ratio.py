@@ -70,10 +70,12 @@ LONGCAT: dict[str, Any] = {
 }
 QWEN: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 2560,
+    "hidden_size": 1536,
     "num_hidden_layers": 4,
-    "num_attention_heads": 10,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "ple_layer_ids": [2],
@@ -84,7 +86,7 @@ QWEN: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 64,
+    "indexer_head_dim": 256,
     "indexer_budget": 512,
     "indexer_compress_ratio": 4,
 }
@@ -297,13 +299,13 @@ def main() -> None:
     learnt = text_tokenizer(documents)
     text = [token for document in documents for token in learnt.encode(document).ids]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=learnt)
-    found = [
-        record for family in given.families for record in measure(family, given.dtype, given.rounds, text, tokenizer)
-    ]
-    show(found)
     given.out.mkdir(parents=True, exist_ok=True)
-    about = {"threads": given.threads, "rounds": given.rounds, "records": found}
-    (given.out / "worker_ratio.json").write_text(json.dumps(about, indent=2) + "\n")
+    found: list[dict[str, Any]] = []
+    for family in given.families:
+        found += measure(family, given.dtype, given.rounds, text, tokenizer)
+        about = {"threads": given.threads, "rounds": given.rounds, "records": found}
+        (given.out / "worker_ratio.json").write_text(json.dumps(about, indent=2) + "\n")
+    show(found)
 
 
 if __name__ == "__main__":
