@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
+from embedding_service.commands.text import parse_bytes
 from model_worker.cli import resolve_model
 from model_worker.serving import APP, Scaling, WorkerReplica
 
@@ -27,6 +28,7 @@ class Arguments(BaseModel):
     name: str | None = None
     max_batch: int = 8
     max_queue: int = 64
+    cache_bytes: str = "0"
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -36,6 +38,9 @@ def build(args: dict[str, Any]) -> Application:
     reached, and NotFound if it has no such model.
     """
     given = Arguments.model_validate(args)
-    config = resolve_model(given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue)
+    cache_bytes = parse_bytes(given.cache_bytes)
+    config = resolve_model(
+        given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue, cache_bytes
+    )
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def serve(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait at a replica; more get 429.")] = 64,
+    cache_bytes: Annotated[
+        str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
+    ] = "0",
     upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before a replica more.")] = 10,
     downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
     drain_seconds: Annotated[
@@ -86,7 +90,7 @@ def serve(
         if metrics_port:
             _check_port_is_free("127.0.0.1", metrics_port, "--metrics-port")
         os.environ.update(_LOCAL_RAY)
-    config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue)
+    config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, parse_bytes(cache_bytes))
     from model_worker.serving import Scaling
 
     scaling = Scaling(
@@ -103,16 +107,18 @@ def _check_port_is_free(host: str, port: int, option: str = "--port") -> None:
         raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
 
 
-def resolve_model(checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int) -> WorkerConfig:
+def resolve_model(
+    checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int, cache_bytes: int
+) -> WorkerConfig:
     """Find the model in the service, before anything is started."""
     from embedding_service import EmbeddingClient
     from model_worker.checkpoint import Checkpoint
     from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
 
     folder = Checkpoint(checkpoint).folder.resolve()
-    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT) as client:
+    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes) as client:
         model, version = _pick(name, [(each.name, each.version) for each in client.models()])
-    return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue)
+    return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue, cache_bytes)
 
 
 def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:

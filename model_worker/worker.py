@@ -37,6 +37,7 @@ class WorkerConfig:
     name: the served model id.
     version: of the model in the service. Pinned: another version's tables do not belong to this checkpoint.
     max_batch, max_queue: see `Engine`.
+    cache_bytes: see `EmbeddingClient`.
     """
 
     checkpoint: str
@@ -45,6 +46,7 @@ class WorkerConfig:
     version: str
     max_batch: int
     max_queue: int
+    cache_bytes: int = 0
 
 
 class Generation:
@@ -103,7 +105,9 @@ class Worker:
     ) -> None:
         self.name = config.name
         self.started = int(time.time())
-        self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT)
+        self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
+        # That the cache answers says nothing about the service.
+        self._probe = EmbeddingClient(config.embeddings) if config.cache_bytes else self._client
         self._served_as = f"{config.name}@{config.version}"
         model: Any = families.load_model(config.checkpoint)
         self._lookups = families.attach(model, self._client, self._served_as)
@@ -145,7 +149,7 @@ class Worker:
         """Prove that the worker can generate. Raises Unavailable or what the service's client raises."""
         self.check_engine()
         token = torch.zeros(1, 1, dtype=torch.int64)
-        self._client.lookup_ngrams(self._served_as, token, timeout=_HEALTH_TIMEOUT)
+        self._probe.lookup_ngrams(self._served_as, token, timeout=_HEALTH_TIMEOUT)
 
     def check_engine(self) -> None:
         """Raises Unavailable when the engine has died."""
@@ -156,6 +160,7 @@ class Worker:
         """Fail what still runs, and disconnect."""
         self._engine.close()
         self._client.close()
+        self._probe.close()
 
     def info(self) -> dict[str, Any]:
         """What this replica holds and has done. Bytes, seconds, and counts since its start."""
@@ -179,6 +184,7 @@ class Worker:
 
     def counts(self) -> dict[str, int]:
         """What it does now and has done since its start, in numbers."""
+        cache = self._client.cache.stats if self._client.cache else None
         return {
             "requests": self._engine.requests,
             "refused": self._engine.refused,
@@ -188,4 +194,6 @@ class Worker:
             "generated_tokens": self._engine.tokens,
             "lookups": self._lookups.count,
             "looked_up_tokens": self._lookups.tokens,
+            "cache_hits": cache.hits if cache else 0,
+            "cache_misses": cache.misses if cache else 0,
         }

@@ -13,9 +13,9 @@ from model_worker.worker import WorkerConfig
 
 
 def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embeddings: str) -> None:
-    arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3}
+    arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3, "cache_bytes": "2MiB"}
     bound = build_as_ray_does(build, arguments)._bound_deployment
-    assert bound.init_args == (WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64),)
+    assert bound.init_args == (WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20),)
 
 
 def test_an_argument_that_is_wrong_is_named() -> None:

@@ -466,6 +466,40 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
     assert again.choices[0].text == expected[1]
 
 
+def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Tables, tmp_path: Path) -> None:
+    """Its counts are told and exported; while the service is away they still answer, and its health is not theirs."""
+    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB")
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+    def ask() -> str:
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    def exported() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(server.metrics_url()).text)
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    try:
+        server.wait_until_ready()
+        first, before = ask(), server.info()
+        assert ask() == first
+        after = server.info()
+        assert after["cache_hits"] > before["cache_hits"]
+        assert after["cache_misses"] == before["cache_misses"] > 0
+        until(lambda: exported().get("ray_model_worker_cache_hits_total") == after["cache_hits"], "the counts", 60)
+        assert exported()["ray_model_worker_cache_misses_total"] == after["cache_misses"]
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        tables.stop()
+        try:
+            assert ask() == first
+            assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 503
+        finally:
+            tables.start()
+    finally:
+        server.end()
+
+
 def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> None:
     family = server.family()
     assert len(family) > 5  # Ray is there
