@@ -362,6 +362,4 @@ def _decode(want: Want, rows: Bytes, inverse: np.ndarray[Any, Any] | None, dtype
     name = want.table.dtype if want.encoding == wire.ROW_ENCODING_STORED else _NAMES[dtype]
     if inverse is not None:
         rows = rows.take(inverse, axis=0)
-    elif name == _NAMES[dtype]:  # decoding would give a view of the message, which may begin at an odd address
-        rows = rows.copy()
     return get_format(name).decode(torch.from_numpy(rows), want.table.dim, dtype=dtype)

@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -27,7 +26,7 @@ from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, 
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Bytes, Shape
+from embedding_service.wire.rows import Answer, Bytes, Shape, lookup_request
 
 T = TypeVar("T")
 Steps = Generator[list[Call] | float, Any, T]
@@ -48,8 +47,7 @@ class Want(NamedTuple):
     row_bytes: int
 
 
-@dataclass(frozen=True)
-class _Leg:
+class _Leg(NamedTuple):
     """What one shard is asked of one want: the rows at `positions` of its ids; None: all, in their order."""
 
     want: int
@@ -104,7 +102,8 @@ class Router:
             Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
         """
         while True:
-            model = yield from self.model(name, deadline)
+            known = self._routing and self._routing.find(name)
+            model = known or (yield from self.model(name, deadline))
             wants = list(wants_of(model))
             for want in wants:
                 check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
@@ -137,7 +136,7 @@ class Router:
         missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
         avoid: set[str] = set()
         for attempt in itertools.count():
-            routing = yield from self.routing(deadline)
+            routing = self._routing or (yield from self.routing(deadline))
             current = routing.model(model.full_name)
             timeout = _attempt_timeout(attempt, current, deadline)
             legs, nowhere = self._legs(routing, current, wants, missing, avoid, timeout)
@@ -189,7 +188,7 @@ class Router:
             parts, turn = ids // table.rows_per_part, next(self._turn)
             owners = _choose(table.owners, parts, turn, badness)
             others = _others(table.owners, parts, owners, badness) if self._alternatives else None
-            most = _most_ids(routing.limits, want.row_bytes)
+            most = max(1, min(routing.response_bytes // want.row_bytes, routing.request_bytes // 8))
             for (shard, other), group in _groups(owners, others, positions):
                 if shard < 0:
                     nowhere[index] = group
@@ -331,24 +330,8 @@ def _chunks(positions: Ids | None, count: int, most: int) -> Iterator[Ids | None
         yield positions[start : start + most]
 
 
-def _most_ids(limits: wire.Limits, row_bytes: int) -> int:
-    # 64 bytes cover what a request holds besides its ids many times over: names are bounded by the service.
-    by_response = limits.response_bytes // row_bytes if limits.response_bytes else 1 << 20
-    by_request = limits.request_bytes // 8 if limits.request_bytes else 1 << 20
-    return max(1, min(by_response, by_request))
-
-
-def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> wire.LookupRequest:
-    narrow = want.table.rows <= 1 << 32
-    field = {"ids_uint32": ids.astype("<u4").tobytes()} if narrow else {"ids_int64": ids.astype("<i8").tobytes()}
-    return wire.LookupRequest(
-        model=model.full_name,
-        table=want.table.name,
-        encoding=want.encoding,  # type: ignore[arg-type]
-        term=routing.age[0],
-        epoch=routing.age[1],
-        **field,  # type: ignore[arg-type]
-    )
+def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> bytes:
+    return lookup_request(model.full_name, want.table.name, want.encoding, *routing.age, ids, want.table.rows)
 
 
 def _rows_of(answer: Answer, leg: _Leg, model: Model, want: Want) -> Bytes:

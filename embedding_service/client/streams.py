@@ -141,13 +141,14 @@ class Watchdog:
     def __init__(self) -> None:
         self._due: dict[Stream, float] = {}
         self._wakes = float("inf")
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def watch(self, stream: Stream, due: float) -> None:
         """Cancel `stream` at `due` (on time.monotonic's clock), unless it is forgotten before."""
-        with self._changed:
+        with self._lock:
             self._due[stream] = due
             if due < self._wakes and not self._closed:
                 self._wakes = due
@@ -158,7 +159,7 @@ class Watchdog:
 
     def forget(self, stream: Stream) -> None:
         """Its answer is there."""
-        with self._changed:
+        with self._lock:
             self._due.pop(stream, None)
 
     def close(self) -> None:

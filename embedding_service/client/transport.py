@@ -17,8 +17,8 @@ from embedding_service.errors import Unavailable
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import rows
 
-_METHODS: dict[type[Message], str] = {
-    wire.LookupRequest: "/embedding.v1.EmbeddingService/Lookup",
+_METHODS: dict[type[Message] | type[bytes], str] = {
+    bytes: "/embedding.v1.EmbeddingService/Lookup",
     wire.GetRoutingRequest: "/embedding.v1.EmbeddingService/GetRouting",
 }
 
@@ -46,11 +46,12 @@ class Call(NamedTuple):
     Attributes:
         timeout: Seconds.
         alternative: Asks somebody else for the same.
+        request: A message, or the bytes of a `LookupRequest`.
         shape: What a lookup's answer should look like; its answer is a `rows.Answer`.
     """
 
     address: str
-    request: Message
+    request: Message | bytes
     timeout: float
     alternative: Call | None = None
     shape: rows.Shape | None = None
@@ -86,7 +87,7 @@ class GrpcTransport(Transport):
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.Channel] = {}
-        self._methods: dict[tuple[str, type[Message]], Callable[..., Any]] = {}
+        self._methods: dict[tuple[str, type[Message] | type[bytes]], Callable[..., Any]] = {}
         self._streams: dict[str, _Streams] = {}
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
@@ -152,8 +153,9 @@ class GrpcTransport(Transport):
                 self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
             return self._channels[address]
 
-    def _method(self, address: str, kind: type[Message]) -> Callable[..., Any]:
-        multi = self._channel(address).unary_unary(_METHODS[kind], kind.SerializeToString)
+    def _method(self, address: str, kind: type[Message] | type[bytes]) -> Callable[..., Any]:
+        serializer = None if kind is bytes else kind.SerializeToString  # type: ignore[union-attr]
+        multi = self._channel(address).unary_unary(_METHODS[kind], serializer)
         return self._methods.setdefault((address, kind), multi.future)
 
 
@@ -271,7 +273,7 @@ class _Trip:
     def _send(self, stream: Stream) -> None:
         self._stream = stream
         self._watchdog.watch(stream, self._due)
-        stream.send(wire.StreamLookupRequest(lookup=self._call.request).SerializeToString())  # type: ignore[arg-type]
+        stream.send(rows.streamed(self._call.request))  # type: ignore[arg-type]
 
 
 def _read(message: bytes, call: Call) -> Any:
@@ -294,8 +296,7 @@ def _outcome(rpc: Any, call: Call) -> Any:
     try:
         if call.shape is not None:
             return rows.read(rpc.result(), call.shape)
-        kind = wire.LookupResponse if isinstance(call.request, wire.LookupRequest) else wire.Routing
-        return kind.FromString(rpc.result())
+        return wire.Routing.FromString(rpc.result())
     except DecodeError as error:
         return _undecodable(error)
 

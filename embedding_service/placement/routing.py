@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from embedding_service.ngram import NgramHasher
 from embedding_service.wire import embedding_pb2 as wire
 
 Ids = npt.NDArray[np.int64]
+# Where the service says no limit: a message that gRPC could not carry anyway.
+_UNLIMITED = 1 << 31
 
 
 def check_ids(ids: Ids, rows: int, table: str) -> None:
@@ -59,7 +62,7 @@ class Model:
     tables: dict[str, Table]
     replicated: bool
 
-    @property
+    @cached_property
     def full_name(self) -> str:
         """`name@version`."""
         return f"{self.name}@{self.version}"
@@ -81,6 +84,7 @@ class Routing:
     """An immutable view of a `Routing` message.
 
     Attributes:
+        request_bytes, response_bytes: What a request may ask for: of ids, 8 bytes each, and of rows.
         nothing_known: int8 [shards + 1], what `Router` knows against each shard where it knows nothing: 0, and at index
             -1, which is nobody, 3.
     """
@@ -88,7 +92,8 @@ class Routing:
     def __init__(self, message: wire.Routing) -> None:
         self.message = message
         self.age = (message.term, message.epoch)
-        self.limits = message.limits
+        self.request_bytes = message.limits.request_bytes or _UNLIMITED
+        self.response_bytes = message.limits.response_bytes or _UNLIMITED
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
         self.nothing_known = np.array([0] * len(self.addresses) + [3], np.int8)
@@ -102,6 +107,10 @@ class Routing:
     def models(self) -> list[Model]:
         """Every served version of every model."""
         return [model for name, model in sorted(self._models.items()) if name == model.full_name]
+
+    def find(self, name: str) -> Model | None:
+        """`model`, or None for an unknown one."""
+        return self._models.get(name)
 
     def model(self, name: str) -> Model:
         """`name` (its newest served version) or `name@version`; raises NotFound, naming the known ones."""

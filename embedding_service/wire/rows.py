@@ -11,6 +11,8 @@ Written by hand; everything else in this folder is generated.
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,12 +26,25 @@ Bytes = npt.NDArray[np.uint8]
 # Field number << 3 | 2 (length-delimited).
 _ROWS = b"\x0a"  # LookupResponse.rows = 1
 _RESULT = b"\x12"  # StreamLookupResponse.rows = 2
+_ENCODING = 0x20  # LookupResponse.encoding = 4, a varint
+_LOOKUP = b"\x12"  # StreamLookupRequest.lookup = 2
+_IDS_INT64, _IDS_UINT32 = (
+    bytes([wire.LookupRequest.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("ids_int64", "ids_uint32")
+)
 
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype = ctypes.py_object
 _new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 # A bytes object is a header, the bytes, and a zero that the type's basic size counts.
 _BYTES_HEADER = bytes.__basicsize__ - 1
+
+
+# Up to so many bytes copying an array takes less time than making one that is not numpy's own.
+_SMALL = 16 << 10
+
+
+# Bytes; what numpy and torch ask for, and where the bytes of a bytes object begin.
+_ALIGNMENT = 16
 
 
 class Shape(NamedTuple):
@@ -48,7 +63,7 @@ class Shape(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a `LookupResponse` says; `rows` is a view of the message, uint8 [n * row_bytes]."""
+    """What a `LookupResponse` says; `rows`, uint8 [n * row_bytes], is a view of the message or a copy of few bytes."""
 
     rows: Bytes
     version: str
@@ -56,19 +71,28 @@ class Answer(NamedTuple):
 
 @lru_cache(1024)
 def _before_rows(shape: Shape) -> bytes:
-    small = wire.LookupResponse(
-        row_bytes=shape.row_bytes,
-        dim=shape.dim,
-        encoding=shape.encoding,  # type: ignore[arg-type]
-        version=shape.version,
-    )
-    return small.SerializeToString() + (_ROWS + _varint(shape.nbytes) if shape.nbytes else b"")
+    return _aligned(shape, lambda answer: answer)
 
 
 @lru_cache(1024)
 def _before_streamed_rows(shape: Shape) -> bytes:
-    answer = _before_rows(shape)
-    return _RESULT + _varint(len(answer) + shape.nbytes) + answer
+    return _aligned(shape, lambda answer: _RESULT + _varint(len(answer) + shape.nbytes) + answer)
+
+
+def _aligned(shape: Shape, wrap: Callable[[bytes], bytes]) -> bytes:
+    """All that comes before the rows, so long that they begin at a multiple of `_ALIGNMENT` and are used in place.
+
+    It is filled up with the encoding said over again, in two bytes or in three: of a field that is there more than
+    once the last counts, and a varint may begin with zeros.
+    """
+    small = wire.LookupResponse(row_bytes=shape.row_bytes, dim=shape.dim, version=shape.version).SerializeToString()
+    rows = _ROWS + _varint(shape.nbytes) if shape.nbytes else b""
+    for twos, threes in itertools.product(range(1, _ALIGNMENT), range(2)):
+        encoding = bytes([_ENCODING, shape.encoding]) * twos + bytes([_ENCODING, shape.encoding | 0x80, 0]) * threes
+        before = wrap(small + encoding + rows)
+        if len(before) % _ALIGNMENT == 0:
+            break
+    return before
 
 
 def allocate(shape: Shape) -> tuple[bytes, Bytes]:
@@ -93,6 +117,31 @@ def _allocate(before: bytes, shape: Shape) -> tuple[bytes, Bytes]:
     return message, _view(message, len(before)).reshape(shape.count, shape.row_bytes)
 
 
+def lookup_request(
+    model: str, table: str, encoding: int, term: int, epoch: int, ids: npt.NDArray[np.int64], rows: int
+) -> bytes:
+    """A serialized `LookupRequest` for `ids` [n] of a table of so many rows: 4 bytes an id where they suffice."""
+    before = _before_ids(model, table, encoding, term, epoch)
+    tag, data = (_IDS_UINT32, ids.astype("<u4")) if rows <= 1 << 32 else (_IDS_INT64, ids.astype("<i8"))
+    return before + tag + _varint(data.nbytes) + data.tobytes()
+
+
+@lru_cache(1024)
+def _before_ids(model: str, table: str, encoding: int, term: int, epoch: int) -> bytes:
+    return wire.LookupRequest(
+        model=model,
+        table=table,
+        encoding=encoding,  # type: ignore[arg-type]
+        term=term,
+        epoch=epoch,
+    ).SerializeToString()
+
+
+def streamed(request: bytes) -> bytes:
+    """A serialized `StreamLookupRequest` with request_id 0 around a serialized `LookupRequest`."""
+    return _LOOKUP + _varint(len(request)) + request
+
+
 def read(message: bytes, shape: Shape) -> Answer:
     """A serialized `LookupResponse` to a request whose answer should have this shape.
 
@@ -112,7 +161,7 @@ def read_streamed(message: bytes, shape: Shape) -> Answer | wire.LookupFailure:
 def _read(message: bytes, before: bytes, shape: Shape) -> Answer | None:
     if len(message) != len(before) + shape.nbytes or not message.startswith(before):
         return None
-    return Answer(_view(message, len(before)), shape.version)
+    return Answer(_copy_or_view(message, len(before)), shape.version)
 
 
 def _answer(response: wire.LookupResponse) -> Answer:
@@ -122,6 +171,13 @@ def _answer(response: wire.LookupResponse) -> Answer:
 def _view(message: bytes, start: int) -> Bytes:
     """A message from `start` on as an array that keeps it alive. Writable, for torch: the message is nobody else's."""
     return np.asarray(_Memory(message, start))
+
+
+def _copy_or_view(message: bytes, start: int) -> Bytes:
+    """`_view`, or a copy where that costs less."""
+    if len(message) <= _SMALL:
+        return np.frombuffer(message, np.uint8, -1, start).copy()
+    return _view(message, start)
 
 
 class _Memory:

@@ -16,7 +16,7 @@ from embedding_service.client.hedging import LEAST, HedgingTransport
 from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.wire import embedding_pb2 as wire
 
-REQUEST = wire.LookupRequest()
+REQUEST = wire.LookupRequest().SerializeToString()
 GONE = Failure(grpc.StatusCode.UNAVAILABLE, "gone")
 
 
