@@ -84,6 +84,17 @@ def bind(add_port: Callable[[str], int], address: str) -> str:
     return f"{host}:{bound}"
 
 
+def check_free(address: str) -> None:
+    """Raise InvalidRequest where somebody listens: several processes that share a port would take it from them."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port or 0)))
+        except OSError as error:
+            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): give another port") from error
+
+
 class Server:
     """A gRPC server on one address, with health and reflection.
 
@@ -192,13 +203,18 @@ async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def run_process(name: str, main: Callable[[], object]) -> None:
-    """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
+def log_to_stderr(name: str) -> None:
+    """Log as a process of this name."""
     # force: FBGEMM sets up the root logger when it is imported
     logging.basicConfig(
         force=True, stream=sys.stderr, format=f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s"
     )
     log.setLevel(logging.INFO)  # ours only: FBGEMM and TorchRec tell every library they load
+
+
+def run_process(name: str, main: Callable[[], object]) -> None:
+    """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
+    log_to_stderr(name)
     try:
         asyncio.run(main())  # type: ignore[arg-type]
     except EmbeddingServiceError as error:

@@ -31,6 +31,9 @@ AdvertiseOption = Annotated[
     str | None,
     typer.Option(help="HOST or HOST:PORT under which others reach this process, where --listen does not say."),
 ]
+ProcessesOption = Annotated[
+    int, typer.Option(min=1, help="Processes of a shard, which answer from one copy of its rows: about a core each.")
+]
 
 
 def up(
@@ -48,6 +51,7 @@ def up(
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
+    processes: ProcessesOption = 1,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +73,7 @@ def up(
         tier=tier,
         memory=parse_bytes(memory) if memory else None,
         cache=cache,
+        processes=processes,
     )
     if ray is None:
         run(options)
@@ -148,6 +153,7 @@ def shard(
         float, typer.Option(min=0, help="After SIGTERM, wait at most so long until others hold this shard's parts.")
     ] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
+    processes: ProcessesOption = 1,
     metrics_port: MetricsOption = 0,
 ) -> None:
     """A process that holds parts and answers lookups."""
@@ -167,6 +173,7 @@ def shard(
             topology=topology,
             drain_seconds=drain_seconds,
             threads=threads,
+            processes=processes,
             metrics_port=metrics_port,
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )

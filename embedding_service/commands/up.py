@@ -30,7 +30,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What `up` starts; `memory` is bytes a shard, None for an equal share of what is available."""
+    """What `up` starts; `memory` is bytes a shard, None for an equal share of what is available.
+
+    `processes` are those of one shard.
+    """
 
     store: str
     shards: int
@@ -40,6 +43,7 @@ class UpOptions:
     tier: str
     memory: int | None
     cache: Path | None
+    processes: int
 
 
 def run(options: UpOptions) -> None:
@@ -115,6 +119,7 @@ def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
         f"--shared-listen={options.host}:{options.port}",
         f"--id={name}",
         f"--tier={options.tier}",
+        f"--processes={options.processes}",
         "--drain-seconds=0",  # all of them end together
     ]
     memory = options.memory

@@ -6,9 +6,9 @@ A new tier is one file beside `ram.py` with a subclass of `TableRows`, entered i
 from __future__ import annotations
 
 from embedding_service.rows.base import TableRows
-from embedding_service.rows.mmap import MmapTable
+from embedding_service.rows.mmap import MappedTable, MmapTable
 from embedding_service.rows.ram import RamTable
 
 TIERS: dict[str, type[TableRows]] = {"ram": RamTable, "mmap": MmapTable}
 
-__all__ = ["TIERS", "MmapTable", "RamTable", "TableRows"]
+__all__ = ["TIERS", "MappedTable", "MmapTable", "RamTable", "TableRows"]

@@ -22,6 +22,7 @@ HUGE_PAGE = 2 << 20
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # Addresses without memory: they read as zeros.
 _NOTHING = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
 
@@ -29,7 +30,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _punch(fd: int, offset: int, nbytes: int) -> None:
+    """Give a file's memory back: what was there reads as zeros."""
+    if _libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
+        raise OSError(ctypes.get_errno(), "giving memory back failed")
 
 
 def round_up(nbytes: int, unit: int = PAGE) -> int:
@@ -42,10 +50,21 @@ class AddressSpace:
 
     Offsets must be multiples of the page size; lengths are rounded up to it. The addresses go when this object does:
     `tensor` and views of it must not outlive it.
+
+    Args:
+        shared: Memory is that of a file without a name, at the same offsets, which other processes can map.
+
+    Attributes:
+        fd: That file; None without one.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, shared: bool = False) -> None:
         self.nbytes = nbytes
+        self.fd: int | None = None
+        if shared:
+            self.fd = os.memfd_create("embedding-rows")
+            os.ftruncate(self.fd, round_up(nbytes))
+            weakref.finalize(self, os.close, self.fd)
         # One huge page more than asked, so that the range can begin on a huge page's boundary.
         self._reserved = round_up(nbytes) + HUGE_PAGE
         self._origin = self._mmap(None, self._reserved, _PROT_READ, _NOTHING)
@@ -61,7 +80,10 @@ class AddressSpace:
 
         Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
         """
-        address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS)
+        if self.fd is None:
+            address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS)
+        else:
+            address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_SHARED, self.fd, offset)
         _libc.madvise(address, round_up(nbytes), _MADV_HUGEPAGE)
         return self.tensor[offset : offset + nbytes]
 
@@ -78,6 +100,8 @@ class AddressSpace:
     def unmap(self, offset: int, nbytes: int) -> None:
         """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""
         self._map(offset, nbytes, _PROT_READ, _NOTHING)
+        if self.fd is not None:
+            _punch(self.fd, offset, round_up(nbytes))
 
     def _map(self, offset: int, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
         if offset % PAGE or file_offset % PAGE:

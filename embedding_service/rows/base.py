@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.errors import NotFound
+from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
 
@@ -19,16 +20,27 @@ Bytes = npt.NDArray[np.uint8]
 STORED = "stored"
 
 
+class Location(NamedTuple):
+    """Where a part's rows begin in a file that may be mapped; `offset` is a multiple of the page size."""
+
+    path: str
+    offset: int
+
+
 class TableRows(ABC):
     """The parts of one table that a shard holds. Thread-safe: parts come and go while rows are gathered.
 
     A part has a generation, another one each time it is loaded and 0 while it is not held. Who gathers looks at it
     before and after, so that nobody has to be waited for when a part is dropped: rows read meanwhile are not used.
     Memory that a gather may still look at must stay readable for that, whatever it then reads as.
+
+    Args:
+        shared: Rows are to lie where other processes of this machine can map them (`location`).
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, *, shared: bool = False) -> None:
         self.table = table
+        self.shared = shared
         self._generation = np.zeros(len(table.parts), dtype=np.int64)
         self._loads = itertools.count(1)
         self._accesses = np.zeros(len(table.parts), dtype=np.int64)
@@ -51,6 +63,19 @@ class TableRows(ABC):
     def held_parts(self) -> list[int]:
         """Indices of the parts that are held."""
         return np.flatnonzero(self._generation).tolist()
+
+    def location(self, part: Part, path: Path) -> Location:
+        """Where other processes find a held part, which was loaded from `path`. For tables that are `shared`."""
+        raise InvalidRequest("rows of this tier cannot be shared between processes: leave --processes at 1")
+
+    def take_accesses(self) -> npt.NDArray[np.int64]:
+        """Rows gathered from each part since this was last called: int64 [parts]."""
+        taken, self._accesses = self._accesses, np.zeros_like(self._accesses)
+        return taken
+
+    def add_accesses(self, accesses: npt.NDArray[np.int64]) -> None:
+        """Count what other processes gathered: int64 [parts]."""
+        self._accesses += accesses
 
     def accesses(self, part: int) -> int:
         """Rows gathered from a part so far; threads that count at the same time may lose some."""

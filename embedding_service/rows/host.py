@@ -26,11 +26,14 @@ _TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class HostTable(TableRows):
     """Parts side by side in one `AddressSpace`, so that a row id is an index whatever part it lies in."""
 
-    def __init__(self, table: Table) -> None:
-        super().__init__(table)
-        self._space = AddressSpace(table.bytes)
+    def __init__(self, table: Table, *, shared: bool = False) -> None:
+        super().__init__(table, shared=shared)
+        self._space = self._reserve()
         self._rows = self._space.tensor.view(table.rows, table.row_bytes)
         self._kernels: dict[str, IntNBitTableBatchedEmbeddingBagsCodegen] = {}
+
+    def _reserve(self) -> AddressSpace:
+        return AddressSpace(self.table.bytes)
 
     def close(self) -> None:
         """Give all memory back; nothing is held afterwards."""

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from embedding_service.rows.base import Location
 from embedding_service.rows.host import HostTable
-from embedding_service.store.manifest import Part
+from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, part_layout, verify
+
+
+class MappedTable(HostTable):
+    """Parts that another process of this machine holds and has verified."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self._locations: dict[int, Location] = {}
+
+    def take(self, part: Part, location: Location) -> None:
+        """Map a part that the other process holds; it must be dropped here before it is dropped there."""
+        self._locations[part.index] = location
+        self.load(part, Path(location.path))
+
+    def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
+        with path.open("rb") as file:
+            self._space.map_file(offset, part.bytes, file.fileno(), self._locations[part.index].offset)
 
 
 class MmapTable(HostTable):
     """Parts are mapped, not copied. Their checksum is taken once, before: that reads the file from end to end."""
+
+    def location(self, part: Part, path: Path) -> Location:
+        """In the part's own file."""
+        return Location(str(path), part_layout(path).offset)
 
     def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
         verify(path, part, pace)

@@ -23,13 +23,13 @@ import grpc
 from grpc._cython import cygrpc
 
 from embedding_service.serving import STOP_GRACE, RequestLimits, bind, server_options
+from embedding_service.shard.held import HeldRows
 from embedding_service.shard.service import (
     ANSWER,
     COUNTED_BYTES,
     PEER,
     SERVICE,
     UNREAD_BYTES,
-    LookupService,
 )
 
 log = logging.getLogger(__name__)
@@ -62,16 +62,14 @@ class Front:
     Args:
         address: host:port to listen on; port 0 takes a free one.
         back: Target of the server that everything else is passed on to.
-        service: Answers lookups.
+        rows: Answers lookups of what is held.
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
         shared: Several processes listen on this same port, and the kernel spreads connections over them.
     """
 
-    def __init__(
-        self, address: str, back: str, service: LookupService, limits: RequestLimits, *, shared: bool = False
-    ) -> None:
+    def __init__(self, address: str, back: str, rows: HeldRows, limits: RequestLimits, *, shared: bool = False) -> None:
         self.address = address
-        self.service = service
+        self.rows = rows
         self.unread: Counter[str] = Counter()
         # A thread for each call that is under way at the back; they are kept for the next ones.
         self.threads = ThreadPoolExecutor(BACK_CALLS, "passed-on")
@@ -279,7 +277,7 @@ class _LookupStream(_Call):
 
     def on_message(self, message: bytes) -> None:
         self.on_taken()
-        answer = None if self._waiting else self._front.service.answer_streamed(message, self.room())
+        answer = None if self._waiting else self._front.rows.answer_streamed(message, self.room())
         if answer is None:
             self._waiting += 1
             self.in_thread(self._ask_back, message)
@@ -359,7 +357,7 @@ class _Lookup(_PassedUnary):
     """`Lookup`."""
 
     def on_message(self, message: bytes) -> None:
-        answer = self._front.service.answer(message, self.room())
+        answer = self._front.rows.answer(message, self.room())
         if answer is None:
             super().on_message(message)
             return

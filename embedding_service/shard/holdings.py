@@ -8,17 +8,29 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 from embedding_service.errors import CorruptPart, EmbeddingServiceError
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS, TableRows
-from embedding_service.store.manifest import Manifest, Part
+from embedding_service.rows.base import Ids, Location
+from embedding_service.store.manifest import Manifest, Part, Table
 from embedding_service.store.store import Store
 
 log = logging.getLogger(__name__)
 
 # A part that could not be loaded (corrupt, store away) is tried again: it may have been repaired.
 RETRY_SECONDS = 5.0
+
+
+class Sharing(Protocol):
+    """Told of every part that is held, from loading threads too, and before it is held no more."""
+
+    def hold(self, key: PartKey, table: Table, location: Location) -> None:
+        """The part is held, there."""
+
+    def drop(self, key: PartKey) -> None:
+        """Returns when nobody else uses the part any more."""
 
 
 class Holdings:
@@ -35,15 +47,23 @@ class Holdings:
         held: The parts that are verified and answer lookups.
         failures: Why a part that shall be held is not.
         changed: Set whenever `held` or `failures` changed.
+        sharing: Who else serves what is held; set before anything is.
     """
 
     def __init__(
-        self, store: Store, tier: str, memory_limit: int, cache: Path, load_rate: int = 0, loaders: int = 2
+        self,
+        store: Store,
+        tier: str,
+        memory_limit: int,
+        cache: Path,
+        load_rate: int = 0,
+        loaders: int = 2,
     ) -> None:
         self.memory_limit = memory_limit
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
         self.changed = asyncio.Event()
+        self.sharing: Sharing | None = None
         self._store = store
         self._tier = TIERS[tier]
         self._cache = cache
@@ -69,6 +89,12 @@ class Holdings:
     def accesses(self, key: PartKey) -> int:
         """Rows gathered from a held part since its table was opened here."""
         return self._tables[key[:3]].accesses(key.part)
+
+    def add_accesses(self, table: tuple[str, str, str], accesses: Ids) -> None:
+        """Count what other processes gathered from a table's parts: int64 [parts]."""
+        rows = self._tables.get(table)
+        if rows:
+            rows.add_accesses(accesses)
 
     def assign(self, wanted: Iterable[PartKey]) -> None:
         """Hold exactly these from now on."""
@@ -145,6 +171,8 @@ class Holdings:
         rows = self._rows(key)
         try:
             rows.load(part, path, self._pacer.wait)
+            if self.sharing:
+                self.sharing.hold(key, rows.table, rows.location(part, path))
         except CorruptPart:
             if not self._store.is_local:
                 path.unlink(missing_ok=True)  # a bad copy: the next try fetches another
@@ -153,12 +181,15 @@ class Holdings:
     def _rows(self, key: PartKey) -> TableRows:
         with self._tables_lock:
             if key[:3] not in self._tables:
-                self._tables[key[:3]] = self._tier(self._manifest(key).table(key.table))
+                table = self._manifest(key).table(key.table)
+                self._tables[key[:3]] = self._tier(table, shared=self.sharing is not None)
             return self._tables[key[:3]]
 
     def _drop(self, key: PartKey) -> None:
         self.held.discard(key)
         self.changed.set()
+        if self.sharing:
+            self.sharing.drop(key)
         self._tables[key[:3]].drop(self._part(key))
         self._taken -= self._part(key).bytes
         self._room.set()

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -19,9 +19,9 @@ from embedding_service.client.transport import CHANNEL_OPTIONS
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import Server
+from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import resident_bytes
-from embedding_service.shard.service import Counters
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 
@@ -49,7 +49,7 @@ class Registration:
         about: control.ShardReport,
         holdings: Holdings,
         router: Router,
-        counters: Counters,
+        counters: Callable[[], Counters],
         server: Server,
     ) -> None:
         self._controller = controller
@@ -148,14 +148,14 @@ class Registration:
 class _Stats:
     """Counters with rates over the time since they were last taken."""
 
-    def __init__(self, counters: Counters, holdings: Holdings) -> None:
+    def __init__(self, counters: Callable[[], Counters], holdings: Holdings) -> None:
         self._counters = counters
         self._holdings = holdings
         self._started = self._taken = time.monotonic()
         self._last = (0, 0)
 
     def take(self) -> control.ShardStats:
-        now, counters = time.monotonic(), self._counters
+        now, counters = time.monotonic(), self._counters()
         seconds = max(now - self._taken, 1e-3)
         lookups, rows = counters.lookups - self._last[0], counters.rows - self._last[1]
         self._taken, self._last = now, (counters.lookups, counters.rows)

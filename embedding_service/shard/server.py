@@ -23,14 +23,17 @@ from embedding_service.serving import (
     RequestLimits,
     Server,
     cancel,
+    check_free,
     first_of,
     reachable_address,
     run_process,
     told_to_end,
 )
 from embedding_service.shard.front import BACK_CALLS, Front
+from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import available_memory, keep_freed_memory
+from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import SERVICE, LookupService
 from embedding_service.store.store import Store
@@ -57,6 +60,7 @@ class ShardOptions:
         topology: What copies of a part shall not share: a zone, a node.
         drain_seconds: After SIGTERM, how long to wait at most until others hold the parts of this shard.
         threads: torch threads a gather may use.
+        processes: Processes that answer lookups, this one included.
         metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
     """
 
@@ -73,6 +77,7 @@ class ShardOptions:
     topology: str = ""
     drain_seconds: float = 60.0
     threads: int = 1
+    processes: int = 1
     metrics_port: int = 0
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -94,11 +99,22 @@ async def _serve(options: ShardOptions) -> None:
     back = Server(f"unix-abstract:embedding-{secrets.token_hex(16)}", options.limits, streams=BACK_CALLS)
     back.add(LookupService.add_to, service, SERVICE)
     await back.start()
-    fronts = [Front(options.listen, back.address, service, options.limits)]
+    if options.processes > 1:
+        check_free(options.listen)
+    fronts = [Front(options.listen, back.address, service, options.limits, shared=options.processes > 1)]
     if options.shared_listen:
         fronts.append(Front(options.shared_listen, back.address, service, options.limits, shared=True))
     for front in fronts:
         front.start()
+    others = Processes(options.processes - 1, holdings.add_accesses)
+    if options.processes > 1:
+        holdings.sharing = others
+    addresses = [front.address for front in fronts]
+    others.start(Settings(options.shard_id, addresses, back.address, options.limits, options.threads))
+
+    def counters() -> Counters:
+        return service.counters + others.counters()
+
     about = control.ShardReport(
         shard_id=options.shard_id,
         address=reachable_address(fronts[0].address, options.advertise),
@@ -108,12 +124,11 @@ async def _serve(options: ShardOptions) -> None:
         topology=options.topology,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
-    registration = Registration(options.controller, about, holdings, router, service.counters, back)
+    registration = Registration(options.controller, about, holdings, router, counters, back)
     metrics = MetricsServer(
         options.listen.rpartition(":")[0],
         options.metrics_port,
-        lambda: _metrics(service, holdings, router),
-        [service.seconds],
+        lambda: _metrics(counters(), holdings, router),
     )
     registering = asyncio.create_task(registration.run())
     try:
@@ -123,7 +138,7 @@ async def _serve(options: ShardOptions) -> None:
         await first_of(told.wait(), registration.drain(options.drain_seconds), registering)
     finally:
         log.info("ending")
-        await asyncio.gather(*(asyncio.to_thread(front.stop) for front in fronts))
+        await asyncio.gather(asyncio.to_thread(others.stop), *(asyncio.to_thread(front.stop) for front in fronts))
         await back.stop()
         await cancel([registering])
         transport.close()
@@ -131,8 +146,8 @@ async def _serve(options: ShardOptions) -> None:
         await holdings.close()
 
 
-def _metrics(service: LookupService, holdings: Holdings, router: Router) -> Iterator[Metric]:
-    counters = service.counters
+def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator[Metric]:
+    yield counters.histogram()
     yield counter("lookups", "Lookups answered.", counters.lookups)
     yield counter("rows", "Rows answered.", counters.rows)
     yield counter("row_bytes", "Bytes of rows answered.", counters.row_bytes)

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import grpc
 import numpy as np
 import torch
-from google.protobuf.message import DecodeError
-from prometheus_client import Histogram
 
 from embedding_service.client.router import Router, Want, run_async
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
-from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Model, Routing, Table, check_ids
-from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
+from embedding_service.placement.routing import Model, Routing, check_ids
+from embedding_service.rows.base import Bytes, Ids, TableRows
 from embedding_service.serving import RequestLimits, RoutingService, abort
+from embedding_service.shard.held import CheckedLookup, HeldRows, Redirect, encoding_of, row_bytes_of
 from embedding_service.shard.holdings import Holdings
 from embedding_service.status import code_of
-from embedding_service.store.manifest import Table as StoredTable
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.rows import Shape, allocate, allocate_streamed
 
@@ -37,13 +32,6 @@ SERVICE = "embedding.v1.EmbeddingService"
 ANSWER = f"/{SERVICE}/Answer"
 PEER = "embedding-peer"
 
-_ENCODINGS = {
-    wire.ROW_ENCODING_UNSPECIFIED: "fp32",
-    wire.ROW_ENCODING_FLOAT32: "fp32",
-    wire.ROW_ENCODING_FLOAT16: "fp16",
-    wire.ROW_ENCODING_BFLOAT16: "bf16",
-    wire.ROW_ENCODING_STORED: STORED,
-}
 # For a caller that set no deadline, forwarding must still end.
 FORWARD_TIMEOUT = 10.0
 # Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
@@ -53,20 +41,6 @@ INLINE_BYTES = 256 << 10
 UNREAD_BYTES = 128 << 20
 # Answers below this are not counted: they are bounded by the calls that a connection may have open.
 COUNTED_BYTES = 64 << 10
-
-
-@dataclass
-class Counters:
-    """What a shard did since it started. `rows` and `row_bytes` are those it answered with."""
-
-    lookups: int = 0
-    rows: int = 0
-    row_bytes: int = 0
-    forwarded_rows: int = 0
-    errors: int = 0
-
-
-_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 class _Unread:
@@ -102,39 +76,15 @@ class _Unread:
 Room = Callable[[int], Awaitable[None]]
 
 
-class _Lookup(NamedTuple):
-    """A request that was found to be right.
-
-    `model` is None for a sender that routed it by itself; `held` is None where no part of the table is held.
-    """
-
-    ids: Ids
-    encoding: str
-    shape: Shape
-    held: TableRows | None
-    model: Model | None
-    table: str
-
-
-class Redirect(Exception):
-    """The sender routed by itself, and rows it asks for are not held here."""
-
-
-class LookupService(RoutingService):
+class LookupService(HeldRows, RoutingService):
     """EmbeddingService of a shard. Everything about a request is checked before any work is done for it."""
 
     def __init__(self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits) -> None:
-        self.counters = Counters()
-        self.seconds = Histogram(
-            "embedding_lookup_seconds", "Time to answer a lookup, forwarding included.", buckets=_BUCKETS, registry=None
-        )
-        self._holdings = holdings
+        super().__init__(holdings.table, limits)
         self._router = router
         self._transport = transport
-        self._limits = limits
         self._hashers: dict[str, NgramHasher] = {}
         self._unread = _Unread()
-        self._counting = threading.Lock()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
@@ -155,6 +105,10 @@ class LookupService(RoutingService):
     def current_routing(self) -> Routing | None:
         """The routing that the controller last sent."""
         return self._router.current
+
+    def known_model(self, name: str) -> Model:
+        """A served model; raises Unavailable, NotFound."""
+        return self.known_routing().model(name)
 
     async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> bytes:
         """Rows of one table: a serialized `LookupResponse`."""
@@ -205,57 +159,7 @@ class LookupService(RoutingService):
         self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began)
         return answer
 
-    def answer(self, message: bytes, room: int) -> bytes | None:
-        """The serialized answer to a serialized `LookupRequest` where its rows are here and take at most `room` bytes.
-
-        None for all others, wrong ones among them. May be called from any thread.
-        """
-        try:
-            return self._at_once(wire.LookupRequest.FromString(message), room, allocate)
-        except (EmbeddingServiceError, Redirect, DecodeError):
-            return None
-
-    def answer_streamed(self, message: bytes, room: int) -> bytes | None:
-        """`answer` for a `StreamLookupRequest`."""
-        try:
-            request = wire.StreamLookupRequest.FromString(message)
-            return self._at_once(request.lookup, room, partial(allocate_streamed, request_id=request.request_id))
-        except (EmbeddingServiceError, Redirect, DecodeError):
-            return None
-
-    def _at_once(
-        self, request: wire.LookupRequest, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]
-    ) -> bytes | None:
-        began = time.perf_counter()
-        lookup = self._read(request)
-        if lookup.held is None or lookup.shape.nbytes > room:
-            return None
-        message, rows = allocate(lookup.shape)
-        lookup.held.gather(lookup.ids, lookup.encoding, rows)
-        self._count(lookup.shape, began)
-        return message
-
-    def _read(self, request: wire.LookupRequest) -> _Lookup:
-        """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
-        encoding = _encoding(request.encoding)
-        ids = _ids(request)
-        if request.epoch:
-            name, _, version = request.model.partition("@")
-            model, held = None, self._holdings.table(name, version, request.table)
-            if held is None:
-                raise Redirect
-            table: Table | StoredTable = held.table
-        else:
-            model = self.known_routing().model(request.model)
-            table, version = model.table(request.table), model.version
-            held = self._holdings.table(model.name, version, request.table)
-        check_ids(ids, table.rows, f"{request.model}/{request.table}")
-        row_bytes = _row_bytes(table.dtype, table.dim, encoding)
-        self._limits.check_response(len(ids), row_bytes)
-        shape = Shape(len(ids), row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
-        return _Lookup(ids, encoding, shape, held, model, request.table)
-
-    async def _fill(self, rows: Bytes, lookup: _Lookup, deadline: float) -> None:
+    async def _fill(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """Write the rows, uint8 [n, row_bytes]. Raises Redirect for a sender that routed them here in vain."""
         if lookup.model is not None:
             await self._any_rows(rows, lookup, deadline)
@@ -266,7 +170,7 @@ class LookupService(RoutingService):
         except NotFound as error:
             raise Redirect from error
 
-    async def _any_rows(self, rows: Bytes, lookup: _Lookup, deadline: float) -> None:
+    async def _any_rows(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """For a thin client: rows from here and from whoever holds the others."""
         ids, held = lookup.ids, lookup.held
         mine = held.holds(ids) if held else np.zeros(len(ids), np.bool_)
@@ -280,7 +184,7 @@ class LookupService(RoutingService):
         if not mine.all():
             rows[~mine] = await self._forward(lookup, ids[~mine], deadline)
 
-    async def _forward(self, lookup: _Lookup, ids: Ids, deadline: float) -> Bytes:
+    async def _forward(self, lookup: CheckedLookup, ids: Ids, deadline: float) -> Bytes:
         self.counters.forwarded_rows += len(ids)
         assert lookup.model is not None
 
@@ -299,15 +203,15 @@ class LookupService(RoutingService):
     async def _lookup_ngrams(
         self, request: wire.LookupNgramsRequest, deadline: float, room: Room
     ) -> wire.LookupNgramsResponse:
-        encoding = _encoding(request.encoding)
-        model = self.known_routing().model(request.model)
+        encoding = encoding_of(request.encoding)
+        model = self.known_model(request.model)
         hasher = self._hasher(model)
         batch = request.batch or 1
         tokens = _token_matrix("token_ids", request.token_ids, batch)
         context = _token_matrix("context", request.context, batch)
         shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
         tables = [model.table(table.name) for table in hasher.tables]
-        row_bytes = _row_bytes(tables[0].dtype, tables[0].dim, encoding)
+        row_bytes = row_bytes_of(tables[0].dtype, tables[0].dim, encoding)
         self._limits.check_response(math.prod(shape), row_bytes)
         await room(math.prod(shape) * row_bytes)
         row_ids = hasher.row_ids(tokens, context)
@@ -316,9 +220,9 @@ class LookupService(RoutingService):
             ids = row_ids[:, :, index].reshape(-1).numpy()
             check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
             wanted = Shape(len(ids), row_bytes, table.dim, request.encoding, model.version)
-            held = self._holdings.table(model.name, model.version, table.name)
+            held = self._tables(model.name, model.version, table.name)
             found = np.empty((len(ids), row_bytes), np.uint8)
-            await self._any_rows(found, _Lookup(ids, encoding, wanted, held, model, table.name), deadline)
+            await self._any_rows(found, CheckedLookup(ids, encoding, wanted, held, model, table.name), deadline)
             rows[:, :, index] = found.reshape(batch, shape[1], hasher.num_heads, row_bytes)
         return wire.LookupNgramsResponse(
             rows=rows.tobytes(),
@@ -336,17 +240,6 @@ class LookupService(RoutingService):
         if model.full_name not in self._hashers:
             self._hashers[model.full_name] = model.hasher()
         return self._hashers[model.full_name]
-
-    def _count(self, shape: Shape, began: float) -> None:
-        self.seconds.observe(time.perf_counter() - began)
-        with self._counting:
-            self.counters.lookups += 1
-            self.counters.rows += shape.count
-            self.counters.row_bytes += shape.nbytes
-
-    def _count_error(self) -> None:
-        with self._counting:
-            self.counters.errors += 1
 
     def _age(self) -> tuple[int, int]:
         routing = self._router.current
@@ -370,36 +263,6 @@ def _peer(context: grpc.aio.ServicerContext) -> str:
 def _deadline(context: grpc.aio.ServicerContext) -> float:
     remaining = context.time_remaining()
     return time.monotonic() + (FORWARD_TIMEOUT if remaining is None else remaining)
-
-
-def _encoding(encoding: int) -> str:
-    if encoding not in _ENCODINGS:
-        raise InvalidRequest(f"unknown row encoding {encoding}; known: {', '.join(wire.RowEncoding.keys())}")
-    return _ENCODINGS[encoding]  # type: ignore[index]
-
-
-def _row_bytes(dtype: str, dim: int, encoding: str) -> int:
-    return get_format(dtype if encoding == STORED else encoding).row_bytes(dim)
-
-
-def _ids(request: wire.LookupRequest) -> Ids:
-    """int64 [n] from whichever field holds them."""
-    plain, wide, narrow = request.ids, request.ids_int64, request.ids_uint32
-    if bool(plain) + bool(wide) + bool(narrow) > 1:
-        given = [name for name in ("ids", "ids_int64", "ids_uint32") if getattr(request, name)]
-        raise InvalidRequest(f"row ids in {' and '.join(given)}: give them in one field")
-    if narrow:
-        return _from_bytes("ids_uint32", narrow, "<u4")
-    return _from_bytes("ids_int64", wide, "<i8") if wide else np.array(plain, np.int64)
-
-
-def _from_bytes(field: str, data: bytes, dtype: str) -> Ids:
-    width = np.dtype(dtype).itemsize
-    if len(data) % width:
-        raise InvalidRequest(
-            f"{field} holds {len(data)} bytes, not a multiple of {width}: it must be little-endian, {width} bytes an id"
-        )
-    return np.frombuffer(data, dtype).astype(np.int64)  # a copy: torch wants memory it may write to
 
 
 def _token_matrix(field: str, tokens: object, batch: int) -> torch.Tensor:

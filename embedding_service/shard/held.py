@@ -1,0 +1,205 @@
+"""Answering lookups from rows that are held: what every process of a shard can do by itself."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from prometheus_client.core import HistogramMetricFamily
+
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
+from embedding_service.formats import get_format
+from embedding_service.placement.routing import Model, Table, check_ids
+from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
+from embedding_service.serving import RequestLimits
+from embedding_service.store.manifest import Table as StoredTable
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.rows import Shape, allocate, allocate_streamed
+
+_ENCODINGS = {
+    wire.ROW_ENCODING_UNSPECIFIED: "fp32",
+    wire.ROW_ENCODING_FLOAT32: "fp32",
+    wire.ROW_ENCODING_FLOAT16: "fp16",
+    wire.ROW_ENCODING_BFLOAT16: "bf16",
+    wire.ROW_ENCODING_STORED: STORED,
+}
+# Upper bounds of the histogram of answering times, in seconds.
+_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+# The rows of (model, version, table), if any are held.
+Tables = Callable[[str, str, str], TableRows | None]
+
+
+@dataclass
+class Counters:
+    """What a process did since it started. `rows` and `row_bytes` are those it answered with, `seconds` for how long.
+
+    `times` counts answers by the bucket of their time, the last one beyond all bounds.
+    """
+
+    lookups: int = 0
+    rows: int = 0
+    row_bytes: int = 0
+    forwarded_rows: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    times: list[int] = field(default_factory=lambda: [0] * (len(_BUCKETS) + 1))
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(
+            self.lookups + other.lookups,
+            self.rows + other.rows,
+            self.row_bytes + other.row_bytes,
+            self.forwarded_rows + other.forwarded_rows,
+            self.errors + other.errors,
+            self.seconds + other.seconds,
+            [mine + theirs for mine, theirs in zip(self.times, other.times, strict=True)],
+        )
+
+    def count(self, shape: Shape, seconds: float) -> None:
+        """An answer of this shape that took so long."""
+        self.lookups += 1
+        self.rows += shape.count
+        self.row_bytes += shape.nbytes
+        self.seconds += seconds
+        self.times[bisect.bisect_left(_BUCKETS, seconds)] += 1
+
+    def histogram(self) -> HistogramMetricFamily:
+        """Answering times for Prometheus."""
+        below = np.cumsum(self.times).tolist()
+        bounds = [*map(str, _BUCKETS), "+Inf"]
+        return HistogramMetricFamily(
+            "embedding_lookup_seconds",
+            "Time to answer a lookup, forwarding included.",
+            buckets=list(zip(bounds, below, strict=True)),
+            sum_value=self.seconds,
+        )
+
+
+class CheckedLookup(NamedTuple):
+    """A request that was found to be right.
+
+    `model` is None for a sender that routed it by itself; `held` is None where no part of the table is held.
+    """
+
+    ids: Ids
+    encoding: str
+    shape: Shape
+    held: TableRows | None
+    model: Model | None
+    table: str
+
+
+class Redirect(Exception):
+    """The sender routed by itself, and rows it asks for are not held here."""
+
+
+class HeldRows:
+    """Answers lookups of senders that routed them here. Thread-safe."""
+
+    def __init__(self, tables: Tables, limits: RequestLimits) -> None:
+        self.counters = Counters()
+        self._tables = tables
+        self._limits = limits
+        self._counting = threading.Lock()
+
+    def answer(self, message: bytes, room: int) -> bytes | None:
+        """The serialized answer to a serialized `LookupRequest` where its rows are here and take at most `room` bytes.
+
+        None for all others, wrong ones among them. May be called from any thread.
+        """
+        try:
+            return self._at_once(wire.LookupRequest.FromString(message), room, allocate)
+        except (EmbeddingServiceError, Redirect, DecodeError):
+            return None
+
+    def answer_streamed(self, message: bytes, room: int) -> bytes | None:
+        """`answer` for a `StreamLookupRequest`."""
+        try:
+            request = wire.StreamLookupRequest.FromString(message)
+            return self._at_once(request.lookup, room, partial(allocate_streamed, request_id=request.request_id))
+        except (EmbeddingServiceError, Redirect, DecodeError):
+            return None
+
+    def _at_once(
+        self, request: wire.LookupRequest, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]
+    ) -> bytes | None:
+        began = time.perf_counter()
+        lookup = self._read(request)
+        if lookup.held is None or lookup.shape.nbytes > room:
+            return None
+        message, rows = allocate(lookup.shape)
+        lookup.held.gather(lookup.ids, lookup.encoding, rows)
+        self._count(lookup.shape, began)
+        return message
+
+    def _read(self, request: wire.LookupRequest) -> CheckedLookup:
+        """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
+        encoding = encoding_of(request.encoding)
+        ids = _ids(request)
+        if request.epoch:
+            name, _, version = request.model.partition("@")
+            model, held = None, self._tables(name, version, request.table)
+            if held is None:
+                raise Redirect
+            table: Table | StoredTable = held.table
+        else:
+            model = self.known_model(request.model)
+            table, version = model.table(request.table), model.version
+            held = self._tables(model.name, version, request.table)
+        check_ids(ids, table.rows, f"{request.model}/{request.table}")
+        row_bytes = row_bytes_of(table.dtype, table.dim, encoding)
+        self._limits.check_response(len(ids), row_bytes)
+        shape = Shape(len(ids), row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
+        return CheckedLookup(ids, encoding, shape, held, model, request.table)
+
+    def known_model(self, name: str) -> Model:
+        """The model that a thin client's request names; it does not route by itself. Raises Redirect where unknown."""
+        raise Redirect
+
+    def _count(self, shape: Shape, began: float) -> None:
+        with self._counting:
+            self.counters.count(shape, time.perf_counter() - began)
+
+    def _count_error(self) -> None:
+        with self._counting:
+            self.counters.errors += 1
+
+
+def encoding_of(encoding: int) -> str:
+    """A wire encoding as `TableRows.gather` names it. Raises InvalidRequest for an unknown one."""
+    if encoding not in _ENCODINGS:
+        raise InvalidRequest(f"unknown row encoding {encoding}; known: {', '.join(wire.RowEncoding.keys())}")
+    return _ENCODINGS[encoding]  # type: ignore[index]
+
+
+def row_bytes_of(dtype: str, dim: int, encoding: str) -> int:
+    """Bytes of a row of a `dtype` table in `encoding`."""
+    return get_format(dtype if encoding == STORED else encoding).row_bytes(dim)
+
+
+def _ids(request: wire.LookupRequest) -> Ids:
+    """int64 [n] from whichever field holds them."""
+    plain, wide, narrow = request.ids, request.ids_int64, request.ids_uint32
+    if bool(plain) + bool(wide) + bool(narrow) > 1:
+        given = [name for name in ("ids", "ids_int64", "ids_uint32") if getattr(request, name)]
+        raise InvalidRequest(f"row ids in {' and '.join(given)}: give them in one field")
+    if narrow:
+        return _from_bytes("ids_uint32", narrow, "<u4")
+    return _from_bytes("ids_int64", wide, "<i8") if wide else np.array(plain, np.int64)
+
+
+def _from_bytes(field: str, data: bytes, dtype: str) -> Ids:
+    width = np.dtype(dtype).itemsize
+    if len(data) % width:
+        raise InvalidRequest(
+            f"{field} holds {len(data)} bytes, not a multiple of {width}: it must be little-endian, {width} bytes an id"
+        )
+    return np.frombuffer(data, dtype).astype(np.int64)  # a copy: torch wants memory it may write to

@@ -1,0 +1,135 @@
+"""A shard of several processes over one copy of the rows: all answer, any may die, and parts move under them."""
+
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import torch
+from support.chaos import chaos_store
+from support.checkpoints import longcat_table
+from support.cluster import Cluster, cluster, until
+from support.load import Load
+
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
+
+ROWS = len(longcat_table())
+CONNECTIONS = 24
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with model "m", in several parts."""
+    return chaos_store(tmp_path_factory.mktemp("small"))
+
+
+def others(running: Cluster, name: str) -> list[psutil.Process]:
+    """The processes of a shard besides its main one."""
+    return psutil.Process(running.processes[name].popen.pid).children()
+
+
+def answering(running: Cluster, name: str) -> list[int]:
+    """Connections that each process of a shard has to others than the controller, those of its main one first."""
+    port = int(running.addresses[name].rpartition(":")[2])
+    everyone = [psutil.Process(running.processes[name].popen.pid), *others(running, name)]
+    return [
+        sum(each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED for each in process.net_connections())
+        for process in everyone
+    ]
+
+
+def listening(running: Cluster, name: str, count: int) -> bool:
+    """Whether so many processes take a shard's connections."""
+    port = int(running.addresses[name].rpartition(":")[2])
+    return count == sum(
+        any(each.laddr.port == port and each.status == psutil.CONN_LISTEN for each in process.net_connections())
+        for process in others(running, name)
+    )
+
+
+def rows(stub: EmbeddingServiceStub, ids: Sequence[int], routing: wire.Routing | None = None) -> torch.Tensor:
+    """As a client asks that routed by itself, or as a thin one."""
+    request = wire.LookupRequest(model="m@1", table="ngram", ids_int64=np.array(ids, "<i8").tobytes())
+    if routing:
+        request.term, request.epoch = routing.term, routing.epoch
+    return torch.frombuffer(bytearray(stub.Lookup(request, timeout=20).rows), dtype=torch.float32).view(len(ids), -1)
+
+
+@pytest.mark.parametrize("tier", ["ram", "mmap"])
+def test_all_processes_answer_from_one_copy_and_are_counted_together(
+    small_store: Path, tmp_path: Path, tier: str
+) -> None:
+    with cluster(tmp_path, small_store) as running, ExitStack() as stack:
+        running.start_shard("a", f"--tier={tier}", "--processes=3")
+        running.wait_serving()
+        until(lambda: listening(running, "a", 2), "all processes to listen")
+        stubs = [
+            EmbeddingServiceStub(
+                stack.enter_context(
+                    grpc.insecure_channel(running.addresses["a"], [("grpc.use_local_subchannel_pool", 1)])
+                )
+            )
+            for _ in range(CONNECTIONS)
+        ]
+        routing = stubs[0].GetRouting(wire.GetRoutingRequest(), timeout=20)
+        for number, stub in enumerate(stubs):
+            ids = [number, ROWS - 1 - number, 7 * number]
+            assert torch.equal(rows(stub, ids, routing), longcat_table()[ids])
+            assert torch.equal(rows(stub, ids), longcat_table()[ids])
+        spread = answering(running, "a")
+        assert sum(spread) == CONNECTIONS
+        assert all(spread)
+        running.wait_until(
+            lambda status: status.shards[0].stats.lookups == 2 * CONNECTIONS, "all lookups to be counted"
+        )
+        with pytest.raises(grpc.RpcError, match="ids must be from 0"):
+            for stub in stubs:
+                rows(stub, [ROWS], routing)
+
+
+@pytest.mark.parametrize("tier", ["ram", "mmap"])
+def test_parts_move_and_processes_die_without_a_lookup_lost(small_store: Path, tmp_path: Path, tier: str) -> None:
+    with cluster(tmp_path, small_store, "--expect-shards=2", "--replicas=1", "--grace=1") as running:
+        for name in "ab":
+            running.start_shard(name, f"--tier={tier}", "--processes=2", "--memory=64MiB")
+        running.wait_serving()
+        until(lambda: all(listening(running, name, 1) for name in "ab"), "all processes to listen")
+        with Load(list(running.addresses.values()), "m/ngram", longcat_table()) as load:
+            until(lambda: load.lookups > 30, "lookups")
+            running.start_shard("c", f"--tier={tier}", "--processes=2", "--memory=64MiB")
+            until(lambda: running.is_whole(1) and len(running.status().shards) == 3, "parts to move to the third")
+            [other] = others(running, "a")
+            other.kill()
+            until(lambda: listening(running, "a", 1) and others(running, "a") != [other], "a successor")
+            running.processes["b"].end()
+            del running.addresses["b"]
+            until(lambda: running.is_whole(1) and len(running.status().shards) == 2, "parts to move to the others")
+            seen = load.lookups
+            until(lambda: load.lookups > seen + 30, "further lookups")
+        load.check()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_their_shard(small_store: Path, tmp_path: Path, how: signal.Signals) -> None:
+    with cluster(tmp_path, small_store) as running:
+        running.start_shard("a", "--processes=3", "--drain-seconds=0")
+        running.wait_serving()
+        until(lambda: listening(running, "a", 2), "all processes to listen")
+        started = others(running, "a")
+        running.processes["a"].end(how)
+        until(lambda: not any(process.is_running() for process in started), "them to end", seconds=10)
+
+
+def test_a_port_that_is_taken_is_named_and_not_shared(small_store: Path, tmp_path: Path) -> None:
+    with cluster(tmp_path, small_store) as running:
+        running.start_shard("a", "--processes=2")
+        running.wait_serving()
+        running.addresses["b"] = running.addresses["a"]
+        running.start_shard("b", "--processes=2")
+        assert running.processes["b"].popen.wait(60) == 1
+        assert f"cannot listen on {running.addresses['a']}" in running.processes["b"].output()
