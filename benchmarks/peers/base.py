@@ -8,12 +8,13 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,10 +49,12 @@ class Peer(ABC):
     Attributes:
         name: What the tables call it.
         wire_row_bytes: Bytes of a row as it is sent.
+        environment: Of its processes, clients included, beside ours.
     """
 
     name: str
     wire_row_bytes = 512
+    environment: Mapping[str, str] = MappingProxyType({})
 
     @property
     def server_name(self) -> str:
@@ -104,11 +107,20 @@ def listening(port: int) -> bool:
 
 
 @contextmanager
-def child(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, Connection]]:
+def child(
+    target: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, Connection]]:
     """A process of ours that runs `target(pipe, *arguments)` until the pipe closes: its pid and our end of the pipe."""
     here, there = processes.Pipe()
-    process = processes.Process(target=_run_child, args=(target, there, *arguments), daemon=True)
-    process.start()
+    context = get_context("spawn") if environment else processes  # a fork has the environment of who forks
+    process = context.Process(target=_run_child, args=(target, there, *arguments), daemon=True)
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     there.close()
     try:
         yield process.pid or 0, here
