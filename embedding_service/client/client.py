@@ -30,6 +30,8 @@ _ENCODINGS = {
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Up to so many ids a set finds repetitions sooner than sorting does.
 FEW_IDS = 64
+# Rows are asked for once where one in so many is a repetition; spreading them over their places costs a copy of all.
+WORTH_SPREADING = 16
 # Seconds for which a version stays the newest one for rows of the cache; then a lookup asks a shard again, which says
 # so when it was replaced.
 TRUSTED_SECONDS = 1.0
@@ -339,11 +341,16 @@ def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _once(ids: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    """Each different id, and where it stands among `ids`; None where all differ and the ids stay as they are."""
-    if len(ids) <= FEW_IDS and len(set(ids.tolist())) == len(ids):
+    """Each different id, and where it stands among `ids`; None where nearly all differ and the ids stay as they are."""
+    if len(ids) <= FEW_IDS:
+        repeated = len(ids) - len(set(ids.tolist()))
+    else:
+        ordered = np.sort(ids)
+        repeated = np.count_nonzero(ordered[1:] == ordered[:-1])
+    if repeated * WORTH_SPREADING < len(ids):
         return ids, None
     unique, inverse = np.unique(ids, return_inverse=True)
-    return (unique, inverse) if len(unique) < len(ids) else (ids, None)
+    return unique, inverse
 
 
 def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:

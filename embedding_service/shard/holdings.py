@@ -182,7 +182,7 @@ class Holdings:
         with self._tables_lock:
             if key[:3] not in self._tables:
                 table = self._manifest(key).table(key.table)
-                self._tables[key[:3]] = self._tier(table, shared=self.sharing is not None)
+                self._tables[key[:3]] = self._tier(table, shared=True) if self.sharing else self._tier(table)
             return self._tables[key[:3]]
 
     def _drop(self, key: PartKey) -> None:

@@ -19,6 +19,7 @@ from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.rows import TIERS
+from embedding_service.rows.cuda import free_memory
 from embedding_service.serving import (
     RequestLimits,
     Server,
@@ -93,6 +94,7 @@ async def _serve(options: ShardOptions) -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     memory_limit = options.memory_limit or default_memory_limit(options)
+    TIERS[options.tier].prepare(memory_limit)
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
     service = LookupService(holdings, router, transport, options.limits)
@@ -118,7 +120,7 @@ async def _serve(options: ShardOptions) -> None:
     about = control.ShardReport(
         shard_id=options.shard_id,
         address=reachable_address(fronts[0].address, options.advertise),
-        device="cpu",
+        device=TIERS[options.tier].device,
         tier=options.tier,
         memory_limit=holdings.memory_limit,
         topology=options.topology,
@@ -163,7 +165,14 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
 
 
 def default_memory_limit(options: ShardOptions) -> int:
-    """80 % of the memory this process may use; for `mmap`, whose rows lie in files, the disk they lie on."""
+    """80 % of the memory this process may use, of the GPU's for `cuda`; for `mmap` the disk that its files lie on.
+
+    60 % for `cuda-cached`: it locks more than it offers, for rows are padded there.
+    """
+    if options.tier == "cuda":
+        return free_memory() * 8 // 10
+    if options.tier == "cuda-cached":
+        return available_memory() * 6 // 10
     if options.tier == "mmap":
         folder = Path(options.store) if Path(options.store).exists() else options.cache
         stats = os.statvfs(folder)
