@@ -22,7 +22,9 @@ LOOPBACK = "127.0.0.1"
 LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
-TierOption = Annotated[str, typer.Option(help="Where rows are kept: ram, or mmap for tables larger than memory.")]
+TierOption = Annotated[
+    str, typer.Option(help="Where rows are kept: ram; mmap, for tables larger than memory; cuda; cuda-cached.")
+]
 ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, each on another shard.")]
 MetricsOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Port of Prometheus metrics, on the host of --listen; 0: none.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,17 @@ class TableRows(ABC):
 
     Args:
         shared: Rows are to lie where other processes of this machine can map them (`location`).
+
+    Attributes:
+        device: Whose memory answers: "cpu" or "cuda".
     """
+
+    device: ClassVar[str] = "cpu"
+
+    @classmethod
+    def prepare(cls, memory_limit: int) -> None:
+        """Called once in a process, before any table is made. Raises InvalidRequest where this tier cannot work."""
+        return  # most tiers need nothing
 
     def __init__(self, table: Table, *, shared: bool = False) -> None:
         self.table = table

@@ -67,7 +67,7 @@ def test_shards_too_small(store: Path, tmp_path: Path) -> None:
 def test_an_unknown_tier(store: Path) -> None:
     done = run_command("up", f"--store={store}", "--shards=1", f"--port={free_port()}", "--tier=tape")
     assert done.returncode == 1
-    assert "unknown tier 'tape'; known: ram, mmap" in done.stderr
+    assert "unknown tier 'tape'; known: ram, mmap, cuda, cuda-cached" in done.stderr
 
 
 def test_status_shows_shards_and_models(service: Up) -> None:
