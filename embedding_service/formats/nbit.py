@@ -15,6 +15,9 @@ from embedding_service.formats.base import RowFormat, UnencodableRow, check_fini
 
 HEADER_BYTES = 4  # fp16 scale, fp16 bias
 
+# 1 MiB of float32.
+_CACHED_VALUES = 1 << 18
+
 
 class NbitFormat(RowFormat):
     """Codes of a few bits with one scale and one bias a row."""
@@ -53,12 +56,19 @@ class NbitFormat(RowFormat):
         """Dequantize; a float32 `out` is written straight into, others through a float32 scratch."""
         self.check_stored(stored, dim)
         out = output(stored, dim, out, dtype)
-        values = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        # A device makes few large steps, a CPU steps that stay in its cache.
+        step = max(1, _CACHED_VALUES // dim) if stored.device.type == "cpu" else max(1, len(stored))
+        scratch = None if out.dtype == torch.float32 else torch.empty(min(step, len(out)), dim, device=out.device)
         header = _compact(stored[:, :HEADER_BYTES]).view(torch.float16).float()
-        self._unpack(stored[:, HEADER_BYTES:], values)
-        # Code times scale is exact in float32 (8 + 11 bits), so two steps round as FBGEMM's fused multiply-add does.
-        values.mul_(header[:, :1]).add_(header[:, 1:])
-        return out if values is out else narrow_into(out, values)
+        for start in range(0, len(stored), step):
+            rows = slice(start, start + step)
+            values = out[rows] if scratch is None else scratch[: len(out[rows])]
+            self._unpack(stored[rows, HEADER_BYTES:], values)
+            # Code times scale is exact in float32 (8 + 11 bits): two steps round as FBGEMM's fused multiply-add.
+            values.mul_(header[rows, :1]).add_(header[rows, 1:])
+            if scratch is not None:
+                narrow_into(out[rows], values)
+        return out
 
     @abstractmethod
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
