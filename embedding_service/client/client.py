@@ -346,7 +346,7 @@ def _once(ids: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[A
         repeated = len(ids) - len(set(ids.tolist()))
     else:
         ordered = np.sort(ids)
-        repeated = np.count_nonzero(ordered[1:] == ordered[:-1])
+        repeated = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
     if repeated * WORTH_SPREADING < len(ids):
         return ids, None
     unique, inverse = np.unique(ids, return_inverse=True)
