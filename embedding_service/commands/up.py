@@ -123,10 +123,10 @@ def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
         "--drain-seconds=0",  # all of them end together
     ]
     memory = options.memory
-    if memory is None and options.tier == "ram":
-        from embedding_service.shard.memory import available_memory
+    if memory is None and options.tier in ("ram", "cuda", "cuda-cached"):
+        from embedding_service.shard.memory import offered_memory
 
-        memory = available_memory() * 8 // 10 // options.shards
+        memory = offered_memory(options.tier) // options.shards
     if memory is not None:
         command.append(f"--memory={memory}")
     if options.cache:

@@ -116,7 +116,7 @@ class CudaTable(TableRows):
     def _load(self, part: Part, path: Path, pace: Pace) -> None:
         place = self._pool.take(part.rows * self._row_bytes, self._row_bytes)
         try:
-            staged = torch.empty(part.bytes, dtype=torch.uint8, pin_memory=self._loading is not None)
+            staged = self._staging(part.bytes)
             read_into(path, part, staged, pace)
             self._move_in(staged.view(part.rows, self.table.row_bytes), place)
         except BaseException:
@@ -124,6 +124,13 @@ class CudaTable(TableRows):
             raise
         self._first[part.index] = place // self._row_bytes - part.first_row
         self._places[part.index] = place
+
+    def _staging(self, nbytes: int) -> torch.Tensor:
+        """Host memory that the device copies from, uint8 [nbytes]. Raises MemoryError."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._loading is not None)
+        except RuntimeError as error:  # CUDA's own: not torch.OutOfMemoryError
+            raise MemoryError(f"no {nbytes:,} bytes of host memory to lock for a part: {error}") from error
 
     def _move_in(self, staged: torch.Tensor, place: int) -> None:
         """Copy rows uint8 [n, row_bytes] to `place`; returns when they are there."""
@@ -190,13 +197,12 @@ class CudaCachedTable(CudaTable):
     Gathers take turns: each changes the cache. Rows are padded to 16 bytes, as FBGEMM's cache copies them.
     """
 
-    _cache_bytes: ClassVar[int] = 0
-
     def __init__(
         self, table: Table, *, shared: bool = False, pool: Pool | None = None, cache: RowCache | None = None
     ) -> None:
         super().__init__(table, shared=shared, pool=pool)
-        self._cache = cache or FbgemmRowCache(self._pool.memory, self._row_bytes, self._cache_bytes)
+        # Two models, or two versions of one, have a table each; what is left is for streams and batches.
+        self._cache = cache or FbgemmRowCache(self._pool.memory, self._row_bytes, free_memory() * 2 // 5)
         self._turn = threading.Lock()
         self._mapped = np.zeros(len(table.parts), np.bool_)
         self._one_lane = _Lane(self._on)
@@ -215,8 +221,6 @@ class CudaCachedTable(CudaTable):
                 f"no {memory_limit:,} bytes of host memory to lock ({error}): lower --memory"
             ) from error
         cls._shared_pool = Pool(memory)
-        # Two models, or two versions of one, have a table each; what is left is for streams and batches.
-        cls._cache_bytes = free_memory() * 2 // 5
 
     @staticmethod
     def _stride(row_bytes: int) -> int:

@@ -19,7 +19,6 @@ from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.rows import TIERS
-from embedding_service.rows.cuda import free_memory
 from embedding_service.serving import (
     RequestLimits,
     Server,
@@ -33,7 +32,7 @@ from embedding_service.serving import (
 from embedding_service.shard.front import BACK_CALLS, Front
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.memory import available_memory, keep_freed_memory
+from embedding_service.shard.memory import keep_freed_memory, offered_memory
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import SERVICE, LookupService
@@ -165,16 +164,9 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
 
 
 def default_memory_limit(options: ShardOptions) -> int:
-    """80 % of the memory this process may use, of the GPU's for `cuda`; for `mmap` the disk that its files lie on.
-
-    60 % for `cuda-cached`: it locks more than it offers, for rows are padded there.
-    """
-    if options.tier == "cuda":
-        return free_memory() * 8 // 10
-    if options.tier == "cuda-cached":
-        return available_memory() * 6 // 10
+    """What the tier offers of its memory; for `mmap`, whose rows lie in files, the disk they lie on."""
     if options.tier == "mmap":
         folder = Path(options.store) if Path(options.store).exists() else options.cache
         stats = os.statvfs(folder)
         return stats.f_blocks * stats.f_frsize
-    return available_memory() * 8 // 10
+    return offered_memory(options.tier)

@@ -26,7 +26,7 @@ KUBERNETES = "1.37"
 FOLDERS = sorted(file.parent for file in (K8S / "overlays").rglob("kustomization.yaml"))
 OVERLAYS = sorted(folder for folder in (K8S / "overlays").iterdir())
 # LongCat-Flash-Lite, as DESIGN and k8s/overlays/*/kustomization.yaml count it.
-ROWS, ROW_BYTES = 122_683_536, {"ram": 260, "cuda": 272}
+ROWS, ROW_BYTES = 122_683_536, {"ram": 260, "cuda": 260}
 # How long the rest of a shard's end may take once it has handed its parts over.
 END_SECONDS = 15
 PROCESS_BYTES = 1 << 30
