@@ -1,0 +1,89 @@
+"""What is written by hand says what protobuf says."""
+
+import numpy as np
+import pytest
+
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire import rows
+from embedding_service.wire.rows import Shape
+
+SHAPES = [
+    Shape(count, row_bytes, dim, encoding, version)
+    for count in (0, 1, 12, 4097)
+    for row_bytes, dim in ((4, 1), (512, 256), (264, 256))
+    for encoding in (wire.ROW_ENCODING_STORED, wire.ROW_ENCODING_FLOAT32)
+    for version in ("1", "2026-11-24", "v" * 200)
+]
+
+
+def content(shape: Shape) -> np.ndarray:
+    return np.random.default_rng(shape.count).integers(0, 256, (shape.count, shape.row_bytes), np.uint8)
+
+
+def message(shape: Shape) -> wire.LookupResponse:
+    return wire.LookupResponse(
+        rows=content(shape).tobytes(),
+        row_bytes=shape.row_bytes,
+        dim=shape.dim,
+        encoding=shape.encoding,
+        version=shape.version,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_answers_are_those_of_the_contract_and_lie_aligned(shape: Shape) -> None:
+    answer, place = rows.allocate(shape)
+    place[:] = content(shape)
+    assert wire.LookupResponse.FromString(answer) == message(shape)
+    assert place.ctypes.data % 16 == 0
+    for request_id in (0, 7, 1 << 40):
+        streamed, place = rows.allocate_streamed(shape, request_id)
+        place[:] = content(shape)
+        assert wire.StreamLookupResponse.FromString(streamed) == wire.StreamLookupResponse(
+            request_id=request_id, rows=message(shape)
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_answers_are_read_however_they_were_written(shape: Shape) -> None:
+    own, place = rows.allocate(shape)
+    place[:] = content(shape)
+    own_streamed, place = rows.allocate_streamed(shape, 0)
+    place[:] = content(shape)
+    others = message(shape)
+    for answer in (
+        rows.read(own, shape),
+        rows.read(others.SerializeToString(), shape),
+        rows.read_streamed(own_streamed, shape),
+        rows.read_streamed(wire.StreamLookupResponse(rows=others).SerializeToString(), shape),
+    ):
+        assert isinstance(answer, rows.Answer)
+        assert answer.version == shape.version
+        assert answer.rows.tobytes() == content(shape).tobytes()
+
+
+def test_an_answer_of_another_version_is_read_as_what_it_is() -> None:
+    asked, given = SHAPES[-1], SHAPES[-1]._replace(version="other")
+    answer, place = rows.allocate(given)
+    place[:] = content(given)
+    assert rows.read(answer, asked).version == "other"
+    failure = wire.LookupFailure(code=10, message="moved", term=3, epoch=4)
+    assert rows.read_streamed(wire.StreamLookupResponse(error=failure).SerializeToString(), asked) == failure
+
+
+@pytest.mark.parametrize(
+    ("table_rows", "field", "dtype"), [(1 << 32, "ids_uint32", "<u4"), (1 << 33, "ids_int64", "<i8")]
+)
+def test_requests_are_those_of_the_contract(table_rows: int, field: str, dtype: str) -> None:
+    ids = np.array([0, 5, (1 << 32) - 1], np.int64)
+    expected = wire.LookupRequest(
+        model="m@1",
+        table="t",
+        encoding=wire.ROW_ENCODING_STORED,
+        term=9,
+        epoch=2,
+        **{field: ids.astype(dtype).tobytes()},
+    )
+    request = rows.lookup_request("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
+    assert wire.LookupRequest.FromString(request) == expected
+    assert wire.StreamLookupRequest.FromString(rows.streamed(request)) == wire.StreamLookupRequest(lookup=expected)
