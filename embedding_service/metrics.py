@@ -19,17 +19,14 @@ class MetricsServer:
         host: Address to listen on.
         port: 0 switches metrics off.
         collect: Called at each scrape, on the server's thread: reads counters, changes nothing.
-        registered: Metrics that keep themselves, such as histograms.
     """
 
-    def __init__(
-        self, host: str, port: int, collect: Callable[[], Iterable[Metric]], registered: Iterable[Collector] = ()
-    ) -> None:
+    def __init__(self, host: str, port: int, collect: Callable[[], Iterable[Metric]]) -> None:
         self._server: WSGIServer | None = None
         if not port:
             return
         registry = CollectorRegistry()
-        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, *registered, _Collect(collect)):
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, _Collect(collect)):
             registry.register(collector)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
