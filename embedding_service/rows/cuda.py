@@ -202,7 +202,10 @@ class CudaCachedTable(CudaTable):
     ) -> None:
         super().__init__(table, shared=shared, pool=pool)
         # Two models, or two versions of one, have a table each; what is left is for streams and batches.
-        self._cache = cache or FbgemmRowCache(self._pool.memory, self._row_bytes, free_memory() * 2 // 5)
+        try:
+            self._cache = cache or FbgemmRowCache(self._pool.memory, self._row_bytes, free_memory() * 2 // 5)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"no room for a cache of table {table.name} on the GPU: {error}") from error
         self._turn = threading.Lock()
         self._mapped = np.zeros(len(table.parts), np.bool_)
         self._one_lane = _Lane(self._on)
