@@ -280,7 +280,10 @@ class RowCache:
 
 
 class FbgemmRowCache(RowCache):
-    """FBGEMM's 32-way LRU over all rows of `memory` (uint8, readable by the device), in `nbytes` of device memory."""
+    """FBGEMM's 32-way LRU over all rows of `memory` (uint8, readable by the device), in `nbytes` of device memory.
+
+    FBGEMM wants 4 bytes more for each row of `memory`, cached or not: which table it belongs to.
+    """
 
     def __init__(self, memory: torch.Tensor, row_bytes: int, nbytes: int) -> None:
         pool_rows = len(memory) // row_bytes
