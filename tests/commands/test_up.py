@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from support.checkpoints import longcat_table
 from support.cluster import Up, free_port, until, up
 
@@ -68,6 +69,14 @@ def test_an_unknown_tier(store: Path) -> None:
     done = run_command("up", f"--store={store}", "--shards=1", f"--port={free_port()}", "--tier=tape")
     assert done.returncode == 1
     assert "unknown tier 'tape'; known: ram, mmap, cuda, cuda-cached" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+@pytest.mark.parametrize("tier", ["cuda", "cuda-cached"])
+def test_a_gpu_tier_without_a_gpu(store: Path, tier: str) -> None:
+    done = run_command("up", f"--store={store}", "--shards=1", f"--port={free_port()}", f"--tier={tier}")
+    assert done.returncode == 1
+    assert "use --tier ram or mmap" in done.stderr
 
 
 def test_status_shows_shards_and_models(service: Up) -> None:
