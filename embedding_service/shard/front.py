@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 AT_ONCE_BYTES = 8 << 20
 # Requests of one stream that are under way at the back at a time.
 STREAM_WINDOW = 8
-# Calls that may be under way at the back: as many as threads here.
+# Threads at most, and calls that may be under way at the back.
 BACK_CALLS = 1 << 12
 # Seconds.
 FAR_FUTURE = 1e9
@@ -71,7 +71,7 @@ class Front:
         self.address = address
         self.rows = rows
         self.unread: Counter[str] = Counter()
-        # A thread for each call that is under way at the back; they are kept for the next ones.
+        # Threads that wait until a client took what the back answered; they are kept for the next ones.
         self.threads = ThreadPoolExecutor(BACK_CALLS, "passed-on")
         self.back = grpc.insecure_channel(
             back,
@@ -100,8 +100,8 @@ class Front:
         """Take no more calls, end streams, let calls under way end for STOP_GRACE seconds, then cut them."""
         self._ending = True
         self._thread.join()
-        self.threads.shutdown()
         self.back.close()
+        self.threads.shutdown()
 
     def _run(self) -> None:
         stopped = threading.Event()
@@ -154,6 +154,7 @@ class _Call:
         self._sent = threading.Semaphore(0)
         self._greeted = False
         self._unread = 0
+        self._asked: set[Any] = set()
         self._open = 2  # the client's side, and ours
         self._end_taken = threading.Lock()
         self.cancelled = False
@@ -225,11 +226,14 @@ class _Call:
         seconds = self._due - time.time()
         return None if seconds > FAR_FUTURE else max(seconds, 0.001)
 
-    def pass_on(self, method: str, message: bytes) -> Any:
-        """Ask the back, from another thread: the answer and the call, or raises grpc.RpcError."""
-        return self._front.back.unary_unary(method).with_call(message, self.remaining(), ((PEER, self._peer),))
+    def pass_on(self, method: str, message: bytes, done: Callable[[Any], None]) -> None:
+        """Ask the back; `done` is called with the call that has ended, on a thread that must not wait."""
+        asked = self._front.back.unary_unary(method).future(message, self.remaining(), ((PEER, self._peer),))
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        asked.add_done_callback(done)
 
-    def in_thread(self, work: Callable[..., None], *arguments: Any) -> None:
+    def in_thread(self, work: Callable[..., object], *arguments: Any) -> None:
         """Have work done that waits."""
         self._front.threads.submit(_logged, work, *arguments)
 
@@ -255,6 +259,9 @@ class _Call:
 
     def _on_close(self, event: Any) -> None:
         self.cancelled = bool(event.batch_operations[0].cancelled())
+        if self.cancelled:
+            for asked in list(self._asked):
+                asked.cancel()
         self._side_ended()
 
     def _on_ended(self, _: Any) -> None:
@@ -280,7 +287,7 @@ class _LookupStream(_Call):
         answer = None if self._waiting else self._front.rows.answer_streamed(message, self.room())
         if answer is None:
             self._waiting += 1
-            self.in_thread(self._ask_back, message)
+            self.pass_on(ANSWER, message, self._on_answered)
             self._receive_or_pause()
         elif len(answer) < COUNTED_BYTES:
             # Comes back when the answer was taken and the next message is there: one event in place of two.
@@ -299,14 +306,17 @@ class _LookupStream(_Call):
         self._last = True
         self._end_if_done()
 
-    def _ask_back(self, message: bytes) -> None:
-        try:
-            answer, _ = self.pass_on(ANSWER, message)
-        except grpc.RpcError as error:
-            with self._turn:
-                self.end(error.code().value[0], error.details() or "")  # type: ignore[attr-defined]
+    def _on_answered(self, asked: Any) -> None:
+        if self.cancelled:
+            return
+        if asked.code() is grpc.StatusCode.OK:
+            self.in_thread(self.send, asked.result())
         else:
-            self.send(answer)
+            self.in_thread(self._end_in_turn, asked.code().value[0], asked.details() or "")
+
+    def _end_in_turn(self, code: int, details: str) -> None:
+        with self._turn:
+            self.end(code, details)
 
     def _on_large(self, _: Any) -> None:
         self.on_taken()
@@ -336,21 +346,16 @@ class _PassedUnary(_Call):
     """A call with one message there and one back."""
 
     def on_message(self, message: bytes) -> None:
-        self.in_thread(self._ask_back, message)
+        self.pass_on(self._method, message, self._finish)
 
     def on_last(self) -> None:
         self.end(grpc.StatusCode.INVALID_ARGUMENT.value[0], "the call holds no request")
 
-    def _ask_back(self, message: bytes) -> None:
-        try:
-            answer, rpc = self.pass_on(self._method, message)
-        except grpc.RpcError as error:
-            self._finish(error)
-        else:
-            self._finish(rpc, cygrpc.SendMessageOperation(answer, 0))
-
-    def _finish(self, rpc: Any, *operations: Any) -> None:
-        self.end(rpc.code().value[0], rpc.details() or "", _metadata(rpc.trailing_metadata()), *operations)
+    def _finish(self, asked: Any) -> None:
+        if self.cancelled:
+            return
+        answer = (cygrpc.SendMessageOperation(asked.result(), 0),) if asked.code() is grpc.StatusCode.OK else ()
+        self.end(asked.code().value[0], asked.details() or "", _metadata(asked.trailing_metadata()), *answer)
 
 
 class _Lookup(_PassedUnary):
@@ -426,7 +431,7 @@ def _metadata(trailing: Any) -> tuple[Any, ...]:
     return tuple((key, value) for key, value in trailing or ())
 
 
-def _logged(work: Callable[..., None], *arguments: Any) -> None:
+def _logged(work: Callable[..., object], *arguments: Any) -> None:
     try:
         work(*arguments)
     except Exception:

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import torch
 from support.absence import HERE, OPTIONS, answered_by, check_absence, inside, two_networks
@@ -93,6 +94,32 @@ def test_a_shard_that_is_cut_off_is_forgotten_and_used_again_when_the_link_is_ba
         assert done.returncode == 0, done.stdout
     finally:
         networks.__exit__(None, None, None)
+
+
+def test_calls_that_are_given_up_leave_nothing_behind(small_store: Path, tmp_path: Path) -> None:
+    """A thin client asks again and again for rows of a shard that hangs, and never waits."""
+    with cluster(tmp_path, small_store, "--expect-shards=2") as running:
+        for name in "ab":
+            running.start_shard(name)
+        running.wait_serving()
+        process = psutil.Process(running.processes["a"].popen.pid)
+        with grpc.insecure_channel(running.addresses["a"]) as channel:
+            stub = EmbeddingServiceStub(channel)
+            every = wire.LookupRequest(model="m", table="ngram", ids=range(0, len(longcat_table()), 97))
+            stub.Lookup(every, timeout=20)
+            threads = process.num_threads()
+            running.processes["b"].popen.send_signal(signal.SIGSTOP)
+            try:
+                for _ in range(20):
+                    calls = [stub.Lookup.future(every) for _ in range(100)]
+                    for call in calls:
+                        call.cancel()
+                assert process.num_threads() < threads + 20
+                assert stub.GetRouting(wire.GetRoutingRequest(), timeout=20).shards
+            finally:
+                running.processes["b"].popen.send_signal(signal.SIGCONT)
+            until(lambda: process.num_threads() < threads + 20, "its threads to end")
+            assert len(stub.Lookup(every, timeout=20).rows) == 4 * DIM * len(every.ids)
 
 
 # What lies on disk
