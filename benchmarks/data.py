@@ -124,11 +124,11 @@ def make_data(folder: Path, rows: int) -> Data:
     for dtype in ("fp16", "int8"):
         import_checkpoint(checkpoint, str(data.store), dtype, dtype=dtype, part_bytes=PART_BYTES)
     (checkpoint / "model.safetensors").unlink()
-    np.save(folder / "text.npy", hasher.row_ids(torch.tensor([_text_tokens()])).view(-1, HEADS).numpy())
+    np.save(folder / "text.npy", hasher.row_ids(torch.tensor([text_tokens()])).view(-1, HEADS).numpy())
     return data
 
 
-def _text_tokens() -> list[int]:
+def text_tokens() -> list[int]:
     """Python's language reference and some of its modules, by a byte-level BPE tokenizer that learnt from them."""
     documents = [*topics.topics.values(), *_module_sources()]
     tokenizer = text_tokenizer(documents)

@@ -79,13 +79,13 @@ def free_port() -> int:
 
 @contextmanager
 def command(
-    arguments: Sequence[str], log: Path, ready: Callable[[], bool], **options: Any
+    arguments: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float = START_SECONDS, **options: Any
 ) -> Iterator[subprocess.Popen]:
     """A program that runs meanwhile; entered when `ready()`, ended with SIGTERM, or by force when that is ignored."""
     with log.open("w") as output:
         running = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
     try:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while not ready():
             if running.poll() is not None or time.monotonic() > deadline:
                 raise Unusable(f"{arguments[0]} did not start: {log.read_text(errors='replace')[-500:]}")
