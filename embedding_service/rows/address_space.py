@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ HUGE_PAGE = 2 << 20
 
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
-_MADV_RANDOM, _MADV_HUGEPAGE = 1, 14
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_HUGEPAGE = 1, 3, 14
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # Addresses without memory: they read as zeros.
 _NOTHING = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
@@ -30,6 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -96,6 +98,23 @@ class AddressSpace:
         # Rows are asked at random: read-ahead would fill the page cache with neighbours nobody asked for.
         _libc.madvise(address, round_up(nbytes), _MADV_RANDOM)
         return self.tensor[offset : offset + nbytes]
+
+    def resident(self, offsets: Sequence[int]) -> bool:
+        """Whether the page at each offset is in memory: reading it waits for no disk.
+
+        True too where the kernel does not say (of files that this process may not write).
+        """
+        page = ctypes.c_ubyte()
+        for offset in offsets:
+            if _libc.mincore(self._base + offset // PAGE * PAGE, PAGE, ctypes.byref(page)) == 0 and not page.value & 1:
+                return False
+        return True
+
+    def read_ahead(self, offsets: Sequence[int], nbytes: int) -> None:
+        """Have the pages of `nbytes` at each offset read from disk, all at a time; does not wait for them."""
+        for offset in offsets:
+            first = offset // PAGE * PAGE
+            _libc.madvise(self._base + first, offset + nbytes - first, _MADV_WILLNEED)
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""

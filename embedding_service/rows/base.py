@@ -95,6 +95,10 @@ class TableRows(ABC):
         """Whether each id's part is held: bool [n] for ids in [0, rows)."""
         return self._generation[ids // self.table.rows_per_part] > 0
 
+    def at_hand(self, ids: Ids) -> bool:
+        """Whether rows may be gathered on a thread that must not wait: none of those looked at lies on a disk only."""
+        return True
+
     def gather(self, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         """The rows of `ids` int64 [n], in their order, as uint8 [n, bytes of a row in `encoding`].
 

@@ -133,7 +133,7 @@ class HeldRows:
     ) -> bytes | None:
         began = time.perf_counter()
         lookup = self._read(request)
-        if lookup.held is None or lookup.shape.nbytes > room:
+        if lookup.held is None or lookup.shape.nbytes > room or not lookup.held.at_hand(lookup.ids):
             return None
         message, rows = allocate(lookup.shape)
         lookup.held.gather(lookup.ids, lookup.encoding, rows)

@@ -196,7 +196,7 @@ class LookupService(HeldRows, RoutingService):
         return rows[0]
 
     async def _gather(self, held: TableRows, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
-        if len(ids) * held.table.row_bytes <= INLINE_BYTES:
+        if len(ids) * held.table.row_bytes <= INLINE_BYTES and held.at_hand(ids):
             return held.gather(ids, encoding, out)
         return await asyncio.to_thread(held.gather, ids, encoding, out)
 
