@@ -105,7 +105,7 @@ class Front:
 
     def _run(self) -> None:
         stopped = threading.Event()
-        stopping = False
+        stopping, give_up = False, float("inf")
         while not (stopped.is_set() and not self.calls):
             event = self._queue.poll(time.time() + TICK)
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
@@ -113,6 +113,8 @@ class Front:
                     event.tag(event)
                 except Exception:
                     log.exception("a call failed")
+                    if isinstance(call := getattr(event.tag, "__self__", None), _Call):
+                        call.end(grpc.StatusCode.INTERNAL.value[0], "the shard failed; its log says how")
             # Before the next poll: a call that has ended must not be kept by its last event.
             event = None
             if self._ending and not stopping:
@@ -124,6 +126,10 @@ class Front:
             if time.monotonic() > self._ended_by:
                 self._ended_by = float("inf")
                 self._server.cancel_all_calls()
+                give_up = time.monotonic() + STOP_GRACE
+            if time.monotonic() > give_up:
+                log.warning("%d calls do not end", len(self.calls))
+                return
         self._server.destroy()
         self._queue.shutdown()
         while (event := self._queue.poll(None)).completion_type != cygrpc.CompletionType.queue_shutdown:
