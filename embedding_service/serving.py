@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, RequestTooLarge, Unavailable
+from embedding_service.machine import split_address
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
@@ -72,9 +73,7 @@ def bind(add_port: Callable[[str], int], address: str) -> str:
     if address.startswith("unix"):
         add_port(address)
         return address
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {address!r}")
+    host, _ = split_address(address)
     try:
         bound = add_port(address)
     except RuntimeError:
@@ -82,17 +81,6 @@ def bind(add_port: Callable[[str], int], address: str) -> str:
     if not bound:
         raise InvalidRequest(f"cannot listen on {address}: is another process there? Give another port")
     return f"{host}:{bound}"
-
-
-def check_free(address: str) -> None:
-    """Raise InvalidRequest where somebody listens: several processes that share a port would take it from them."""
-    host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port or 0)))
-        except OSError as error:
-            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): give another port") from error
 
 
 class Server:

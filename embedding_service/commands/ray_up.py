@@ -29,6 +29,7 @@ from embedding_service.commands.query import status_tables, wide_console
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
+from embedding_service.machine import check_free
 
 LOCAL = "local"
 # What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
@@ -173,7 +174,7 @@ def _survey_nodes(options: UpOptions, room: PlacementGroup) -> None:
 
 def _survey(options: UpOptions) -> None:
     host = ray.util.get_node_ip_address()
-    up.check_port(host, options.port)
+    check_free(f"{host}:{options.port}", "--port")
     try:
         up.check_store(options.store)
     except NotFound as error:

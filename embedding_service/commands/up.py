@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import socket
 import subprocess
@@ -17,7 +16,8 @@ from rich.console import Console
 
 from embedding_service.client.status import get_status
 from embedding_service.commands.query import status_tables, wide_console
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
+from embedding_service.errors import EmbeddingServiceError, NotFound, PlacementError, Unavailable
+from embedding_service.machine import check_free, end_with_parent
 from embedding_service.wire import control_pb2 as control
 
 # From SIGTERM on: what has not ended by then is killed.
@@ -25,7 +25,6 @@ STOP_SECONDS = 4.5
 POLL_SECONDS = 0.1
 # Without anything getting ready for so long, something is wrong that nobody reports.
 STALL_SECONDS = 120.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def run(options: UpOptions) -> None:
         PlacementError: the models do not fit the shards.
     """
     check_store(options.store)
-    check_port(options.host, options.port)
+    check_free(f"{options.host}:{options.port}", "--port")
     console = wide_console(stderr=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
@@ -85,17 +84,6 @@ def check_store(store: str) -> None:
 
     if not Store(store).models():
         raise NotFound(f"no model in store {store}: `embedding-service import` puts one there")
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise InvalidRequest if somebody listens there."""
-    with socket.socket() as probe:
-        # The shards share the port; without this look another service's shards would share it too, unnoticed.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InvalidRequest(f"cannot listen on {host}:{port} ({error.strerror}): give another --port") from None
 
 
 def controller_command(options: UpOptions, controller: str) -> list[str]:
@@ -136,13 +124,12 @@ def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
 
 def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a command of `embedding-service` that ends with the calling thread."""
-    libc = ctypes.CDLL(None)
     return subprocess.Popen(
         [sys.executable, "-m", "embedding_service", *arguments],
         stdin=subprocess.DEVNULL,
         # Ctrl-C is for us: we end them in order. Should we die, the kernel tells them to end.
         start_new_session=True,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )
 
 

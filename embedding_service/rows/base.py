@@ -9,8 +9,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from embedding_service.errors import InvalidRequest, NotFound
+from embedding_service.formats import get_format
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
 
@@ -18,6 +20,7 @@ Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 STORED = "stored"
+_DECODED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Location(NamedTuple):
@@ -119,9 +122,14 @@ class TableRows(ABC):
                 return rows
         raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
 
-    @abstractmethod
     def close(self) -> None:
         """Give all memory back; nothing is held afterwards."""
+        for index in self.held_parts():
+            self.drop(self.table.parts[index])
+
+    def _decode(self, stored: torch.Tensor, encoding: str) -> torch.Tensor:
+        """Stored rows uint8 [n, row_bytes] -> values [n, dim] of `encoding`'s dtype."""
+        return get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_DECODED[encoding])
 
     @abstractmethod
     def _load(self, part: Part, path: Path, pace: Pace) -> None: ...

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from embedding_service.errors import InvalidRequest, NotFound
-from embedding_service.formats import get_format
+from embedding_service.rows.address_space import round_up
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.rows.pool import Pool
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, read_into
 
-_TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # FBGEMM's cache copies rows 16 bytes at a time, and has 32 ways.
 _ALIGNMENT, _WAYS = 16, 32
 # FBGEMM's code for tables of 8-bit codes: a row is 4 bytes and one a value. It only counts bytes here.
@@ -103,11 +102,6 @@ class CudaTable(TableRows):
                 f"the GPU has no {memory_limit:,} bytes free ({error}): lower --memory, or see what else runs on it"
             ) from error
 
-    def close(self) -> None:
-        """Give all memory back; nothing is held afterwards."""
-        for index in self.held_parts():
-            self.drop(self.table.parts[index])
-
     @staticmethod
     def _stride(row_bytes: int) -> int:
         """Bytes from one row to the next."""
@@ -159,8 +153,7 @@ class CudaTable(TableRows):
         """Stored rows uint8 [n, row_bytes] -> uint8 [n, bytes of a row in `encoding`]."""
         if encoding in (STORED, self.table.dtype):
             return stored
-        values = get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_TORCH_TYPES[encoding])
-        return values.view(torch.uint8)
+        return self._decode(stored, encoding).view(torch.uint8)
 
     def _lane(self) -> _Lane:
         if not hasattr(self._lanes, "lane"):
@@ -227,7 +220,7 @@ class CudaCachedTable(CudaTable):
 
     @staticmethod
     def _stride(row_bytes: int) -> int:
-        return -(-row_bytes // _ALIGNMENT) * _ALIGNMENT
+        return round_up(row_bytes, _ALIGNMENT)
 
     def _load(self, part: Part, path: Path, pace: Pace) -> None:
         super()._load(part, path, pace)

@@ -11,7 +11,6 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
-from embedding_service.formats import get_format
 from embedding_service.rows.address_space import AddressSpace
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.store.manifest import Part, Table
@@ -20,7 +19,6 @@ from embedding_service.store.parts import Pace
 # What FBGEMM's n-bit kernel reads, and writes. It has no bfloat16 tables; torch converts those.
 _STORED_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
 _OUTPUT_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "bf16": SparseType.BF16}
-_TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class HostTable(TableRows):
@@ -34,11 +32,6 @@ class HostTable(TableRows):
 
     def _reserve(self) -> AddressSpace:
         return AddressSpace(self.table.bytes)
-
-    def close(self) -> None:
-        """Give all memory back; nothing is held afterwards."""
-        for index in self.held_parts():
-            self.drop(self.table.parts[index])
 
     @abstractmethod
     def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
@@ -67,11 +60,8 @@ class HostTable(TableRows):
         return out
 
     def _convert(self, indices: torch.Tensor, encoding: str) -> Bytes:
-        if self.table.dtype not in _STORED_TYPES:
-            stored = self._rows.index_select(0, indices)
-            values = get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_TORCH_TYPES[encoding])
-        elif not len(indices):
-            values = torch.empty(0, self.table.dim, dtype=_TORCH_TYPES[encoding])
+        if self.table.dtype not in _STORED_TYPES or not len(indices):
+            values = self._decode(self._rows.index_select(0, indices), encoding)
         else:
             values = self._kernel(encoding)(indices, torch.tensor([0, len(indices)]))
         return values.view(torch.uint8).numpy()

@@ -11,6 +11,8 @@ import threading
 
 import torch
 
+from embedding_service.rows.address_space import round_up
+
 
 class Pool:
     """First-fit room in `memory`, uint8 [bytes] on any device. Thread-safe."""
@@ -27,7 +29,7 @@ class Pool:
             for begin, end in sorted(self._taken.items()):
                 if place + nbytes <= begin:
                     break
-                place = max(place, -(-end // unit) * unit)
+                place = max(place, round_up(end, unit))
             if place + nbytes > len(self.memory):
                 free = len(self.memory) - sum(end - begin for begin, end in self._taken.items())
                 raise MemoryError(

@@ -24,13 +24,7 @@ from grpc._cython import cygrpc
 
 from embedding_service.serving import STOP_GRACE, RequestLimits, bind, server_options
 from embedding_service.shard.held import HeldRows
-from embedding_service.shard.service import (
-    ANSWER,
-    COUNTED_BYTES,
-    PEER,
-    SERVICE,
-    UNREAD_BYTES,
-)
+from embedding_service.shard.service import ANSWER, COUNTED_BYTES, PEER, SERVICE, UNREAD_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +42,10 @@ TICK = 0.1
 _STREAM = f"/{SERVICE}/StreamLookup"
 _LOOKUP = f"/{SERVICE}/Lookup"
 # Methods with one message there and one back; others are passed on as streams, which takes more threads.
-_UNARY = {
-    _LOOKUP,
+_UNARY = (
     *(f"/{SERVICE}/{name}" for name in ("LookupNgrams", "ListModels", "GetRouting")),
     "/grpc.health.v1.Health/Check",
-}
+)
 _OK = grpc.StatusCode.OK.value[0]
 
 
@@ -429,7 +422,7 @@ class _PassedStream(_Call):
 _CALLS: dict[bytes, type[_Call]] = {
     _STREAM.encode(): _LookupStream,
     _LOOKUP.encode(): _Lookup,
-    **{method.encode(): _PassedUnary for method in _UNARY - {_LOOKUP}},
+    **{method.encode(): _PassedUnary for method in _UNARY},
 }
 
 

@@ -51,13 +51,7 @@ class Holdings:
     """
 
     def __init__(
-        self,
-        store: Store,
-        tier: str,
-        memory_limit: int,
-        cache: Path,
-        load_rate: int = 0,
-        loaders: int = 2,
+        self, store: Store, tier: str, memory_limit: int, cache: Path, load_rate: int = 0, loaders: int = 2
     ) -> None:
         self.memory_limit = memory_limit
         self.held: set[PartKey] = set()

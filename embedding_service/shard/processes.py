@@ -8,7 +8,6 @@ all of them.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from embedding_service.machine import end_with_parent
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.mmap import MappedTable
@@ -39,7 +39,6 @@ PATIENCE = 1.0
 PAUSE = 1.0
 # How often the main process is told what was counted.
 REPORT_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 # Model, version, table.
 TableKey = tuple[str, str, str]
@@ -277,7 +276,7 @@ def main(pipe: Connection) -> None:
     parent, settings = pipe.recv()
     for number in (signal.SIGINT, signal.SIGTERM):  # a group's signal is the main process's business
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         return
     log_to_stderr(settings.name)

@@ -17,13 +17,13 @@ from prometheus_client.core import Metric
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
+from embedding_service.machine import check_free
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.rows import TIERS
 from embedding_service.serving import (
     RequestLimits,
     Server,
     cancel,
-    check_free,
     first_of,
     reachable_address,
     run_process,

@@ -37,12 +37,8 @@ _new_bytes.restype = ctypes.py_object
 _new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 # A bytes object is a header, the bytes, and a zero that the type's basic size counts.
 _BYTES_HEADER = bytes.__basicsize__ - 1
-
-
 # Up to so many bytes copying an array takes less time than making one that is not numpy's own.
 _SMALL = 16 << 10
-
-
 # Bytes; what numpy and torch ask for, and where the bytes of a bytes object begin.
 _ALIGNMENT = 16
 

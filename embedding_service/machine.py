@@ -1,0 +1,39 @@
+"""What a process asks of its machine: an address that is free, and an end together with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+
+from embedding_service.errors import InvalidRequest
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host, as it is written there, and port of an address to listen on. Raises InvalidRequest."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {address!r}")
+    return host, int(port)
+
+
+def check_free(address: str, option: str = "port") -> None:
+    """Raise InvalidRequest, naming `option`, where somebody listens.
+
+    For ports that several processes share: without this look they would share another service's, unnoticed.
+    """
+    host, port = split_address(address)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): give another {option}") from error
+
+
+def end_with_parent(how: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, how)
