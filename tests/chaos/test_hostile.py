@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from support.absence import HERE, OPTIONS, answered_by, check_absence, inside, two_networks
-from support.chaos import TABLE, chaos_store
+from support.chaos import TABLE
 from support.checkpoints import DIM, longcat_table
 from support.cluster import Cluster, Process, cluster, free_port, until
 from support.hostile import PREFACE, Forwarder, bygone_controller, dial, half_a_lookup, unread_lookups
@@ -33,12 +33,6 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with model "m", for tests that change nothing there."""
-    return chaos_store(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

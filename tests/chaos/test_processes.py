@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from support.chaos import chaos_store
 from support.checkpoints import longcat_table
 from support.cluster import Cluster, cluster, until
 from support.load import Load
@@ -20,12 +19,6 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
 ROWS = len(longcat_table())
 CONNECTIONS = 24
-
-
-@pytest.fixture(scope="module")
-def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with model "m", in several parts."""
-    return chaos_store(tmp_path_factory.mktemp("small"))
 
 
 def others(running: Cluster, name: str) -> list[psutil.Process]:

@@ -18,6 +18,7 @@ from embedding_service.client import streams
 from embedding_service.client.streams import Ended, Stream, Watchdog
 from embedding_service.errors import DeadlineExceeded, Unavailable
 from embedding_service.placement.routing import Routing
+from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from embedding_service.wire.rows import lookup_request, streamed
@@ -25,11 +26,15 @@ from embedding_service.wire.rows import lookup_request, streamed
 KINDS = [streams._PollingStream, streams._PublicStream]
 
 
+def serving(status: control.Status) -> bool:
+    return bool(status.models) and all(model.serving for model in status.models)
+
+
 @pytest.fixture(scope="module")
 def one_shard(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("one"), store) as running:
         running.start_shard("a")
-        running.wait_until(lambda status: status.models and all(model.serving for model in status.models), "serving")
+        running.wait_until(serving, "serving")
         yield running
 
 
@@ -121,16 +126,14 @@ def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, mon
 def test_streams_that_ended_while_idle_are_replaced_without_a_failure(store: Path, tmp_path: Path) -> None:
     with cluster(tmp_path, store) as running:
         running.start_shard("a", "--drain-seconds=0")
-        running.wait_until(lambda status: status.models and all(model.serving for model in status.models), "serving")
+        running.wait_until(serving, "serving")
         with EmbeddingClient(running.addresses["a"], timeout=30) as client:
             ids = torch.tensor([5, 6])
             assert torch.equal(client.lookup("fp32/ngram", ids), longcat_table()[ids])
             for how in (signal.SIGKILL, signal.SIGTERM):
                 running.processes["a"].end(how)
                 running.start_shard("a", "--drain-seconds=0")
-                running.wait_until(
-                    lambda status: status.models and all(model.serving for model in status.models), "serving again"
-                )
+                running.wait_until(serving, "serving again")
                 assert torch.equal(client.lookup("fp32/ngram", ids), longcat_table()[ids])
             running.processes["a"].end(signal.SIGKILL)
             with pytest.raises((Unavailable, DeadlineExceeded), match=r"fp32@1/ngram .*row 5"):

@@ -6,8 +6,6 @@ only; everything else is the code that runs on GPUs.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import engram_checkpoint
+from support.readers import reading
 
 from embedding_service.errors import CorruptPart, InvalidRequest, NotFound
 from embedding_service.rows import CudaCachedTable, CudaTable, RamTable, TableRows
+from embedding_service.rows.address_space import round_up
 from embedding_service.rows.cuda import FbgemmRowCache, RowCache, free_memory, require_cuda, require_fbgemm_cuda
 from embedding_service.rows.pool import Pool
 from embedding_service.store.importing import import_checkpoint
@@ -63,7 +63,7 @@ def on_host(kind: str, table: Table, nbytes: int = 4 * MIB) -> TableRows:
     pool = Pool(torch.zeros(nbytes, dtype=torch.uint8))
     if kind == "cuda":
         return CudaTable(table, pool=pool)
-    return CudaCachedTable(table, pool=pool, cache=SmallCache(pool.memory, -(-table.row_bytes // 16) * 16))
+    return CudaCachedTable(table, pool=pool, cache=SmallCache(pool.memory, round_up(table.row_bytes, 16)))
 
 
 def on_device(kind: str, table: Table, nbytes: int = 4 * MIB) -> TableRows:
@@ -71,7 +71,7 @@ def on_device(kind: str, table: Table, nbytes: int = 4 * MIB) -> TableRows:
         return CudaTable(table, pool=Pool(torch.zeros(nbytes, dtype=torch.uint8, device="cuda")))
     like = torch.empty(0, dtype=torch.uint8, device="cuda")
     pool = Pool(torch.ops.fbgemm.new_unified_tensor(like, [nbytes], True))
-    stride = -(-table.row_bytes // 16) * 16
+    stride = round_up(table.row_bytes, 16)
     return CudaCachedTable(table, pool=pool, cache=FbgemmRowCache(pool.memory, stride, 64 * stride))
 
 
@@ -156,31 +156,18 @@ def test_threads_read_right_rows_or_none_while_parts_change_places(beside: Besid
     parts = beside.table.parts[:2]
     ids = np.concatenate([np.arange(part.first_row, part.first_row + 4) for part in parts])
     expected = beside.ram.gather(ids, "stored")
-    done = threading.Event()
-    outcomes: Counter[str] = Counter()
-
-    def read() -> None:
-        while not done.is_set():
-            try:
-                outcomes["right" if np.array_equal(beside.rows.gather(ids, "stored"), expected) else "wrong"] += 1
-            except NotFound:
-                outcomes["none"] += 1
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for turn in range(100):
-        for part in parts:
-            beside.rows.drop(part)
-        for part in parts if turn % 2 else reversed(parts):
-            beside.rows.load(part, beside.paths[part.index])
-        if outcomes["right"] > 20 and turn > 10:
-            break
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert outcomes["right"]
-    assert not outcomes["wrong"]
+    with reading(beside.rows, ids, expected) as readers:
+        for turn in range(100):
+            for part in parts:
+                beside.rows.drop(part)
+            for part in parts if turn % 2 else reversed(parts):
+                beside.rows.load(part, beside.paths[part.index])
+            if turn % 15 == 0:
+                readers.wait_for_right()
+            if readers.outcomes["right"] > 20 and turn > 10:
+                break
+    assert readers.outcomes["right"]
+    assert not readers.outcomes["wrong"]
 
 
 def test_tables_share_the_pool(store: Path, make: Make) -> None:
@@ -209,7 +196,7 @@ def test_without_room_a_part_is_refused_and_comes_in_later(store: Path, make: Ma
     manifest = Store(store).manifest("int8")
     table = manifest.tables[0]
     first, second = table.parts[0], table.parts[1]
-    rows = make(kind, table, nbytes=first.rows * (-(-table.row_bytes // 16) * 16))
+    rows = make(kind, table, nbytes=first.rows * round_up(table.row_bytes, 16))
     rows.load(first, Store(store).part_path(manifest, first))
     with pytest.raises(MemoryError, match="raise --memory"):
         rows.load(second, Store(store).part_path(manifest, second))
@@ -228,7 +215,7 @@ def test_a_damaged_part_is_refused_and_its_room_free(store: Path, make: Make, ki
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     (tmp_path / "part.safetensors").write_bytes(data)
-    rows = make(kind, table, nbytes=part.rows * (-(-table.row_bytes // 16) * 16))
+    rows = make(kind, table, nbytes=part.rows * round_up(table.row_bytes, 16))
     with pytest.raises(CorruptPart):
         rows.load(part, tmp_path / "part.safetensors")
     assert rows.held_parts() == []

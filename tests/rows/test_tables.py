@@ -1,8 +1,5 @@
 """Rows from memory: each tier, each stored dtype, each encoding, against FBGEMM's own dequantization."""
 
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import longcat_table
+from support.readers import reading
 
 from embedding_service.errors import CorruptPart, NotFound
 from embedding_service.formats import get_format
@@ -126,33 +124,16 @@ def test_threads_read_right_rows_or_none_while_a_part_comes_and_goes(loaded: Loa
     path = loaded.store.part_path(loaded.manifest, part)
     ids = np.arange(part.first_row - 5, part.first_row + 50)
     expected = loaded.stored[torch.from_numpy(ids)].numpy()
-    done = threading.Event()
-    outcomes: Counter[str] = Counter()
-
-    def read() -> None:
-        while not done.is_set():
-            try:
-                outcomes["right" if np.array_equal(loaded.rows.gather(ids, "stored"), expected) else "wrong"] += 1
-            except NotFound:
-                outcomes["none"] += 1
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for turn in range(300):
-        loaded.rows.drop(part)
-        loaded.rows.load(part, path)
-        if turn % 15 == 0:  # held until a reader saw it: a part that is gone again at once is right for nobody
-            before, until = outcomes["right"], time.monotonic() + 10
-            while outcomes["right"] == before and time.monotonic() < until:
-                time.sleep(0.001)
-        if outcomes["right"] > 20:
-            break
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert outcomes["right"]
-    assert not outcomes["wrong"]
+    with reading(loaded.rows, ids, expected) as readers:
+        for turn in range(300):
+            loaded.rows.drop(part)
+            loaded.rows.load(part, path)
+            if turn % 15 == 0:
+                readers.wait_for_right()
+            if readers.outcomes["right"] > 20:
+                break
+    assert readers.outcomes["right"]
+    assert not readers.outcomes["wrong"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing"])
