@@ -16,12 +16,11 @@ import argparse
 import ast
 import json
 import random
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -31,8 +30,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import HEADS, VOCAB, Data, make_data, text_tokenizer
-from benchmarks.peers.base import command, free_port
+from benchmarks.data import HEADS, VOCAB, make_data, text_tokenizer
+from benchmarks.peers.base import service
 from embedding_service import EmbeddingClient, NgramHasher
 from embedding_service.client.cache import Group, RowCache
 
@@ -108,19 +107,6 @@ def hits_by_order(tokens: list[int], cache_bytes: int) -> list[float]:
         missing = token[~here]
         cache.keep(group, missing, nothing[: len(missing)])
     return [float(share) for share in hits.reshape(len(ORDERS), -1).mean(1) / len(ids)]
-
-
-@contextmanager
-def service(data: Data, folder: Path) -> Iterator[str]:
-    """`up` with one shard; its address."""
-    port, log = free_port(), folder / "up.log"
-    arguments = ["up", f"--store={data.store}", "--shards=1", f"--port={port}"]
-    with command(
-        [sys.executable, "-m", "embedding_service", *arguments],
-        log,
-        lambda: "ready: " in log.read_text(errors="replace"),
-    ):
-        yield f"127.0.0.1:{port}"
 
 
 def through_service(address: str, tokens: list[int], decoded: int) -> dict[int, dict[str, float]]:
@@ -244,7 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cache-") as name:
         data = make_data(Path(name) / "data", options.rows)
         for stream, tokens in texts.items():
-            with service(data, Path(name)) as address:
+            with service(data.store, Path(name, "up.log"), "--shards=1") as (address, _):
                 results[stream] = through_service(address, tokens, options.decode)
     orders = {
         stream: {str(size): hits_by_order(tokens, size * MIB) for size in (16, 1024)}

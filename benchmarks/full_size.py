@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table as Sheet
 
 from benchmarks.data import Ids, text_tokens
-from benchmarks.peers.base import command, free_port
+from benchmarks.peers.base import service
 from embedding_service import EmbeddingClient, NgramHasher
 from embedding_service.client.status import get_status
 from embedding_service.formats import get_format
@@ -45,7 +44,7 @@ HUGE = "AnonHugePages"
 
 @dataclass(frozen=True)
 class Geometry:
-    """A published model's n-gram tables, the tier its size asks for here, and GiB of memory that takes."""
+    """A published model's n-gram tables, and the tier its size asks for here."""
 
     config: dict[str, Any]
     dim: int
@@ -149,13 +148,9 @@ def read_all(folder: Path) -> float:
 @contextmanager
 def serving(folder: Path, tier: str, shards: int, log: Path) -> Iterator[tuple[str, float]]:
     """`up` over the store: its address, and seconds from its start until everything was served."""
-    port = free_port()
-    arguments = ["up", f"--store={folder}", f"--shards={shards}", f"--port={port}", f"--tier={tier}"]
-    up = [sys.executable, "-m", "embedding_service", *arguments]
-    log.unlink(missing_ok=True)
     begun = time.perf_counter()
-    with command(up, log, lambda: "ready: " in log.read_text(errors="replace"), seconds=900):
-        yield f"127.0.0.1:{port}", time.perf_counter() - begun
+    with service(folder, log, f"--shards={shards}", f"--tier={tier}", seconds=900) as (address, _):
+        yield address, time.perf_counter() - begun
 
 
 def memory(address: str, payload: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data import HEADS, READY, TABLE, Data, make_data
-from benchmarks.peers.base import START_SECONDS, child, command, free_port, receive
+from benchmarks.peers.base import START_SECONDS, child, receive, service
 from benchmarks.rounds import cpu_seconds
 from embedding_service.client.status import get_status
 from embedding_service.client.streams import Ended, open_stream
@@ -82,12 +81,10 @@ def _requests(data: Data, routing: Routing, tokens: int) -> list[bytes]:
 @contextmanager
 def shard(data: Data, folder: Path, processes: int) -> Iterator[tuple[list[int], list[Connection]]]:
     """A running shard: its processes' ids, and clients that wait for orders."""
-    port, log = free_port(), folder / f"up-{processes}.log"
-    arguments = ["up", f"--store={data.store}", "--shards=1", f"--port={port}", f"--processes={processes}"]
-    up = [sys.executable, "-m", "embedding_service", *arguments]
     with ExitStack() as stack:
-        stack.enter_context(command(up, log, lambda: "ready: " in log.read_text(errors="replace")))
-        [report] = get_status(f"127.0.0.1:{port}").shards
+        up = service(data.store, folder / f"up-{processes}.log", "--shards=1", f"--processes={processes}")
+        shared, _ = stack.enter_context(up)
+        [report] = get_status(shared).shards
         main = psutil.Process(report.stats.pid)
         address = int(report.address.rpartition(":")[2])
         while sum(_listens(each, address) for each in main.children()) < processes - 1:

@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.base import command, free_port
+from benchmarks.peers.base import command, free_port, says, service
 
 USERS = (1, 2, 4, 8, 16, 32)
 PROMPT_WORDS = 30
@@ -109,17 +109,14 @@ class Users:
 def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
     """The URL of a worker over that checkpoint, with shards of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        home, port, web = Path(folder), free_port(), free_port()
-        store = f"--store={home / 'store'}"
-        service = [sys.executable, "-m", "embedding_service"]
-        run([*service, "import", str(checkpoint), store, "--name=load"], check=True)
-        up = [*service, "up", store, f"--shards={SHARDS}", f"--port={port}"]
-        worker = [sys.executable, "-m", "model_worker", "serve", str(checkpoint), f"--embeddings=127.0.0.1:{port}"]
+        store, log, web = Path(folder, "store"), Path(folder, "worker.log"), free_port()
+        importing = [sys.executable, "-m", "embedding_service", "import", str(checkpoint), f"--store={store}"]
+        run([*importing, "--name=load"], check=True)
+        worker = [sys.executable, "-m", "model_worker", "serve", str(checkpoint)]
         options = [f"--port={web}", f"--max-batch={max_batch}"]
-        up_log, worker_log = home / "up.log", home / "worker.log"
         with (
-            command(up, up_log, lambda: "ready: " in up_log.read_text(errors="replace")),
-            command([*worker, *options], worker_log, lambda: " ready at " in worker_log.read_text(errors="replace")),
+            service(store, Path(folder, "up.log"), f"--shards={SHARDS}") as (address, _),
+            command([*worker, f"--embeddings={address}", *options], log, says(log, " ready at ")),
         ):
             yield f"http://127.0.0.1:{web}"
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import LongcatFlashConfig, PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
 from benchmarks.data import VOCAB, text_tokenizer
-from benchmarks.peers.base import command, free_port
+from benchmarks.peers.base import service
 from benchmarks.rounds import cpu_seconds
 from embedding_service import EmbeddingClient
 from examples.demo.make_checkpoint import LongcatFlashNgramForCausalLM
@@ -185,14 +185,12 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype, tokenizer: An
 @contextmanager
 def served(folder: Path, checkpoint: Path) -> Iterator[tuple[str, list[int]]]:
     """The address of a service with the checkpoint's tables as model "ratio", as they are, and its processes."""
-    port, log = free_port(), folder / "up.log"
-    service = [sys.executable, "-m", "embedding_service"]
-    store = f"--store={folder / 'store'}"
-    run([*service, "import", str(checkpoint), store, "--name=ratio", "--dtype=keep"], check=True, capture_output=True)
-    up = [*service, "up", store, f"--shards={SHARDS}", f"--port={port}"]
-    with command(up, log, lambda: "ready: " in log.read_text()) as running:
+    store = folder / "store"
+    importing = [sys.executable, "-m", "embedding_service", "import", str(checkpoint), f"--store={store}"]
+    run([*importing, "--name=ratio", "--dtype=keep"], check=True, capture_output=True)
+    with service(store, folder / "up.log", f"--shards={SHARDS}") as (address, running):
         children = psutil.Process(running.pid).children(recursive=True)
-        yield f"127.0.0.1:{port}", [process.pid for process in children]
+        yield address, [process.pid for process in children]
 
 
 def local_model(family: str, checkpoint: Path, dtype: torch.dtype) -> Any:

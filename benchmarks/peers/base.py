@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,6 +99,22 @@ def command(
         except subprocess.TimeoutExpired:
             running.kill()
             running.wait()
+
+
+def says(log: Path, words: str) -> Callable[[], bool]:
+    """Whether a program's log holds these words by now."""
+    return lambda: words in log.read_text(errors="replace")
+
+
+@contextmanager
+def service(
+    store: Path, log: Path, *options: str, seconds: float = START_SECONDS
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`embedding-service up` over a store meanwhile, entered when it serves: its address, and the process."""
+    port = free_port()
+    up = [sys.executable, "-m", "embedding_service", "up", f"--store={store}", f"--port={port}", *options]
+    with command(up, log, says(log, "ready: "), seconds) as running:
+        yield f"127.0.0.1:{port}", running
 
 
 def listening(port: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import psutil
 import torch
 
 from benchmarks.data import DIM, TABLE, Data
-from benchmarks.peers.base import Lookup, Peer, Server, command, free_port
+from benchmarks.peers.base import Lookup, Peer, Server, service
 from embedding_service import EmbeddingClient
 
 
@@ -32,15 +31,10 @@ class Service(Peer):
     @contextmanager
     def serve(self, data: Data, folder: Path) -> Iterator[Server]:
         """A controller and shards; all peers of one folder and number of shards share them."""
-        port, log = free_port(), folder / f"up-{self.shards}.log"
-        arguments = ["up", f"--store={data.store}", f"--shards={self.shards}", f"--port={port}"]
-        with command(
-            [sys.executable, "-m", "embedding_service", *arguments],
-            log,
-            lambda: "ready: " in log.read_text(errors="replace"),
-        ) as running:
+        log = folder / f"up-{self.shards}.log"
+        with service(data.store, log, f"--shards={self.shards}") as (address, running):
             children = psutil.Process(running.pid).children(recursive=True)
-            yield Server(f"127.0.0.1:{port}", [process.pid for process in children])
+            yield Server(address, [process.pid for process in children])
 
     @contextmanager
     def connect(self, data: Data, target: str) -> Iterator[Lookup]:
