@@ -99,16 +99,20 @@ async def _serve(options: ShardOptions) -> None:
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
     service = LookupService(holdings, router, transport, options.limits)
+    if options.processes > 1:
+        check_free(options.listen)
     back = Server(f"unix-abstract:embedding-{secrets.token_hex(16)}", options.limits, streams=BACK_CALLS)
     back.add(LookupService.add_to, service, SERVICE)
     await back.start()
-    if options.processes > 1:
-        check_free(options.listen)
     fronts = [Front(options.listen, back.address, service, options.limits, shared=options.processes > 1)]
     if options.shared_listen:
         fronts.append(Front(options.shared_listen, back.address, service, options.limits, shared=True))
-    for front in fronts:
-        front.start()
+    try:
+        for front in fronts:
+            front.start()
+    except InvalidRequest:
+        await back.stop()  # else gRPC adds words of its own to what is wrong
+        raise
     others = Processes(options.processes - 1, holdings.add_accesses)
     if options.processes > 1:
         holdings.sharing = others

@@ -126,3 +126,16 @@ def test_a_port_that_is_taken_is_named_and_not_shared(small_store: Path, tmp_pat
         running.start_shard("b", "--processes=2")
         assert running.processes["b"].popen.wait(60) == 1
         assert f"cannot listen on {running.addresses['a']}" in running.processes["b"].output()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_address_that_is_none_is_named_and_nothing_else_said(
+    small_store: Path, tmp_path: Path, processes: int
+) -> None:
+    with cluster(tmp_path, small_store) as running:
+        running.addresses["a"] = "127.0.0.1:abc"
+        running.start_shard("a", f"--processes={processes}")
+        assert running.processes["a"].popen.wait(60) == 1
+        said = running.processes["a"].output()
+        assert "an address to listen on must be HOST:PORT, got '127.0.0.1:abc'" in said
+        assert "Traceback" not in said
