@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
+# The largest block from which glibc learns how much freed memory to keep, less what it adds to a block.
+_LARGEST_LEARNT = (32 << 20) - (64 << 10)
 # Streams to one address; a shard takes 256 calls on a connection. Threads beyond these make unary calls.
 MOST_STREAMS = 64
 
@@ -71,9 +73,10 @@ class Transport(ABC):
     def send(self, call: Call) -> Future[Any]:
         """Start a call; the future's result is its outcome."""
 
-    def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes."""
-        return [future.result() for future in [self.send(call) for call in calls]]
+    def exchange(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
+        """Make calls at the same time: their outcomes in order, each when it is there. Close it to give up the rest."""
+        for future in [self.send(call) for call in calls]:
+            yield future.result()
 
     def close(self) -> None:  # noqa: B027 - a transport without connections has nothing to close
         """Drop all connections; calls under way end as failures."""
@@ -86,6 +89,7 @@ class GrpcTransport(Transport):
     """
 
     def __init__(self) -> None:
+        _let_malloc_keep_answers()
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message] | type[bytes]], Callable[..., Any]] = {}
         self._streams: dict[str, _Streams] = {}
@@ -107,13 +111,14 @@ class GrpcTransport(Transport):
         rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc, call)))
         return result
 
-    def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes. Raises Unavailable once closed."""
+    def exchange(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
+        """See `Transport.exchange`. Raises Unavailable once closed."""
         trips: list[_Trip | Future[Any]] = []
         try:
             for call in calls:
                 trips.append(self._begin(call))
-            return [trip.result() for trip in trips]
+            for trip in trips:
+                yield trip.result()
         finally:
             for trip in trips:
                 if isinstance(trip, _Trip):
@@ -160,6 +165,16 @@ class GrpcTransport(Transport):
 
 
 _CLOSED = "this client is closed"
+
+
+def _let_malloc_keep_answers() -> None:
+    """Free a block of 32 MiB that nobody wrote to.
+
+    glibc gives what is freed back to the kernel from a size on that begins at 128 KiB and becomes twice that of the
+    largest block that was freed. Until a process has freed such a block, an answer of megabytes may spend more time on
+    page faults than on anything else.
+    """
+    bytes(_LARGEST_LEARNT)
 
 
 class _Streams:
