@@ -13,7 +13,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -27,7 +26,7 @@ from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, 
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Bytes, Shape, lookup_request
+from embedding_service.wire.rows import Answer, Bytes, Request, Shape, lookup_request
 
 T = TypeVar("T")
 Steps = Generator[list[Call] | float, Any, T]
@@ -323,7 +322,7 @@ def _pieces(positions: Ids | None, count: int, row_bytes: int, most: int) -> Ite
         yield from np.array_split(np.arange(count) if positions is None else positions, pieces)
 
 
-def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> bytes:
+def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> Request:
     return lookup_request(model.full_name, want.table.name, want.encoding, *routing.age, ids, want.table.rows)
 
 
@@ -401,7 +400,6 @@ async def run_async(steps: Steps[T], transport: Transport) -> T:
             if isinstance(step, float):
                 await asyncio.sleep(step)
             else:
-                futures: list[Future[Any]] = [transport.send(call) for call in step]
-                answers = [await asyncio.wrap_future(future) for future in futures]
+                answers = await transport.together.exchange(step)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]

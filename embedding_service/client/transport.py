@@ -7,18 +7,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.streams import Ended, Stream, Watchdog, open_stream
 from embedding_service.errors import Unavailable
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import rows
 
-_METHODS: dict[type[Message] | type[bytes], str] = {
-    bytes: "/embedding.v1.EmbeddingService/Lookup",
+_METHODS: dict[type[Message] | type[rows.Request], str] = {
+    rows.Request: "/embedding.v1.EmbeddingService/Lookup",
     wire.GetRoutingRequest: "/embedding.v1.EmbeddingService/GetRouting",
 }
 
@@ -48,12 +50,12 @@ class Call(NamedTuple):
     Attributes:
         timeout: Seconds.
         alternative: Asks somebody else for the same.
-        request: A message, or the bytes of a `LookupRequest`.
+        request: A message, or a lookup.
         shape: What a lookup's answer should look like; its answer is a `rows.Answer`.
     """
 
     address: str
-    request: Message | bytes
+    request: Message | rows.Request
     timeout: float
     alternative: Call | None = None
     shape: rows.Shape | None = None
@@ -78,6 +80,11 @@ class Transport(ABC):
         for future in [self.send(call) for call in calls]:
             yield future.result()
 
+    @cached_property
+    def together(self) -> Coalescer:
+        """`exchange` for event loops."""
+        return Coalescer(self.send)
+
     def close(self) -> None:  # noqa: B027 - a transport without connections has nothing to close
         """Drop all connections; calls under way end as failures."""
 
@@ -91,7 +98,7 @@ class GrpcTransport(Transport):
     def __init__(self) -> None:
         _let_malloc_keep_answers()
         self._channels: dict[str, grpc.Channel] = {}
-        self._methods: dict[tuple[str, type[Message] | type[bytes]], Callable[..., Any]] = {}
+        self._methods: dict[tuple[str, type[Message] | type[rows.Request]], Callable[..., Any]] = {}
         self._streams: dict[str, _Streams] = {}
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
@@ -158,8 +165,8 @@ class GrpcTransport(Transport):
                 self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
             return self._channels[address]
 
-    def _method(self, address: str, kind: type[Message] | type[bytes]) -> Callable[..., Any]:
-        serializer = None if kind is bytes else kind.SerializeToString  # type: ignore[union-attr]
+    def _method(self, address: str, kind: type[Message] | type[rows.Request]) -> Callable[..., Any]:
+        serializer = rows.Request.message if kind is rows.Request else kind.SerializeToString  # type: ignore[union-attr]
         multi = self._channel(address).unary_unary(_METHODS[kind], serializer)
         return self._methods.setdefault((address, kind), multi.future)
 
@@ -288,7 +295,8 @@ class _Trip:
     def _send(self, stream: Stream) -> None:
         self._stream = stream
         self._watchdog.watch(stream, self._due)
-        stream.send(rows.streamed(self._call.request))  # type: ignore[arg-type]
+        assert isinstance(self._call.request, rows.Request)
+        stream.send(self._call.request.streamed())
 
 
 def _read(message: bytes, call: Call) -> Any:

@@ -14,7 +14,7 @@ from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
 from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer
+from embedding_service.wire.rows import Answer, Request
 
 ROWS, PER_PART, DIM = 40, 10, 2
 REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved")
@@ -53,7 +53,7 @@ class Shards:
         if isinstance(call.request, wire.GetRoutingRequest):
             return self.now
         model = self.now.models[0]
-        request = wire.LookupRequest.FromString(call.request)
+        request = wire.LookupRequest.FromString(call.request.message())
         ids = np.frombuffer(request.ids_uint32, "<u4")
         here = int(call.address.removeprefix("h:"))
         held = all(here in model.tables[0].parts[row // PER_PART].shards for row in ids)
@@ -85,7 +85,7 @@ def fetch(router: Router, shards: Shards, ids: list[int], name: str = "m", secon
 
 
 def lookups_of(shards: Shards) -> list[Call]:
-    return [call for call in shards.asked if isinstance(call.request, bytes)]
+    return [call for call in shards.asked if isinstance(call.request, Request)]
 
 
 IDS = [39, 0, 11, 12, 25, 7]
@@ -100,7 +100,7 @@ def test_each_owner_is_asked_once_for_its_rows() -> None:
 def test_requests_are_cut_to_the_limit() -> None:
     shards = Shards(routing([[0]] * 4, response_bytes=16))
     assert fetch(Router(["h:0"]), shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
-    sizes = {len(wire.LookupRequest.FromString(call.request).ids_uint32) for call in lookups_of(shards)}
+    sizes = {len(wire.LookupRequest.FromString(call.request.message()).ids_uint32) for call in lookups_of(shards)}
     assert sizes == {8}
 
 
@@ -113,7 +113,7 @@ def test_many_rows_are_asked_in_pieces_and_only_those_that_failed_again(monkeypa
     monkeypatch.setattr(router_module, "PIECE_BYTES", 5 * 8)
     shards = Once(routing([[0]] * 4))
     assert fetch(Router(["h:0"]), shards, list(range(13)))[:, 0].tolist() == list(range(13))
-    asked = [wire.LookupRequest.FromString(call.request).ids_uint32 for call in lookups_of(shards)]
+    asked = [wire.LookupRequest.FromString(call.request.message()).ids_uint32 for call in lookups_of(shards)]
     assert [np.frombuffer(ids, "<u4").tolist() for ids in asked] == [
         [0, 1, 2, 3, 4],
         [5, 6, 7, 8],
@@ -200,7 +200,7 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
 def test_what_no_retry_mends_is_raised_at_once() -> None:
     class Refusing(Shards):
         def answer(self, call: Call) -> Any:
-            if isinstance(call.request, bytes):
+            if isinstance(call.request, Request):
                 return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7")
             return super().answer(call)
 

@@ -22,7 +22,7 @@ from embedding_service.placement.routing import Routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from embedding_service.wire.rows import Shape, lookup_request, streamed
+from embedding_service.wire.rows import Shape, lookup_request
 
 KINDS = [streams._PollingStream, streams._PublicStream]
 
@@ -47,9 +47,8 @@ def channel(one_shard: Cluster) -> Iterator[grpc.Channel]:
 
 def request(channel: grpc.Channel, ids: list[int], model: str = "fp32@1") -> bytes:
     routing = Routing(EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20))
-    return streamed(
-        lookup_request(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), len(longcat_table()))
-    )
+    rows = len(longcat_table())
+    return lookup_request(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), rows).streamed()
 
 
 def assert_ended(outcome: bytes | Ended, code: grpc.StatusCode, message: str) -> None:
