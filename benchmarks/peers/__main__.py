@@ -46,6 +46,7 @@ def all_peers(shards: int) -> list[Peer]:
         Service("fp16", torch.float32, shards),
         Redis(),
         TorchRpc(),
+        TorchRpc(one_host=True),
         RayActor(),
         Mooncake(),
         IndexSelect(),

@@ -32,9 +32,14 @@ _rows: Tensor | None = None
 
 
 class TorchRpc(Peer):
-    """`rpc_sync` of an index_select."""
+    """`rpc_sync` of an index_select.
 
-    name = "torch RPC"
+    Over TCP as between machines; or `one_host`, where TensorPipe copies tensors out of the other process's memory.
+    """
+
+    def __init__(self, one_host: bool = False) -> None:
+        self.name = "torch RPC, one host" if one_host else "torch RPC"
+        self.channels = ["cma", "basic"] if one_host else ["mpt_uv", "basic"]
 
     @contextmanager
     def serve(self, data: Data, folder: Path) -> Iterator[Server]:
@@ -42,7 +47,7 @@ class TorchRpc(Peer):
         if not rpc.is_available():
             raise Unusable("this torch has no RPC")
         port = free_port()
-        with child(_serve, data, port) as (pid, pipe):
+        with child(_serve, data, port, self.channels) as (pid, pipe):
             receive(pipe, START_SECONDS)
             yield Server(port, [pid])
 
@@ -50,7 +55,7 @@ class TorchRpc(Peer):
     def connect(self, data: Data, target: int) -> Iterator[Lookup]:
         """The process joins the group; all its threads share that."""
         if not rpc.api._is_current_rpc_agent_set():
-            _join(f"client-{os.getpid()}", None, target)
+            _join(f"client-{os.getpid()}", None, target, self.channels)
         yield lambda ids: rpc.rpc_sync(OWNER, gather, args=(torch.from_numpy(ids),))
 
 
@@ -60,18 +65,18 @@ def gather(ids: Tensor) -> Tensor:
     return _rows.index_select(0, ids)
 
 
-def _join(name: str, rank: int | None, port: int) -> None:
+def _join(name: str, rank: int | None, port: int, channels: list[str]) -> None:
     os.environ["TP_SOCKET_IFNAME"] = "lo"
     options: Any = rpc.TensorPipeRpcBackendOptions(
-        init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=60, _transports=["uv"]
+        init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=60, _transports=["uv"], _channels=channels
     )
     rpc.init_rpc(name, rank=os.getpid() if rank is None else rank, rpc_backend_options=options)
 
 
-def _serve(pipe: Connection, data: Data, port: int) -> None:
+def _serve(pipe: Connection, data: Data, port: int, channels: list[str]) -> None:
     global _rows
     _rows = data.tensor()
-    _join(OWNER, 0, port)
+    _join(OWNER, 0, port, channels)
     pipe.send("ready")
     wait_for_end(pipe)
     os._exit(0)  # who shuts down properly waits for callers that have gone

@@ -315,11 +315,11 @@ def _groups(
 def _pieces(positions: Ids | None, count: int, row_bytes: int, most: int) -> Iterator[Ids | None]:
     """Pieces of about the same size: at most so many positions, PIECE_BYTES of rows. None stands for all `count`."""
     whole = count if positions is None else len(positions)
-    pieces = -(-whole // max(1, min(most, PIECE_BYTES // row_bytes)))
-    if pieces == 1:
+    if whole <= most and whole * row_bytes <= PIECE_BYTES:
         yield positions
-    else:
-        yield from np.array_split(np.arange(count) if positions is None else positions, pieces)
+        return
+    pieces = -(-whole // max(1, min(most, PIECE_BYTES // row_bytes)))
+    yield from np.array_split(np.arange(count) if positions is None else positions, pieces)
 
 
 def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> Request:

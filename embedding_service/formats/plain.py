@@ -36,7 +36,7 @@ class PlainFormat(RowFormat):
     ) -> torch.Tensor:
         """Convert values to the dtype asked for; no more than a view where it is the stored one and `out` is None."""
         self.check_stored(stored, dim)
-        if not len(stored):  # torch will not view bytes without rows as floats
+        if not stored.shape[0]:  # torch will not view bytes without rows as floats
             return output(stored, dim, out, dtype)
         stored = stored.contiguous()
         if stored.data_ptr() % self.dtype.itemsize:  # rows in a message lie at any address
