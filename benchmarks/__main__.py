@@ -9,6 +9,7 @@ MODULES = (
     ["benchmarks.import_memory", "--gib", "1"],
     ["benchmarks.loading"],
     ["benchmarks.cache"],
+    ["benchmarks.tasks"],
     ["benchmarks.processes"],
     ["benchmarks.peers"],
 )

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --quick                      under two minutes
     python -m benchmarks.peers --quick --only ours raw      peers whose names contain one of these
+    python -m benchmarks.peers --quick --link 10            over a link of 10 Gbit/s; needs root
 
 Writes peers.md, peers.json and plots into --out. Everything listens on loopback and has ended when this ends.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +37,8 @@ from benchmarks.rounds import Running, Slice, run_rounds, running
 TOKENS = (1, 64, 1024)
 FULL_ROWS, QUICK_ROWS = 1 << 20, 1 << 18
 SLICE_SECONDS = {1: 0.3, 64: 0.3, 1024: 0.5}
+# Set where the namespace of `--link` is this process's own.
+BEHIND_A_LINK = "BENCHMARK_BEHIND_A_LINK"
 
 
 def all_peers(shards: int) -> list[Peer]:
@@ -124,6 +129,15 @@ def shards_section(data: Data, console: Console) -> list[Record]:
     return found
 
 
+def behind_a_link(gbit: float) -> None:
+    """Begin anew in a network namespace whose loopback interface carries so much a second, once."""
+    if os.environ.pop(BEHIND_A_LINK, None):
+        return
+    limit = f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit}gbit burst 512kb latency 20ms"
+    command = ["unshare", "--net", "sh", "-c", f'{limit} && exec "$@"', "sh", sys.executable, "-m", "benchmarks.peers"]
+    os.execvpe(command[0], [*command, *sys.argv[1:]], {**os.environ, BEHIND_A_LINK: "1"})
+
+
 TITLES = {
     "peers": "One client in a closed loop, ids at random",
     "text": "One client in a closed loop, ids of a text",
@@ -143,8 +157,11 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1, help="shards of our service where they are not varied")
     parser.add_argument("--rounds", type=int, help="rounds of closed loops over all peers; default 8, quick: 3")
     parser.add_argument("--rows", type=int, help="rows of the table")
+    parser.add_argument("--link", type=float, metavar="GBIT", help="what the loopback interface carries a second")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for what is written")
     arguments = parser.parse_args()
+    if arguments.link:
+        behind_a_link(arguments.link)
     sections = arguments.sections or (["peers"] if arguments.quick else ["peers", "clients", "shards"])
     rounds = arguments.rounds or (3 if arguments.quick else 8)
     console = Console(highlight=False)
