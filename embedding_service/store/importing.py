@@ -194,7 +194,7 @@ def _manifest(
         model=name,
         version=version,
         family=importer.family,
-        hash_params=importer.hash_params(),
+        hash_params=importer.hash_params,
         tables=tables,
         dense=_dense(checkpoint, importer),
         provenance=Provenance(
