@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup demo test chaos e2e lint proto bench clean
+.PHONY: setup test-packages demo test chaos e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -19,7 +19,14 @@ $(STAMP): requirements/all.txt pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo/run.py
 
-test: setup
+# What the C++ example is built with. Where they cannot be installed, its test says so and is skipped.
+CPP_PACKAGES := g++ libgrpc++-dev libprotobuf-dev pkgconf protobuf-compiler-grpc
+test-packages:
+	@dpkg --status $(CPP_PACKAGES) >/dev/null 2>&1 || test "$$(id -u)" -ne 0 \
+	    || { apt-get update && apt-get install --yes --no-install-recommends $(CPP_PACKAGES); } \
+	    || echo "no packages for the C++ example: $(CPP_PACKAGES)"
+
+test: setup test-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Shards and the controller come, go, die and hang for SECONDS, in the order of SEED.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import signal
 import socket
 
@@ -13,15 +14,15 @@ _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host, as it is written there, and port of an address to listen on. Raises InvalidRequest."""
+    """Host, as it is written there, and port of an address. Raises InvalidRequest."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise InvalidRequest(f"an address to listen on must be HOST:PORT, got {address!r}")
+        raise InvalidRequest(f"an address must be HOST:PORT, got {address!r}")
     return host, int(port)
 
 
 def check_free(address: str, option: str = "port") -> None:
-    """Raise InvalidRequest, naming `option`, where somebody listens.
+    """Raise InvalidRequest where somebody listens, naming `option`, or where this machine has no such address.
 
     For ports that several processes share: without this look they would share another service's, unnoticed.
     """
@@ -31,7 +32,9 @@ def check_free(address: str, option: str = "port") -> None:
         try:
             probe.bind((host.strip("[]"), port))
         except OSError as error:
-            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): give another {option}") from error
+            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            remedy = "the host must be an address of this machine" if wrong_host else f"give another {option}"
+            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): {remedy}") from error
 
 
 def end_with_parent(how: signal.Signals) -> None:

@@ -49,12 +49,10 @@ class Peer(ABC):
 
     Attributes:
         name: What the tables call it.
-        wire_row_bytes: Bytes of a row as it is sent.
         environment: Of its processes, clients included, beside ours.
     """
 
     name: str
-    wire_row_bytes = 512
     environment: Mapping[str, str] = MappingProxyType({})
 
     @property

@@ -48,7 +48,6 @@ class Mooncake(Peer):
     """EngramStore, metadata P2PHANDSHAKE."""
 
     name = "Mooncake, TCP"
-    wire_row_bytes = 4 * DIM
 
     @contextmanager
     def serve(self, data: Data, folder: Path) -> Iterator[Server]:

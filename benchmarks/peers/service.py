@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.data import DIM, TABLE, Data
+from benchmarks.data import TABLE, Data
 from benchmarks.peers.base import Lookup, Peer, Server, service
 from embedding_service import EmbeddingClient
 
@@ -21,7 +21,6 @@ class Service(Peer):
         short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         self.name = f"ours {stored}" + (f" as {short}" if short != stored else "")
         self.stored, self.dtype, self.shards = stored, dtype, shards
-        self.wire_row_bytes = {"fp16": 2 * DIM, "int8": DIM + 4}[stored]
 
     @property
     def server_name(self) -> str:

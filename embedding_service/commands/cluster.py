@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import InvalidRequest
+from embedding_service.machine import split_address
 
 if TYPE_CHECKING:
     from embedding_service.commands.up import UpOptions
@@ -22,8 +23,10 @@ LOOPBACK = "127.0.0.1"
 LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
+# The names of rows.TIERS, which comes with torch.
+Tier = Literal["ram", "mmap", "cuda", "cuda-cached"]
 TierOption = Annotated[
-    str, typer.Option(help="Where rows are kept: ram; mmap, for tables larger than memory; cuda; cuda-cached.")
+    Tier, typer.Option(help="Where rows are kept: memory; files, for tables larger than memory; a GPU; host and GPU.")
 ]
 ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, each on another shard.")]
 MetricsOption = Annotated[
@@ -159,6 +162,7 @@ def shard(
     metrics_port: MetricsOption = 0,
 ) -> None:
     """A process that holds parts and answers lookups."""
+    split_address(controller)  # without a port it would be asked again and again
     from embedding_service.shard.server import ShardOptions, main
 
     given = {"shard_id": id, "cache": cache}

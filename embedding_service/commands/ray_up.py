@@ -50,7 +50,8 @@ def run(options: UpOptions, address: str) -> None:
 
     Raises:
         NotFound: the store has no model, or a node does not see it.
-        InvalidRequest: the port is taken on a node, or `address` is of a wrong kind.
+        InvalidRequest: the port is taken on a node, it has no GPU for a tier that needs one, or `address` is of a
+            wrong kind.
         PlacementError: the cluster has no room for the shards, or the models do not fit them.
         Unavailable: there is no such cluster or it fails, or a process ended before everything was served.
     """
@@ -61,11 +62,12 @@ def run(options: UpOptions, address: str) -> None:
     servers: list[_Server] = []
     _on_signals(up.interrupt)
     try:
-        _join(address, options.shards)
+        _join(options, address)
         _on_signals(up.interrupt)  # Ray has taken SIGTERM for itself
-        room = _reserve(options, address, console)
-        _survey_nodes(options, room)
-        controller = _start(options, room, servers)
+        gpus = _gpus_a_shard(options)
+        room = _reserve(options, gpus, address, console)
+        _survey_nodes(options, gpus, room)
+        controller = _start(options, gpus, room, servers)
         _say_ready(options, controller, servers, console)
         _watch(servers, console)
     except KeyboardInterrupt:
@@ -87,7 +89,7 @@ def _for_other_nodes(options: UpOptions) -> UpOptions:
     store = options.store if "://" in options.store else str(Path(options.store).absolute())
     cache = options.cache.absolute() if options.cache else None
     memory = options.memory
-    if memory is None and options.tier == "ram":
+    if memory is None and options.tier != "mmap":
         memory = _needed_memory(options)
     return replace(options, store=store, cache=cache, memory=memory)
 
@@ -121,27 +123,43 @@ def _check_address(address: str) -> None:
         raise Unavailable(f"no Ray cluster at {address} ({error}): `ray start --head` starts one") from None
 
 
-def _join(address: str, shards: int) -> None:
+def _join(options: UpOptions, address: str) -> None:
     """Become a driver, so that what it starts ends with it."""
     local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, shards),
-        "num_gpus": 0,
+        "num_cpus": max(os.cpu_count() or 1, options.shards),
+        "num_gpus": None if _on_gpu(options) else 0,  # None: Ray looks how many there are
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
     ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
 
 
-def _reserve(options: UpOptions, address: str, console: Console) -> PlacementGroup:
+def _on_gpu(options: UpOptions) -> bool:
+    return options.tier.startswith("cuda")
+
+
+def _gpus_a_shard(options: UpOptions) -> float:
+    """A GPU each while as many are free; else equal pieces, so that several shards share one."""
+    if not _on_gpu(options):
+        return 0
+    free = int(ray.available_resources().get("GPU", 0)) or options.shards  # none yet: for nodes to come
+    sharing = -(-options.shards // free)
+    return 10_000 // sharing / 10_000  # Ray counts in ten-thousandths: rounded up, the last piece would not fit
+
+
+def _reserve(options: UpOptions, gpus: float, address: str, console: Console) -> PlacementGroup:
     """Room for each shard, on different nodes as far as there are enough."""
-    need = {"CPU": 1, "memory": PROCESS_BYTES + (options.memory if options.memory and options.tier == "ram" else 0)}
+    host_rows = options.memory if options.memory and options.tier in ("ram", "cuda-cached") else 0
+    need = {"CPU": 1, "memory": PROCESS_BYTES + host_rows} | ({"GPU": gpus} if gpus else {})
     room = placement_group([need] * options.shards, strategy="SPREAD", name="embedding-service")
     if _comes(room, LOCAL_ROOM_SECONDS):
         return room
     free = ray.available_resources()
+    free_gpus = f", {free.get('GPU', 0):g} GPUs" if gpus else ""
     missing = (
-        f"the Ray cluster has no room for {options.shards} shards of 1 CPU and {format_bytes(need['memory'])}: "
-        f"{free.get('CPU', 0):g} CPUs and {format_bytes(free.get('memory', 0))} are free in all"
+        f"the Ray cluster has no room for {options.shards} shards of 1 CPU{f', {gpus:g} GPU' if gpus else ''} and "
+        f"{format_bytes(need['memory'])}: {free.get('CPU', 0):g} CPUs{free_gpus} and "
+        f"{format_bytes(free.get('memory', 0))} are free in all"
     )
     if address != LOCAL:
         console.print(f"{missing}; waiting for nodes", style="red")
@@ -159,11 +177,11 @@ def _comes(room: PlacementGroup, seconds: float) -> bool:
     return False
 
 
-def _survey_nodes(options: UpOptions, room: PlacementGroup) -> None:
-    """Before anything starts: every node must see the store and have the port free."""
+def _survey_nodes(options: UpOptions, gpus: float, room: PlacementGroup) -> None:
+    """Before anything starts: every node must see the store, have the port free, and a GPU if the tier needs one."""
     bundles = {node: bundle for bundle, node in placement_group_table(room)["bundles_to_node_id"].items()}
     # In a worker of its own, for what it imports shall not stay in one of the actors.
-    survey = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_survey)
+    survey = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=1)(_survey)
     try:
         ray.get([survey.options(scheduling_strategy=_in(room, bundle)).remote(options) for bundle in bundles.values()])
     except RayTaskError as error:
@@ -179,6 +197,13 @@ def _survey(options: UpOptions) -> None:
         up.check_store(options.store)
     except NotFound as error:
         raise NotFound(f"{error}; node {host} must see it too: use a folder that all nodes share, or a URL") from None
+    if _on_gpu(options):
+        from embedding_service.rows.cuda import require_cuda
+
+        try:
+            require_cuda()
+        except InvalidRequest as error:
+            raise InvalidRequest(f"node {host}: {error}") from None
 
 
 def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
@@ -252,7 +277,7 @@ class _Server:
         return before not in (0, self.pid)
 
 
-def _start(options: UpOptions, room: PlacementGroup, servers: list[_Server]) -> str:
+def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[_Server]) -> str:
     """Add the controller and all shards to `servers`; returns the controller's address.
 
     The controller starts on this node each time, at the same address: with this node the driver would be lost too.
@@ -264,7 +289,8 @@ def _start(options: UpOptions, room: PlacementGroup, servers: list[_Server]) -> 
     servers.append(_Server("controller", actor.remote("controller", up.controller_command(options, controller))))
     for index in range(options.shards):
         name = f"shard-{index}"
-        shard = ray.remote(_Shard).options(name=name, num_cpus=1, max_restarts=-1, scheduling_strategy=_in(room, index))
+        needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": _in(room, index)}
+        shard = ray.remote(_Shard).options(name=name, max_restarts=-1, **needs)
         servers.append(_Server(name, shard.remote(name, options, controller)))
     return controller
 

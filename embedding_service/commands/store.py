@@ -37,7 +37,7 @@ def import_command(
 ) -> None:
     """Import a checkpoint's tables into a store. Run again to go on after an interruption."""
     part_bytes = parse_bytes(part_size)
-    wanted = dict(_tensor_and_table(text) for text in generic) if generic else None
+    wanted = _tables_by_tensor(generic) if generic else None
     from embedding_service.store.importing import import_checkpoint
 
     with _Progress("importing") as progress:
@@ -75,10 +75,15 @@ def split(
     )
 
 
-def _tensor_and_table(text: str) -> tuple[str, str]:
-    """Read TENSOR=TABLE; a table is named as its tensor where only that is given."""
-    tensor, _, table = text.partition("=")
-    return tensor, table or tensor
+def _tables_by_tensor(texts: list[str]) -> dict[str, str]:
+    """Read TENSOR=TABLE of each; a table is named as its tensor where only that is given."""
+    tables: dict[str, str] = {}
+    for text in texts:
+        tensor, _, table = text.partition("=")
+        if tensor in tables:
+            raise typer.BadParameter(f"--generic names tensor {tensor!r} twice")
+        tables[tensor] = table or tensor
+    return tables
 
 
 class _Progress:

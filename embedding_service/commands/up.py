@@ -83,7 +83,8 @@ def check_store(store: str) -> None:
     from embedding_service.store.store import Store  # with torch, which Ray's actors do without
 
     if not Store(store).models():
-        raise NotFound(f"no model in store {store}: `embedding-service import` puts one there")
+        absent = "" if "://" in store or Path(store).is_dir() else ", which is no folder"
+        raise NotFound(f"no model in store {store}{absent}: `embedding-service import` puts one there")
 
 
 def controller_command(options: UpOptions, controller: str) -> list[str]:

@@ -33,9 +33,14 @@ class NgramHasher(ABC):
     """Turns token ids into row ids the way one model family does. Immutable and thread-safe.
 
     A family subclasses it with `family` set and the abstract methods filled in; defining the class registers it.
+
+    Attributes:
+        model_types, architectures: What configs of the family call themselves, in either key.
     """
 
     family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]] = ()
+    architectures: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         _families[cls.family] = cls
@@ -78,9 +83,11 @@ class NgramHasher(ABC):
             raise InvalidRequest(f"hash parameters of family {family!r} do not fit: {error}") from None
 
     @classmethod
-    @abstractmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this config is of this family."""
+        return config.get("model_type") in cls.model_types or not set(cls.architectures).isdisjoint(
+            config.get("architectures") or ()
+        )
 
     @classmethod
     @abstractmethod

@@ -16,8 +16,6 @@ from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape, text
 from embedding_service.ngram.token_map import pack, token_map_of, unpack
 from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
 
-_MODEL_TYPES = {"deepseek_v41", "deepseek_v41_text"}
-_ARCHITECTURES = {"DeepseekV41ForCausalLM"}
 _KEYS = (
     "engram_layer_ids",
     "engram_max_ngram_size",
@@ -44,6 +42,8 @@ class EngramHasher(NgramHasher):
     """
 
     family = "engram"
+    model_types = ("deepseek_v41", "deepseek_v41_text")
+    architectures = ("DeepseekV41ForCausalLM",)
 
     def __init__(
         self,
@@ -88,13 +88,6 @@ class EngramHasher(NgramHasher):
         pad = compressed[engram_pad_token_id]
         self._pad = int(pad)
         self._compressed = {compressed.device: torch.cat((compressed, pad.view(1)))}
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """By model_type or architectures."""
-        return config.get("model_type") in _MODEL_TYPES or not _ARCHITECTURES.isdisjoint(
-            config.get("architectures") or ()
-        )
 
     @classmethod
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:

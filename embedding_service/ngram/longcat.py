@@ -15,9 +15,6 @@ from torch import Tensor
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape
 
-_MODEL_TYPES = {"longcat_flash_ngram", "longcat_flash"}
-_ARCHITECTURES = {"LongcatFlashNgramForCausalLM", "LongcatFlashForCausalLM", "LongcatCausalLM"}
-
 # Configs of the same family spell the three keys in two ways.
 _KEYS = {
     "ngram_vocab_size_ratio": "oe_vocab_size_ratio",
@@ -43,6 +40,8 @@ class LongcatHasher(NgramHasher):
     """
 
     family = "longcat"
+    model_types = ("longcat_flash_ngram", "longcat_flash")
+    architectures = ("LongcatFlashNgramForCausalLM", "LongcatFlashForCausalLM", "LongcatCausalLM")
 
     def __init__(
         self,
@@ -87,10 +86,9 @@ class LongcatHasher(NgramHasher):
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """By model_type or architectures; by its keys where a config names neither."""
-        model_type, architectures = config.get("model_type"), config.get("architectures")
-        if model_type or architectures:
-            return model_type in _MODEL_TYPES or not _ARCHITECTURES.isdisjoint(architectures or ())
+        """By its keys, too, where a config names neither model_type nor architectures."""
+        if config.get("model_type") or config.get("architectures"):
+            return super().recognizes(config)
         return all(_value(config, key) is not None for key in _KEYS)
 
     @classmethod

@@ -14,8 +14,6 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape, text_config
 from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
 
-_MODEL_TYPES = {"qwen4_exp", "qwen4_exp_text"}
-_ARCHITECTURES = {"Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM", "Qwen4ExpModel", "Qwen4ExpTextModel"}
 # The published config class's own; a config.json leaves out what equals them.
 _DEFAULTS = {
     "vocab_size": 248320,
@@ -44,6 +42,8 @@ class Qwen4ExpHasher(NgramHasher):
     """
 
     family = "qwen4_exp"
+    model_types = ("qwen4_exp", "qwen4_exp_text")
+    architectures = ("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM", "Qwen4ExpModel", "Qwen4ExpTextModel")
 
     def __init__(
         self,
@@ -84,13 +84,6 @@ class Qwen4ExpHasher(NgramHasher):
                 for layer in range(len(layers))
             ],
             head_rows,
-        )
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """By model_type or architectures."""
-        return config.get("model_type") in _MODEL_TYPES or not _ARCHITECTURES.isdisjoint(
-            config.get("architectures") or ()
         )
 
     @classmethod

@@ -102,6 +102,10 @@ class TableRows(ABC):
         """Whether rows may be gathered on a thread that must not wait: none of those looked at lies on a disk only."""
         return True
 
+    def read_ahead(self, ids: Ids) -> None:
+        """Have rows that are not at hand read all at a time, where a gather would read one after the other."""
+        return  # most tiers have no other place
+
     def gather(self, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         """The rows of `ids` int64 [n], in their order, as uint8 [n, bytes of a row in `encoding`].
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from embedding_service.rows.base import Bytes, Ids, Location
+from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, part_layout, verify
@@ -14,17 +14,17 @@ _LOOKED_AT = 8
 
 
 class FileTable(HostTable):
-    """Rows that may have to come from a disk: those of a batch are read all at a time, not one after the other."""
+    """Rows that may have to come from a disk."""
 
     def at_hand(self, ids: Ids) -> bool:
         """Whether some of the rows, as a sample, are in memory."""
         sample = ids[:: max(1, len(ids) // _LOOKED_AT)]
         return self._space.resident((sample * self.table.row_bytes).tolist())
 
-    def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
+    def read_ahead(self, ids: Ids) -> None:
+        """Does not wait for them."""
         if not self.at_hand(ids):
             self._space.read_ahead((ids * self.table.row_bytes).tolist(), self.table.row_bytes)
-        return super()._gather(ids, encoding, out)
 
 
 class MappedTable(FileTable):

@@ -88,8 +88,6 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
-    if options.tier not in TIERS:
-        raise InvalidRequest(f"unknown tier {options.tier!r}; known: {', '.join(TIERS)}")
     if options.processes > 1 and TIERS[options.tier].device != "cpu":
         raise InvalidRequest(f"rows of tier {options.tier} lie with one process: leave --processes at 1")
     torch.set_num_threads(options.threads)

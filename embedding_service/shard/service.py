@@ -200,7 +200,7 @@ class LookupService(HeldRows, RoutingService):
     async def _gather(self, held: TableRows, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         if len(ids) * held.table.row_bytes <= INLINE_BYTES and held.at_hand(ids):
             return held.gather(ids, encoding, out)
-        return await asyncio.to_thread(held.gather, ids, encoding, out)
+        return await asyncio.to_thread(_gather_anywhere, held, ids, encoding, out)
 
     async def _lookup_ngrams(
         self, request: wire.LookupNgramsRequest, deadline: float, room: Room
@@ -260,6 +260,12 @@ _MOVED = "rows that were asked for are not held here: get the routing again, or 
 def _peer(context: grpc.aio.ServicerContext) -> str:
     """Whose call it is: it came through the front, which says so."""
     return next((str(value) for key, value in context.invocation_metadata() or () if key == PEER), context.peer())
+
+
+def _gather_anywhere(held: TableRows, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
+    """On a thread that may wait for a disk."""
+    held.read_ahead(ids)
+    return held.gather(ids, encoding, out)
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float:

@@ -138,7 +138,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise ImportRefused(f"{folder} is not a checkpoint: it is no folder")
+            remedy = (
+                "a single file's matrices can be imported with --generic TENSOR"
+                if folder.exists()
+                else "there is none. One on a model hub is downloaded first"
+            )
+            raise ImportRefused(f"{folder} is no folder of a checkpoint: {remedy}")
         self.folder = folder
         self.config: dict[str, Any] = _read_json(folder / CONFIG_FILE)
         self.tensors: dict[str, SourceTensor] = self._read_tensors()

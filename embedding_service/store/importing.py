@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.formats import RowFormat, UnencodableRow, get_format
+from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
+from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
 from embedding_service.store.checkpoint import Checkpoint, LooseTensors, SourceMatrix
 from embedding_service.store.draft import Draft, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
@@ -108,6 +108,8 @@ class _TablePlan:
 
 
 def _plan(source: TableSource, dtype: str, part_bytes: int) -> _TablePlan:
+    if dtype not in (*FORMATS, KEEP):
+        raise InvalidRequest(f"unknown dtype {dtype!r}; known: {', '.join((*FORMATS, KEEP))}")
     row_format = get_format(source.stored_as if dtype == KEEP else dtype)
     row_bytes = row_format.row_bytes(source.dim)
     return _TablePlan(source, row_format, row_bytes, rows_per_part(row_bytes, part_bytes))
@@ -194,7 +196,7 @@ def _manifest(
         model=name,
         version=version,
         family=importer.family,
-        hash_params=importer.hash_params(),
+        hash_params=importer.hash_params,
         tables=tables,
         dense=_dense(checkpoint, importer),
         provenance=Provenance(

@@ -137,5 +137,5 @@ def test_an_address_that_is_none_is_named_and_nothing_else_said(
         running.start_shard("a", f"--processes={processes}")
         assert running.processes["a"].popen.wait(60) == 1
         said = running.processes["a"].output()
-        assert "an address to listen on must be HOST:PORT, got '127.0.0.1:abc'" in said
+        assert "an address must be HOST:PORT, got '127.0.0.1:abc'" in said
         assert "Traceback" not in said

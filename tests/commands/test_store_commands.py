@@ -40,11 +40,12 @@ def test_import_says_what_it_did_and_refuses_to_do_it_twice(checkpoint: Path, tm
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--dtype", "int5"], 1, "error: unknown dtype 'int5'; known: fp32"),
+        (["--dtype", "int5"], 1, "error: unknown dtype 'int5'; known: fp32, fp16, bf16, int8, int4, fp8, keep"),
         (["--version", "a/b"], 1, "error: 'a/b' cannot be a name"),
         (["--part-size", "1KiB"], 1, "too small"),
         (["--part-size", "much"], 2, "'much' is no size"),
         (["--surprise"], 2, "No such option"),
+        (["--generic", "a=b", "--generic", "a=c"], 2, "names tensor 'a' twice"),
     ],
 )
 def test_wrong_options_end_in_one_clear_line(

@@ -4,12 +4,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 import torch
 from support.checkpoints import longcat_table
 from support.cluster import Up, free_port, until, up
+
+from embedding_service.commands.cluster import Tier
+from embedding_service.rows import TIERS
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,9 +70,31 @@ def test_shards_too_small(store: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_tier(store: Path) -> None:
+    """Before anything is started."""
+    assert get_args(Tier) == tuple(TIERS)
     done = run_command("up", f"--store={store}", "--shards=1", f"--port={free_port()}", "--tier=tape")
+    assert done.returncode == 2
+    assert "--tier" in done.stderr
+    assert all(repr(tier) in done.stderr for tier in TIERS)
+
+
+def test_what_is_no_store(tmp_path: Path) -> None:
+    done = run_command("up", f"--store={tmp_path / 'nowhere'}")
     assert done.returncode == 1
-    assert "unknown tier 'tape'; known: ram, mmap, cuda, cuda-cached" in done.stderr
+    assert "nowhere, which is no folder: `embedding-service import`" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_machine(store: Path, host: str) -> None:
+    done = run_command("up", f"--store={store}", f"--host={host}", f"--port={free_port()}")
+    assert done.returncode == 1
+    assert "the host must be an address of this machine" in done.stderr
+
+
+def test_a_controller_without_a_port(store: Path) -> None:
+    done = run_command("shard", f"--store={store}", "--controller=somewhere")
+    assert done.returncode == 1
+    assert "an address must be HOST:PORT, got 'somewhere'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")

@@ -21,8 +21,8 @@ IDS = [3, 5, 8, 3]
 NO_NETWORK = ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT", "ENETUNREACH", "ENOTCACHED")
 
 
-def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=150, **options)
+def run(*command: str | Path, timeout: float = 150, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, **options)
 
 
 def needs(*programs: str) -> None:
@@ -95,6 +95,46 @@ def test_the_node_lock_file_names_no_registry_and_pins_every_package() -> None:
     packages = {name: entry for name, entry in lock["packages"].items() if name}
     assert "node_modules/@grpc/grpc-js" in packages
     assert all("resolved" not in entry and entry["integrity"] for entry in packages.values())
+
+
+@pytest.fixture(scope="module")
+def cpp_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """client.cc as its Makefile builds it, beside a copy of the protos."""
+    needs("g++", "make", "pkg-config", "protoc", "grpc_cpp_plugin")
+    if run("pkg-config", "--exists", "grpc++", "protobuf").returncode:
+        pytest.skip("needs gRPC's and protobuf's C++ headers (Debian: libgrpc++-dev libprotobuf-dev)")
+    root = tmp_path_factory.mktemp("cpp")
+    shutil.copytree(EXAMPLES / "cpp", root / "examples/cpp", ignore=shutil.ignore_patterns("build"))
+    shutil.copytree(ROOT / "protos", root / "protos")
+    done = run("make", cwd=root / "examples/cpp", timeout=270)
+    assert done.returncode == 0, done.stderr
+    return root / "examples/cpp/build/client"
+
+
+def test_cpp_looks_up_by_a_call_and_by_a_stream(cpp_client: Path, service: Up) -> None:
+    done = run(cpp_client, service.address, "fp32", "ngram", *map(str, IDS))
+    assert done.returncode == 0, done.stderr
+    call, stream = done.stdout.removeprefix("# one call\n").split("# a stream\n")
+    assert torch.equal(number_lines(call), longcat_table()[IDS])
+    assert torch.equal(number_lines(stream), longcat_table()[IDS])
+
+
+@pytest.mark.parametrize(
+    ("table", "id", "code", "named"), [("nope", "3", "NOT_FOUND", "ngram"), ("ngram", "-3", "OUT_OF_RANGE", "-3")]
+)
+def test_cpp_says_what_the_service_says(
+    cpp_client: Path, service: Up, table: str, id: str, code: str, named: str
+) -> None:
+    done = run(cpp_client, service.address, "fp32", table, id)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{code}: ")
+    assert named in done.stderr
+
+
+def test_cpp_says_who_does_not_answer(cpp_client: Path) -> None:
+    done = run(cpp_client, "127.0.0.1:1", "fp32", "ngram", "3")
+    assert (done.returncode, done.stderr[:13]) == (1, "UNAVAILABLE: ")
+    assert run(cpp_client, "127.0.0.1:1", "fp32", "ngram", "3x").returncode == 2
 
 
 def test_the_shell_walkthrough_needs_no_proto_file(service: Up, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 
 EOS = 5
-MASK = 2**64 - 1
 
 
 def config(**keys):

@@ -2,7 +2,8 @@
 
     python nodes.py NODES
 
-Each has one CPU. A process of its own, for what keeps Ray on the loopback address is read when ray is imported.
+Each has one CPU, and a GPU that only Ray believes in. A process of its own, for what keeps Ray on the loopback address
+is read when ray is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def main(nodes: int) -> None:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-")  # not the tests' own: sockets lie in it, whose paths must be short
-    node = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "memory": 8 << 30, "object_store_memory": 80 << 20}
+    node = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 1, "memory": 8 << 30}
+    node |= {"object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder})
     try:
         for _ in range(nodes - 1):

@@ -1,4 +1,4 @@
-"""Rows of `mmap` that are not in memory: told from those that are, and read when they are asked for."""
+"""Rows of `mmap` that are not in memory: told from those that are, and read ahead of a gather."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import longcat_table
+from support.cluster import until
 
 from embedding_service.rows import MmapTable
 from embedding_service.store.store import Store
@@ -34,6 +35,7 @@ def test_cold_rows_are_told_from_warm_ones_and_are_right(store: Path, table: Mma
         forget(path)
     if table.at_hand(ids):
         pytest.skip("this file system keeps its files in memory")
+    table.read_ahead(ids)
+    until(lambda: all(table.at_hand(ids[i : i + 1]) for i in range(len(ids))), "all rows to be read")
     rows = torch.from_numpy(table.gather(ids, "stored")).view(torch.float32)
     assert torch.equal(rows, longcat_table()[ids])
-    assert table.at_hand(ids)

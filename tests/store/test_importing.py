@@ -124,7 +124,7 @@ HEAD = "model.ngram_embeddings.embedders.{}.weight"
 
 def test_what_is_not_a_checkpoint_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    refused(tmp_path / "nowhere", store, "nowhere is not a checkpoint: it is no folder")
+    refused(tmp_path / "nowhere", store, "nowhere is no folder of a checkpoint: there is none")
     refused(without(make_checkpoint(name="a").write(), "config.json").folder, store, "not a checkpoint.*config.json")
     no_weights = without(make_checkpoint(name="b").write(), "model.safetensors")
     refused(no_weights.folder, store, "neither model.safetensors nor model.safetensors.index.json")

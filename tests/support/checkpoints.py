@@ -31,11 +31,6 @@ def named_rows(first: int, rows: int, dim: int, tag: int) -> torch.Tensor:
     return values
 
 
-def row_ids_of(rows: torch.Tensor) -> torch.Tensor:
-    """The row ids that rows [*, dim] name, for dtypes that keep them exactly."""
-    return (rows[..., 1].double() * 128 + rows[..., 2].double()).long()
-
-
 def longcat_table(tag: int = 1) -> torch.Tensor:
     """The one stacked table [rows, dim] that an import makes of `longcat_checkpoint`."""
     return named_rows(0, sum(head_rows()), DIM, tag)

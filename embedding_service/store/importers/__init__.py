@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from embedding_service.errors import ImportRefused
 from embedding_service.store.checkpoint import Checkpoint
-from embedding_service.store.importers.base import Importer, TableSource
+from embedding_service.store.importers.base import FamilyImporter, Importer, TableSource
 from embedding_service.store.importers.engram import EngramImporter
 from embedding_service.store.importers.generic import GenericImporter
 from embedding_service.store.importers.longcat import LongcatImporter
 from embedding_service.store.importers.qwen4_exp import Qwen4ExpImporter
 
-IMPORTERS: tuple[type[Importer], ...] = (LongcatImporter, Qwen4ExpImporter, EngramImporter)
+IMPORTERS: tuple[type[FamilyImporter], ...] = (LongcatImporter, Qwen4ExpImporter, EngramImporter)
 
 
 def find_importer(checkpoint: Checkpoint) -> Importer:
@@ -18,10 +18,10 @@ def find_importer(checkpoint: Checkpoint) -> Importer:
     for importer in IMPORTERS:
         if importer.recognizes(checkpoint.config):
             return importer(checkpoint)
-    config = checkpoint.config
+    config, known = checkpoint.config, ", ".join(importer.hashes.family for importer in IMPORTERS)
     raise ImportRefused(
         f"{checkpoint.folder}: no n-gram family known for model_type {config.get('model_type')!r}, architectures "
-        f"{config.get('architectures')!r}; known families: {', '.join(importer.family for importer in IMPORTERS)}. "
+        f"{config.get('architectures')!r}; known families: {known}. "
         "Any matrix can be imported with --generic TENSOR"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 
@@ -50,24 +50,17 @@ class TableSource:
 
 
 class Importer(ABC):
-    """Finds a family's tables in a checkpoint. A family is one subclass in one file, named in `importers.IMPORTERS`."""
+    """Finds tables in a checkpoint.
 
-    family: ClassVar[str]
+    Attributes:
+        family: The n-gram family that looks rows of these tables up; empty for none.
+        hash_params: What NgramHasher.from_params takes, JSON-able.
+    """
+
+    family: str
+    hash_params: dict[str, Any]
     # The small files that the tables need beside them to be imported.
     needs: ClassVar[tuple[str, ...]] = (CONFIG_FILE,)
-
-    @classmethod
-    @abstractmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config is of this family."""
-
-    @abstractmethod
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises ImportRefused for a config that does not describe tables."""
-
-    @abstractmethod
-    def hash_params(self) -> dict[str, Any]:
-        """What NgramHasher.from_params takes, JSON-able."""
 
     @abstractmethod
     def is_table(self, tensor_name: str) -> bool:
@@ -78,15 +71,31 @@ class Importer(ABC):
         """The tables, every tensor checked. Raises ImportRefused for a missing tensor, a wrong shape or dtype."""
 
 
-def hasher_of(checkpoint: Checkpoint, family: type[Hasher]) -> Hasher:
-    """The hasher that a checkpoint's config, and its tokenizer where the family needs one, describe.
+class FamilyImporter(Importer, Generic[Hasher]):
+    """The tables of an n-gram family. A family is one subclass in one file, named in `importers.IMPORTERS`.
 
-    Raises ImportRefused where they describe none.
+    Raises ImportRefused for a config, or a tokenizer where the family needs one, that describes no tables.
+
+    Attributes:
+        hashes: The family's hasher class, which has the last word on whose checkpoint it is.
     """
-    try:
-        return family(**family.params_of(checkpoint.config), **family.params_of_tokenizer(checkpoint.folder))
-    except (InvalidRequest, StoreError, TypeError) as error:
-        raise ImportRefused(f"{checkpoint.folder / CONFIG_FILE}: {error}") from error
+
+    hashes: type[Hasher]
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this config is of this family."""
+        return cls.hashes.recognizes(config)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        try:
+            params = self.hashes.params_of(checkpoint.config)
+            self._hasher = self.hashes(**params, **self.hashes.params_of_tokenizer(checkpoint.folder))
+        except (InvalidRequest, StoreError, TypeError) as error:
+            raise ImportRefused(f"{checkpoint.folder / CONFIG_FILE}: {error}") from error
+        self.family = self.hashes.family
+        self.hash_params = self._hasher.params()
 
 
 def row_dim(checkpoint: Checkpoint, key: str, values: object, heads: int) -> int:

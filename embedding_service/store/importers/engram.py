@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from embedding_service.errors import ImportRefused
 from embedding_service.formats.fp8 import BLOCK
@@ -15,16 +13,15 @@ from embedding_service.store.checkpoint import (
     CONFIG_FILE,
     FP8_DTYPE,
     FP8_SCALE_DTYPE,
-    Checkpoint,
     ScaledTensor,
     SourceMatrix,
 )
-from embedding_service.store.importers.base import Importer, TableSource, hasher_of, take_matrix, take_shape
+from embedding_service.store.importers.base import FamilyImporter, TableSource, take_matrix, take_shape
 
 _TABLE = re.compile(r"((?:model\.|language_model\.)*layers\.(\d+)\.engram\.embed)\.(weight|scale)")
 
 
-class EngramImporter(Importer):
+class EngramImporter(FamilyImporter[EngramHasher]):
     """DeepSeek-V4.1-Flash and its kin.
 
     For each Engram layer `layers.{l}.engram.embed.weight`, e4m3 [rows, engram_head_dim], and `.scale`, e8m0
@@ -32,21 +29,8 @@ class EngramImporter(Importer):
     must hold tokenizer.json: which tokens share an id comes from it.
     """
 
-    family = EngramHasher.family
+    hashes = EngramHasher
     needs = (CONFIG_FILE, TOKENIZER_FILE)
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """As the hasher does."""
-        return EngramHasher.recognizes(config)
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._hasher = hasher_of(checkpoint, EngramHasher)
-
-    def hash_params(self) -> dict[str, Any]:
-        """The hasher's, the compressed vocabulary among them."""
-        return self._hasher.params()
 
     def is_table(self, tensor_name: str) -> bool:
         """Values and scales."""

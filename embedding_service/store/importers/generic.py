@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from embedding_service.errors import ImportRefused
 from embedding_service.store.checkpoint import FLOAT_DTYPES, Checkpoint
@@ -20,23 +19,13 @@ class GenericImporter(Importer):
         wanted: Tensor name -> table name.
     """
 
-    family = ""
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """Never."""
-        return False
-
     def __init__(self, checkpoint: Checkpoint, wanted: Mapping[str, str]) -> None:
         names = [check_name(table) for table in wanted.values()]
         if not names or len(set(names)) < len(names):
             raise ImportRefused(f"give each matrix a table name of its own, not {', '.join(names) or 'none'}")
+        self.family, self.hash_params = "", {}
         self._checkpoint = checkpoint
         self._wanted = wanted
-
-    def hash_params(self) -> dict[str, Any]:
-        """None: nothing is hashed."""
-        return {}
 
     def is_table(self, tensor_name: str) -> bool:
         """Those asked for."""

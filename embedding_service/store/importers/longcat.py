@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from embedding_service.errors import ImportRefused
 from embedding_service.ngram import LongcatHasher
-from embedding_service.store.checkpoint import Checkpoint
 from embedding_service.store.importers.base import (
-    Importer,
+    FamilyImporter,
     TableSource,
     check_one_dtype,
-    hasher_of,
     row_dim,
     take_matrix,
 )
@@ -21,27 +17,14 @@ from embedding_service.store.importers.base import (
 _HEAD = re.compile(r"model\.ngram_embeddings\.embedders\.(\d+)\.weight")
 
 
-class LongcatImporter(Importer):
+class LongcatImporter(FamilyImporter[LongcatHasher]):
     """LongCat-Flash-Lite and its kin.
 
     `model.ngram_embeddings.embedders.{i}.weight`, [rows of head i, hidden_size / heads], one for each head i. Words and
     projections (`post_projs`) stay with the worker.
     """
 
-    family = LongcatHasher.family
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """As the hasher does."""
-        return LongcatHasher.recognizes(config)
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._hasher = hasher_of(checkpoint, LongcatHasher)
-
-    def hash_params(self) -> dict[str, Any]:
-        """The hasher's."""
-        return self._hasher.params()
+    hashes = LongcatHasher
 
     def is_table(self, tensor_name: str) -> bool:
         """Heads only."""

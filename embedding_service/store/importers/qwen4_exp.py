@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from embedding_service.errors import ImportRefused
 from embedding_service.ngram import Qwen4ExpHasher, TableShape
 from embedding_service.ngram.base import text_config
-from embedding_service.store.checkpoint import Checkpoint, SourceTensor
+from embedding_service.store.checkpoint import SourceTensor
 from embedding_service.store.importers.base import (
-    Importer,
+    FamilyImporter,
     TableSource,
     check_one_dtype,
-    hasher_of,
     row_dim,
     take_matrix,
 )
@@ -26,7 +23,7 @@ _TABLE = re.compile(
 _DEFAULT_HIDDEN = 2048
 
 
-class Qwen4ExpImporter(Importer):
+class Qwen4ExpImporter(FamilyImporter[Qwen4ExpHasher]):
     """Qwen4-Exp models and Qwen3.8-Flash-Next.
 
     For each PLE layer `...layers.{l}.ple.ple_embedding.ngram_embedding.weight`, or its rows in pieces
@@ -34,20 +31,7 @@ class Qwen4ExpImporter(Importer):
     the worker.
     """
 
-    family = Qwen4ExpHasher.family
-
-    @classmethod
-    def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """As the hasher does."""
-        return Qwen4ExpHasher.recognizes(config)
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._hasher = hasher_of(checkpoint, Qwen4ExpHasher)
-
-    def hash_params(self) -> dict[str, Any]:
-        """The hasher's."""
-        return self._hasher.params()
+    hashes = Qwen4ExpHasher
 
     def is_table(self, tensor_name: str) -> bool:
         """Whole tables and pieces."""
