@@ -1,0 +1,35 @@
+"""vLLM's LongCat n-gram model (`LongcatFlashNgramForCausalLM`) with its tables in the service.
+
+vLLM hashes the tokens itself, outside of the compiled graph, and keeps each request's look-back over chunks, prefix
+caching and preemption. Only the module that would have held the tables is another one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from vllm.model_executor.models import longcat_flash_ngram as published
+
+from embedding_service import RemoteEmbedding
+from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
+
+
+class LongcatFlashNgramForCausalLM(TablesElsewhere, published.LongcatFlashNgramForCausalLM):
+    """Of the published name, as vLLM picks a model by it. Every tensor-parallel rank looks up for itself."""
+
+    table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        served = ServedTables.of(vllm_config)
+        if served is None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            return
+
+        def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
+            return served.embedding("ngram", rows, dim, params_dtype)
+
+        with swapped(published, VocabParallelEmbedding=table):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.served = served

@@ -1,0 +1,71 @@
+"""One vLLM engine in this process, as a command: ENGINE.json says what it runs, RESULT.json what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import interpreted
+
+
+def resident_anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+def parameter_bytes(model: Any) -> int:
+    """Of a model's weights."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Generate greedily.
+
+    job: `model`, a checkpoint; `options` of vllm.LLM; `rounds`, each a list of prompts [tokens] that run together;
+    `max_tokens` of each answer.
+    Returns `rounds` of `tokens` and `logprobs` (of the prompt and the answer) and `cached` prompt tokens of each prompt.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    interpreted.prepare()
+    import small_models
+    from vllm import LLM, SamplingParams
+
+    small_models.register()
+    before = resident_anonymous()
+    llm = LLM(
+        job["model"],
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=8,
+        **job["options"],
+    )
+    loaded = resident_anonymous() - before
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=3, detokenize=False
+    )
+    rounds = []
+    for prompts in job["rounds"]:
+        answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        rounds.append(
+            [
+                {
+                    "tokens": list(answer.outputs[0].token_ids),
+                    "logprobs": [
+                        {token: each.logprob for token, each in step.items()} for step in answer.outputs[0].logprobs
+                    ],
+                    "cached": answer.num_cached_tokens,
+                }
+                for answer in answers
+            ]
+        )
+    return {"rounds": rounds, "loaded": loaded, "parameters": llm.apply_model(parameter_bytes)[0]}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(run(json.loads(Path(sys.argv[1]).read_text()))))
