@@ -7,6 +7,7 @@ caching and preemption. Only the module that would have held the tables is anoth
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,20 +17,26 @@ from embedding_service import RemoteEmbedding
 from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
 
 
-class LongcatFlashNgramForCausalLM(TablesElsewhere, published.LongcatFlashNgramForCausalLM):
-    """Of the published name, as vLLM picks a model by it. Every tensor-parallel rank looks up for itself."""
+class NgramTablesElsewhere(TablesElsewhere):
+    """Goes before a model class that makes vLLM's LongCat `NgramEmbedding`.
+
+    Every tensor-parallel rank looks up for itself.
+    """
 
     table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         served = ServedTables.of(vllm_config)
-        if served is None:
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
-            return
 
         def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
+            assert served is not None
             return served.embedding("ngram", rows, dim, params_dtype)
 
-        with swapped(published, VocabParallelEmbedding=table):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with nullcontext() if served is None else swapped(published, VocabParallelEmbedding=table):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served
+
+
+# Of the published name, as vLLM picks a model's class by it.
+class LongcatFlashNgramForCausalLM(NgramTablesElsewhere, published.LongcatFlashNgramForCausalLM):  # type: ignore[misc]
+    """LongCat-Flash-Lite and its kin."""

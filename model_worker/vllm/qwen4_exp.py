@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vllm.models import qwen4_exp as published
 from vllm.models.qwen4_exp.nvidia import ngram_embedding as published_embedding
 from vllm.models.qwen4_exp.nvidia.model_state import Qwen4ExpModelState
 
+from embedding_service.errors import InvalidRequest
 from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -76,14 +77,23 @@ class RowsBeforeForward(Qwen4ExpModelState):
         inputs = super().prepare_inputs(input_batch, req_states)
         tokens = input_batch.input_ids[: input_batch.num_tokens]
         asked = [
-            (module.ngram_embedding, module.compute_ngram_ids(tokens, inputs["query_start_loc"], inputs["ngram_context"]))
-            for module in self.model.modules()
-            if isinstance(module, published_embedding.Qwen4ExpNGramEmbedding)
+            (layer.ngram_embedding, layer.compute_ngram_ids(tokens, inputs["query_start_loc"], inputs["ngram_context"]))
+            for layer in _layers_without_table(self.model)
         ]
-        under_way = [(rows, rows.ask(ids)) for rows, ids in asked if isinstance(rows, FetchedRows)]
+        under_way = [(rows, rows.ask(ids)) for rows, ids in asked]
         for rows, answer in under_way:
             rows.keep(answer.result())
         return inputs  # type: ignore[no-any-return]
+
+
+def _layers_without_table(model: Any) -> list[Any]:
+    """The modules that hash for a PLE layer and get its rows from the service."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, published_embedding.Qwen4ExpNGramEmbedding)
+        and isinstance(module.ngram_embedding, FetchedRows)
+    ]
 
 
 @contextmanager
@@ -99,17 +109,28 @@ def tables_of(served: ServedTables) -> Iterator[None]:
         yield
 
 
-class _PleTablesElsewhere(TablesElsewhere):
+class PleTablesElsewhere(TablesElsewhere):
+    """Goes before a model class that makes vLLM's `Qwen4ExpNGramEmbedding`.
+
+    Every tensor-parallel rank looks up for itself.
+    """
+
     table_tensors = re.compile(r"\.ple_embedding\.ngram_embedding\.")
 
-    def __init__(self, *, vllm_config: Any, **options: Any) -> None:
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         served = ServedTables.of(vllm_config)
-        if served is None:
-            super().__init__(vllm_config=vllm_config, **options)  # type: ignore[call-arg]
-            return
-        with tables_of(served):
-            super().__init__(vllm_config=vllm_config, **options)  # type: ignore[call-arg]
+        with nullcontext() if served is None else tables_of(served):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served
+        layers = _layers_without_table(self)
+        if served is not None and len(layers) != served.hasher.num_tables:
+            raise InvalidRequest(
+                f"this Qwen4-Exp model holds its tables itself, but for {len(layers)} of {served.hasher.num_tables}: "
+                "vLLM has other classes for this device; leave out additional_config['embedding_service']"
+            )
+        for layer in layers:
+            # Each rank has whole rows: there are none of others to add.
+            layer.use_reduce_scatter = False
 
     @staticmethod
     def get_model_state_cls() -> type[RowsBeforeForward]:
@@ -117,9 +138,10 @@ class _PleTablesElsewhere(TablesElsewhere):
         return RowsBeforeForward
 
 
-class Qwen4ExpForCausalLM(_PleTablesElsewhere, published.Qwen4ExpForCausalLM):  # type: ignore[misc]
+# Of the published names, as vLLM picks a model's class by them.
+class Qwen4ExpForCausalLM(PleTablesElsewhere, published.Qwen4ExpForCausalLM):  # type: ignore[misc]
     """The text model."""
 
 
-class Qwen4ExpForConditionalGeneration(_PleTablesElsewhere, published.Qwen4ExpForConditionalGeneration):  # type: ignore[misc]
+class Qwen4ExpForConditionalGeneration(PleTablesElsewhere, published.Qwen4ExpForConditionalGeneration):  # type: ignore[misc]
     """The model with vision."""

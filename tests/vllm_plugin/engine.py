@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,36 @@ def parameter_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def register(model_class: str) -> None:
+    """Have vLLM use `module:class` of this process for its architecture, over what the plugin registers."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    interpreted.without_torchvision()
+    module, _, name = model_class.partition(":")
+    architecture = "LongcatFlashNgramForCausalLM" if name == "NgramLlama" else name
+    ModelRegistry.register_model(architecture, getattr(import_module(module), name))
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Generate greedily.
 
-    job: `model`, a checkpoint; `options` of vllm.LLM; `rounds`, each a list of prompts [tokens] that run together;
+    job: `model`, a checkpoint; `class`, see `register`, or ""; `options` of vllm.LLM; `rounds`, each a list of prompts [tokens] that run together;
     `max_tokens` of each answer.
     Returns `rounds` of `tokens` and `logprobs` (of the prompt and the answer) and `cached` prompt tokens of each prompt.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     interpreted.prepare()
-    import small_models
     from vllm import LLM, SamplingParams
 
-    small_models.register()
+    if job["class"]:
+        register(job["class"])
     before = resident_anonymous()
     llm = LLM(
         job["model"],
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="float32",
         max_model_len=256,
         max_num_seqs=8,
         **job["options"],

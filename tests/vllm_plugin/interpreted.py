@@ -1,12 +1,16 @@
-"""vLLM's model runner on a CPU, before vllm is imported: its Triton kernels are interpreted.
+"""vLLM's n-gram models on a CPU: their Triton kernels are interpreted.
 
-vLLM's n-gram models need its second model runner, whose kernels are Triton's. No registry has Triton's CPU backend, but
-Triton can interpret kernels. Two kernels of LongCat's that vLLM has for CUDA only stand here in torch.
+They need vLLM's second model runner, whose kernels are Triton's. PyPI has no CPU backend of Triton, but Triton can
+interpret kernels. Two kernels of LongCat's that vLLM has for CUDA only stand here in torch.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_C", "
 
 
 def prepare() -> None:
-    """Call once, before vllm is imported."""
+    """Call once in a process, before vllm is imported."""
     os.environ.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
     from triton import backends
 
@@ -34,10 +38,56 @@ def prepare() -> None:
         def is_active() -> bool:
             return True
 
+    # vLLM uses Triton where it has a backend for the device.
     backends.backends["cpu"] = backends.Backend(compiler=None, driver=Driver)
     for library, schema, kernel in (("_C", _IDS, longcat_ids), ("_moe_C", _TOPK, topk_softmax)):
         _libraries[library].define(schema)
         _libraries[library].impl(schema.partition("(")[0], kernel, "CPU")
+    _mend_interpreter()
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.9's interpreter reckons with the bits of bfloat16 as integers, and takes no masks made of integers."""
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    binary, load, store = (
+        getattr(InterpreterBuilder, name) for name in ("binary_op", "create_masked_load", "create_masked_store")
+    )
+
+    def binary_op(self: Any, left: Any, right: Any, operator: Any) -> Any:
+        if left.dtype.scalar != language.bfloat16:
+            return binary(self, left, right, operator)
+        wide = [self.cast_impl(each, language.float32) for each in (left, right)]
+        result = binary(self, *wide, operator)
+        if result.data.dtype == bool:
+            return result
+        return self.cast_impl(TensorHandle(result.data, language.float32), language.bfloat16)
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, pointers, TensorHandle(mask.data.astype(bool), language.int1), *rest)
+
+    def create_masked_store(self: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, pointers, values, TensorHandle(mask.data.astype(bool), language.int1), *rest)
+
+    for method in (binary_op, create_masked_load, create_masked_store):
+        setattr(InterpreterBuilder, method.__name__, method)
+
+
+def without_torchvision() -> None:
+    """Qwen4-Exp's module imports that of its vision, which names torchvision. PyPI has that for CUDA only."""
+    import transformers.image_processing_utils  # noqa: F401  looks whether torchvision is there
+
+    parent = None
+    for name in ("torchvision", "transforms", "v2", "functional"):
+        full_name = f"{parent.__name__}.{name}" if parent else name
+        module = ModuleType(full_name)
+        module.__path__ = []
+        module.__spec__ = ModuleSpec(full_name, None, is_package=True)
+        sys.modules[full_name] = module
+        if parent:
+            setattr(parent, name, module)
+        parent = module
 
 
 def longcat_ids(

@@ -1,4 +1,4 @@
-"""Small random checkpoints with n-gram tables, and vLLM models that can chunk and cache prompts on a CPU."""
+"""Small random checkpoints with n-gram tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+    Qwen4ExpForCausalLM,
+    Qwen4ExpTextConfig,
+)
 
 from embedding_service.ngram import NgramHasher
 
@@ -34,11 +41,66 @@ LONGCAT = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
 }
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+ARCHITECTURE = "LongcatFlashNgramForCausalLM"
 NGRAMS = {"ngram_vocab_size_ratio": 50, "emb_neighbor_num": 4, "emb_split_num": 2}
 
 
-def register() -> None:
-    """Tell vLLM of the models here."""
+QWEN4_EXP = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    # Its sparse attention is FlashAttention's, for CUDA only.
+    "layer_types": ["linear_attention"] * 4,
+    "output_gate_type": "sigmoid",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "hc_count": 2,
+    "hc_lowrank": 32,
+    "ple_layer_ids": [1, 3],
+    "ple_embed_dim": 128,
+    "heads_per_ngram": 4,
+    "ngram_vocab_size_base": 30000,
+    "split_ngram_parts": 4,
+    "eos_token_id": EOS,
+    "max_position_embeddings": 256,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+
+
+def qwen4_exp_checkpoint(folder: Path) -> Path:
+    """Qwen4-Exp's architecture in bfloat16, of linear attention, its tables in pieces beside the other tensors."""
+    torch.manual_seed(5)
+    model = Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**QWEN4_EXP))
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def longcat_checkpoint(folder: Path) -> Path:
@@ -55,7 +117,7 @@ def longcat_checkpoint(folder: Path) -> Path:
     config = {
         **LONGCAT,
         **NGRAMS,
-        "architectures": ["LongcatFlashNgramForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "torch_dtype": "float32",
         "zero_expert_type": "identity",
         "mla_scale_q_lora": True,
@@ -63,6 +125,22 @@ def longcat_checkpoint(folder: Path) -> Path:
     }
     tables, projections = ngram_tensors(config)
     dense = {name: value for name, value in dense.items() if not zero_expert(name)}
+    write(folder, config, {"model-00001-of-00002": {**dense, **projections}, "model-00002-of-00002": tables})
+    return folder
+
+
+def llama_checkpoint(folder: Path) -> Path:
+    """A Llama with LongCat's n-gram embedding (`ngram_llama.NgramLlama`), in float32."""
+    torch.manual_seed(9)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.08)
+    model.save_pretrained(folder)
+    dense = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    config = {**json.loads((folder / "config.json").read_text()), **NGRAMS, "architectures": [ARCHITECTURE]}
+    tables, projections = ngram_tensors(config)
     write(folder, config, {"model-00001-of-00002": {**dense, **projections}, "model-00002-of-00002": tables})
     return folder
 
