@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.tokenizers import byte_level_bpe
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LongcatFlashConfig,
     LongcatFlashForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen4ExpForCausalLM,
     Qwen4ExpTextConfig,
 )
@@ -123,6 +125,7 @@ def longcat_checkpoint(folder: Path) -> Path:
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
     }
+    write_tokenizer(folder)
     tables, projections = ngram_tensors(config)
     dense = {name: value for name, value in dense.items() if not zero_expert(name)}
     write(folder, config, {"model-00001-of-00002": {**dense, **projections}, "model-00002-of-00002": tables})
@@ -143,6 +146,12 @@ def llama_checkpoint(folder: Path) -> Path:
     tables, projections = ngram_tensors(config)
     write(folder, config, {"model-00001-of-00002": {**dense, **projections}, "model-00002-of-00002": tables})
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of fewer tokens than the model has."""
+    bpe = PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(), bos_token="<bos>", eos_token="<eos>")
+    bpe.save_pretrained(folder)
 
 
 def ngram_tensors(config: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
