@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -113,18 +114,18 @@ def longcat_ids(
     tokens: [*, width], a line a request: its look-back, then its tokens from column `columns[request]` on.
     request_rows: the line of each request.
     """
-    for request in range(len(starts) - 1):
-        line = tokens[request_rows[request]].tolist()
-        for place in range(int(starts[request]), int(starts[request + 1])):
-            last = int(columns[request]) + place - int(starts[request])
+    lines, begin, place = tokens[request_rows].tolist(), columns.tolist(), starts.tolist()
+    factors, sizes, first_rows = powers.tolist(), rows.tolist(), offsets.tolist()
+    for request, line in enumerate(lines):
+        for index in range(place[request], place[request + 1]):
+            last = begin[request] + index - place[request]
+            known = takewhile(lambda token: token >= 0, reversed(line[max(0, last - longest + 1) : last + 1]))
+            newest_first = list(known)
             for head in range((longest - 1) * splits):
                 order, split = divmod(head, splits)
-                total = 0
-                for back in range(min(order + 2, last + 1)):
-                    if line[last - back] < 0:
-                        break
-                    total += line[last - back] * int(powers[order, split, back])
-                ids[place, head] = total % int(rows[order, split]) + int(offsets[head])
+                seen = newest_first[: order + 2]
+                total = sum(token * factors[order][split][back] for back, token in enumerate(seen))
+                ids[index, head] = total % sizes[order][split] + first_rows[head]
 
 
 def topk_softmax(

@@ -42,7 +42,7 @@ def job(model: SmallModel, **options: Any) -> dict[str, Any]:
     return {"class": engine["class"], "options": options, "max_tokens": 6, "rounds": ROUNDS}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ENGINES)
 def test_answers_and_memory(
     name: str, models: dict[str, SmallModel], tables: Up, generate: Callable[..., Answers]
@@ -59,7 +59,7 @@ def test_answers_and_memory(
         assert here["loaded"] - there["loaded"] > model.table_bytes / 2
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_server(
     models: dict[str, SmallModel], tables: Up, tmp_path: Path, generate: Callable[..., Answers]
 ) -> None:
@@ -89,12 +89,12 @@ def test_the_server(
             assert server.poll() is None, log.read_text()[-8000:]
             return "Application startup complete" in log.read_text()
 
-        until(ready, "the server", 240)
+        until(ready, "the server", 540)
         request = {"prompt": SHORT[0], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         [choice] = post(f"http://127.0.0.1:{port}/v1/completions", {"model": "longcat", **request})["choices"]
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(60)
     here = generate(model=str(model.whole), **job(model))
     assert choice["token_ids"] == here["rounds"][0][0]["tokens"]
 
