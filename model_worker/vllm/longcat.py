@@ -7,7 +7,8 @@ caching and preemption. Only the module that would have held the tables is anoth
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,26 +18,29 @@ from embedding_service import RemoteEmbedding
 from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
 
 
-class NgramTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes vLLM's LongCat `NgramEmbedding`.
+@contextmanager
+def tables_of(served: ServedTables) -> Iterator[None]:
+    """An `NgramEmbedding` made meanwhile gets its rows from the service."""
 
-    Every tensor-parallel rank looks up for itself.
-    """
+    def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
+        return served.embedding("ngram", rows, dim, params_dtype)
+
+    with swapped(published, VocabParallelEmbedding=table):
+        yield
+
+
+class NgramTablesElsewhere(TablesElsewhere):
+    """Goes before a model class that makes an `NgramEmbedding`. Every tensor-parallel rank looks up for itself."""
 
     table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         served = ServedTables.of(vllm_config)
-
-        def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
-            assert served is not None
-            return served.embedding("ngram", rows, dim, params_dtype)
-
-        with nullcontext() if served is None else swapped(published, VocabParallelEmbedding=table):
+        with nullcontext() if served is None else tables_of(served):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served
 
 
 # Of the published name, as vLLM picks a model's class by it.
-class LongcatFlashNgramForCausalLM(NgramTablesElsewhere, published.LongcatFlashNgramForCausalLM):  # type: ignore[misc]
+class LongcatFlashNgramForCausalLM(NgramTablesElsewhere, published.LongcatFlashNgramForCausalLM):
     """LongCat-Flash-Lite and its kin."""

@@ -1,7 +1,7 @@
 """vLLM's Qwen4-Exp models with the tables of their per-layer embeddings (PLE) in the service.
 
 vLLM hashes the tokens itself and gives the model each request's look-back. The model may run as a CUDA graph, which
-cannot wait for a network, so the rows of all PLE layers are fetched before it starts, into buffers that the graph reads.
+cannot wait for a network: the rows of all PLE layers are fetched before it starts, into buffers that the graph reads.
 """
 
 from __future__ import annotations
@@ -72,13 +72,17 @@ class FetchedRows(nn.Module):
 class RowsBeforeForward(Qwen4ExpModelState):
     """What vLLM keeps beside the model: its look-back, and before each step the rows."""
 
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self._layers = _layers_without_table(model)
+
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """As published, and the rows of all tokens are there. Raises what `EmbeddingClient.lookup` raises."""
         inputs = super().prepare_inputs(input_batch, req_states)
         tokens = input_batch.input_ids[: input_batch.num_tokens]
         asked = [
             (layer.ngram_embedding, layer.compute_ngram_ids(tokens, inputs["query_start_loc"], inputs["ngram_context"]))
-            for layer in _layers_without_table(self.model)
+            for layer in self._layers
         ]
         under_way = [(rows, rows.ask(ids)) for rows, ids in asked]
         for rows, answer in under_way:
@@ -110,9 +114,9 @@ def tables_of(served: ServedTables) -> Iterator[None]:
 
 
 class PleTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes vLLM's `Qwen4ExpNGramEmbedding`.
+    """Goes before a model class that makes `Qwen4ExpNGramEmbedding`s. Every tensor-parallel rank looks up for itself.
 
-    Every tensor-parallel rank looks up for itself.
+    Raises InvalidRequest where vLLM's class for the device makes others.
     """
 
     table_tensors = re.compile(r"\.ple_embedding\.ngram_embedding\.")
@@ -139,9 +143,9 @@ class PleTablesElsewhere(TablesElsewhere):
 
 
 # Of the published names, as vLLM picks a model's class by them.
-class Qwen4ExpForCausalLM(PleTablesElsewhere, published.Qwen4ExpForCausalLM):  # type: ignore[misc]
+class Qwen4ExpForCausalLM(PleTablesElsewhere, published.Qwen4ExpForCausalLM):
     """The text model."""
 
 
-class Qwen4ExpForConditionalGeneration(PleTablesElsewhere, published.Qwen4ExpForConditionalGeneration):  # type: ignore[misc]
+class Qwen4ExpForConditionalGeneration(PleTablesElsewhere, published.Qwen4ExpForConditionalGeneration):
     """The model with vision."""

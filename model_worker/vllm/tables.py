@@ -87,7 +87,7 @@ class TablesElsewhere:
     served: ServedTables | None = None
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """vLLM's loader asks, and opens no file of which all tensors are unused."""
+        """Asked by vLLM's loader, which reads no file of unused tensors alone."""
         return self.served is not None and self.table_tensors.search(name) is not None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

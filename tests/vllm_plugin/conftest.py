@@ -50,7 +50,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SmallModel]:
         "llama": small_models.llama_checkpoint,
         "qwen": small_models.qwen4_exp_checkpoint,
     }
-    return {name: small_model(name, make(folder / name), folder / f"{name}-tableless") for name, make in checkpoints.items()}
+    return {
+        name: small_model(name, make(folder / name), folder / f"{name}-tableless") for name, make in checkpoints.items()
+    }
 
 
 def small_model(name: str, whole: Path, tableless: Path) -> SmallModel:

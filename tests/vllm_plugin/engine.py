@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import interpreted
+import torch
 
 
 def resident_anonymous() -> int:
@@ -38,12 +39,14 @@ def register(model_class: str) -> None:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Generate greedily.
 
-    job: `model`, a checkpoint; `class`, see `register`, or ""; `options` of vllm.LLM; `rounds`, each a list of prompts [tokens] that run together;
-    `max_tokens` of each answer.
-    Returns `rounds` of `tokens` and `logprobs` (of the prompt and the answer) and `cached` prompt tokens of each prompt.
+    job: `model`, a checkpoint; `class`, see `register`, or "" for the plugin's; `options` of vllm.LLM; `rounds`, each
+    a list of prompts [tokens] that run together; `max_tokens` of each answer.
+    Returns `rounds` with each answer's `tokens`, the `logprobs` of its best ones and the `cached` tokens of its prompt;
+    bytes that were `loaded`, by the process's anonymous memory, and those of the model's `parameters`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    interpreted.prepare()
+    if not torch.cuda.is_available():
+        interpreted.prepare()
     from vllm import LLM, SamplingParams
 
     if job["class"]:
@@ -52,7 +55,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(
         job["model"],
         skip_tokenizer_init=True,
-        enforce_eager=True,
         max_model_len=256,
         max_num_seqs=8,
         **job["options"],

@@ -137,7 +137,7 @@ def topk_softmax(
     bias: Tensor | None,
     is_padding: Tensor | None,
 ) -> None:
-    """Each token's experts [tokens, k], chosen by softmax plus bias, and what softmax gave them. `places` is not read."""
+    """Each token's experts [tokens, k], the best by softmax plus bias, and their softmax. `places` is not read."""
     assert not renormalize
     scores = logits.softmax(-1)
     experts.copy_((scores if bias is None else scores + bias).topk(experts.shape[1]).indices)

@@ -21,11 +21,16 @@ SHORT = [[5, 6, 7, 8, 9, 10], [1, 33, 44], [100, EOS, 101, 102, EOS, EOS, 103]]
 LONG = [*range(110, 150), EOS, *range(200, 239)]
 ROUNDS = [[*SHORT, LONG], [[*LONG[:64], 9, 9, 9], SHORT[0], [*LONG, 7]]]
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 32}
-ENGINES: dict[str, dict[str, Any]] = {
+CPU = {"enforce_eager": True}
+# A model, its class where the plugin's own is not the one, and options of the engine.
+ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Latent attention is neither chunked nor cached on a CPU.
-    "longcat": {"class": "", "options": {"dtype": "float32"}},
-    "llama": {"class": "ngram_llama:NgramLlama", "options": {"dtype": "float32", **CHUNKED}},
-    "qwen": {"class": "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM", "options": {"dtype": "bfloat16", **CHUNKED}},
+    "longcat": ("longcat", "", {"dtype": "float32", **CPU}),
+    "llama": ("llama", "ngram_llama:NgramLlama", {"dtype": "float32", **CPU, **CHUNKED}),
+    "qwen": ("qwen", "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM", {"dtype": "bfloat16", **CPU, **CHUNKED}),
+    # With CUDA graphs.
+    "longcat-gpu": ("longcat", "", {"dtype": "bfloat16"}),
+    "qwen-gpu": ("qwen", "", {"dtype": "bfloat16"}),
 }
 
 
@@ -33,25 +38,25 @@ def service(address: str, model: str) -> dict[str, Any]:
     return {"additional_config": {"embedding_service": {"address": address, "model": model}}}
 
 
-def job(model: SmallModel, **options: Any) -> dict[str, Any]:
-    """Of `generate`, with the model's own tables."""
-    engine = ENGINES[model.name]
-    # vLLM's default is to keep Qwen4-Exp's tables in the host's memory, mapped into a GPU's addresses.
-    own = {"engram_config": {"cpu_offload": False}} if model.name == "qwen" else {}
-    options = {**engine["options"], **(options or own)}
-    return {"class": engine["class"], "options": options, "max_tokens": 6, "rounds": ROUNDS}
+def own_tables(model: str) -> dict[str, Any]:
+    """Options for a model that holds its tables."""
+    # vLLM's default is to keep Qwen4-Exp's in the host's memory, mapped into a GPU's addresses.
+    return {"engram_config": {"cpu_offload": False}} if model == "qwen" else {}
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[pytest.mark.gpu] if name.endswith("-gpu") else []) for name in ENGINES]
+)
 def test_answers_and_memory(
-    name: str, models: dict[str, SmallModel], tables: Up, generate: Callable[..., Answers]
+    engine: str, models: dict[str, SmallModel], tables: Up, generate: Callable[..., Answers]
 ) -> None:
-    model = models[name]
-    here = generate(model=str(model.whole), **job(model))
-    there = generate(model=str(model.tableless), **job(model, **service(tables.address, name)))
+    name, model_class, options = ENGINES[engine]
+    model, job = models[name], {"class": model_class, "max_tokens": 6, "rounds": ROUNDS}
+    here = generate(model=str(model.whole), options={**options, **own_tables(name)}, **job)
+    there = generate(model=str(model.tableless), options={**options, **service(tables.address, name)}, **job)
     assert there["rounds"] == here["rounds"]
-    if ENGINES[name]["options"].get("enable_prefix_caching"):
+    if "enable_prefix_caching" in options:
         assert [answer["cached"] for answer in there["rounds"][1]] == [64, 0, 64]
     assert here["parameters"] - there["parameters"] >= model.table_bytes
     # The rest of an engine takes more or less memory from start to start.
@@ -95,7 +100,10 @@ def test_the_server(
     finally:
         server.terminate()
         server.wait(60)
-    here = generate(model=str(model.whole), **job(model))
+    _, model_class, engine_options = ENGINES["longcat"]
+    here = generate(
+        model=str(model.whole), options=engine_options, **{"class": model_class, "max_tokens": 6, "rounds": ROUNDS}
+    )
     assert choice["token_ids"] == here["rounds"][0][0]["tokens"]
 
 

@@ -1,4 +1,4 @@
-"""The vLLM plugin: what it is told to do, and what it says at the start where tables are not to be had. No vLLM is needed."""
+"""The vLLM plugin: how it is told to work, and what it says where tables are not to be had. It needs no vLLM here."""
 
 from __future__ import annotations
 
