@@ -62,9 +62,9 @@ NGRAMS = {"ngram_vocab_size_ratio": 50, "emb_neighbor_num": 4, "emb_split_num": 
 QWEN4_EXP = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     # Its sparse attention is FlashAttention's, for CUDA only.
-    "layer_types": ["linear_attention"] * 4,
+    "layer_types": ["linear_attention"] * 2,
     "output_gate_type": "sigmoid",
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -79,7 +79,7 @@ QWEN4_EXP = {
     "num_experts_per_tok": 2,
     "hc_count": 2,
     "hc_lowrank": 32,
-    "ple_layer_ids": [1, 3],
+    "ple_layer_ids": [1, 2],
     "ple_embed_dim": 128,
     "heads_per_ngram": 4,
     "ngram_vocab_size_base": 30000,
