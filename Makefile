@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo test chaos e2e lint proto bench clean
+.PHONY: setup test-packages demo test vllm chaos e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -28,6 +28,17 @@ test-packages:
 
 test: setup test-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# vLLM with its tables in the service, in an environment of its own that holds the client's side; 5 to 15 minutes.
+VLLM := .venv-vllm
+$(VLLM)/.set-up: requirements/vllm.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -qq --no-deps -r requirements/vllm.txt
+	$(VLLM)/bin/pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+vllm: setup $(VLLM)/.set-up
+	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 # Shards and the controller come, go, die and hang for SECONDS, in the order of SEED.
 SECONDS ?= 120
@@ -55,4 +66,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
 
 START_SECONDS = 90
+# Of an environment that has the service's packages, where that of the tests has the client's alone.
+PYTHON = os.environ.get("EMBEDDING_SERVICE_PYTHON", sys.executable)
 T = TypeVar("T")
 
 
@@ -49,7 +52,7 @@ class Process:
         self.log = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [*within, sys.executable, "-m", "embedding_service", *arguments],
+                [*within, PYTHON, "-m", "embedding_service", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

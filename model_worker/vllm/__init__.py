@@ -1,0 +1,21 @@
+"""A vLLM plugin: models with n-gram tables look their rows up in the embedding service instead of holding them.
+
+vLLM finds it by the entry point group `vllm.general_plugins`. Without `additional_config["embedding_service"]` models
+are as vLLM has them. `docs/vllm.md` tells how to serve with it.
+"""
+
+from __future__ import annotations
+
+_MODELS = {
+    "LongcatFlashNgramForCausalLM": "model_worker.vllm.longcat:LongcatFlashNgramForCausalLM",
+    "Qwen4ExpForCausalLM": "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM",
+    "Qwen4ExpForConditionalGeneration": "model_worker.vllm.qwen4_exp:Qwen4ExpForConditionalGeneration",
+}
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes. Names the classes only: vLLM imports the one that it runs."""
+    from vllm import ModelRegistry
+
+    for architecture, model_class in _MODELS.items():
+        ModelRegistry.register_model(architecture, model_class)

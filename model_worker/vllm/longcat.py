@@ -1,0 +1,46 @@
+"""vLLM's LongCat n-gram model (`LongcatFlashNgramForCausalLM`) with its tables in the service.
+
+vLLM hashes the tokens itself, outside of the compiled graph, and keeps each request's look-back over chunks, prefix
+caching and preemption. Only the module that would have held the tables is another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from vllm.model_executor.models import longcat_flash_ngram as published
+
+from embedding_service import RemoteEmbedding
+from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
+
+
+@contextmanager
+def tables_of(served: ServedTables) -> Iterator[None]:
+    """An `NgramEmbedding` made meanwhile gets its rows from the service."""
+
+    def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
+        return served.embedding("ngram", rows, dim, params_dtype)
+
+    with swapped(published, VocabParallelEmbedding=table):
+        yield
+
+
+class NgramTablesElsewhere(TablesElsewhere):
+    """Goes before a model class that makes an `NgramEmbedding`. Every tensor-parallel rank looks up for itself."""
+
+    table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        served = ServedTables.of(vllm_config)
+        with nullcontext() if served is None else tables_of(served):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.served = served
+
+
+# Of the published name, as vLLM picks a model's class by it.
+class LongcatFlashNgramForCausalLM(NgramTablesElsewhere, published.LongcatFlashNgramForCausalLM):
+    """LongCat-Flash-Lite and its kin."""

@@ -1,0 +1,107 @@
+"""What vLLM's models of all families share: their tables in the service, checked, and a checkpoint without them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
+from model_worker.rows import check_same_hash
+
+CONFIG_KEY = "embedding_service"
+_EXAMPLE = '--additional-config \'{"embedding_service": {"address": "HOST:PORT", "model": "NAME"}}\''
+
+# vLLM ends an engine whose step failed, so a step waits long for a service that is away for a while.
+_LOOKUP_SECONDS = 60.0
+# At the start nothing is lost yet: who mistyped an address shall learn it soon.
+_START_SECONDS = 10.0
+
+
+class ServedTables:
+    """The tables of one model in the service.
+
+    address: `HOST:PORT` of any shard.
+    name: the model's name in the service, `name` or `name@version`.
+    config: the checkpoint's config, as transformers has it.
+    Raises InvalidRequest when the service's tables are hashed otherwise than the config says, NotFound when it has no
+    such model, Unavailable when it does not answer.
+    """
+
+    def __init__(self, address: str, name: str, config: object) -> None:
+        self.name = name
+        self.client = EmbeddingClient(address, timeout=_LOOKUP_SECONDS)
+        try:
+            self.hasher = self.client.hasher(name, timeout=_START_SECONDS)
+        except EmbeddingServiceError as error:
+            raise type(error)(
+                f"vLLM was told by {_EXAMPLE} to take the tables {name!r} from {address}: {error}; start the service "
+                "(embedding-service up), or correct address and model"
+            ) from error
+        check_same_hash(NgramHasher.from_config(config), self.hasher, name)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> ServedTables | None:
+        """As the engine's `additional_config` says; None where it says nothing. Raises what the constructor does."""
+        config = vllm_config.additional_config
+        settings = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+        if settings is None:
+            return None
+        if not isinstance(settings, dict) or settings.keys() != {"address", "model"}:
+            raise InvalidRequest(f"additional_config[{CONFIG_KEY!r}] is {settings!r}; say it as {_EXAMPLE}")
+        return cls(settings["address"], settings["model"], vllm_config.model_config.hf_config)
+
+    def check(self, table: str, rows: int, dim: int) -> str:
+        """The full name, `model/table`, of a table for a module that would have held [rows, dim].
+
+        Raises InvalidRequest when the service's table has other dimensions.
+        """
+        served = {each.name: each.rows for each in self.hasher.tables}.get(table)
+        full_name = f"{self.name}/{table}"
+        [row] = self.client.lookup(full_name, torch.zeros(1, dtype=torch.int64, device="cpu"), timeout=_START_SECONDS)
+        if (served, len(row)) != (rows, dim):
+            raise InvalidRequest(
+                f"{full_name} in the service is {served} rows of {len(row)} values, this model takes {rows} of {dim}: "
+                "it is another model; give the name of the one imported from this checkpoint"
+            )
+        return full_name
+
+    def embedding(self, table: str, rows: int, dim: int, dtype: torch.dtype) -> RemoteEmbedding:
+        """In place of a module that would have held the table. Raises InvalidRequest for other dimensions."""
+        return RemoteEmbedding(self.client, self.check(table, rows, dim), dtype)
+
+
+class TablesElsewhere:
+    """Goes before a model class of vLLM: the tables of its checkpoint are not loaded where the service has them.
+
+    `table_tensors` finds the names of their tensors, as the checkpoint has them.
+    """
+
+    table_tensors: ClassVar[re.Pattern[str]]
+    served: ServedTables | None = None
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Asked by vLLM's loader, which reads no file of unused tensors alone."""
+        return self.served is not None and self.table_tensors.search(name) is not None
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As the model does, less the tables. They may share a file with what is loaded; mapped, they stay on disk."""
+        wanted = ((name, weight) for name, weight in weights if not self.is_unused_checkpoint_weight(name))
+        return super().load_weights(wanted)  # type: ignore[misc,no-any-return]
+
+
+@contextmanager
+def swapped(module: ModuleType, **stand_ins: object) -> Iterator[None]:
+    """Names of a module mean something else for a while."""
+    originals = {name: getattr(module, name) for name in stand_ins}
+    vars(module).update(stand_ins)
+    try:
+        yield
+    finally:
+        vars(module).update(originals)

@@ -1,0 +1,78 @@
+"""The vLLM plugin: how it is told to work, and what it says where tables are not to be had. It needs no vLLM here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import DIM, head_rows
+from support.cluster import Up, free_port
+
+from embedding_service.errors import InvalidRequest, NotFound, ServiceError
+from model_worker.vllm import tables
+from model_worker.vllm.tables import ServedTables, TablesElsewhere
+
+
+def vllm_config(settings: Any, checkpoint: Path, **changed: Any) -> SimpleNamespace:
+    """What of vLLM's config counts."""
+    config = {**json.loads((checkpoint / "config.json").read_text()), **changed}
+    return SimpleNamespace(additional_config=settings, model_config=SimpleNamespace(hf_config=config))
+
+
+def settings(address: str, model: str = "fp32") -> dict[str, Any]:
+    return {"embedding_service": {"address": address, "model": model}}
+
+
+@pytest.mark.parametrize("other", [{}, {"gdn_prefill_backend": "triton"}, object()])
+def test_a_model_keeps_its_tables_where_nothing_is_said(other: Any, checkpoint: Path) -> None:
+    assert ServedTables.of(vllm_config(other, checkpoint)) is None
+
+
+@pytest.mark.parametrize("wrong", ["localhost:7070", {"address": "localhost:7070"}, {"address": "a:1", "name": "b"}])
+def test_settings_that_are_not_understood(wrong: Any, checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"additional_config\['embedding_service'\] is .*--additional-config"):
+        ServedTables.of(vllm_config({"embedding_service": wrong}, checkpoint))
+
+
+def test_no_service(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_START_SECONDS", 0.5)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ServiceError, match=f"--additional-config .*{address}.*embedding-service up"):
+        ServedTables.of(vllm_config(settings(address), checkpoint))
+
+
+def test_another_model_s_name(checkpoint: Path, service: Up) -> None:
+    with pytest.raises(NotFound, match=r"tables 'other' from .*fp32.*correct address and model"):
+        ServedTables.of(vllm_config(settings(service.address, "other"), checkpoint))
+
+
+def test_another_hash(checkpoint: Path, service: Up) -> None:
+    with pytest.raises(InvalidRequest, match=r"'fp32' are hashed with .*'eos_token_ids': \[2\].*\[3\].*another model"):
+        ServedTables.of(vllm_config(settings(service.address), checkpoint, eos_token_id=3))
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(0, 1), (1, 0)])
+def test_other_dimensions(rows: int, dim: int, checkpoint: Path, service: Up) -> None:
+    served = ServedTables.of(vllm_config(settings(service.address), checkpoint))
+    assert served is not None
+    with pytest.raises(InvalidRequest, match=rf"fp32/ngram in the service is {sum(head_rows())} rows of {DIM} values"):
+        served.embedding("ngram", sum(head_rows()) + rows, DIM + dim, torch.float32)
+
+
+def test_tables_are_not_loaded() -> None:
+    class Model:
+        def load_weights(self, weights: Any) -> set[str]:
+            return {name for name, _ in weights}
+
+    class Elsewhere(TablesElsewhere, Model):
+        table_tensors = tables.re.compile("table")
+
+    model, weights = Elsewhere(), [("table", torch.ones(1)), ("dense", torch.ones(1))]
+    assert model.load_weights(weights) == {"table", "dense"}
+    model.served = object()  # type: ignore[assignment]
+    assert model.load_weights(weights) == {"dense"}
+    assert [model.is_unused_checkpoint_weight(name) for name, _ in weights] == [True, False]
