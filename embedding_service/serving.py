@@ -142,11 +142,14 @@ class RoutingService:
         return routing
 
     async def GetRouting(self, request: wire.GetRoutingRequest, context: grpc.aio.ServicerContext) -> wire.Routing:
-        """Where every part lies."""
+        """Where every part lies; to who knows that already, only how old it is."""
         try:
-            return self.known_routing().message
+            routing = self.known_routing()
         except EmbeddingServiceError as error:
             await abort(context, error)
+        if (request.term, request.epoch) >= routing.age:
+            return wire.Routing(term=routing.message.term, epoch=routing.message.epoch)
+        return routing.message
 
     async def ListModels(
         self, request: wire.ListModelsRequest, context: grpc.aio.ServicerContext
