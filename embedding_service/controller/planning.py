@@ -7,11 +7,13 @@ would be heard meanwhile, and shards that report every second would count as gon
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from embedding_service.errors import PlacementError
@@ -22,9 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class Planning:
-    """A process that plans, one plan at a time; it ends with this one."""
+    """A process that plans, one plan at a time; it ends with the thread that made it."""
 
     def __init__(self) -> None:
+        self._closed = False
         self._start()
 
     async def plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
@@ -39,6 +42,7 @@ class Planning:
                 if self._closed:
                     raise EOFError from None
                 log.warning("the process that plans has died: starting another")
+                self._end()
                 self._start()
                 continue
             if isinstance(answer, Exception):
@@ -49,29 +53,35 @@ class Planning:
     def close(self) -> None:
         """End it; who waits for a plan is told."""
         self._closed = True
-        self._process.kill()
-        self._process.join()
+        self._end()
 
     def _start(self) -> None:
-        """On the thread that lives as long as this process: the kernel ends ours when its starter ends."""
-        context = get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_run, args=(there,), daemon=True)
-        self._process.start()
-        there.close()
-        self._closed = False
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._pipe = Connection(ours.detach())
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def _ask(self, *arguments: object) -> Placement | Exception:
         self._pipe.send(arguments)
         return self._pipe.recv()  # type: ignore[no-any-return]
 
 
-def _run(pipe: Connection) -> None:
+def main(pipe: Connection) -> None:
+    """Run a process that `Planning` started."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a group's signal is the controller's business
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller
     from embedding_service.placement.planner import plan  # takes seconds, while shards come
 
-    with contextlib.suppress(EOFError):
+    try:
         while True:
             arguments = pipe.recv()
             try:
@@ -79,3 +89,11 @@ def _run(pipe: Connection) -> None:
             except Exception as error:  # whatever it is, who waits for the plan raises it
                 answer = error
             pipe.send(answer)
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    from embedding_service.controller import planning  # under its name, which messages are pickled with
+
+    planning.main(Connection(int(sys.argv[1])))

@@ -1,8 +1,8 @@
 """The process that plans."""
 
 import asyncio
-from multiprocessing import active_children
 
+import psutil
 import pytest
 
 from embedding_service.controller.planning import Planning
@@ -20,7 +20,7 @@ def test_it_plans_says_what_does_not_fit_and_is_replaced_when_it_dies() -> None:
         assert {len(parts) for parts in before.parts_of.values()} == {2}
         with pytest.raises(PlacementError, match="2 replicas of every part need 2 shards, there are 1"):
             await planning.plan(PARTS, NODES[:1], 2)
-        [process] = active_children()
+        [process] = psutil.Process().children()
         process.kill()
         assert await planning.plan(PARTS, NODES, 1) == before
 
@@ -29,4 +29,4 @@ def test_it_plans_says_what_does_not_fit_and_is_replaced_when_it_dies() -> None:
         asyncio.run(use(planning))
     finally:
         planning.close()
-    assert not active_children()
+    assert not psutil.Process().children()
