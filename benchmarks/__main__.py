@@ -10,6 +10,7 @@ MODULES = (
     ["benchmarks.loading"],
     ["benchmarks.cache"],
     ["benchmarks.processes"],
+    ["benchmarks.growth"],
     ["benchmarks.peers"],
 )
 

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, RequestTooLarge, Unavailable
-from embedding_service.machine import split_address
+from embedding_service.machine import allow_many_files, split_address
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
@@ -206,6 +206,7 @@ def log_to_stderr(name: str) -> None:
 def run_process(name: str, main: Callable[[], object]) -> None:
     """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
     log_to_stderr(name)
+    allow_many_files()
     try:
         asyncio.run(main())  # type: ignore[arg-type]
     except EmbeddingServiceError as error:

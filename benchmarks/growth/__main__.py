@@ -61,10 +61,7 @@ def main() -> None:
     results = in_seconds(measured)
     model = predict(results)
     future = extrapolation.table(model)
-    text = report.text(results, model, held, fleets, future)
-    console.print(text, markup=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "growth.md").write_text(text)
     found: dict[str, Any] = {
         "lookups": [asdict(each) for each in results],
         "model": {"client": model.client.tolist(), "shards": model.shards.tolist()},
@@ -73,6 +70,9 @@ def main() -> None:
         "extrapolation": [asdict(each) for each in future],
     }
     (arguments.out / "growth.json").write_text(json.dumps(found, indent=1))
+    text = report.text(results, model, held, fleets, future)
+    console.print(text, markup=False)
+    (arguments.out / "growth.md").write_text(text)
     report.plots(results, model, arguments.out)
     console.print(f"{time.monotonic() - begun:.0f} s; tables, JSON and plots are in {arguments.out}")
 

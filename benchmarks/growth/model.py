@@ -91,7 +91,7 @@ def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Floats:
     if len(matrix) < matrix.shape[1]:
         raise ValueError(f"{len(matrix)} points do not tell {matrix.shape[1]} coefficients")
     relative = matrix / seen[:, None]
-    kept = np.arange(matrix.shape[1])
+    kept = np.flatnonzero(matrix.any(axis=0))  # what no point has costs nothing
     while True:
         scale = np.linalg.norm(relative[:, kept], axis=0)
         found = np.linalg.lstsq(relative[:, kept] / scale, np.ones(len(seen)), rcond=None)[0] / scale

@@ -50,9 +50,8 @@ def _accuracy(results: Sequence[Result]) -> str:
     unseen = [result for result in results if not result.fitted]
     off = np.abs(np.array([result.ratios for result in unseen]) - 1)
     worst = max(unseen, key=lambda result: abs(result.ratios[2] - 1))
-    seen = np.array(
-        [[each.load.requests / each.seen.requests, each.load.nbytes / each.seen.nbytes] for each in results]
-    )
+    requests = [each.load.requests / each.seen.requests for each in results]
+    nbytes = [each.load.nbytes / each.seen.nbytes for each in results]
     share = ", ".join(
         f"{name} {np.count_nonzero(column <= GOAL)} (median {np.median(column):.0%} off)"
         for name, column in zip(("client", "shards", "both together"), off.T, strict=True)
