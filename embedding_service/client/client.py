@@ -14,13 +14,14 @@ from torch import Tensor
 
 from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
-from embedding_service.client.router import Bytes, Router, Steps, Want, run, run_async
+from embedding_service.client.router import Router, Steps, Want, run, run_async
+from embedding_service.client.sinks import DecodedRows, Decoder, StoredRows
 from embedding_service.client.transport import GrpcTransport, Transport
 from embedding_service.errors import InvalidRequest, Unavailable
-from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Model, Routing, Table, check_ids
+from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.rows import Bytes
 
 _ENCODINGS = {
     torch.float32: wire.ROW_ENCODING_FLOAT32,
@@ -107,7 +108,8 @@ class EmbeddingClient:
             timeout: Seconds, retries included.
 
         Returns:
-            `dtype` Tensor[*, dim] on the device of `ids`.
+            `dtype` Tensor[*, dim] on the device of `ids`. To a GPU rows travel as stored, through page-locked memory,
+            and are decoded there on the current stream.
 
         Raises:
             NotFound, OutOfRange, InvalidRequest: no such model, table or row; not an integer tensor.
@@ -164,6 +166,8 @@ class EmbeddingClient:
     ) -> Future[Tensor]:
         """Begin a `lookup` and go on; `result()` waits for its rows and raises what it raised.
 
+        Rows on a GPU are there for any stream.
+
         `ids` may be changed once this returned. `timeout` counts from when a thread takes it up: at once, unless 32
         others are under way. One that has not begun when the client is closed is cancelled: its `result()` raises
         concurrent.futures.CancelledError. Raises Unavailable once closed.
@@ -184,7 +188,7 @@ class EmbeddingClient:
 
     def _begin(self, lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Future[Tensor]:
         try:
-            return self._ahead.submit(lookup, *arguments, **options)
+            return self._ahead.submit(_finish, lookup, *arguments, **options)
         except RuntimeError:  # the pool was shut down
             raise Unavailable("this client is closed") from None
 
@@ -219,15 +223,19 @@ class EmbeddingClient:
         if not slash or not table_name:
             raise InvalidRequest(f"table must be named as MODEL/TABLE, got {name!r}")
         flat = _flat_ids(ids)
-        rows = yield from self._rows(model_name, lambda model: [(model.table(table_name), flat)], dtype, timeout)
-        return rows[0].view(*ids.shape, rows[0].shape[1]).to(ids.device)
+
+        def ids_of(model: Model) -> list[tuple[Table, Ids]]:
+            return [(model.table(table_name), flat)]
+
+        rows = yield from self._rows(model_name, ids_of, dtype, ids.device, timeout)
+        return rows[0].view(*ids.shape, rows[0].shape[1])
 
     def _lookup_ngrams(
         self, name: str, token_ids: Tensor, context: Tensor | None, dtype: torch.dtype, timeout: float | None
     ) -> Steps[Tensor]:
         shape: list[int] = []
 
-        def ids_of(model: Model) -> list[tuple[Table, np.ndarray[Any, Any]]]:
+        def ids_of(model: Model) -> list[tuple[Table, Ids]]:
             hasher = self._hasher_of(model)
             row_ids = hasher.row_ids(token_ids, context)
             shape[:] = row_ids.shape
@@ -235,53 +243,50 @@ class EmbeddingClient:
                 (model.table(table.name), _flat_ids(row_ids[:, :, index])) for index, table in enumerate(hasher.tables)
             ]
 
-        rows = yield from self._rows(name, ids_of, dtype, timeout)
+        rows = yield from self._rows(name, ids_of, dtype, token_ids.device, timeout)
         batch, length, tables, heads = shape
         if tables == 1:
-            return rows[0].view(batch, length, 1, heads, rows[0].shape[1]).to(token_ids.device)
-        return torch.stack([table.view(batch, length, heads, table.shape[1]) for table in rows], 2).to(token_ids.device)
+            return rows[0].view(batch, length, 1, heads, rows[0].shape[1])
+        return torch.stack([table.view(batch, length, heads, table.shape[1]) for table in rows], 2)
 
     def _rows(
         self,
         name: str,
-        ids_of: Callable[[Model], list[tuple[Table, np.ndarray[Any, Any]]]],
+        ids_of: Callable[[Model], list[tuple[Table, Ids]]],
         dtype: torch.dtype,
+        device: torch.device,
         timeout: float | None,
     ) -> Steps[list[Tensor]]:
-        """Fetch each row once, decode it once, then spread: for each (table, ids [n]) a Tensor[n, dim]."""
+        """Fetch each row once, then spread and decode: for each (table, ids [n]) a Tensor[n, dim] on `device`."""
         if dtype not in _ENCODINGS:
             raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        inverses: list[np.ndarray[Any, Any] | None] = []
+        asked: list[_Asked] = []
         founds: list[_Found] = []
         kept, began = self._kept, time.monotonic()
 
         def wants_of(model: Model) -> list[Want]:
-            inverses.clear()
-            wants = []
-            for table, ids in ids_of(model):
-                unique, inverse = _once(ids)
-                inverses.append(inverse)
-                wants.append(_want(table, unique, dtype))
+            asked[:] = [_ask(table, ids, dtype, device) for table, ids in ids_of(model)]
+            wants = [each.want for each in asked]
             if kept is None:
                 return wants
             founds[:] = kept.find(model, wants, began, self._router.current, pinned=name == model.full_name)
             return [found.missing for found in founds]
 
-        wants, stored = yield from self._router.fetch(name, wants_of, self._deadline(timeout))
-        if kept:
-            stored = kept.merge(founds, stored, began)
-        return [
-            _decode(want, rows, inverse, dtype) for want, rows, inverse in zip(wants, stored, inverses, strict=True)
-        ]
+        yield from self._router.fetch(name, wants_of, self._deadline(timeout))
+        if kept is None:
+            return [each.values() for each in asked]
+        merged = kept.merge(founds, began)
+        return [each.decoder.decode(rows, each.inverse) for each, rows in zip(asked, merged, strict=True)]
 
 
 class _Found(NamedTuple):
-    """What the cache had of a want: bool [n] and uint8 [hits, row_bytes]; `missing` asks for the rest."""
+    """What the cache had of a want: bool [n] and uint8 [hits, row_bytes]; `missing` asks for the rest, `fetched`."""
 
     group: Group
     here: np.ndarray[Any, Any]
     rows: Bytes
     missing: Want
+    fetched: StoredRows
 
 
 class _KeptRows:
@@ -302,21 +307,24 @@ class _KeptRows:
         trusted = pinned or now < self._confirmed.get(model.full_name, now - TRUSTED_SECONDS) + TRUSTED_SECONDS
         return [self._split(model, want, trusted) for want in wants]
 
-    def merge(self, founds: Sequence[_Found], fetched: Sequence[Bytes], began: float) -> list[Bytes]:
+    def merge(self, founds: Sequence[_Found], began: float) -> list[Bytes]:
         """The rows of split wants in their order, uint8 [n, row_bytes] each; what was fetched is kept."""
         if any(len(found.missing.ids) for found in founds):
             self._confirmed[founds[0].group.model] = began
-        return [self._together(found, rows) for found, rows in zip(founds, fetched, strict=True)]
+        return [self._together(found) for found in founds]
 
     def _split(self, model: Model, want: Want, trusted: bool) -> _Found:
         check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
         group = Group(model.full_name, want.table.name, want.encoding, want.row_bytes)
-        if not trusted:
-            return _Found(group, np.zeros(len(want.ids), np.bool_), np.empty((0, want.row_bytes), np.uint8), want)
-        here, rows = self.cache.find(group, want.ids)
-        return _Found(group, here, rows, want._replace(ids=want.ids[~here]) if len(rows) else want)
+        here, rows = np.zeros(len(want.ids), np.bool_), np.empty((0, want.row_bytes), np.uint8)
+        if trusted:
+            here, rows = self.cache.find(group, want.ids)
+        ids = want.ids[~here] if len(rows) else want.ids
+        fetched = StoredRows(len(ids), want.row_bytes)
+        return _Found(group, here, rows, want._replace(ids=ids, sink=fetched), fetched)
 
-    def _together(self, found: _Found, fetched: Bytes) -> Bytes:
+    def _together(self, found: _Found) -> Bytes:
+        fetched = found.fetched.rows
         if not len(fetched):
             return found.rows
         self.cache.keep(found.group, found.missing.ids, fetched)
@@ -327,12 +335,20 @@ class _KeptRows:
         return rows
 
 
+def _finish(lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """Look up on a thread of its own, whose GPU stream nobody else waits for."""
+    rows = lookup(*arguments, **options)
+    if rows.is_cuda:
+        torch.cuda.current_stream(rows.device).synchronize()
+    return rows
+
+
 def _copy(ids: Any) -> Any:
     """What others may change is copied; what is no tensor is refused by the lookup."""
     return ids.clone() if isinstance(ids, Tensor) else ids
 
 
-def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:
+def _flat_ids(ids: Tensor) -> Ids:
     if not isinstance(ids, Tensor):
         raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -340,33 +356,44 @@ def _flat_ids(ids: Tensor) -> np.ndarray[Any, Any]:
     return ids.detach().reshape(-1).to("cpu", torch.int64).numpy()
 
 
-def _once(ids: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+class _Asked(NamedTuple):
+    """A want, and what becomes of its rows; `inverse`: where each stands among the ids that were given."""
+
+    want: Want
+    decoder: Decoder
+    inverse: Ids | None
+
+    def values(self) -> Tensor:
+        """Once its sink has all rows: Tensor[n, dim]."""
+        sink = self.want.sink
+        if isinstance(sink, DecodedRows):
+            return sink.values
+        assert isinstance(sink, StoredRows)
+        return self.decoder.decode(sink.rows, self.inverse)
+
+
+def _ask(table: Table, ids: Ids, dtype: torch.dtype, device: torch.device) -> _Asked:
+    """Rows cross the wire as stored, or converted by the shard where that is fewer bytes.
+
+    Where ids repeat they are spread while they are still bytes, which are fewer than what they decode to.
+    """
+    encoding, row_bytes, name = wire.ROW_ENCODING_STORED, table.row_bytes, table.dtype
+    if table.dim * dtype.itemsize < row_bytes:
+        encoding, row_bytes, name = _ENCODINGS[dtype], table.dim * dtype.itemsize, _NAMES[dtype]
+    unique, inverse = _once(ids)
+    decoder = Decoder(name, table.dim, dtype, device)
+    sink = DecodedRows(len(ids), decoder) if inverse is None else StoredRows(len(unique), row_bytes)
+    return _Asked(Want(table, unique, encoding, row_bytes, sink), decoder, inverse)
+
+
+def _once(ids: Ids) -> tuple[Ids, Ids | None]:
     """Each different id, and where it stands among `ids`; None where nearly all differ and the ids stay as they are."""
     if len(ids) <= FEW_IDS:
         repeated = len(ids) - len(set(ids.tolist()))
     else:
-        ordered = np.sort(ids)
+        ordered = np.sort(ids.astype(np.uint32))  # half the bytes; few that differ look alike then, which does no harm
         repeated = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
     if repeated * WORTH_SPREADING < len(ids):
         return ids, None
     unique, inverse = np.unique(ids, return_inverse=True)
     return unique, inverse
-
-
-def _want(table: Table, ids: np.ndarray[Any, Any], dtype: torch.dtype) -> Want:
-    """Rows cross the wire as stored, or converted by the shard where that is fewer bytes."""
-    converted = table.dim * dtype.itemsize
-    if converted < table.row_bytes:
-        return Want(table, ids, _ENCODINGS[dtype], converted)
-    return Want(table, ids, wire.ROW_ENCODING_STORED, table.row_bytes)
-
-
-def _decode(want: Want, rows: Bytes, inverse: np.ndarray[Any, Any] | None, dtype: torch.dtype) -> Tensor:
-    """Rows uint8 [n, row_bytes] -> `dtype` Tensor[m, dim], each wherever it was asked.
-
-    They are spread while they are still bytes, which are fewer than what they decode to.
-    """
-    name = want.table.dtype if want.encoding == wire.ROW_ENCODING_STORED else _NAMES[dtype]
-    if inverse is not None:
-        rows = rows.take(inverse, axis=0)
-    return get_format(name).decode(torch.from_numpy(rows), want.table.dim, dtype=dtype)

@@ -1,9 +1,9 @@
 """Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
 
 `Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
-wait (seconds), and is sent the answers in the same order. `run` and `run_async` drive it for threads and for asyncio;
-shards drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of
-the protocol").
+wait (seconds), and is sent the answers in the same order, an iterable that may wait for each. `run` and `run_async`
+drive it for threads and for asyncio; shards drive the same code to forward what they do not hold. The rules it follows
+are in ARCHITECTURE.md ("Rules of the protocol").
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -21,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedding_service.client.breaker import Breaker
+from embedding_service.client.sinks import Sink
 from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Bytes, Shape, lookup_request
+from embedding_service.wire.rows import Answer, Bytes, Request, Shape, lookup_request
 
 T = TypeVar("T")
 Steps = Generator[list[Call] | float, Any, T]
@@ -38,15 +38,18 @@ ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
+# More rows than that are asked of a shard in pieces, so that it gathers one while others travel and are decoded.
+PIECE_BYTES = 2 << 20
 
 
 class Want(NamedTuple):
-    """Rows of one table: `ids` int64 [n], `encoding` of the answer and its bytes a row."""
+    """Rows of one table: `ids` int64 [n], `encoding` of the answer and its bytes a row, and where they go."""
 
     table: Table
     ids: Ids
     encoding: int
     row_bytes: int
+    sink: Sink
 
 
 class _Leg(NamedTuple):
@@ -92,12 +95,11 @@ class Router:
         assert self._routing is not None
         return self._routing
 
-    def fetch(
-        self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float
-    ) -> Steps[tuple[list[Want], list[Bytes]]]:
-        """Rows of one version of a model: the wants and for each uint8 [n, row_bytes] in the order of its ids.
+    def fetch(self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float) -> Steps[list[Want]]:
+        """Get rows of one version of a model: the wants whose sinks have all their rows.
 
-        `wants_of` is called again should that version be replaced meanwhile, so that versions are never mixed.
+        `wants_of` is called again should that version be replaced meanwhile, and gives new sinks then, so that versions
+        are never mixed.
 
         Raises:
             NotFound, OutOfRange, InvalidRequest, RequestTooLarge: what the request asks for does not exist.
@@ -110,12 +112,12 @@ class Router:
             for want in wants:
                 check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
             try:
-                rows = yield from self._fetch_version(model, wants, deadline)
+                yield from self._fetch_version(model, wants, deadline)
             except NotFound:
                 if name == model.full_name:
                     raise
                 continue  # the version was retired while we asked: take the one that replaced it
-            return wants, rows
+            return wants
 
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
@@ -133,8 +135,7 @@ class Router:
             routing = yield from self.newest_routing(deadline)
             return routing.model(name)
 
-    def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[list[Bytes]]:
-        rows: list[Bytes | None] = [None] * len(wants)
+    def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[None]:
         missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
         avoid: set[str] = set()
         for attempt in itertools.count():
@@ -149,18 +150,10 @@ class Router:
                     failures.append((leg, answer))
                 else:
                     self._breaker.answered(leg.call.address)
-                    found, want = _rows_of(answer, leg, model, wants[leg.want]), wants[leg.want]
-                    if leg.positions is None:
-                        rows[leg.want] = found  # all from one shard: they stay in the message they came in
-                        continue
-                    if rows[leg.want] is None:
-                        rows[leg.want] = np.empty((len(want.ids), want.row_bytes), np.uint8)
-                    rows[leg.want][leg.positions] = found  # type: ignore[index]
+                    want = wants[leg.want]
+                    want.sink.put(leg.positions, _rows_of(answer, leg, model, want))
             if not failures and not nowhere:
-                return [
-                    np.empty((0, want.row_bytes), np.uint8) if each is None else each
-                    for want, each in zip(wants, rows, strict=True)
-                ]
+                return
             redirects = self._judge(failures, avoid)
             missing = _still_missing(failures, nowhere)
             pause = _pause(attempt)
@@ -196,12 +189,12 @@ class Router:
                 if shard < 0:
                     nowhere[index] = group
                     continue
-                for chunk in _chunks(group, len(ids), most):
-                    asked = want.ids if chunk is None else want.ids[chunk]
+                for piece in _pieces(group, len(ids), want.row_bytes, most):
+                    asked = want.ids if piece is None else want.ids[piece]
                     request = _request(model, want, asked, routing)
                     shape = Shape(len(asked), want.row_bytes, want.table.dim, want.encoding, model.version)
                     second = Call(routing.addresses[other], request, timeout, None, shape) if other >= 0 else None
-                    legs.append(_Leg(index, chunk, Call(routing.addresses[shard], request, timeout, second, shape)))
+                    legs.append(_Leg(index, piece, Call(routing.addresses[shard], request, timeout, second, shape)))
         return legs, nowhere
 
     def _badness(self, routing: Routing, avoid: set[str]) -> npt.NDArray[np.int8]:
@@ -327,18 +320,17 @@ def _groups(
         yield (int(owners[start]), int(others[start])), positions[start:end]
 
 
-def _chunks(positions: Ids | None, count: int, most: int) -> Iterator[Ids | None]:
-    """At most so many positions at a time; None stands for all `count` of them."""
-    if positions is None and count <= most:
-        yield None
-        return
-    if positions is None:
-        positions = np.arange(count)
-    for start in range(0, len(positions), most):
-        yield positions[start : start + most]
+def _pieces(positions: Ids | None, count: int, row_bytes: int, most: int) -> Iterator[Ids | None]:
+    """Pieces of about the same size: at most so many positions, PIECE_BYTES of rows. None stands for all `count`."""
+    whole = count if positions is None else len(positions)
+    pieces = -(-whole // max(1, min(most, PIECE_BYTES // row_bytes)))
+    if pieces == 1:
+        yield positions
+    else:
+        yield from np.array_split(np.arange(count) if positions is None else positions, pieces)
 
 
-def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> bytes:
+def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> Request:
     return lookup_request(model.full_name, want.table.name, want.encoding, *routing.age, ids, want.table.rows)
 
 
@@ -402,6 +394,9 @@ def run(steps: Steps[T], transport: Transport) -> T:
                 answers = transport.exchange(step)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    finally:
+        if answers is not None:
+            answers.close()  # steps that failed left some of them
 
 
 async def run_async(steps: Steps[T], transport: Transport) -> T:
@@ -413,7 +408,6 @@ async def run_async(steps: Steps[T], transport: Transport) -> T:
             if isinstance(step, float):
                 await asyncio.sleep(step)
             else:
-                futures: list[Future[Any]] = [transport.send(call) for call in step]
-                answers = [await asyncio.wrap_future(future) for future in futures]
+                answers = await transport.together.exchange(step)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.streams import Ended, Stream, Watchdog, open_stream
 from embedding_service.errors import Unavailable
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import rows
 
-_METHODS: dict[type[Message] | type[bytes], str] = {
-    bytes: "/embedding.v1.EmbeddingService/Lookup",
+_METHODS: dict[type[Message] | type[rows.Request], str] = {
+    rows.Request: "/embedding.v1.EmbeddingService/Lookup",
     wire.GetRoutingRequest: "/embedding.v1.EmbeddingService/GetRouting",
 }
 
@@ -36,6 +38,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
+# The largest block from which glibc learns how much freed memory to keep, less what it adds to a block.
+_LARGEST_LEARNT = (32 << 20) - (64 << 10)
 # Streams to one address; a shard takes 256 calls on a connection. Threads beyond these make unary calls.
 MOST_STREAMS = 64
 
@@ -46,12 +50,12 @@ class Call(NamedTuple):
     Attributes:
         timeout: Seconds.
         alternative: Asks somebody else for the same.
-        request: A message, or the bytes of a `LookupRequest`.
+        request: A message, or a lookup.
         shape: What a lookup's answer should look like; its answer is a `rows.Answer`.
     """
 
     address: str
-    request: Message | bytes
+    request: Message | rows.Request
     timeout: float
     alternative: Call | None = None
     shape: rows.Shape | None = None
@@ -71,9 +75,15 @@ class Transport(ABC):
     def send(self, call: Call) -> Future[Any]:
         """Start a call; the future's result is its outcome."""
 
-    def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes."""
-        return [future.result() for future in [self.send(call) for call in calls]]
+    def exchange(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
+        """Make calls at the same time: their outcomes in order, each when it is there. Close it to give up the rest."""
+        for future in [self.send(call) for call in calls]:
+            yield future.result()
+
+    @cached_property
+    def together(self) -> Coalescer:
+        """`exchange` for event loops."""
+        return Coalescer(self.send)
 
     def close(self) -> None:  # noqa: B027 - a transport without connections has nothing to close
         """Drop all connections; calls under way end as failures."""
@@ -86,8 +96,9 @@ class GrpcTransport(Transport):
     """
 
     def __init__(self) -> None:
+        _let_malloc_keep_answers()
         self._channels: dict[str, grpc.Channel] = {}
-        self._methods: dict[tuple[str, type[Message] | type[bytes]], Callable[..., Any]] = {}
+        self._methods: dict[tuple[str, type[Message] | type[rows.Request]], Callable[..., Any]] = {}
         self._streams: dict[str, _Streams] = {}
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
@@ -107,13 +118,14 @@ class GrpcTransport(Transport):
         rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc, call)))
         return result
 
-    def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes. Raises Unavailable once closed."""
+    def exchange(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
+        """See `Transport.exchange`. Raises Unavailable once closed."""
         trips: list[_Trip | Future[Any]] = []
         try:
             for call in calls:
                 trips.append(self._begin(call))
-            return [trip.result() for trip in trips]
+            for trip in trips:
+                yield trip.result()
         finally:
             for trip in trips:
                 if isinstance(trip, _Trip):
@@ -153,13 +165,23 @@ class GrpcTransport(Transport):
                 self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
             return self._channels[address]
 
-    def _method(self, address: str, kind: type[Message] | type[bytes]) -> Callable[..., Any]:
-        serializer = None if kind is bytes else kind.SerializeToString  # type: ignore[union-attr]
+    def _method(self, address: str, kind: type[Message] | type[rows.Request]) -> Callable[..., Any]:
+        serializer = rows.Request.message if kind is rows.Request else kind.SerializeToString  # type: ignore[union-attr]
         multi = self._channel(address).unary_unary(_METHODS[kind], serializer)
         return self._methods.setdefault((address, kind), multi.future)
 
 
 _CLOSED = "this client is closed"
+
+
+def _let_malloc_keep_answers() -> None:
+    """Free a block of 32 MiB that nobody wrote to.
+
+    glibc gives what is freed back to the kernel from a size on that begins at 128 KiB and becomes twice that of the
+    largest block that was freed. Until a process has freed such a block, an answer of megabytes may spend more time on
+    page faults than on anything else.
+    """
+    bytes(_LARGEST_LEARNT)
 
 
 class _Streams:
@@ -273,7 +295,8 @@ class _Trip:
     def _send(self, stream: Stream) -> None:
         self._stream = stream
         self._watchdog.watch(stream, self._due)
-        stream.send(rows.streamed(self._call.request))  # type: ignore[arg-type]
+        assert isinstance(self._call.request, rows.Request)
+        stream.send(self._call.request.streamed())
 
 
 def _read(message: bytes, call: Call) -> Any:

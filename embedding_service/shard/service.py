@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from embedding_service.client.router import Router, Want, run_async
+from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.ngram import NgramHasher
@@ -187,13 +188,14 @@ class LookupService(HeldRows, RoutingService):
     async def _forward(self, lookup: CheckedLookup, ids: Ids, deadline: float) -> Bytes:
         self.counters.forwarded_rows += len(ids)
         assert lookup.model is not None
+        shape = lookup.shape
+        sink = StoredRows(len(ids), shape.row_bytes)
 
         def wants_of(model: Model) -> list[Want]:
-            return [Want(model.table(lookup.table), ids, lookup.shape.encoding, lookup.shape.row_bytes)]
+            return [Want(model.table(lookup.table), ids, shape.encoding, shape.row_bytes, sink)]
 
-        fetched = self._router.fetch(lookup.model.full_name, wants_of, deadline)
-        _, rows = await run_async(fetched, self._transport)
-        return rows[0]
+        await run_async(self._router.fetch(lookup.model.full_name, wants_of, deadline), self._transport)
+        return sink.rows
 
     async def _gather(self, held: TableRows, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
         if len(ids) * held.table.row_bytes <= INLINE_BYTES and held.at_hand(ids):

@@ -113,29 +113,41 @@ def _allocate(before: bytes, shape: Shape) -> tuple[bytes, Bytes]:
     return message, _view(message, len(before)).reshape(shape.count, shape.row_bytes)
 
 
+class Request(NamedTuple):
+    """A `LookupRequest` in two parts: all that comes before the bytes of its ids, and those."""
+
+    head: bytes
+    ids: bytes
+
+    def message(self) -> bytes:
+        """The serialized `LookupRequest`."""
+        return self.head + _varint(len(self.ids)) + self.ids
+
+    def streamed(self) -> bytes:
+        """A serialized `StreamLookupRequest` with request_id 0 around it."""
+        message = self.message()
+        return _LOOKUP + _varint(len(message)) + message
+
+
 def lookup_request(
     model: str, table: str, encoding: int, term: int, epoch: int, ids: npt.NDArray[np.int64], rows: int
-) -> bytes:
-    """A serialized `LookupRequest` for `ids` [n] of a table of so many rows: 4 bytes an id where they suffice."""
-    before = _before_ids(model, table, encoding, term, epoch)
-    tag, data = (_IDS_UINT32, ids.astype("<u4")) if rows <= 1 << 32 else (_IDS_INT64, ids.astype("<i8"))
-    return before + tag + _varint(data.nbytes) + data.tobytes()
+) -> Request:
+    """A request for `ids` [n] of a table of so many rows: 4 bytes an id where they suffice."""
+    narrow = rows <= 1 << 32
+    head = _before_ids(model, table, encoding, term, epoch, narrow)
+    return Request(head, ids.astype("<u4" if narrow else "<i8").tobytes())
 
 
 @lru_cache(1024)
-def _before_ids(model: str, table: str, encoding: int, term: int, epoch: int) -> bytes:
-    return wire.LookupRequest(
+def _before_ids(model: str, table: str, encoding: int, term: int, epoch: int, narrow: bool) -> bytes:
+    request = wire.LookupRequest(
         model=model,
         table=table,
         encoding=encoding,  # type: ignore[arg-type]
         term=term,
         epoch=epoch,
-    ).SerializeToString()
-
-
-def streamed(request: bytes) -> bytes:
-    """A serialized `StreamLookupRequest` with request_id 0 around a serialized `LookupRequest`."""
-    return _LOOKUP + _varint(len(request)) + request
+    )
+    return request.SerializeToString() + (_IDS_UINT32 if narrow else _IDS_INT64)
 
 
 def read(message: bytes, shape: Shape) -> Answer:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from embedding_service import errors
+from embedding_service.client import router as router_module
 from embedding_service.client.router import Router, Want
+from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
 from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer
+from embedding_service.wire.rows import Answer, Request
 
 ROWS, PER_PART, DIM = 40, 10, 2
 REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved")
@@ -51,7 +53,7 @@ class Shards:
         if isinstance(call.request, wire.GetRoutingRequest):
             return self.now
         model = self.now.models[0]
-        request = wire.LookupRequest.FromString(call.request)
+        request = wire.LookupRequest.FromString(call.request.message())
         ids = np.frombuffer(request.ids_uint32, "<u4")
         here = int(call.address.removeprefix("h:"))
         held = all(here in model.tables[0].parts[row // PER_PART].shards for row in ids)
@@ -75,10 +77,15 @@ class Shards:
 
 def fetch(router: Router, shards: Shards, ids: list[int], name: str = "m", seconds: float = 60.0) -> np.ndarray:
     def wants_of(model: Model) -> list[Want]:
-        return [Want(model.table("t"), np.array(ids, np.int64), wire.ROW_ENCODING_STORED, 8)]
+        sink = StoredRows(len(ids), 8)
+        return [Want(model.table("t"), np.array(ids, np.int64), wire.ROW_ENCODING_STORED, 8, sink)]
 
-    _, rows = shards.run(router.fetch(name, wants_of, time.monotonic() + seconds))
-    return rows[0].view(np.float32)
+    [want] = shards.run(router.fetch(name, wants_of, time.monotonic() + seconds))
+    return want.sink.rows.view(np.float32)
+
+
+def lookups_of(shards: Shards) -> list[Call]:
+    return [call for call in shards.asked if isinstance(call.request, Request)]
 
 
 IDS = [39, 0, 11, 12, 25, 7]
@@ -87,15 +94,32 @@ IDS = [39, 0, 11, 12, 25, 7]
 def test_each_owner_is_asked_once_for_its_rows() -> None:
     shards = Shards(routing([[0], [1], [2], [0]]))
     assert fetch(Router(["h:0"]), shards, IDS)[:, 0].tolist() == IDS
-    lookups = [call for call in shards.asked if isinstance(call.request, bytes)]
-    assert sorted(call.address for call in lookups) == ["h:0", "h:1", "h:2"]
+    assert sorted(call.address for call in lookups_of(shards)) == ["h:0", "h:1", "h:2"]
 
 
 def test_requests_are_cut_to_the_limit() -> None:
     shards = Shards(routing([[0]] * 4, response_bytes=16))
     assert fetch(Router(["h:0"]), shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
-    lookups = [call for call in shards.asked if isinstance(call.request, bytes)]
-    assert {len(wire.LookupRequest.FromString(call.request).ids_uint32) for call in lookups} == {8}
+    sizes = {len(wire.LookupRequest.FromString(call.request.message()).ids_uint32) for call in lookups_of(shards)}
+    assert sizes == {8}
+
+
+def test_many_rows_are_asked_in_pieces_and_only_those_that_failed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once(Shards):
+        def answer(self, call: Call) -> Any:
+            answer = super().answer(call)
+            return GONE if isinstance(answer, Answer) and len(lookups_of(self)) == 2 else answer
+
+    monkeypatch.setattr(router_module, "PIECE_BYTES", 5 * 8)
+    shards = Once(routing([[0]] * 4))
+    assert fetch(Router(["h:0"]), shards, list(range(13)))[:, 0].tolist() == list(range(13))
+    asked = [wire.LookupRequest.FromString(call.request.message()).ids_uint32 for call in lookups_of(shards)]
+    assert [np.frombuffer(ids, "<u4").tolist() for ids in asked] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8],
+        [9, 10, 11, 12],
+        [5, 6, 7, 8],
+    ]
 
 
 def test_a_redirect_is_followed_with_the_newer_routing() -> None:
@@ -170,7 +194,7 @@ def test_reads_are_spread_over_replicas() -> None:
     router = Router(["h:0"])
     for _ in range(30):
         fetch(router, shards, [5])
-    lookups = [call.address for call in shards.asked if isinstance(call.request, bytes)]
+    lookups = [call.address for call in lookups_of(shards)]
     assert {lookups.count(f"h:{index}") for index in range(3)} == {10}
 
 
@@ -210,7 +234,7 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
 def test_what_no_retry_mends_is_raised_at_once() -> None:
     class Refusing(Shards):
         def answer(self, call: Call) -> Any:
-            if isinstance(call.request, bytes):
+            if isinstance(call.request, Request):
                 return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7")
             return super().answer(call)
 

@@ -16,12 +16,13 @@ from support.cluster import Cluster, Up, cluster, until
 from embedding_service import EmbeddingClient
 from embedding_service.client import streams
 from embedding_service.client.streams import Ended, Stream, Watchdog
+from embedding_service.client.transport import Call, GrpcTransport
 from embedding_service.errors import DeadlineExceeded, Unavailable
 from embedding_service.placement.routing import Routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from embedding_service.wire.rows import lookup_request, streamed
+from embedding_service.wire.rows import Shape, lookup_request
 
 KINDS = [streams._PollingStream, streams._PublicStream]
 
@@ -46,9 +47,8 @@ def channel(one_shard: Cluster) -> Iterator[grpc.Channel]:
 
 def request(channel: grpc.Channel, ids: list[int], model: str = "fp32@1") -> bytes:
     routing = Routing(EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20))
-    return streamed(
-        lookup_request(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), len(longcat_table()))
-    )
+    rows = len(longcat_table())
+    return lookup_request(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), rows).streamed()
 
 
 def assert_ended(outcome: bytes | Ended, code: grpc.StatusCode, message: str) -> None:
@@ -100,6 +100,27 @@ def test_the_watchdog_lets_those_be_that_were_answered(channel: grpc.Channel) ->
     assert not isinstance(stream.receive(), Ended)
     watchdog.close()
     stream.cancel(grpc.StatusCode.CANCELLED, "enough")
+
+
+def test_an_exchange_that_is_given_up_leaves_no_stream_taken(one_shard: Cluster, channel: grpc.Channel) -> None:
+    transport, address = GrpcTransport(), one_shard.addresses["a"]
+    routing = Routing(EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20))
+
+    def call(row: int) -> Call:
+        table = routing.model("fp32").table("ngram")
+        shape = Shape(1, table.row_bytes, table.dim, wire.ROW_ENCODING_STORED, "1")
+        ids = np.array([row])
+        asked = lookup_request("fp32@1", "ngram", wire.ROW_ENCODING_STORED, *routing.age, ids, table.rows)
+        return Call(address, asked, 20.0, None, shape)
+
+    for count in (3, 1):
+        answers = transport.exchange([call(row) for row in range(count)])
+        first = next(answers)
+        assert first.rows.view(np.float32).tolist() == longcat_table()[0].tolist()
+        assert len(transport._streams[address]._taken) == count - 1
+        answers.close()
+        assert not transport._streams[address]._taken
+    transport.close()
 
 
 def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,5 +85,5 @@ def test_requests_are_those_of_the_contract(table_rows: int, field: str, dtype: 
         **{field: ids.astype(dtype).tobytes()},
     )
     request = rows.lookup_request("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
-    assert wire.LookupRequest.FromString(request) == expected
-    assert wire.StreamLookupRequest.FromString(rows.streamed(request)) == wire.StreamLookupRequest(lookup=expected)
+    assert wire.LookupRequest.FromString(request.message()) == expected
+    assert wire.StreamLookupRequest.FromString(request.streamed()) == wire.StreamLookupRequest(lookup=expected)

@@ -1,0 +1,121 @@
+"""Small lookups of many tasks as few requests.
+
+Calls that tasks of one event loop make in the same turn of the loop, to the same shard for rows of the same table, go
+as one request. Nobody waits for a clock: the busier a loop is, the more tasks run in a turn and the more travels
+together. Each call keeps its own fate: a shard that does not answer fails the calls to it, and each is retried by its
+own lookup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from embedding_service.wire.rows import Answer, Request
+
+if TYPE_CHECKING:
+    from embedding_service.client.transport import Call
+
+# Bytes of rows of a call that waits for others, and of a request of several calls.
+SMALL, FULL = 64 << 10, 1 << 20
+# Calls whose timeouts differ by less travel together, and have the shortest of them.
+_ALIKE = 1.05
+
+
+class Coalescer:
+    """Joins calls. May be used by several event loops at a time; calls of different loops are not joined."""
+
+    def __init__(self, send: Callable[[Call], Future[Any]]) -> None:
+        self._send = send
+        self._groups: dict[Any, _Group] = {}
+
+    async def exchange(self, calls: Sequence[Call]) -> list[Any]:
+        """Make calls at the same time and wait for all their outcomes, as `Transport.exchange` for the running loop."""
+        loop = asyncio.get_running_loop()
+        return [await outcome for outcome in [self._begin(call, loop) for call in calls]]
+
+    def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+        if not isinstance(call.request, Request) or call.alternative or _nbytes(call) > SMALL:
+            return asyncio.wrap_future(self._send(call), loop=loop)
+        key = (loop, call.address, call.request.head, math.floor(math.log(call.timeout, _ALIKE)))
+        group = self._groups.get(key)
+        if group is None or group.nbytes + _nbytes(call) > FULL:
+            group = self._groups[key] = _Group()
+            loop.call_soon(self._flush, key, group)
+        waiting = loop.create_future()
+        group.add(call, waiting)
+        return waiting
+
+    def _flush(self, key: Any, group: _Group) -> None:
+        if self._groups.get(key) is group:
+            del self._groups[key]
+        self._ask(group)
+
+    def _ask(self, group: _Group) -> None:
+        try:
+            answer = asyncio.wrap_future(self._send(group.joined()))
+        except Exception as error:
+            group.fail(error)
+        else:
+            answer.add_done_callback(lambda answered: self._settle(group, answered.result()))
+
+    def _settle(self, group: _Group, outcome: Any) -> None:
+        if len(group.members) > 1 and getattr(outcome, "code", None) is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            for call, waiting in group.members:  # a service that answers less than FULL at a time
+                alone = _Group()
+                alone.add(call, waiting)
+                self._ask(alone)
+        else:
+            group.settle(outcome)
+
+
+class _Group:
+    """Calls that differ in their rows only, and who waits for each."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.members: list[tuple[Call, asyncio.Future[Any]]] = []
+
+    def add(self, call: Call, waiting: asyncio.Future[Any]) -> None:
+        """One more."""
+        self.nbytes += _nbytes(call)
+        self.members.append((call, waiting))
+
+    def joined(self) -> Call:
+        """One call for all."""
+        calls = [call for call, _ in self.members]
+        first = calls[0]
+        if len(calls) == 1:
+            return first
+        assert first.shape is not None
+        requests = [call.request for call in calls if isinstance(call.request, Request)]
+        return first._replace(
+            request=Request(requests[0].head, b"".join(request.ids for request in requests)),
+            shape=first.shape._replace(count=self.nbytes // first.shape.row_bytes),
+            timeout=min(call.timeout for call in calls),
+        )
+
+    def settle(self, outcome: Any) -> None:
+        """Give everybody their rows. What is not the rows that were asked for everybody is shown as it is."""
+        split = isinstance(outcome, Answer) and len(outcome.rows) == self.nbytes
+        start = 0
+        for call, waiting in self.members:
+            end = start + _nbytes(call)
+            if not waiting.done():  # nobody waits where the task was cancelled
+                waiting.set_result(outcome._replace(rows=outcome.rows[start:end]) if split else outcome)
+            start = end
+
+    def fail(self, error: Exception) -> None:
+        """Nothing could be sent."""
+        for _, waiting in self.members:
+            if not waiting.done():
+                waiting.set_exception(error)
+
+
+def _nbytes(call: Call) -> int:
+    return call.shape.nbytes if call.shape else 0
