@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.growth.model import Load, Model, fan_out
+from benchmarks.growth.model import Load, Model, requests_of
 
 SHARDS, WORKERS = 1000, 10_000
 # Lookups a second of a worker that decodes: a step of 30 ms or so.
@@ -49,7 +49,7 @@ def table(model: Model) -> list[Future]:
 def _future(model: Model, name: str, workload: str, groups: int) -> Future:
     heads, row_bytes, _ = GEOMETRIES[name]
     tokens, lookups = WORKLOADS[workload]
-    requests = fan_out(head_shares(heads, groups), tokens)
+    requests = requests_of(head_shares(heads, groups), tokens, row_bytes)
     rows = tokens * heads
     load = Load(1, requests, rows, rows * row_bytes)
     client, shards = model.of_client(load), model.of_shards(load)

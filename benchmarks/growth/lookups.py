@@ -20,7 +20,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.growth.model import Load, crowd, fan_out, shares_of
+from benchmarks.growth.model import Load, crowd, requests_of, shares_of
 from benchmarks.peers.base import START_SECONDS, child, receive, service
 from benchmarks.rounds import LEAD_SECONDS, cpu_seconds
 from embedding_service import EmbeddingClient, NgramHasher
@@ -210,10 +210,11 @@ class Service:
         if point.model == "layers":
             heads = [list(table.head_rows) for table in self.routing.model("layers").hasher().tables]
             requests = sum(
-                fan_out(self._shares(table, rows), point.tokens) for table, rows in zip(tables, heads, strict=True)
+                requests_of(self._shares(table, rows), point.tokens, table.row_bytes)
+                for table, rows in zip(tables, heads, strict=True)
             )
         else:
-            requests = fan_out(self._shares(tables[0], [tables[0].rows]), point.rows)
+            requests = requests_of(self._shares(tables[0], [tables[0].rows]), point.rows, tables[0].row_bytes)
         return Load(
             len(tables),
             requests,

@@ -7,10 +7,10 @@
                         + byte * bytes + several * bytes if there are several answers a table
 
 Each head gives a token one row, at random; n ids at random of one table are one head and n tokens, and over S equal
-shards f is S * (1 - (1 - 1/S)^n). A lookup of several tables sends the requests of each. crowd(n) = 1 - cores / n, not
-below 0: of n processes so many find that another one ran on their core, and its caches are another's. Where every
-process has a core it is 0. Several answers are put in their order, which copies the rows; one answer is used where it
-lies.
+shards f is S * (1 - (1 - 1/S)^n). A shard is asked once, or more often for more than 2 MiB; a lookup of several tables
+sends the requests of each. Rows of several answers are put in their places, those of one lie in them. crowd(n) is
+1 - cores / n, not below 0: of n processes so many find that another one ran on their core, and its caches are that
+one's. Where every process has a core it is 0.
 
 What is predicted is CPU seconds, by the processes' own clocks. They add up over processes, hardly depend on what else
 runs and say how many lookups a core can do. A latency is those of them that follow on each other, plus waiting for
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from embedding_service.client.router import PIECE_BYTES
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -35,6 +37,13 @@ def fan_out(shares: npt.ArrayLike, tokens: int) -> float:
     """
     missed = np.prod((1 - np.asarray(shares, np.float64)) ** tokens, axis=0)
     return float((1 - missed).sum())
+
+
+def requests_of(shares: npt.ArrayLike, tokens: int, row_bytes: int) -> float:
+    """Requests to those shards, expected: a client asks for at most PIECE_BYTES at a time."""
+    shares = np.asarray(shares, np.float64)
+    pieces = np.ceil(shares.sum(0) * tokens * row_bytes / PIECE_BYTES)
+    return float(((1 - np.prod((1 - shares) ** tokens, axis=0)) * np.maximum(pieces, 1)).sum())
 
 
 def shares_of(owners: npt.ArrayLike, rows_per_part: int, head_rows: Sequence[int], shards: int) -> Floats:

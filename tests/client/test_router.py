@@ -163,7 +163,8 @@ def test_one_group_answers_a_lookup_of_several_tables() -> None:
     shards, router = Shards(message), Router(["h:0"], Routing(message))
 
     def wants_of(model: Model) -> list[Want]:
-        return [Want(model.table(name), np.array(IDS, np.int64), wire.ROW_ENCODING_STORED, 8) for name in "tu"]
+        ids = np.array(IDS, np.int64)
+        return [Want(model.table(name), ids, wire.ROW_ENCODING_STORED, 8, StoredRows(len(ids), 8)) for name in "tu"]
 
     for _ in range(4):
         shards.asked.clear()
