@@ -11,6 +11,7 @@ MODULES = (
     ["benchmarks.cache"],
     ["benchmarks.tasks"],
     ["benchmarks.processes"],
+    ["benchmarks.growth"],
     ["benchmarks.peers"],
 )
 

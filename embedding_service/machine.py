@@ -1,9 +1,10 @@
-"""What a process asks of its machine: an address that is free, and an end together with its parent."""
+"""What a process asks of its machine: a free address, an end together with its parent, as many files as it may have."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import resource
 import signal
 import socket
 
@@ -40,3 +41,9 @@ def check_free(address: str, option: str = "port") -> None:
 def end_with_parent(how: signal.Signals) -> None:
     """Have the kernel send this process a signal when the thread that started it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, how)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may: a connection is one, and usual limits are 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

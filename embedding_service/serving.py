@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, RequestTooLarge, Unavailable
-from embedding_service.machine import split_address
+from embedding_service.machine import allow_many_files, split_address
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
@@ -142,11 +142,14 @@ class RoutingService:
         return routing
 
     async def GetRouting(self, request: wire.GetRoutingRequest, context: grpc.aio.ServicerContext) -> wire.Routing:
-        """Where every part lies."""
+        """Where every part lies; to who knows that already, only how old it is."""
         try:
-            return self.known_routing().message
+            routing = self.known_routing()
         except EmbeddingServiceError as error:
             await abort(context, error)
+        if (request.term, request.epoch) >= routing.age:
+            return wire.Routing(term=routing.message.term, epoch=routing.message.epoch)
+        return routing.message
 
     async def ListModels(
         self, request: wire.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -203,6 +206,7 @@ def log_to_stderr(name: str) -> None:
 def run_process(name: str, main: Callable[[], object]) -> None:
     """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
     log_to_stderr(name)
+    allow_many_files()
     try:
         asyncio.run(main())  # type: ignore[arg-type]
     except EmbeddingServiceError as error:

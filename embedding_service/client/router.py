@@ -33,6 +33,8 @@ Steps = Generator[list[Call] | float, Any, T]
 
 # A shard that takes this long for its routing is not worth waiting for: another one knows it too.
 ROUTING_TIMEOUT = 2.0
+# Shards that are asked for a newer routing before those who must know it.
+ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
@@ -175,10 +177,11 @@ class Router:
         legs: list[_Leg] = []
         nowhere: dict[int, Ids | None] = {}
         badness = self._badness(routing, avoid)
+        turn = next(self._turn)  # one for all tables: where owners are the shards of one group, it is asked alone
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
             ids = want.ids if positions is None else want.ids[positions]
-            parts, turn = ids // table.rows_per_part, next(self._turn)
+            parts = ids // table.rows_per_part
             owners = _choose(table.owners, parts, turn, badness)
             others = _others(table.owners, parts, owners, badness) if self._alternatives else None
             most = max(1, min(routing.response_bytes // want.row_bytes, routing.request_bytes // 8))
@@ -217,23 +220,28 @@ class Router:
                 raise error_of(failure.code, failure.message)
         return redirects
 
-    def _refresh(self, first: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
-        """Ask for a newer routing: those who sent us away first, they know it; those who did not answer last.
+    def _refresh(self, senders: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
+        """Ask a few for a newer routing; those who did not answer come last. None being newer is fine.
 
-        None being newer is fine.
+        One of the `senders` who sent us away knows it, but sends everyone away at the same moment, and seeds are
+        everyone's seeds: shards at random come first, so that the asking spreads.
         """
         known = self._routing
-        addresses = (
-            [*first, *self._seeds, *random.sample(known.addresses, len(known.addresses))] if known else self._seeds
-        )
-        for address in sorted(dict.fromkeys(addresses), key=lambda address: address in avoid):
+        addresses = [*(known.addresses if known else ())]
+        asked = [
+            *random.sample(addresses, min(ASKED_AT_RANDOM, len(addresses))),
+            *random.sample(senders, min(1, len(senders))),
+            *self._seeds,
+        ]
+        request = wire.GetRoutingRequest(term=known.age[0], epoch=known.age[1]) if known else wire.GetRoutingRequest()
+        for address in sorted(dict.fromkeys(asked), key=lambda address: address in avoid):
             timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
             if timeout <= 0:
                 return
-            [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
+            [answer] = yield [Call(address, request, timeout)]
             if isinstance(answer, wire.Routing):
                 self.adopt(Routing(answer))
-                if not first or self._routing is not known:
+                if not senders or self._routing is not known:
                     return
 
     def _learn(self, deadline: float) -> Steps[None]:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from embedding_service.placement.parts import PartKey
 from embedding_service.wire import control_pb2 as control
 
+# A controller that looks at its shards seldom has no time to hear them: seconds that count as silence a look, at most.
+LONGEST_LOOK = 1.0
+
 
 @dataclass
 class Shard:
@@ -17,8 +20,10 @@ class Shard:
 
     Attributes:
         connection: Counts registrations, so that a stream that ends late does not end its successor.
+        heard: When it last reported, by the fleet's clock.
         outbox: Set when there is something new to tell it.
         assigned: What it shall hold; None before the first decision.
+        sent: Age of the routing that it was last sent on this connection.
         released: It is draining and may end.
         grace: Parts it holds and shall hold no longer, and until when (monotonic seconds) it keeps them for clients who
             do not know yet.
@@ -27,12 +32,13 @@ class Shard:
     report: control.ShardReport
     connection: int = 0
     connected: bool = True
-    heard: float = field(default_factory=time.monotonic)
+    heard: float = 0.0
     held: set[PartKey] = field(default_factory=set)
     accesses: dict[PartKey, int] = field(default_factory=dict)
     failures: dict[PartKey, str] = field(default_factory=dict)
     outbox: asyncio.Event = field(default_factory=asyncio.Event)
     assigned: frozenset[PartKey] | None = None
+    sent: tuple[int, int] = (0, 0)
     released: bool = False
     grace: dict[PartKey, float] = field(default_factory=dict)
 
@@ -41,18 +47,26 @@ class Shard:
         """Its shard id."""
         return self.report.shard_id
 
+    @property
+    def knows(self) -> tuple[int, int]:
+        """Age of the newest routing that it has seen, or will have when it reads what it was sent."""
+        return max((self.report.term, self.report.epoch), self.sent)
+
 
 class Fleet:
     """All shards that are there, or were until a moment ago.
 
     Args:
-        lost_after: Seconds without a word after which a shard counts as gone.
+        lost_after: Seconds without a word after which a shard counts as gone. They are counted by a clock that stands
+            still while this process does not listen: a controller that was held up hears first what came meanwhile.
     """
 
     def __init__(self, lost_after: float) -> None:
         self.shards: dict[str, Shard] = {}
         self.joined = time.monotonic()
         self._lost_after = lost_after
+        self._listened = 0.0
+        self._looked = time.monotonic()
 
     @property
     def newest_term(self) -> int:
@@ -79,7 +93,7 @@ class Fleet:
         """Take a report in; returns whether it calls for a decision."""
         before = (shard.held, shard.failures, shard.report.draining)
         another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
-        shard.report, shard.heard = report, time.monotonic()
+        shard.report, shard.heard = report, self._listened
         if report.has_parts:
             held = [PartKey.from_wire(part) for part in report.parts]
             shard.held = set(held)
@@ -94,8 +108,11 @@ class Fleet:
             del self.shards[shard.name]
 
     def forget_lost(self) -> list[str]:
-        """Drop shards that were not heard of for too long; returns their names."""
-        oldest = time.monotonic() - self._lost_after
+        """Look who was not heard of for too long, and drop them; returns their names."""
+        now = time.monotonic()
+        self._listened += min(now - self._looked, LONGEST_LOOK)
+        self._looked = now
+        oldest = self._listened - self._lost_after
         lost = [shard.name for shard in self.shards.values() if shard.heard < oldest]
         for name in lost:
             self.shards.pop(name).outbox.set()  # ends its stream, should it still be open: it must register again
@@ -109,9 +126,12 @@ class Fleet:
         return total
 
     def holders(self) -> dict[PartKey, list[str]]:
-        """For each part the shards that hold it now."""
+        """For each part the shards that hold it now, in the order of their topologies.
+
+        Where every topology holds every part once, the n-th holders of all parts are then the shards of one topology.
+        """
         holders: dict[PartKey, list[str]] = {}
-        for name in sorted(self.shards):
-            for key in self.shards[name].held:
+        for name, shard in sorted(self.shards.items(), key=lambda item: (item[1].report.topology, item[0])):
+            for key in shard.held:
                 holders.setdefault(key, []).append(name)
         return holders

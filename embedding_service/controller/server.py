@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 
 import grpc
 from prometheus_client.core import Metric
 
 from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
+from embedding_service.controller.planning import Planning
 from embedding_service.errors import PlacementError, StoreError, Unavailable
 from embedding_service.metrics import MetricsServer, gauge
 from embedding_service.placement.demand import CUDA, Node, PartDemand
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 SCAN_SECONDS = 2.0
 HEAT_SECONDS = 60.0
+# Between two decisions: telling a shard takes about so long.
+SECONDS_A_SHARD = 0.001
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._address = address
         self._store = Store(options.store)
         self._fleet = Fleet(options.lost_after)
+        self._planning = Planning()
         self._catalog: dict[str, list[Manifest]] = {}
         self._scanned = 0.0
         self._target: dict[PartKey, list[str]] = {}
@@ -152,6 +155,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     async def end_streams(self) -> None:
         """Let go of shards and watchers; they come again to whoever follows."""
         self._ending = True
+        self._planning.close()
         for shard in self._fleet.shards.values():
             shard.outbox.set()
         async with self._published:
@@ -224,8 +228,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     async def run(self) -> None:
         """Decide whenever something changed, until cancelled."""
-        # TorchRec takes seconds to import: meanwhile the shards come.
-        await asyncio.gather(self._settle(), asyncio.to_thread(import_module, "embedding_service.placement.planner"))
+        await self._settle()
         while True:
             await self._scan()
             for name in (lost := self._fleet.forget_lost()):
@@ -233,6 +236,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             if lost or self._dirty.is_set() or self._graces_end() or self._heat_is_due():
                 self._dirty.clear()
                 await self._decide()
+                # Whoever was told something takes it in before there is more: 1,000 shards get a routing a second.
+                await asyncio.sleep(SECONDS_A_SHARD * len(self._fleet.shards))
             try:
                 await asyncio.wait_for(self._dirty.wait(), TICK_SECONDS)
             except TimeoutError:
@@ -342,8 +347,6 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             await self._plan(nodes, replicas)
 
     async def _plan(self, nodes: list[Node], replicas: int) -> None:
-        from embedding_service.placement.planner import plan
-
         accesses = self._fleet.accesses()
         demands = [
             PartDemand(key, part.rows, table.row_bytes, accesses[key])
@@ -361,7 +364,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 "add shards"
             )
         try:
-            placement = await asyncio.to_thread(plan, demands, nodes, replicas)
+            placement = await self._planning.plan(demands, nodes, replicas)
         except PlacementError as error:
             if self._plan_problem != str(error):
                 log.error("cannot place the models: %s", error)
@@ -399,7 +402,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             shard.grace = {key: shard.grace.get(key, now + self._options.grace) for key in leaving}
             assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
             released = shard.report.draining and (not assigned or self._all_drain())
-            behind = (shard.report.term, shard.report.epoch) < self._routing.age
+            behind = shard.knows < self._routing.age
             if (assigned, released) != (shard.assigned, shard.released) or behind:
                 shard.assigned, shard.released = assigned, released
                 shard.outbox.set()
@@ -416,7 +419,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             parts=[key.to_wire() for key in sorted(shard.assigned)],
             released=shard.released,
         )
-        if self._routing:
+        if self._routing and shard.knows < self._routing.age:
+            shard.sent = self._routing.age
             assignment.routing.CopyFrom(self._routing.message)
         return assignment
 

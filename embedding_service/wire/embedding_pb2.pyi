@@ -161,8 +161,12 @@ class TableInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ..., row_bytes: _Optional[int] = ..., rows_per_part: _Optional[int] = ...) -> None: ...
 
 class GetRoutingRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("term", "epoch")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    epoch: int
+    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
     __slots__ = ("term", "epoch", "shards", "models", "limits", "controller")

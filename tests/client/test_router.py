@@ -137,6 +137,41 @@ def test_an_older_routing_is_never_adopted() -> None:
     assert router.current.age == (1, 5)
 
 
+def test_a_few_are_asked_for_a_newer_routing_and_not_always_who_sends_away() -> None:
+    old = routing([[0]] * 4)
+    asked_after_a_flip, asked_in_vain = [], []
+    for _ in range(200):
+        router = Router(["h:2"], Routing(old))
+        shards = Shards(routing([[1]] * 4, epoch=2))
+        fetch(router, shards, [5])
+        [asked] = [call for call in shards.asked if isinstance(call.request, wire.GetRoutingRequest)]
+        assert (asked.request.term, asked.request.epoch) == (1, 1)  # a routing that is no newer need not be sent
+        asked_after_a_flip.append(asked.address)
+        shards = Shards(old)
+        shards.run(Router(["h:2"], Routing(old))._refresh(["h:0", "h:1"], time.monotonic() + 60, set()))
+        asked_in_vain.append(len(shards.asked))
+    assert all(asked_after_a_flip.count(f"h:{index}") > 20 for index in range(3))
+    assert max(asked_in_vain) <= 4
+
+
+def test_one_group_answers_a_lookup_of_several_tables() -> None:
+    message = routing([[0, 1]] * 4)  # the first owners of all parts are one group, the second ones another
+    [placement] = message.models
+    placement.model.tables.add().CopyFrom(placement.model.tables[0])
+    placement.model.tables[1].name = "u"
+    placement.tables.add().CopyFrom(placement.tables[0])
+    shards, router = Shards(message), Router(["h:0"], Routing(message))
+
+    def wants_of(model: Model) -> list[Want]:
+        ids = np.array(IDS, np.int64)
+        return [Want(model.table(name), ids, wire.ROW_ENCODING_STORED, 8, StoredRows(len(ids), 8)) for name in "tu"]
+
+    for _ in range(4):
+        shards.asked.clear()
+        shards.run(router.fetch("m", wants_of, time.monotonic() + 60))
+        assert len({call.address for call in shards.asked}) == 1
+
+
 def test_another_replica_answers_for_a_dead_shard() -> None:
     shards = Shards(routing([[0, 1], [1, 2], [2, 0], [0, 1]]))
     shards.dead = {"h:1"}

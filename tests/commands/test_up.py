@@ -30,7 +30,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_ends_cleanly_when_told(store: Path, tmp_path: Path, how: signal.Signals) -> None:
     with up(tmp_path, store, 2) as running:
         children = psutil.Process(running.popen.pid).children(recursive=True)
-        assert len(children) == 3
+        assert len(children) == 4  # the controller has one that plans
         assert running.end(how) == 0
         assert not [child for child in children if child.is_running()]
         assert "Traceback" not in running.output()

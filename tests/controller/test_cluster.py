@@ -53,8 +53,11 @@ def test_too_little_memory_is_said_with_the_bytes_and_mended_by_another_shard(ow
     size = model_bytes(own_store)
     with cluster(tmp_path, own_store, "--expect-shards=1") as running:
         running.start_shard("a", f"--memory={size * 3 // 4}")
-        status = running.wait_until(lambda status: status.problems and status.shards, "a problem")
-        [problem] = [problem for problem in status.problems if problem.kind == control.Problem.KIND_PLACEMENT]
+
+        def placement_problems(status: control.Status) -> list[control.Problem]:
+            return [problem for problem in status.problems if problem.kind == control.Problem.KIND_PLACEMENT]
+
+        [problem] = placement_problems(running.wait_until(placement_problems, "a problem"))
         assert f"needs {size:,} bytes" in problem.message
         assert f"{size - size * 3 // 4:,} bytes are missing; add shards or raise --memory" in problem.message
         running.start_shard("b", f"--memory={size * 3 // 4}")

@@ -1,10 +1,13 @@
 """What the controller decides, from given states."""
 
+import pytest
 from support.checkpoints import DIM
 
 from embedding_service.controller import decisions
+from embedding_service.controller.fleet import Fleet
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest, Part, Table
+from embedding_service.wire import control_pb2 as control
 
 
 def manifest(version: str, model: str = "m", parts: int = 3) -> Manifest:
@@ -104,9 +107,6 @@ def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_the
 
 
 def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
-    from embedding_service.controller.fleet import Fleet
-    from embedding_service.wire import control_pb2 as control
-
     keys = decisions.part_keys(manifest("1"))
 
     def report(name: str, held: list[PartKey], accesses: list[int], **fields: bool) -> control.ShardReport:
@@ -122,3 +122,36 @@ def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     assert fleet.accesses()[keys[0]] == 50
     assert fleet.hear(first, report("a", keys[:1], [50]))
     assert fleet.hear(first, report("a", keys[:1], [50], draining=True))
+
+
+def test_silence_counts_only_while_the_controller_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
+    fleet = Fleet(lost_after=5)
+    talking, silent = (fleet.join(control.ShardReport(shard_id=name)) for name in ("talking", "silent"))
+    now += 60  # held up: what both said meanwhile waits to be read
+    assert fleet.forget_lost() == []
+    for _ in range(5):
+        now += 0.9
+        fleet.hear(talking, talking.report)
+        lost = fleet.forget_lost()
+    assert lost == ["silent"]
+    assert silent.outbox.is_set()
+    assert list(fleet.shards) == ["talking"]
+
+
+def test_a_routing_is_sent_once_to_who_has_not_seen_it() -> None:
+    shard = Fleet(lost_after=5).join(control.ShardReport(shard_id="a", term=7, epoch=2))
+    assert shard.knows == (7, 2)
+    shard.sent = (7, 3)
+    assert shard.knows == (7, 3)
+    shard.report = control.ShardReport(shard_id="a", term=8, epoch=1)  # another controller's
+    assert shard.knows == (8, 1)
+
+
+def test_the_first_holders_of_all_parts_are_of_one_topology() -> None:
+    keys, fleet = decisions.part_keys(manifest("1")), Fleet(lost_after=5)
+    for name, topology, held in (("a", "y", keys), ("b", "x", keys[:2]), ("c", "x", keys[2:])):
+        parts = [key.to_wire() for key in held]
+        fleet.join(control.ShardReport(shard_id=name, topology=topology, has_parts=True, parts=parts))
+    assert fleet.holders() == {keys[0]: ["b", "a"], keys[1]: ["b", "a"], keys[2]: ["c", "a"]}

@@ -1,0 +1,32 @@
+"""The process that plans."""
+
+import asyncio
+
+import psutil
+import pytest
+
+from embedding_service.controller.planning import Planning
+from embedding_service.errors import PlacementError
+from embedding_service.placement.demand import Node, PartDemand
+from embedding_service.placement.parts import PartKey
+
+PARTS = [PartDemand(PartKey("m", "1", "t", index), 1000, 260) for index in range(4)]
+NODES = [Node("a", 1 << 20), Node("b", 1 << 20)]
+
+
+def test_it_plans_says_what_does_not_fit_and_is_replaced_when_it_dies() -> None:
+    async def use(planning: Planning) -> None:
+        before = await planning.plan(PARTS, NODES, 1)
+        assert {len(parts) for parts in before.parts_of.values()} == {2}
+        with pytest.raises(PlacementError, match="2 replicas of every part need 2 shards, there are 1"):
+            await planning.plan(PARTS, NODES[:1], 2)
+        [process] = psutil.Process().children()
+        process.kill()
+        assert await planning.plan(PARTS, NODES, 1) == before
+
+    planning = Planning()
+    try:
+        asyncio.run(use(planning))
+    finally:
+        planning.close()
+    assert not psutil.Process().children()
