@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +71,7 @@ class EmbeddingClient:
         self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False, cache_bytes: int = 0
     ) -> None:
         seeds = [address] if isinstance(address, str) else list(address)
-        if not seeds or not all(":" in seed for seed in seeds):
+        if not seeds or not all(re.fullmatch(r"[^/]+:\d+", seed) for seed in seeds):
             raise InvalidRequest(f"address must be HOST:PORT, got {address!r}")
         self._timeout = timeout
         self._transport: Transport = HedgingTransport(GrpcTransport()) if hedge else GrpcTransport()

@@ -152,9 +152,10 @@ def test_nobody_at_the_address() -> None:
         client.lookup("fp32/ngram", torch.tensor([1]))
 
 
-def test_an_address_must_have_a_port() -> None:
+@pytest.mark.parametrize("address", ["localhost", "http://localhost:7070", "localhost:", ":7070", ["a:1", "b"], []])
+def test_an_address_is_host_and_port(address: str | list[str]) -> None:
     with pytest.raises(errors.InvalidRequest, match="HOST:PORT"):
-        EmbeddingClient("localhost")
+        EmbeddingClient(address)
 
 
 def test_a_second_seed_serves_when_the_first_is_dead(service: Up) -> None:
