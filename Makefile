@@ -29,7 +29,7 @@ test-packages:
 test: setup test-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# vLLM with its tables in the service, in an environment of its own that holds the client's side; 5 to 15 minutes.
+# vLLM with its tables in the service, in an environment of its own that holds the client's side; 10 minutes for the tests on 2 cores.
 VLLM := .venv-vllm
 $(VLLM)/.set-up: requirements/vllm.txt pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

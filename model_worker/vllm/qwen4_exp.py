@@ -136,10 +136,9 @@ class PleTablesElsewhere(TablesElsewhere):
             # Each rank has whole rows: there are none of others to add.
             layer.use_reduce_scatter = False
 
-    @staticmethod
-    def get_model_state_cls() -> type[RowsBeforeForward]:
-        """Where vLLM gets each step's inputs from."""
-        return RowsBeforeForward
+    def get_model_state_cls(self) -> Any:
+        """The class that vLLM gets each step's inputs from."""
+        return RowsBeforeForward if self.served else super().get_model_state_cls()  # type: ignore[misc]
 
 
 # Of the published names, as vLLM picks a model's class by them.
