@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 # Read when ray is imported. The first is what keeps a local Ray off the network: it takes the loopback address as the
 # node's, which Ray does of itself on macOS and Windows only (_node_ip_address is resolved to the outside address).
-_LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# The last has Serve's proxy stream answers from replicas over gRPC: Ray's own way makes an object of each write, which
+# takes the proxy nearly twice the processor time.
+_LOCAL_RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+}
 
 app = typer.Typer(
     help="Serve a language model whose n-gram tables live elsewhere.",

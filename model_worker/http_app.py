@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_service.errors import EmbeddingServiceError, ServiceError
-from model_worker.engine import EngineBusy, Event
+from model_worker.engine import EngineBusy
 from model_worker.protocol import (
     ChatReply,
     ChatRequest,
@@ -30,7 +30,7 @@ from model_worker.protocol import (
     error_body,
     usage_of,
 )
-from model_worker.worker import Generation, Worker
+from model_worker.worker import Events, Generation, Worker
 
 _log = logging.getLogger(__name__)
 # Seconds after which a refused request may well succeed.
@@ -137,7 +137,7 @@ async def _answer(worker: Worker, body: GenerationRequest, prompt: list[int], re
         )
     if body.n > worker.capacity:
         raise BadRequest(f"this server takes at most {worker.capacity} choices at once, not {body.n}", "n")
-    generation = worker.generate(prompt, body.sampling(max_tokens))
+    generation = worker.generate(prompt, body.sampling(max_tokens), streamed=body.stream)
     events = generation.events()
     # Until the first event there is no status to send, so a failure before it can still have its own.
     first = await anext(events)
@@ -145,31 +145,30 @@ async def _answer(worker: Worker, body: GenerationRequest, prompt: list[int], re
         stream = _server_sent_events(generation, _chained(first, events), reply, body)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     choices = [Choice() for _ in range(body.n)]
-    async for choice, event in _chained(first, events):
-        choices[choice].add(event)
+    async for together in _chained(first, events):
+        for choice, event in together:
+            choices[choice].add(event)
     return JSONResponse(reply.whole(choices, usage_of(len(prompt), generation.completion_tokens)))
 
 
-async def _chained(
-    first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event]]
-) -> AsyncGenerator[tuple[int, Event]]:
+async def _chained(first: Events, rest: AsyncGenerator[Events]) -> AsyncGenerator[Events]:
     async with aclosing(rest):
         yield first
-        async for event in rest:
-            yield event
+        async for together in rest:
+            yield together
 
 
 async def _server_sent_events(
-    generation: Generation, events: AsyncGenerator[tuple[int, Event]], reply: Reply, body: GenerationRequest
+    generation: Generation, events: AsyncGenerator[Events], reply: Reply, body: GenerationRequest
 ) -> AsyncGenerator[str]:
     async with aclosing(events):
         try:
             for choice in range(body.n):
                 for chunk in reply.opening(choice):
                     yield _data(chunk)
-            async for choice, event in events:
-                for chunk in reply.chunks(choice, event):
-                    yield _data(chunk)
+            async for together in events:
+                chunks = [chunk for choice, event in together for chunk in reply.chunks(choice, event)]
+                yield "".join(map(_data, chunks))
         except Exception as error:
             # The status is long sent; clients find the error in the stream.
             yield _data(_status_and_body(error)[1])

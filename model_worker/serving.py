@@ -17,6 +17,7 @@ from ray import serve
 from ray._common.network_utils import is_localhost
 from ray.serve._private import replica
 
+from embedding_service import polling
 from embedding_service.errors import EmbeddingServiceError
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
@@ -76,7 +77,12 @@ class Scaling:
         """The options of Ray Serve's deployment."""
         options: dict[str, Any] = {
             "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            # Ray imports grpc in a replica before anything of ours.
+            "ray_actor_options": {
+                "num_cpus": self.num_cpus,
+                "num_gpus": self.num_gpus,
+                "runtime_env": {"env_vars": polling.environment()},
+            },
             "graceful_shutdown_timeout_s": self.drain_seconds,
         }
         if self.maximum is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from model_worker.sampling import SamplingParams
 LOOKUP_TIMEOUT = 10.0
 # Seconds within which a healthy embedding service answers for one token.
 _HEALTH_TIMEOUT = 2.0
+# Of all streams together. A write costs Serve's replica and proxy about a millisecond of a core, whatever it holds.
+_WRITES_PER_SECOND = 300
+
+# Of a request, each with its choice.
+Events = list[tuple[int, Event]]
 
 
 @dataclass(frozen=True)
@@ -52,42 +58,73 @@ class WorkerConfig:
 class Generation:
     """The choices that answer one HTTP request, as its handler sees them.
 
-    params: of each choice. Raises EngineBusy, which takes none of them.
+    params: of each choice.
+    streamed: events are wanted as they come, else the last ones will do.
+    Raises EngineBusy, which takes none of the choices.
     """
 
-    def __init__(self, engine: Engine, prompt: list[int], params: Sequence[SamplingParams]) -> None:
+    def __init__(self, engine: Engine, prompt: list[int], params: Sequence[SamplingParams], streamed: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._engine = engine
+        self._streamed = streamed
+        self._come: deque[tuple[int, Event]] = deque()
+        # The engine wakes the loop for a choice's end and where somebody waits for any event; a loop that is woken for
+        # each token of each request takes Python's lock from the engine as often.
+        self._wake = asyncio.Event()
+        self._any_event_wakes = False
         self.prompt = prompt
         emitters = [partial(self._emit, choice) for choice in range(len(params))]
         self._requests = engine.submit_all(prompt, list(zip(params, emitters, strict=True)))
 
     def _emit(self, choice: int, event: Event) -> None:
-        # The loop is closed when the whole worker is.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+        self._come.append((choice, event))
+        if self._any_event_wakes or event.finish_reason or event.error:
+            # The loop is closed when the whole worker is.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     @property
     def completion_tokens(self) -> int:
         """Generated so far, by all choices."""
         return sum(len(request.completion) for request in self._requests)
 
-    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """All events with their choice, up to every choice's finish_reason; raises what a choice failed with.
+    async def events(self) -> AsyncGenerator[Events]:
+        """All events with their choice, those together that came together, up to every choice's finish_reason.
 
-        Closing or dropping the iterator once it has started cancels all choices.
+        Raises what a choice failed with, after the events before. Closing or dropping the iterator once it has started
+        cancels all choices.
         """
         try:
             unfinished = len(self._requests)
             while unfinished:
-                choice, event = await self._events.get()
-                if event.error:
-                    raise event.error
-                yield choice, event
-                unfinished -= event.finish_reason is not None
+                come = await self._next()
+                if told := [(choice, event) for choice, event in come if not event.error]:
+                    yield told
+                if failed := next((event.error for _, event in come if event.error), None):
+                    raise failed
+                unfinished -= sum(event.finish_reason is not None for _, event in come)
+                if unfinished:
+                    await self._pause()
         finally:
             for request in self._requests:
                 request.cancel()
+
+    async def _next(self) -> Events:
+        """What came since the last time, at least one event."""
+        self._any_event_wakes = self._streamed
+        while not self._come:
+            self._wake.clear()
+            await self._wake.wait()
+        self._any_event_wakes = False
+        self._wake.clear()
+        return [self._come.popleft() for _ in range(len(self._come))]
+
+    async def _pause(self) -> None:
+        """Let events gather, so that all streams together are written at most so often; a choice's end ends it."""
+        seconds = self._engine.running / _WRITES_PER_SECOND if self._streamed else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
 
 class Worker:
@@ -141,9 +178,9 @@ class Worker:
         """The most choices that may run and wait at once."""
         return self._engine.capacity
 
-    def generate(self, prompt: list[int], params: Sequence[SamplingParams]) -> Generation:
-        """Queue one choice for each params. Call on an event loop. Raises EngineBusy."""
-        return Generation(self._engine, prompt, params)
+    def generate(self, prompt: list[int], params: Sequence[SamplingParams], *, streamed: bool) -> Generation:
+        """Queue one choice for each params, see `Generation`. Call on an event loop. Raises EngineBusy."""
+        return Generation(self._engine, prompt, params, streamed)
 
     def check(self) -> None:
         """Prove that the worker can generate. Raises Unavailable or what the service's client raises."""

@@ -447,7 +447,8 @@ def test_a_worker_serves_it(folder: Path, service: Tables, here: Any) -> None:
 
         async def generate() -> str:
             params = [SamplingParams(8, temperature=0, ignore_eos=True)]
-            return "".join([event.text async for _, event in worker.generate(prompt, params).events()])
+            events = worker.generate(prompt, params, streamed=True).events()
+            return "".join([event.text async for together in events for _, event in together])
 
         options = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
         expected = here.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
