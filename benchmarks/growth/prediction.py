@@ -15,6 +15,7 @@ YARDSTICK = Point("wide", 1)
 FIT_SHARDS = (1, 8)
 FIT_POINTS = (
     Point("wide", 1),
+    Point("wide", 512),  # the largest that one answer holds
     Point("wide", 1024),
     Point("narrow", 1),
     Point("narrow", 1024),
@@ -22,7 +23,7 @@ FIT_POINTS = (
     Point("wide", 1, clients=8),
 )
 POINTS = (
-    *(Point(model, tokens) for model in ("wide", "narrow", "coarse") for tokens in (1, 8, 64, 1024)),
+    *(Point(model, tokens) for model in ("wide", "narrow", "coarse") for tokens in (1, 8, 64, 512, 1024)),
     *(Point("layers", tokens) for tokens in (1, 8, 64)),
     *(Point("wide", tokens, clients) for tokens in (1, 64) for clients in (2, 4, 8, 16)),
 )
