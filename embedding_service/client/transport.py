@@ -30,7 +30,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # also how long an attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 2000),
     # A pod that was replaced has its old name and a new address: look it up again at once, not every 30 s.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
