@@ -59,7 +59,8 @@ class NbitFormat(RowFormat):
     ) -> torch.Tensor:
         """Dequantize; a float32 `out` is written straight into, others through a float32 scratch."""
         self.check_stored(stored, dim)
-        if stored.device.type == "cpu" and len(stored) * dim <= _FEW_VALUES:
+        # Of no rows numpy makes an array whose strides torch will not view as bytes.
+        if stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
             few = self._decode_few(stored.numpy(), dim)
             return few if out is None and dtype == few.dtype else narrow_into(output(stored, dim, out, dtype), few)
         out = output(stored, dim, out, dtype)
