@@ -16,7 +16,7 @@ from torch import Tensor
 from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
 from embedding_service.client.router import Router, Steps, Want, run, run_async
-from embedding_service.client.sinks import DecodedRows, Decoder, StoredRows
+from embedding_service.client.sinks import PLAIN, DecodedRows, Decoder, StoredRows
 from embedding_service.client.transport import GrpcTransport, Transport
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.ngram import NgramHasher
@@ -29,7 +29,6 @@ _ENCODINGS = {
     torch.float16: wire.ROW_ENCODING_FLOAT16,
     torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
 }
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Up to so many ids a set finds repetitions sooner than sorting does.
 FEW_IDS = 64
 # Rows are asked for once where one in so many is a repetition; spreading them over their places costs a copy of all.
@@ -383,7 +382,7 @@ def _ask(table: Table, ids: Ids, dtype: torch.dtype, device: torch.device) -> _A
     """
     encoding, row_bytes, name = wire.ROW_ENCODING_STORED, table.row_bytes, table.dtype
     if table.dim * dtype.itemsize < row_bytes:
-        encoding, row_bytes, name = _ENCODINGS[dtype], table.dim * dtype.itemsize, _NAMES[dtype]
+        encoding, row_bytes, name = _ENCODINGS[dtype], table.dim * dtype.itemsize, PLAIN[dtype]
     unique, inverse = _once(ids)
     decoder = Decoder(name, table.dim, dtype, device)
     sink = DecodedRows(len(ids), decoder) if inverse is None else StoredRows(len(unique), row_bytes)

@@ -38,7 +38,8 @@ ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
-# More rows than that are asked of a shard in pieces, so that it gathers one while others travel and are decoded.
+# More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
+# and are decoded.
 PIECE_BYTES = 2 << 20
 
 
@@ -189,7 +190,8 @@ class Router:
                 if shard < 0:
                     nowhere[index] = group
                     continue
-                for piece in _pieces(group, len(ids), want.row_bytes, most):
+                cut = min(most, max(1, PIECE_BYTES // want.row_bytes)) if want.sink.works else most
+                for piece in _pieces(group, len(ids), cut):
                     asked = want.ids if piece is None else want.ids[piece]
                     request = _request(model, want, asked, routing)
                     shape = Shape(len(asked), want.row_bytes, want.table.dim, want.encoding, model.version)
@@ -320,14 +322,13 @@ def _groups(
         yield (int(owners[start]), int(others[start])), positions[start:end]
 
 
-def _pieces(positions: Ids | None, count: int, row_bytes: int, most: int) -> Iterator[Ids | None]:
-    """Pieces of about the same size: at most so many positions, PIECE_BYTES of rows. None stands for all `count`."""
+def _pieces(positions: Ids | None, count: int, most: int) -> Iterator[Ids | None]:
+    """Pieces of about the same size, of at most so many positions. None stands for all `count`."""
     whole = count if positions is None else len(positions)
-    if whole <= most and whole * row_bytes <= PIECE_BYTES:
+    if whole <= most:
         yield positions
         return
-    pieces = -(-whole // max(1, min(most, PIECE_BYTES // row_bytes)))
-    yield from np.array_split(np.arange(count) if positions is None else positions, pieces)
+    yield from np.array_split(np.arange(count) if positions is None else positions, -(-whole // most))
 
 
 def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> Request:

@@ -14,9 +14,18 @@ from embedding_service.formats import get_format
 from embedding_service.placement.routing import Ids
 from embedding_service.wire.rows import Bytes
 
+# How values of a dtype lie in a row that needs no decoding.
+PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 
 class Sink(ABC):
-    """Takes the rows of so many ids, each row once."""
+    """Takes the rows of so many ids, each row once.
+
+    Attributes:
+        works: Much is done with each answer, so that many rows had better come in pieces.
+    """
+
+    works = False
 
     @abstractmethod
     def put(self, positions: Ids | None, rows: Bytes) -> None:
@@ -73,6 +82,8 @@ class DecodedRows(Sink):
         self._count = count
         self._decoder = decoder
         self._values: Tensor | None = None
+        # What need not be decoded stays in its one message; a piece would be copied into its place.
+        self.works = decoder.encoding != PLAIN.get(decoder.dtype) or decoder.device.type != "cpu"
 
     @property
     def values(self) -> Tensor:

@@ -46,6 +46,14 @@ def test_rows_in_one_message_stay_in_it() -> None:
     assert decoded.values.data_ptr() == message.ctypes.data
 
 
+def test_what_needs_no_decoding_is_not_cut() -> None:
+    assert not StoredRows(4, 16).works
+    assert not DecodedRows(4, Decoder("bf16", 8, torch.bfloat16, CPU)).works
+    assert DecodedRows(4, Decoder("bf16", 8, torch.float32, CPU)).works
+    assert DecodedRows(4, Decoder("int8", 8, torch.float16, CPU)).works
+    assert DecodedRows(4, Decoder("fp16", 8, torch.float16, torch.device("meta"))).works
+
+
 def test_nothing_asked_is_nothing_found() -> None:
     assert DecodedRows(0, Decoder("int8", 8, torch.float32, CPU)).values.shape == (0, 8)
     assert StoredRows(0, 12).rows.shape == (0, 12)
