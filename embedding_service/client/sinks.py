@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from embedding_service.formats import get_format
+from embedding_service.formats.plain import PLAIN_DTYPES
 from embedding_service.placement.routing import Ids
 from embedding_service.wire.rows import Bytes
 
 # How values of a dtype lie in a row that needs no decoding.
-PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PLAIN = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 
 
 class Sink(ABC):

@@ -70,3 +70,7 @@ class Bf16Format(PlainFormat):
     """Brain floating point: float32's range with 8 bits of precision."""
 
     name, tensor_dtype, dtype = "bf16", "BF16", torch.bfloat16
+
+
+# The torch dtype that each of these formats holds as it is.
+PLAIN_DTYPES = {each.name: each.dtype for each in (Fp32Format, Fp16Format, Bf16Format)}

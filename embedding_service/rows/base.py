@@ -13,6 +13,7 @@ import torch
 
 from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.formats import get_format
+from embedding_service.formats.plain import PLAIN_DTYPES
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
 
@@ -20,7 +21,6 @@ Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 STORED = "stored"
-_DECODED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Location(NamedTuple):
@@ -133,7 +133,7 @@ class TableRows(ABC):
 
     def _decode(self, stored: torch.Tensor, encoding: str) -> torch.Tensor:
         """Stored rows uint8 [n, row_bytes] -> values [n, dim] of `encoding`'s dtype."""
-        return get_format(self.table.dtype).decode(stored, self.table.dim, dtype=_DECODED[encoding])
+        return get_format(self.table.dtype).decode(stored, self.table.dim, dtype=PLAIN_DTYPES[encoding])
 
     @abstractmethod
     def _load(self, part: Part, path: Path, pace: Pace) -> None: ...
