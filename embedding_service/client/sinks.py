@@ -30,7 +30,7 @@ class Sink(ABC):
 
     @abstractmethod
     def put(self, positions: Ids | None, rows: Bytes) -> None:
-        """Take uint8 [m, row_bytes], rows of the ids at these ascending positions; None: of all, in their order."""
+        """Take uint8 [m, row_bytes], rows of the ids at these m positions, in any order; None: of all, in theirs."""
 
 
 class StoredRows(Sink):
@@ -109,6 +109,7 @@ class DecodedRows(Sink):
 
 
 def _where(positions: Ids) -> slice | Ids:
-    """Ascending positions, as a slice where none is left out."""
+    """Positions, as a slice where they ascend and none is left out."""
     first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+    run = last - first + 1 == len(positions) and bool((positions[1:] > positions[:-1]).all())
+    return slice(first, last + 1) if run else positions

@@ -133,6 +133,15 @@ def test_a_redirect_is_followed_with_the_newer_routing() -> None:
     assert router.current.age == (1, 2)
 
 
+def test_rows_that_several_shards_sent_away_are_found_each_in_its_place() -> None:
+    chance = np.random.default_rng(0)
+    for _ in range(200):
+        before, after = chance.integers(0, 3, (2, 4, 1)).tolist()
+        router = Router(["h:0"], Routing(routing(before)))
+        ids = chance.permutation(ROWS)[: chance.integers(1, 12)].tolist()
+        assert fetch(router, Shards(routing(after, epoch=2)), ids)[:, 0].tolist() == ids, (before, after, ids)
+
+
 def test_an_older_routing_is_never_adopted() -> None:
     router = Router(["h:0"], Routing(routing([[0]] * 4, epoch=5)))
     router.adopt(Routing(routing([[1]] * 4, epoch=4)))

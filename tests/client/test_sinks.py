@@ -14,11 +14,12 @@ from embedding_service.formats import FORMATS, get_format
 
 ROWS = len(longcat_table())
 CPU = torch.device("cpu")
-# Positions of ten rows: one whole, runs, and runs with gaps between them.
+# Positions of ten rows: one whole, runs, runs with gaps between them, and what two shards failed to answer.
 PIECES: list[list[list[int]]] = [
     [list(range(10))],
     [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]],
     [[4, 7, 8], [0, 2, 9], [1], [3, 5, 6]],
+    [[0, 2, 4, 1, 3, 5], [9, 6], [7, 8]],
 ]
 
 
