@@ -76,7 +76,7 @@ def up(
         host=host,
         port=port,
         tier=tier,
-        memory=parse_bytes(memory) if memory else None,
+        memory=_rows_memory(memory),
         cache=cache,
         processes=processes,
     )
@@ -87,6 +87,16 @@ def up(
     else:
         _run_on_ray(options, ray)
     _leave()
+
+
+def _rows_memory(given: str | None) -> int | None:
+    """Bytes for rows; None for the default. Raises typer.BadParameter for none at all."""
+    if given is None:
+        return None
+    memory = parse_bytes(given)
+    if not memory:
+        raise typer.BadParameter(f"--memory {given} leaves no room for rows: leave it out for the default")
+    return memory
 
 
 def _run_on_ray(options: UpOptions, address: str) -> None:
@@ -174,7 +184,7 @@ def shard(
             shared_listen=shared_listen,
             advertise=advertise,
             tier=tier,
-            memory_limit=parse_bytes(memory) if memory else 0,
+            memory_limit=_rows_memory(memory) or 0,
             load_rate=parse_bytes(load_rate),
             topology=topology,
             drain_seconds=drain_seconds,

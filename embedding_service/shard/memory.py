@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # glibc takes no more for the second; larger messages are mapped anew each time.
 _KEPT, _LARGEST = 256 << 20, 32 << 20
 
@@ -45,9 +45,11 @@ def keep_freed_memory() -> None:
     """Have malloc keep what answers took for the next ones, up to 256 MiB.
 
     By default it gives megabytes back to the kernel at once, and an answer of 6 MB then spends more time on page faults
-    than on anything else. Where the C library is not glibc nothing changes.
+    than on anything else. One arena for all threads: each would keep so much, and give nothing to the others. Where the
+    C library is not glibc nothing changes.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_ARENA_MAX, 1)

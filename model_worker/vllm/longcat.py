@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from vllm.model_executor.models import longcat_flash_ngram as published
@@ -30,15 +29,10 @@ def tables_of(served: ServedTables) -> Iterator[None]:
 
 
 class NgramTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes an `NgramEmbedding`. Every tensor-parallel rank looks up for itself."""
+    """Goes before a model class that makes an `NgramEmbedding`."""
 
     table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        served = ServedTables.of(vllm_config)
-        with nullcontext() if served is None else tables_of(served):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.served = served
+    tables_of = staticmethod(tables_of)
 
 
 # Of the published name, as vLLM picks a model's class by it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,19 +114,17 @@ def tables_of(served: ServedTables) -> Iterator[None]:
 
 
 class PleTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes `Qwen4ExpNGramEmbedding`s. Every tensor-parallel rank looks up for itself.
+    """Goes before a model class that makes `Qwen4ExpNGramEmbedding`s.
 
     Raises InvalidRequest where vLLM's class for the device makes others.
     """
 
     table_tensors = re.compile(r"\.ple_embedding\.ngram_embedding\.")
+    tables_of = staticmethod(tables_of)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        served = ServedTables.of(vllm_config)
-        with nullcontext() if served is None else tables_of(served):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.served = served
-        layers = _layers_without_table(self)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        layers, served = _layers_without_table(self), self.served
         if served is not None and len(layers) != served.hasher.num_tables:
             raise InvalidRequest(
                 f"this Qwen4-Exp model holds its tables itself, but for {len(layers)} of {served.hasher.num_tables}: "

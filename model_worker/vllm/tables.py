@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -78,13 +78,24 @@ class ServedTables:
 
 
 class TablesElsewhere:
-    """Goes before a model class of vLLM: the tables of its checkpoint are not loaded where the service has them.
+    """Goes before a model class of vLLM: the service's tables stand where the model would have made and loaded its own.
 
-    `table_tensors` finds the names of their tensors, as the checkpoint has them.
+    Every tensor-parallel rank looks up for itself.
+
+    table_tensors: finds the names of the tables' tensors, as the checkpoint has them.
+    tables_of: while it is entered, modules that would hold a table get their rows from the service.
+    served: None where the engine was told of no service.
     """
 
     table_tensors: ClassVar[re.Pattern[str]]
-    served: ServedTables | None = None
+    tables_of: ClassVar[staticmethod[[ServedTables], AbstractContextManager[None]]]
+    served: ServedTables | None
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        served = ServedTables.of(vllm_config)
+        with nullcontext() if served is None else self.tables_of(served):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.served = served
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Asked by vLLM's loader, which reads no file of unused tensors alone."""

@@ -69,6 +69,13 @@ def test_shards_too_small(store: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [["up"], ["shard", "--controller=127.0.0.1:1"]])
+def test_no_memory_at_all(store: Path, command: list[str]) -> None:
+    done = run_command(*command, f"--store={store}", "--memory=0")
+    assert done.returncode == 2
+    assert "--memory 0 leaves no room for rows" in done.stderr
+
+
 def test_an_unknown_tier(store: Path) -> None:
     """Before anything is started."""
     assert get_args(Tier) == tuple(TIERS)
