@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -63,16 +66,41 @@ def test_other_dimensions(rows: int, dim: int, checkpoint: Path, service: Up) ->
         served.embedding("ngram", sum(head_rows()) + rows, DIM + dim, torch.float32)
 
 
-def test_tables_are_not_loaded() -> None:
-    class Model:
-        def load_weights(self, weights: Any) -> set[str]:
-            return {name for name, _ in weights}
+class Model:
+    """What a model class of vLLM is to `TablesElsewhere`."""
 
-    class Elsewhere(TablesElsewhere, Model):
-        table_tensors = tables.re.compile("table")
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        self.made_with = Elsewhere.stood_in
 
-    model, weights = Elsewhere(), [("table", torch.ones(1)), ("dense", torch.ones(1))]
-    assert model.load_weights(weights) == {"table", "dense"}
-    model.served = object()  # type: ignore[assignment]
-    assert model.load_weights(weights) == {"dense"}
-    assert [model.is_unused_checkpoint_weight(name) for name, _ in weights] == [True, False]
+    def load_weights(self, weights: Any) -> set[str]:
+        return {name for name, _ in weights}
+
+
+class Elsewhere(TablesElsewhere, Model):
+    table_tensors = re.compile("table")
+    stood_in: ClassVar[ServedTables | None] = None
+
+    @staticmethod
+    @contextmanager
+    def tables_of(served: ServedTables) -> Iterator[None]:
+        Elsewhere.stood_in = served
+        yield
+        Elsewhere.stood_in = None
+
+
+WEIGHTS = [("table", torch.ones(1)), ("dense", torch.ones(1))]
+
+
+def test_tables_of_a_service_are_neither_made_nor_loaded(checkpoint: Path, service: Up) -> None:
+    model = Elsewhere(vllm_config=vllm_config(settings(service.address), checkpoint))
+    assert model.served is not None and model.made_with is model.served
+    assert Elsewhere.stood_in is None
+    assert model.load_weights(WEIGHTS) == {"dense"}
+    assert [model.is_unused_checkpoint_weight(name) for name, _ in WEIGHTS] == [True, False]
+
+
+def test_tables_are_made_and_loaded_where_nothing_is_said(checkpoint: Path) -> None:
+    model = Elsewhere(vllm_config=vllm_config({}, checkpoint))
+    assert model.served is None and model.made_with is None
+    assert model.load_weights(WEIGHTS) == {"table", "dense"}
+    assert [model.is_unused_checkpoint_weight(name) for name, _ in WEIGHTS] == [False, False]
