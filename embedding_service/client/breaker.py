@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 
 FIRST_REST, LONGEST_REST = 0.5, 8.0
+_NONE: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -41,13 +42,27 @@ class Breaker:
             with self._lock:
                 self._failing.pop(address, None)
 
-    def resting(self) -> set[str]:
-        """Addresses to avoid now. One whose rest is over is left out once, for this caller to try."""
+    def resting(self) -> tuple[Set[str], Set[str]]:
+        """Addresses to avoid now; and those whose rest is over, which this caller may try, or must leave `untried`."""
         if not self._failing:
-            return set()
+            return _NONE, _NONE
         with self._lock:
             now = self._clock()
-            due = [address for address, failing in self._failing.items() if failing.until <= now]
+            due = {address for address, failing in self._failing.items() if failing.until <= now}
             for address in due:
                 self._failing[address].until = now + self._failing[address].rest
-            return set(self._failing) - set(due)
+            return self._failing.keys() - due, due
+
+    def untried(self, addresses: Set[str]) -> None:
+        """The caller whose turn it was to try these had no use for them: it is the next one's turn."""
+        with self._lock:
+            now = self._clock()
+            for address in addresses & self._failing.keys():
+                self._failing[address].until = now
+
+    def forget_others(self, addresses: Collection[str]) -> None:
+        """Remember nothing of an address that is not one of these: it is not in use any more."""
+        if self._failing:
+            with self._lock:
+                for address in self._failing.keys() - set(addresses):
+                    del self._failing[address]

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -88,6 +88,7 @@ class Router:
         """Take a routing from elsewhere, if it is newer."""
         if self._routing is None or routing.age > self._routing.age:
             self._routing = routing
+            self._breaker.forget_others(routing.addresses)
 
     def routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for if there is none yet. `deadline` is on time.monotonic's clock, in seconds."""
@@ -177,13 +178,14 @@ class Router:
         """Who is asked for what; and the positions whose part nobody holds at the moment."""
         legs: list[_Leg] = []
         nowhere: dict[int, Ids | None] = {}
-        badness = self._badness(routing, avoid)
+        resting, due = self._breaker.resting()
+        badness = _badness(routing, avoid, resting, due)
         turn = next(self._turn)  # one for all tables: where owners are the shards of one group, it is asked alone
         for index, positions in missing.items():
             want, table = wants[index], model.tables[wants[index].table.name]
             ids = want.ids if positions is None else want.ids[positions]
             parts = ids // table.rows_per_part
-            owners = _choose(table.owners, parts, turn, badness)
+            owners = _choose(table.owners, parts, turn, badness, best=-1 if due else 0)
             others = _others(table.owners, parts, owners, badness) if self._alternatives else None
             most = max(1, min(routing.response_bytes // want.row_bytes, routing.request_bytes // 8))
             for (shard, other), group in _groups(owners, others, positions):
@@ -197,29 +199,22 @@ class Router:
                     shape = Shape(len(asked), want.row_bytes, want.table.dim, want.encoding, model.version)
                     second = Call(routing.addresses[other], request, timeout, None, shape) if other >= 0 else None
                     legs.append(_Leg(index, piece, Call(routing.addresses[shard], request, timeout, second, shape)))
+        if due:
+            self._breaker.untried(due - {leg.call.address for leg in legs})
         return legs, nowhere
-
-    def _badness(self, routing: Routing, avoid: set[str]) -> npt.NDArray[np.int8]:
-        """int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
-
-        1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs.
-        """
-        resting = self._breaker.resting()
-        if not resting and not avoid:
-            return routing.nothing_known
-        return np.array([2 if each in avoid else each in resting for each in routing.addresses] + [3], np.int8)
 
     def _judge(self, failures: Sequence[tuple[_Leg, Failure]], avoid: set[str]) -> list[str]:
         """Raise for what no retry mends; remember whom to avoid; return who said that it no longer holds the rows."""
         redirects = []
         for leg, failure in failures:
-            if failure.code is grpc.StatusCode.ABORTED:
-                redirects.append(leg.call.address)
-            elif failure.code in _NO_ANSWER:
+            if failure.code in _NO_ANSWER:
                 avoid.add(leg.call.address)
                 self._breaker.failed(leg.call.address)
-            else:
+                continue
+            self._breaker.answered(leg.call.address)
+            if failure.code is not grpc.StatusCode.ABORTED:
                 raise error_of(failure.code, failure.message)
+            redirects.append(leg.call.address)
         return redirects
 
     def _refresh(self, senders: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
@@ -279,14 +274,26 @@ def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
     return min(left, patience if model.replicated else max(patience, left / 2))
 
 
+def _badness(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str]) -> npt.NDArray[np.int8]:
+    """int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
+
+    1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs. -1 is
+    this lookup's to try again; it comes first, for a turn that only might have met it would leave a shard unused long.
+    """
+    if not resting and not due and not avoid:
+        return routing.nothing_known
+    known = {**dict.fromkeys(due, -1), **dict.fromkeys(resting, 1), **dict.fromkeys(avoid, 2)}
+    return np.array([*(known.get(address, 0) for address in routing.addresses), 3], np.int8)
+
+
 def _choose(
-    owners: npt.NDArray[np.int32], parts: Ids, turn: int, badness: npt.NDArray[np.int8]
+    owners: npt.NDArray[np.int32], parts: Ids, turn: int, badness: npt.NDArray[np.int8], best: int
 ) -> npt.NDArray[np.int32]:
-    """For each part the best of its owners, in turn among equals; -1 where there is none."""
+    """For each part the best of its owners, in turn among equals; -1 where there is none. Nobody is below `best`."""
     copies = owners.shape[1]
     chosen = owners[parts, turn % copies]
     for column in range(1, copies):
-        if not badness[chosen].any():
+        if (badness[chosen] <= best).all():
             break
         other = owners[parts, (turn + column) % copies]
         chosen = np.where(badness[other] < badness[chosen], other, chosen)

@@ -1,6 +1,7 @@
 """The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 
 from embedding_service import errors
 from embedding_service.client import router as router_module
+from embedding_service.client.breaker import FIRST_REST, Breaker
 from embedding_service.client.router import Router, Want
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
@@ -200,6 +202,63 @@ def test_who_failed_this_lookup_is_asked_last_even_where_the_other_replica_faile
         shards.dead, shards.asked = {"h:0"}, []
         assert fetch(router, shards, [5])[:, 0].tolist() == [5]
         assert [call.address for call in shards.asked].count("h:0") == 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time the breaker goes by, in its one place."""
+    now = [0.0]
+    monkeypatch.setattr(router_module, "Breaker", lambda: Breaker(lambda: now[0]))
+    yield now
+
+
+def test_a_shard_that_rested_is_tried_by_the_first_lookup_it_has_rows_of(clock: list[float]) -> None:
+    """Whosever turn it would be, and however many lookups of other rows come before."""
+    for others in range(4):
+        shards = Shards(routing([[0, 1], [2, 1], [0, 2], [0, 2]]))
+        router = Router(["h:0"], Routing(shards.now))
+        shards.dead = {"h:1"}
+        for _ in range(2):  # one of the two turns meets it
+            fetch(router, shards, [5])
+        shards.dead = set()
+        clock[0] += FIRST_REST
+        for _ in range(others):
+            fetch(router, shards, [25])
+        shards.asked.clear()
+        fetch(router, shards, [5])
+        assert [call.address for call in shards.asked] == ["h:1"]
+
+
+def test_a_shard_that_sends_away_is_alive(clock: list[float]) -> None:
+    shards = Shards(routing([[0, 1]] * 4))
+    router = Router(["h:0"], Routing(shards.now))
+    shards.dead = {"h:1"}
+    for _ in range(2):
+        fetch(router, shards, [5])
+    shards.dead, shards.now = set(), routing([[0], [0, 1], [0, 1], [0, 1]], epoch=2)
+    clock[0] += FIRST_REST
+    fetch(router, shards, [5])
+    shards.asked.clear()
+    for _ in range(2):
+        fetch(router, shards, [15])
+    assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
+
+
+def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: list[float]) -> None:
+    shards = Shards(routing([[0, 1]] * 4))
+    router = Router(["h:0"], Routing(shards.now))
+    shards.dead = {"h:1"}
+    for _ in range(2):
+        fetch(router, shards, [5])
+    without = routing([[0]] * 4, epoch=2)
+    del without.shards[1:]
+    router.adopt(Routing(without))
+    shards.now, shards.dead = routing([[0, 1]] * 4, epoch=3), set()
+    router.adopt(Routing(shards.now))
+    shards.asked.clear()
+    for _ in range(2):
+        fetch(router, shards, [5])
+    assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
 
 
 def test_reads_are_spread_over_replicas() -> None:
