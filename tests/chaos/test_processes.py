@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -26,12 +27,20 @@ def others(running: Cluster, name: str) -> list[psutil.Process]:
     return psutil.Process(running.processes[name].popen.pid).children()
 
 
+def connections(process: psutil.Process) -> list[Any]:
+    """Of a process that may end at any moment."""
+    try:
+        return process.net_connections()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def answering(running: Cluster, name: str) -> list[int]:
     """Connections that each process of a shard has to others than the controller, those of its main one first."""
     port = int(running.addresses[name].rpartition(":")[2])
     everyone = [psutil.Process(running.processes[name].popen.pid), *others(running, name)]
     return [
-        sum(each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED for each in process.net_connections())
+        sum(each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED for each in connections(process))
         for process in everyone
     ]
 
@@ -40,7 +49,7 @@ def listening(running: Cluster, name: str, count: int) -> bool:
     """Whether so many processes take a shard's connections."""
     port = int(running.addresses[name].rpartition(":")[2])
     return count == sum(
-        any(each.laddr.port == port and each.status == psutil.CONN_LISTEN for each in process.net_connections())
+        any(each.laddr.port == port and each.status == psutil.CONN_LISTEN for each in connections(process))
         for process in others(running, name)
     )
 
