@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+import psutil
 
 from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
@@ -22,6 +23,7 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
 
 START_SECONDS = 90
+READY = "ready: "  # `up` says it when all is served
 # Of an environment that has the service's packages, where that of the tests has the client's alone.
 PYTHON = os.environ.get("EMBEDDING_SERVICE_PYTHON", sys.executable)
 T = TypeVar("T")
@@ -50,12 +52,13 @@ class Process:
     def __init__(self, log: Path, *arguments: str, within: Sequence[str] = ()) -> None:
         """`within`: a command that runs another, as `ip netns exec NAME` does."""
         self.log = log
-        with log.open("ab") as output:
+        self._command = [*within, PYTHON, "-m", "embedding_service", *arguments]
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [*within, PYTHON, "-m", "embedding_service", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
 
     def output(self) -> str:
@@ -97,12 +100,23 @@ class Process:
 
 
 class Up(Process):
-    """`embedding-service up`; `address` answers for all of its shards."""
+    """`embedding-service up`; `address` answers for all of its shards, and stays over restarts."""
 
     def __init__(self, log: Path, store: Path, shards: int, *options: str) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         port = self.address.rpartition(":")[2]
         super().__init__(log, "up", f"--store={store}", f"--shards={shards}", f"--port={port}", *options)
+
+    def restart(self) -> None:
+        """Start it again after its end; returns when it is ready."""
+        self.log.unlink()
+        self._start()
+        self.wait_for(READY)
+
+    def family(self) -> list[psutil.Process]:
+        """Its processes: `up`, the controller and the shards."""
+        first = psutil.Process(self.popen.pid)
+        return [first, *first.children(recursive=True)]
 
     def status(self) -> control.Status:
         """The controller's view."""
@@ -114,7 +128,7 @@ def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[Up]:
     """A running `up` that is ready; ended afterwards."""
     process = Up(folder / "up.log", store, shards, *options)
     try:
-        process.wait_for("ready: ")
+        process.wait_for(READY)
         yield process
     finally:
         process.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -92,6 +93,38 @@ QWEN4_EXP = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
+
+
+@dataclass
+class SmallModel:
+    """A checkpoint that the service has under a name of its own.
+
+    whole: with its tables.
+    tableless: the same tensors, names and shapes, but each value of the tables is NaN.
+    table_bytes: of the tables.
+    """
+
+    name: str
+    whole: Path
+    tableless: Path
+    table_bytes: int
+
+
+def small_model(name: str, whole: Path, tableless: Path) -> SmallModel:
+    """The checkpoint and its copy without tables."""
+    tableless.mkdir()
+    table_bytes = 0
+    for file in whole.iterdir():
+        if file.suffix != ".safetensors":
+            (tableless / file.name).write_bytes(file.read_bytes())
+            continue
+        tensors = load_file(file)
+        for tensor_name, values in tensors.items():
+            if ".embedders." in tensor_name or ".ple_embedding.ngram_embedding." in tensor_name:
+                table_bytes += values.nbytes
+                values.fill_(float("nan"))
+        save_file(tensors, tableless / file.name, {"format": "pt"})
+    return SmallModel(name, whole, tableless, table_bytes)
 
 
 def qwen4_exp_checkpoint(folder: Path) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, Answers, SmallModel, environment, needs_vllm
+from engines import HERE, Answers, environment, needs_vllm
+from small_models import SmallModel
 from support.cluster import Up, free_port, until
 
 pytestmark = needs_vllm

@@ -9,7 +9,7 @@ from typing import Any
 import interpreted
 import pytest
 import torch
-from conftest import needs_vllm
+from engines import needs_vllm
 
 from embedding_service.ngram import NgramHasher
 from model_worker.vllm.tables import swapped

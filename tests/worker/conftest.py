@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from small_model import write_checkpoint
-from support.cluster import Process, free_port
+from support.cluster import Up, up
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
 from embedding_service import EmbeddingClient
@@ -55,43 +54,15 @@ def model_store(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-class Tables:
-    """`up` with two shards over the small model's store, at one address over restarts."""
-
-    def __init__(self, folder: Path, store: Path) -> None:
-        self._log = folder / "up.log"
-        self._store = store
-        self.address = f"127.0.0.1:{free_port()}"
-        self.start()
-
-    def start(self) -> None:
-        """Start it; returns when it serves."""
-        port = self.address.rpartition(":")[2]
-        self._log.unlink(missing_ok=True)
-        options = [f"--store={self._store}", "--shards=2", "--memory=64MiB", f"--port={port}"]
-        self._process = Process(self._log, "up", *options)
-        self._process.wait_for("ready: ")
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.end()
-
-    def family(self) -> list[psutil.Process]:
-        """Its processes: `up`, the controller and the shards."""
-        first = psutil.Process(self._process.popen.pid)
-        return [first, *first.children(recursive=True)]
+@pytest.fixture(scope="session")
+def tables(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """The service that serves the small model. A test may end it, and must restart it."""
+    with up(tmp_path_factory.mktemp("tables"), model_store, 2, "--memory=64MiB") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
-def tables(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tables]:
-    """The service that serves the small model. A test may stop it, and must start it again."""
-    running = Tables(tmp_path_factory.mktemp("tables"), model_store)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="session")
-def embeddings(tables: Tables) -> str:
+def embeddings(tables: Up) -> str:
     """The address of that service."""
     return tables.address
 

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Tables
 from safetensors.torch import load_file, save_file
 from small_model import VOCAB, write_tokenizer
+from support.cluster import Up, up
 from test_engine import Job, greedy, prompts
 from transformers import (
     DynamicCache,
@@ -99,17 +99,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tables]:
+def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Two shards with the tables in the checkpoint's own dtype, in many parts."""
     home = tmp_path_factory.mktemp("qwen-store")
     import_checkpoint(folder, str(home / "store"), "qwen", dtype="keep", part_bytes=8 << 10)
-    running = Tables(home, home / "store")
-    yield running
-    running.stop()
+    with up(home, home / "store", 2, "--memory=64MiB") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def client(service: Tables) -> Iterator[EmbeddingClient]:
+def client(service: Up) -> Iterator[EmbeddingClient]:
     with EmbeddingClient(service.address, timeout=30) as connected:
         yield connected
 
@@ -224,18 +223,17 @@ def test_the_model_with_vision(folder: Path, client: EmbeddingClient, tmp_path: 
     whole = Qwen4ExpForConditionalGeneration(config)
     folder = write(tmp_path / "vision", whole, torch.float32)
     import_checkpoint(folder, str(tmp_path / "store"), "seeing", dtype="keep")
-    tables = Tables(tmp_path, tmp_path / "store")
-    try:
-        with EmbeddingClient(tables.address, timeout=30) as connected:
-            here = Qwen4ExpForConditionalGeneration.from_pretrained(folder).eval()
-            there = load_model(folder).eval()
-            attach(there, connected, "seeing")
-            assert isinstance(there, Qwen4ExpForConditionalGeneration)
-            options = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-            assert torch.equal(there(some_ids()).logits, here(some_ids()).logits)
-            assert torch.equal(there.generate(some_ids(), **options), here.generate(some_ids(), **options))
-    finally:
-        tables.stop()
+    with (
+        up(tmp_path, tmp_path / "store", 2, "--memory=64MiB") as tables,
+        EmbeddingClient(tables.address, timeout=30) as connected,
+    ):
+        here = Qwen4ExpForConditionalGeneration.from_pretrained(folder).eval()
+        there = load_model(folder).eval()
+        attach(there, connected, "seeing")
+        assert isinstance(there, Qwen4ExpForConditionalGeneration)
+        options = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        assert torch.equal(there(some_ids()).logits, here(some_ids()).logits)
+        assert torch.equal(there.generate(some_ids(), **options), here.generate(some_ids(), **options))
 
 
 # Loading
@@ -439,7 +437,7 @@ def test_the_engine_batches_it(here: Any, there: Any) -> None:
         assert given == here.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
-def test_a_worker_serves_it(folder: Path, service: Tables, here: Any) -> None:
+def test_a_worker_serves_it(folder: Path, service: Up, here: Any) -> None:
     worker = Worker(WorkerConfig(str(folder), service.address, "qwen", "1", max_batch=2, max_queue=2))
     try:
         worker.check()

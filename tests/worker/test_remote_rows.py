@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tables
 from small_model import VOCAB, write_checkpoint
+from support.cluster import up
 from transformers import LongcatFlashForCausalLM
 
 from embedding_service import EmbeddingClient
@@ -72,18 +72,17 @@ def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     folder = write_checkpoint(tmp_path / "m", stored)
     import_checkpoint(folder, str(tmp_path / "store"), "half", dtype="keep", part_bytes=16 << 10)
-    tables = Tables(tmp_path, tmp_path / "store")
-    try:
-        with EmbeddingClient(tables.address, timeout=30) as client:
-            here, there = load_model(folder), load_model(folder)
-            attach(here, LocalTables(folder), "local")
-            attach(there, client, "half")
-            assert there.dtype == stored
-            ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
-            assert torch.equal(here(ids).logits, there(ids).logits)
-            same(here, there, ids, {})
-    finally:
-        tables.stop()
+    with (
+        up(tmp_path, tmp_path / "store", 2, "--memory=64MiB") as tables,
+        EmbeddingClient(tables.address, timeout=30) as client,
+    ):
+        here, there = load_model(folder), load_model(folder)
+        attach(here, LocalTables(folder), "local")
+        attach(there, client, "half")
+        assert there.dtype == stored
+        ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
+        assert torch.equal(here(ids).logits, there(ids).logits)
+        same(here, there, ids, {})
 
 
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

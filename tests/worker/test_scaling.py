@@ -13,16 +13,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import Tables
 from prometheus_client.parser import text_string_to_metric_families
-from support.cluster import until
+from support.cluster import Up, until
 from test_serve import PROMPT, Server
 
 LONG = 9000
 
 
 @pytest.fixture
-def server(model_folder: Path, tables: Tables, tmp_path: Path) -> Iterator[Server]:
+def server(model_folder: Path, tables: Up, tmp_path: Path) -> Iterator[Server]:
     """One or two replicas, scaled within seconds, of a model with room for long answers."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2 * LONG}
@@ -88,7 +87,7 @@ def busy(server: Server) -> set[str]:
 
 
 @pytest.mark.timeout(600)
-def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tables: Tables) -> None:
+def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tables: Up) -> None:
     shards = {process.pid for process in tables.family()}
     assert len(replicas(server)) == 1
     with load(server, users=16):

@@ -17,10 +17,9 @@ import openai
 import psutil
 import pytest
 import torch
-from conftest import Tables
 from prometheus_client.parser import text_string_to_metric_families
 from small_model import CONTEXT, VOCAB
-from support.cluster import free_port, until
+from support.cluster import Up, free_port, until
 from test_engine import without_a_cache
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
@@ -435,7 +434,7 @@ def test_nothing_listens_beyond_loopback(server: Server) -> None:
 
 
 def test_a_service_that_is_away_answers_503_until_it_is_back(
-    server: Server, client: openai.OpenAI, tables: Tables, expected: tuple[list[int], str]
+    server: Server, client: openai.OpenAI, tables: Up, expected: tuple[list[int], str]
 ) -> None:
     assert httpx.get(f"{server.url}/healthz").status_code == 200
     started = threading.Event()
@@ -453,7 +452,7 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
     reader = threading.Thread(target=read_a_long_stream)
     reader.start()
     assert started.wait(30)
-    tables.stop()
+    tables.end()
     try:
         reader.join(60)
         assert [("embedding service" in str(error)) for error in broken] == [True]
@@ -463,13 +462,13 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
         assert answer.headers["Retry-After"]
         assert "embedding service" in answer.json()["error"]["message"]
     finally:
-        tables.start()
+        tables.restart()
     until(lambda: httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200, "health", 30)
     again = client.completions.create(model="small", prompt=PROMPT, max_tokens=24, temperature=0)
     assert again.choices[0].text == expected[1]
 
 
-def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Tables, tmp_path: Path) -> None:
+def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, tmp_path: Path) -> None:
     """Its counts are told and exported; while the service is away they still answer, and its health is not theirs."""
     server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB")
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -493,12 +492,12 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Tabl
         until(lambda: exported().get("ray_model_worker_cache_hits_total") == after["cache_hits"], "the counts", 60)
         assert exported()["ray_model_worker_cache_misses_total"] == after["cache_misses"]
         assert httpx.get(f"{server.url}/healthz").status_code == 200
-        tables.stop()
+        tables.end()
         try:
             assert ask() == first
             assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 503
         finally:
-            tables.start()
+            tables.restart()
     finally:
         server.end()
 
