@@ -15,6 +15,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray._common.network_utils import is_localhost
+from ray.exceptions import RayActorError
 from ray.serve._private import replica
 
 from embedding_service import polling
@@ -27,7 +28,11 @@ APP = "model-worker"
 # A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
 _ABOVE_QUEUE = 64
 _OBJECT_STORE_BYTES = 80 * 2**20
+# Ray runs actors at niceness 15: beside busy processes of others, replicas would get a thirtieth of a core.
+_AS_OTHERS = {"worker_niceness": 0}
 _LOOPBACK = "127.0.0.1"
+# Ray Serve gives its proxy 5 s to start and then kills it, which on a busy machine goes on for ever.
+_PROXY_SECONDS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 # What Ray may take to end a replica that runs nothing any more.
 _DELETION_SECONDS = 10
 
@@ -113,6 +118,7 @@ def join_ray(address: str) -> None:
 
 def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
     """Start Ray on this machine alone, with room for all replicas; None exports metrics on any free port."""
+    os.environ.update(_PROXY_SECONDS | os.environ)
     ray.init(
         address="local",
         namespace=APP,
@@ -120,6 +126,7 @@ def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
         num_gpus=None if scaling.num_gpus else 0,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
+        _system_config=_AS_OTHERS,
         _metrics_export_port=metrics_port,
         logging_level=logging.ERROR,
         log_to_driver=False,
@@ -135,7 +142,10 @@ def metrics_addresses() -> list[str]:
 def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None:
     """Serve; returns when all replicas answer. Raises EmbeddingServiceError, with their reason, when they do not."""
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    except RayActorError as error:
+        raise EmbeddingServiceError(f"Ray Serve's proxy does not come up: {error}") from error
     deployment: Any = serve.deployment(
         WorkerReplica,
         name=APP,

@@ -38,6 +38,8 @@ PROCESS_BYTES = 512 << 20
 ROOM_SECONDS, LOCAL_ROOM_SECONDS = 120.0, 5.0
 LOOK_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 80 << 20
+# Ray runs actors at niceness 15: beside busy processes of others, shards would get a thirtieth of a core.
+_AS_OTHERS = {"worker_niceness": 0}
 
 
 def run(options: UpOptions, address: str) -> None:
@@ -130,6 +132,7 @@ def _join(options: UpOptions, address: str) -> None:
         "num_gpus": None if _on_gpu(options) else 0,  # None: Ray looks how many there are
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
+        "_system_config": _AS_OTHERS,
     }
     ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
 

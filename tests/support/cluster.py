@@ -22,7 +22,7 @@ from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
 
-START_SECONDS = 90
+START_SECONDS = 180
 READY = "ready: "  # `up` says it when all is served
 # Of an environment that has the service's packages, where that of the tests has the client's alone.
 PYTHON = os.environ.get("EMBEDDING_SERVICE_PYTHON", sys.executable)
