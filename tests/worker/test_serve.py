@@ -63,9 +63,10 @@ class Server:
 
     def end(self) -> None:
         """Leave nothing of it."""
-        family = self.family() if self.popen.is_running() else []
-        for process in family:
-            process.terminate()
+        if not self.popen.is_running():
+            return
+        family = self.family()
+        self.popen.terminate()
         for process in psutil.wait_procs(family, timeout=20)[1]:
             process.kill()
 
