@@ -40,7 +40,7 @@ def test_its_processes_end_when_it_is_killed(store: Path, tmp_path: Path) -> Non
     with up(tmp_path, store, 2) as running:
         children = psutil.Process(running.popen.pid).children(recursive=True)
         running.end(signal.SIGKILL)
-        until(lambda: not [child for child in children if child.is_running()], "the processes to end", 20)
+        until(lambda: not [child for child in children if child.is_running()], "the processes to end")
 
 
 def test_two_replicas(store: Path, tmp_path: Path) -> None:

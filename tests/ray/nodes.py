@@ -21,7 +21,8 @@ def main(nodes: int) -> None:
     folder = tempfile.mkdtemp(prefix="ray-")  # not the tests' own: sockets lie in it, whose paths must be short
     node = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 1, "memory": 8 << 30}
     node |= {"object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False, "temp_dir": folder})
+    head = {**node, "include_dashboard": False, "temp_dir": folder, "_system_config": {"worker_niceness": 0}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes - 1):
             cluster.add_node(**node, wait=False)

@@ -91,7 +91,7 @@ def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tabl
     shards = {process.pid for process in tables.family()}
     assert len(replicas(server)) == 1
     with load(server, users=16):
-        until(lambda: len({server.info()["pid"] for _ in range(10)}) == 2, "a second replica to answer", 60)
+        until(lambda: len({server.info()["pid"] for _ in range(10)}) == 2, "a second replica to answer")
     both = replicas(server)
     assert len(both) == 2
     until(lambda: not busy(server), "the load to be over")
@@ -100,11 +100,11 @@ def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tabl
         answers: list[Future[int]] = []
         for number in (1, 2):
             answers.append(pool.submit(long_answer, server))
-            until(lambda number=number: len(busy(server)) == number, f"{number} replicas to be busy", 20)
+            until(lambda number=number: len(busy(server)) == number, f"{number} replicas to be busy")
         # One replica could hold both: the other goes, and no new request reaches it.
-        until(lambda: len({server.info()["pid"] for _ in range(20)}) == 1, "new requests to go to one replica", 60)
+        until(lambda: len({server.info()["pid"] for _ in range(20)}) == 1, "new requests to go to one replica")
         assert [answer.done() for answer in answers] == [False, False]
         assert replicas(server) == both
         assert [answer.result() for answer in answers] == [LONG, LONG]
-    until(lambda: len(replicas(server)) == 1, "the second replica to go", 60)
+    until(lambda: len(replicas(server)) == 1, "the second replica to go")
     assert {process.pid for process in tables.family()} == shards
