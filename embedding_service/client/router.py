@@ -1,7 +1,8 @@
 """Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
 
 `Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
-wait (seconds), and is sent the answers in the same order, an iterable that may wait for each. `run` and `run_async`
+wait (seconds), and is sent the answers in the same order, an iterable that may wait for each; or an `Aside`, which
+nobody waits for. `run` and `run_async`
 drive it for threads and for asyncio; shards drive the same code to forward what they do not hold. The rules it follows
 are in ARCHITECTURE.md ("Rules of the protocol").
 """
@@ -29,13 +30,24 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.rows import Answer, Bytes, Request, Shape, lookup_request
 
 T = TypeVar("T")
-Steps = Generator[list[Call] | float, Any, T]
+
+
+class Aside(NamedTuple):
+    """A call that nobody waits for; `done` gets its outcome, on any thread."""
+
+    call: Call
+    done: Callable[[Any], None]
+
+
+Steps = Generator[list[Call] | float | Aside, Any, T]
 
 # A shard that takes this long for its routing is not worth waiting for: another one knows it too.
 ROUTING_TIMEOUT = 2.0
 # Shards that are asked for a newer routing before those who must know it.
 ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
+# A routing may be right and yet not name new copies, of which no answer tells: so often one looks for a newer one.
+LOOK_SECONDS = 10.0
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
 # More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
@@ -78,6 +90,7 @@ class Router:
         self._alternatives = alternatives
         self._breaker = Breaker()
         self._turn = itertools.count(random.randrange(1 << 16))
+        self._looks_at = _next_look()
 
     @property
     def current(self) -> Routing | None:
@@ -108,6 +121,9 @@ class Router:
             Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
         """
         while True:
+            if self._routing and self._routing.addresses and time.monotonic() >= self._looks_at:
+                self._looks_at = _next_look()
+                yield Aside(_ask(random.choice(self._routing.addresses), self._routing, ROUTING_TIMEOUT), self._looked)
             known = self._routing and self._routing.find(name)
             model = known or (yield from self.model(name, deadline))
             wants = list(wants_of(model))
@@ -120,6 +136,10 @@ class Router:
                     raise
                 continue  # the version was retired while we asked: take the one that replaced it
             return wants
+
+    def _looked(self, outcome: Any) -> None:
+        if isinstance(outcome, wire.Routing):
+            self.adopt(Routing(outcome))
 
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
@@ -230,12 +250,11 @@ class Router:
             *random.sample(senders, min(1, len(senders))),
             *self._seeds,
         ]
-        request = wire.GetRoutingRequest(term=known.age[0], epoch=known.age[1]) if known else wire.GetRoutingRequest()
         for address in sorted(dict.fromkeys(asked), key=lambda address: address in avoid):
             timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
             if timeout <= 0:
                 return
-            [answer] = yield [Call(address, request, timeout)]
+            [answer] = yield [_ask(address, known, timeout)]
             if isinstance(answer, wire.Routing):
                 self.adopt(Routing(answer))
                 if not senders or self._routing is not known:
@@ -247,7 +266,7 @@ class Router:
             failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), _pause(attempt)
             for address in self._seeds:
                 timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
-                [answer] = yield [Call(address, wire.GetRoutingRequest(), timeout)]
+                [answer] = yield [_ask(address, None, timeout)]
                 if isinstance(answer, wire.Routing):
                     return self.adopt(Routing(answer))
                 failure = answer
@@ -261,6 +280,17 @@ class Router:
 
 
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def _next_look() -> float:
+    """When to look, on time.monotonic's clock: spread, so that clients do not come in step."""
+    return time.monotonic() + LOOK_SECONDS * random.uniform(0.75, 1.25)
+
+
+def _ask(address: str, known: Routing | None, timeout: float) -> Call:
+    """For a newer routing than what is known."""
+    term, epoch = known.age if known else (0, 0)
+    return Call(address, wire.GetRoutingRequest(term=term, epoch=epoch), timeout)
 
 
 def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
@@ -398,6 +428,8 @@ def run(steps: Steps[T], transport: Transport) -> T:
             step = steps.send(answers)
             if isinstance(step, float):
                 time.sleep(step)
+            elif isinstance(step, Aside):
+                _send_aside(step, transport)
             else:
                 answers = transport.exchange(step)
     except StopIteration as end:
@@ -415,7 +447,13 @@ async def run_async(steps: Steps[T], transport: Transport) -> T:
             step = steps.send(answers)
             if isinstance(step, float):
                 await asyncio.sleep(step)
+            elif isinstance(step, Aside):
+                _send_aside(step, transport)
             else:
                 answers = await transport.together.exchange(step)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+
+
+def _send_aside(step: Aside, transport: Transport) -> None:
+    transport.send(step.call).add_done_callback(lambda future: step.done(future.result()))

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from embedding_service.errors import NotFound, StoreError
@@ -27,10 +28,12 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         try:
-            self.filesystem, self.root = fsspec.core.url_to_fs(self.url)
+            filesystem, self.root = fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
             raise StoreError(f"{self.url} is no store that can be opened: {error}") from error
-        self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self.is_local = isinstance(filesystem, LocalFileSystem)
+        # Parts are cached here, whole or not at all; a cache of fsspec's shows a file while it is written.
+        self.filesystem = filesystem.fs if isinstance(filesystem, CachingFileSystem) else filesystem
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"

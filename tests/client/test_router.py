@@ -11,7 +11,7 @@ import pytest
 from embedding_service import errors
 from embedding_service.client import router as router_module
 from embedding_service.client.breaker import FIRST_REST, Breaker
-from embedding_service.client.router import Router, Want
+from embedding_service.client.router import LOOK_SECONDS, Aside, Router, Want
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
 from embedding_service.placement.routing import Model, Routing
@@ -71,6 +71,9 @@ class Shards:
         try:
             for _ in range(most_steps):
                 step = steps.send(answers)
+                if isinstance(step, Aside):
+                    step.done(self.answer(step.call))
+                    continue
                 answers = None if isinstance(step, float) else [self.answer(call) for call in step]
         except StopIteration as end:
             return end.value
@@ -259,6 +262,24 @@ def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: list[floa
     for _ in range(2):
         fetch(router, shards, [5])
     assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
+
+
+def test_copies_of_which_no_answer_tells_are_used_once_somebody_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards(routing([[0]] * 4))
+    router = Router(["h:0"])
+    fetch(router, shards, [5])
+    shards.now = routing([[0, 1]] * 4, epoch=2)
+    shards.asked.clear()
+    for _ in range(4):
+        fetch(router, shards, [5])
+    assert [call.address for call in shards.asked] == ["h:0"] * 4
+    now = time.monotonic()
+    monkeypatch.setattr(router_module.time, "monotonic", lambda: now + 1.25 * LOOK_SECONDS)
+    shards.asked.clear()
+    for _ in range(4):
+        fetch(router, shards, [5])
+    assert len(shards.asked) == 5
+    assert {call.address for call in lookups_of(shards)} == {"h:0", "h:1"}
 
 
 def test_reads_are_spread_over_replicas() -> None:
