@@ -62,6 +62,16 @@ def test_a_manifest_that_cannot_be_read_names_its_file(checkpoint: Any, tmp_path
         Store(tmp_path / "store").manifest("tiny")
 
 
+def test_what_is_read_is_what_the_store_has_and_no_cache_of_fsspec_between(checkpoint: Any, tmp_path: Path) -> None:
+    import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny")
+    store = Store(f"simplecache::file://{tmp_path}/store")
+    assert not store.is_local
+    assert store.manifest("tiny").version == "1"
+    (tmp_path / "store" / "tiny" / "1" / "manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match="is not a manifest"):
+        store.manifest("tiny")
+
+
 def test_a_local_url_is_a_local_store(checkpoint: Any, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     manifest = import_checkpoint(checkpoint.folder, store, "tiny")
