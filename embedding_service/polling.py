@@ -13,7 +13,12 @@ import sys
 from importlib.metadata import version
 
 _VARIABLE = "GRPC_EXPERIMENTS"
-_OWN_POLLING = "-event_engine_client,-event_engine_listener"
+_OWN_POLLING = {
+    _VARIABLE: "-event_engine_client,-event_engine_listener",
+    # Milliseconds. Between a failed call and its next try nobody polls, and a connection that is being made waits for
+    # that, past its own time limit: gRPC looks after those itself, by default every 5 s only.
+    "GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS": "100",
+}
 # The newest release that is known to have these switches.
 _NEWEST = (1, 85)
 
@@ -24,13 +29,15 @@ def environment() -> dict[str, str]:
     Empty where GRPC_EXPERIMENTS is set already, and for a release of grpc that is not known to have the switches.
     """
     release = tuple(int(number) for number in version("grpcio").split(".")[:2])
-    return {} if _VARIABLE in os.environ or release > _NEWEST else {_VARIABLE: _OWN_POLLING}
+    if _VARIABLE in os.environ or release > _NEWEST:
+        return {}
+    return {name: value for name, value in _OWN_POLLING.items() if name not in os.environ}
 
 
 def load_grpc() -> None:
     """Import grpc so that polling threads wait for sockets themselves.
 
-    It reads the variable once, when it is imported: nothing is changed where it was imported before, nor where
+    It reads the variables once, when it is imported: nothing is changed where it was imported before, nor where
     GRPC_EXPERIMENTS is set. The environment is left as it was: processes started from here may have their own gRPC.
     """
     added = environment()
@@ -40,4 +47,5 @@ def load_grpc() -> None:
     try:
         importlib.import_module("grpc")
     finally:
-        del os.environ[_VARIABLE]
+        for name in added:
+            del os.environ[name]
