@@ -1,4 +1,4 @@
-"""What a process asks of its machine: a free address, an end together with its parent, as many files as it may have."""
+"""What a process asks of its machine: a free address, an end with its parent, files, a Ray of this machine alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import errno
 import resource
 import signal
 import socket
+from typing import Any
 
 from embedding_service.errors import InvalidRequest
 
+# Options of `ray.init` for a Ray that starts here and is ours alone.
+LOCAL_RAY: dict[str, Any] = {
+    "object_store_memory": 80 << 20,
+    "include_dashboard": False,
+    # Ray runs actors at niceness 15: beside busy processes of others, they would get a thirtieth of a core.
+    "_system_config": {"worker_niceness": 0},
+}
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
 

@@ -20,6 +20,7 @@ from ray.serve._private import replica
 
 from embedding_service import polling
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.machine import LOCAL_RAY
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
 from model_worker.worker import Worker, WorkerConfig
@@ -27,9 +28,6 @@ from model_worker.worker import Worker, WorkerConfig
 APP = "model-worker"
 # A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
 _ABOVE_QUEUE = 64
-_OBJECT_STORE_BYTES = 80 * 2**20
-# Ray runs actors at niceness 15: beside busy processes of others, replicas would get a thirtieth of a core.
-_AS_OTHERS = {"worker_niceness": 0}
 _LOOPBACK = "127.0.0.1"
 # Ray Serve gives its proxy 5 s to start and then kills it, which on a busy machine goes on for ever.
 _PROXY_SECONDS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
@@ -124,12 +122,10 @@ def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
         namespace=APP,
         num_cpus=max(os.cpu_count() or 1, math.ceil(scaling.most * scaling.num_cpus)),
         num_gpus=None if scaling.num_gpus else 0,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _system_config=_AS_OTHERS,
         _metrics_export_port=metrics_port,
         logging_level=logging.ERROR,
         log_to_driver=False,
+        **LOCAL_RAY,
     )
 
 

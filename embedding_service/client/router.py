@@ -2,9 +2,8 @@
 
 `Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
 wait (seconds), and is sent the answers in the same order, an iterable that may wait for each; or an `Aside`, which
-nobody waits for. `run` and `run_async`
-drive it for threads and for asyncio; shards drive the same code to forward what they do not hold. The rules it follows
-are in ARCHITECTURE.md ("Rules of the protocol").
+nobody waits for. `run` and `run_async` drive it for threads and for asyncio; shards drive the same code to forward what
+they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the protocol").
 """
 
 from __future__ import annotations

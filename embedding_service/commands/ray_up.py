@@ -29,7 +29,7 @@ from embedding_service.commands.query import status_tables, wide_console
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.machine import check_free
+from embedding_service.machine import LOCAL_RAY, check_free
 
 LOCAL = "local"
 # What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
@@ -37,9 +37,6 @@ PROCESS_BYTES = 512 << 20
 # A cluster may have to add nodes first; on this machine alone there is room at once or never.
 ROOM_SECONDS, LOCAL_ROOM_SECONDS = 120.0, 5.0
 LOOK_SECONDS = 0.5
-_OBJECT_STORE_BYTES = 80 << 20
-# Ray runs actors at niceness 15: beside busy processes of others, shards would get a thirtieth of a core.
-_AS_OTHERS = {"worker_niceness": 0}
 
 
 def run(options: UpOptions, address: str) -> None:
@@ -130,10 +127,7 @@ def _join(options: UpOptions, address: str) -> None:
     local: dict[str, Any] = {
         "num_cpus": max(os.cpu_count() or 1, options.shards),
         "num_gpus": None if _on_gpu(options) else 0,  # None: Ray looks how many there are
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-        "_system_config": _AS_OTHERS,
-    }
+    } | LOCAL_RAY
     ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
 
 

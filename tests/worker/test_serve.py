@@ -388,7 +388,8 @@ def test_a_client_that_goes_cancels(server: Server, stream: bool) -> None:
 # The process
 
 
-def test_it_holds_no_tables(server: Server, model_folder: Path) -> None:
+def test_it_holds_no_tables(server: Server, client: openai.OpenAI, model_folder: Path) -> None:
+    client.completions.create(model="small", prompt=PROMPT, max_tokens=5)
     info = server.info()
     dense = (model_folder / "model-00001-of-00002.safetensors").stat().st_size
     assert info["table_bytes"] == 0
