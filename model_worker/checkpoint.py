@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
 from embedding_service.errors import StoreError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 class Checkpoint:
@@ -33,6 +35,19 @@ class Checkpoint:
     def names(self) -> set[str]:
         """The names of all tensors."""
         return set(self._files)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model is to generate, and what ends a sequence; None where the checkpoint leaves that to its config.
+
+        Raises StoreError: the file is unreadable.
+        """
+        if not (self.folder / GENERATION).exists():
+            return None
+        keys = self._read_json(GENERATION)
+        try:
+            return GenerationConfig.from_dict(keys)
+        except Exception as error:
+            raise StoreError(f"cannot use {GENERATION} in {self.folder} ({error}): correct it") from error
 
     def slice(self, name: str) -> Any:
         """A tensor not read yet (safetensors' slice): `[...]` reads it, `get_shape()` tells its shape.

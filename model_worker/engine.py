@@ -32,6 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from embedding_service.errors import EmbeddingServiceError, Unavailable
 from model_worker.batch_cache import join, keep
+from model_worker.ends import end_tokens
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
 from model_worker.text import TextStream, Tokenizer
 
@@ -67,7 +68,7 @@ class Request:
         self.params = params
         self.emit = emit
         self.completion: list[int] = []
-        """The tokens generated so far, a closing EOS included."""
+        """The tokens generated so far, one that ends it included."""
         self.cancelled = False
         self.text = TextStream(tokenizer, params.stop)
         self.generator = params.generator()
@@ -83,20 +84,20 @@ class Request:
         """Nobody waits for it any more: it leaves before the next step. From any thread."""
         self.cancelled = True
 
-    def advance(self, logits: Tensor, eos: frozenset[int]) -> bool:
+    def advance(self, logits: Tensor, ends: frozenset[int]) -> bool:
         """Choose the next token from float [V] logits and emit what is new. False when the request is over."""
         token = choose(logits, self.params, self.generator)
         self.completion.append(token)
         if self.params.logprobs is not None:
             self._logprobs.append(log_probability(logits, token, self.params.logprobs))
-        text, reason = self._text_and_end(token, eos)
+        text, reason = self._text_and_end(token, ends)
         if text or reason:
             self.emit(Event(text, reason, logprobs=tuple(self._logprobs)))
             self._logprobs.clear()
         return reason is None
 
-    def _text_and_end(self, token: int, eos: frozenset[int]) -> tuple[str, FinishReason | None]:
-        if token in eos and not self.params.ignore_eos:
+    def _text_and_end(self, token: int, ends: frozenset[int]) -> tuple[str, FinishReason | None]:
+        if token in ends and not self.params.ignore_eos:
             return self.text.finish(), "stop"
         text = self.text.push(token)
         if self.text.stopped:
@@ -111,10 +112,11 @@ class Engine:
     """Runs a causal language model on its own thread.
 
     model: a transformers model that `model_worker.attach` has fed.
-    tokenizer: its tokenizer.
+    tokenizer: its tokenizer; what ends a sequence is told by all of them, see `end_tokens`.
     max_batch: requests that run at once.
     max_queue: requests that may wait beside those.
     on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
+    Raises StoreError: what ends a sequence is no token of the model.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class Engine:
         self.capacity = max_batch + max_queue
         """Requests that may run and wait at once."""
         self._on_first_token = on_first_token
-        self._eos = _eos_tokens(model)
+        self._ends = end_tokens(model.config, model.generation_config, tokenizer)
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._joining = 0
@@ -265,7 +267,7 @@ class Engine:
     def _advance(self, request: Request, logits: Tensor) -> bool:
         self.tokens += 1
         try:
-            return request.advance(logits, self._eos)
+            return request.advance(logits, self._ends)
         except Exception as error:
             self._fail([request], error)
             return False
@@ -307,11 +309,3 @@ class Engine:
         )
         return output.logits[:, -1].float().cpu()
 
-
-def _eos_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Every token that ends a sequence, by the config and by the generation config."""
-    found: set[int] = set()
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
-        ids = getattr(config, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

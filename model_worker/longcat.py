@@ -149,6 +149,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
         # Other shapes are let through only to be named below: transformers' own refusal does not name them.
         loaded: Any = _FlashWithoutZeroExperts.from_pretrained(
             None,
+            generation_config=files.generation_config(),
             config=config,
             state_dict=tensors,
             dtype=dtype or words[:1].dtype,

@@ -178,6 +178,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     refuse_tensors(checkpoint, "missing", set() if words else {"embed_tokens.weight"})
     loaded: Any = model_class.from_pretrained(
         None,
+        generation_config=files.generation_config(),
         config=config_class.from_dict(files.config),
         state_dict={name: files.slice(name) for name in names},
         dtype=dtype or files.slice(str(words))[:1].dtype,

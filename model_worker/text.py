@@ -9,7 +9,10 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """What is used of a transformers tokenizer; `end_tokens` asks for more where there is a chat template."""
+
+    eos_token_id: int | None
+    chat_template: str | dict[str, str] | None
 
     def decode(
         self, token_ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +13,17 @@ import pytest
 import torch
 from small_model import VOCAB
 from support.cluster import until
-from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LongcatFlashForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen4ExpConfig,
+    Qwen4ExpTextConfig,
+)
 
-from embedding_service.errors import Unavailable
+from embedding_service.errors import StoreError, Unavailable
 from model_worker import attach
+from model_worker.ends import end_tokens
 from model_worker.engine import Engine, EngineBusy, Event, Request
 from model_worker.longcat import LocalTables, load_model
 from model_worker.sampling import SamplingParams
@@ -74,6 +83,13 @@ def without_a_cache(model: LongcatFlashForCausalLM, prompt: list[int], new_token
     return sequence[0, len(prompt) :].tolist()
 
 
+def attached(folder: Path) -> LongcatFlashForCausalLM:
+    """A checkpoint's model, with its tables in this process."""
+    loaded = load_model(folder)
+    attach(loaded, LocalTables(folder), "local")
+    return loaded
+
+
 def test_the_batch_changes_nothing(engine: Engine, model: LongcatFlashForCausalLM) -> None:
     """Twelve requests of mixed lengths through four places: they join and leave at different steps."""
     requests = [(prompt, 5 + 7 * (i % 4)) for i, prompt in enumerate(prompts(12))]
@@ -109,25 +125,84 @@ def test_ends(engine: Engine, model: LongcatFlashForCausalLM, tokenizer: PreTrai
     assert len(job.request.completion) < 16
 
 
-def test_an_eos_ends_a_request(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    loaded = load_model(model_folder)
-    attach(loaded, LocalTables(model_folder), "local")
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """The small checkpoint, to be changed."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def change(file: Path, **keys: object) -> None:
+    """Change keys of a JSON file, which is made where there is none."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | keys))
+
+
+def test_it_ends_where_generate_ends(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = prompts(1)[0]
-    usual = without_a_cache(loaded, prompt, 16)
-    # generate reads EOS ids here too; the n-grams' own segment ends stay what the checkpoint says.
-    loaded.generation_config.eos_token_id = [usual[6], 2]
-    ending = Engine(loaded, tokenizer)
+    model = attached(folder)
+    usual = without_a_cache(model, prompt, 16)
+    # The config keeps the EOS that ends the n-grams' segments.
+    change(folder / "generation_config.json", eos_token_id=[usual[9], usual[6]])
+    model = attached(folder)
+    end = usual.index(usual[6]) + 1
+    generated = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+    assert generated.tolist() == usual[:end]
+    ending = Engine(model, tokenizer)
     try:
         job = Job(ending, prompt, greedy(16))
-        text, reason = job.outcome()
-        assert reason == "stop"
-        assert job.request.completion == usual[: usual.index(usual[6]) + 1]
-        assert text == tokenizer.decode(job.request.completion[:-1], skip_special_tokens=True)
+        assert job.outcome() == (tokenizer.decode(usual[: end - 1], skip_special_tokens=True), "stop")
+        assert job.request.completion == usual[:end]
         ignoring = Job(ending, prompt, greedy(16, ignore_eos=True))
         assert ignoring.outcome()[1] == "length"
-        assert ignoring.request.completion[:7] == usual[:7]
+        assert ignoring.request.completion == usual
     finally:
         ending.close()
+
+
+def ends(config: dict[str, object], generation: dict[str, object], tokenizer: object) -> frozenset[int]:
+    text = Qwen4ExpTextConfig(vocab_size=VOCAB, ple_layer_ids=[1], eos_token_id=2)
+    return end_tokens(Qwen4ExpConfig(text_config=text.to_dict(), **config), GenerationConfig(**generation), tokenizer)
+
+
+def test_every_source_of_ends_counts(model_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    assert ends({}, {}, tokenizer) == {2}
+    assert ends({"eos_token_id": 5}, {"eos_token_id": 6}, tokenizer) == {2, 5, 6}
+    assert ends({"eos_token_id": [5, 7]}, {"eos_token_id": [278, 6]}, tokenizer) == {2, 5, 6, 7, 278}
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(40)
+    assert ends({}, {}, tokenizer) == {2, 40}
+    spelled = tokenizer.convert_ids_to_tokens(41)
+    with_eot = PreTrainedTokenizerFast.from_pretrained(model_folder, extra_special_tokens={"eot_token": spelled})
+    assert ends({}, {}, with_eot) == {2, 41}
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", True),
+        ("{% for m in messages %}[{{ m.role }}] {{ m.content }} <|im_end|>{{ eos_token }}{% endfor %}", True),
+        ("{% for m in messages %}<|im_end|>{{ m.content }}\n{% endfor %}", False),
+        ("{{ raise_exception('no answers, please') }}", False),
+        ("{{ messages[0].content }}", False),
+    ],
+)
+def test_the_chat_template_tells_how_a_turn_ends(model_folder: Path, template: str, found: bool) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    tokenizer.add_tokens(["<|im"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = template
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # The tokenizer's tokens that its model does not have end nothing.
+    assert end >= VOCAB
+    assert ends({}, {}, tokenizer) == {2}
+    text = Qwen4ExpTextConfig(vocab_size=VOCAB + 2, ple_layer_ids=[1], eos_token_id=2)
+    assert end_tokens(text, GenerationConfig(), tokenizer) == ({2, end} if found else {2})
+
+
+@pytest.mark.parametrize("bad", [VOCAB, -1, 2**70, True, 1.0, "</s>", [2, [3]], [None], {"id": 2}], ids=str)
+def test_ends_that_are_no_tokens_are_refused(tokenizer: PreTrainedTokenizerFast, bad: object) -> None:
+    with pytest.raises(StoreError, match=r"eos_token_id of generation_config\.json holds .*correct it"):
+        ends({}, {"eos_token_id": bad}, tokenizer)
 
 
 def test_a_cancelled_request_leaves(engine: Engine) -> None:

@@ -422,6 +422,8 @@ def test_the_engine_batches_it(here: Any, there: Any) -> None:
         pytest.skip("in half precision who shares a batch shows in the rounding, with tables here as well")
 
     class Numbers:
+        eos_token_id = chat_template = None
+
         def decode(self, token_ids: list[int], **_: object) -> str:
             return " ".join(map(str, token_ids))
 
