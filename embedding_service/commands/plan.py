@@ -169,7 +169,7 @@ def _stored_parts(url: str, name: str | None) -> list[PartDemand]:
 
     store = Store(url)
     model, _, version = (name or "").partition("@")
-    manifests = [store.manifest(each, version or None) for each in ([model] if name else store.models())]
+    manifests = [store.manifest(model, version or None)] if name else store.newest()
     if not manifests:
         raise NotFound(f"no model in {url}: `embedding-service import` puts one there")
     return [

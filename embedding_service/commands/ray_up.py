@@ -97,8 +97,7 @@ def _needed_memory(options: UpOptions) -> int:
     """Bytes a shard: an even share, and a part more as parts do not divide evenly; twice that, for new versions."""
     from embedding_service.store.store import Store
 
-    store = Store(options.store)
-    manifests = [store.manifest(model) for model in store.models()]
+    manifests = Store(options.store).newest()
     copies = options.replicas * sum(manifest.bytes for manifest in manifests)
     largest = max(part.bytes for manifest in manifests for table in manifest.tables for part in table.parts)
     return 2 * (copies // options.shards + largest)

@@ -6,11 +6,20 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from embedding_service.errors import InvalidRequest, NotFound, StoreError
 from embedding_service.formats import get_format
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+# What the wire (dim: uint32), the planner (sums of bytes: int64) and a process can carry, with room to spare.
+MOST_ROWS = 1 << 48
+MOST_DIM = 1 << 20
+MOST_PARTS = 1 << 20
+MOST_BYTES = 1 << 56
+# Of the errors that pydantic finds in a manifest.
+_ERRORS_NAMED = 3
 
 
 def check_name(name: str) -> str:
@@ -22,6 +31,7 @@ def check_name(name: str) -> str:
     return name
 
 
+Json = str | bytes
 Name = Annotated[str, AfterValidator(check_name)]
 
 
@@ -32,13 +42,13 @@ class _Frozen(BaseModel):
 class Part(_Frozen):
     """A contiguous row range of a table: one file."""
 
-    index: int = Field(ge=0)
-    first_row: int = Field(ge=0)
-    rows: int = Field(ge=1)
+    index: int = Field(ge=0, lt=MOST_PARTS)
+    first_row: int = Field(ge=0, lt=MOST_ROWS)
+    rows: int = Field(ge=1, le=MOST_ROWS)
     # Relative to the version's folder, with forward slashes.
     file: str
     # Of the rows alone, without the file's header; the checksum is over these.
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=MOST_BYTES)
     checksum: str = Field(pattern=r"^xxh3-128:[0-9a-f]{32}$")
 
 
@@ -46,11 +56,11 @@ class Table(_Frozen):
     """A matrix [rows, dim] stored in one dtype; row r lies in part r // rows_per_part."""
 
     name: Name
-    rows: int = Field(ge=1)
-    dim: int = Field(ge=1)
+    rows: int = Field(ge=1, le=MOST_ROWS)
+    dim: int = Field(ge=1, le=MOST_DIM)
     dtype: str
     row_bytes: int = Field(ge=1)
-    rows_per_part: int = Field(ge=1)
+    rows_per_part: int = Field(ge=1, le=MOST_ROWS)
     parts: tuple[Part, ...]
 
     @property
@@ -111,6 +121,15 @@ class Manifest(_Frozen):
         """Bytes of all rows of all tables."""
         return sum(table.bytes for table in self.tables)
 
+    @model_validator(mode="after")
+    def _tables_can_be_told_apart_and_carried(self) -> Manifest:
+        names = [table.name for table in self.tables]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"more than one table is named {', '.join(twice)}")
+        if self.bytes > MOST_BYTES or sum(len(table.parts) for table in self.tables) > MOST_PARTS:
+            raise ValueError(f"a version has at most {MOST_BYTES:,} bytes in {MOST_PARTS:,} parts")
+        return self
+
     def table(self, name: str) -> Table:
         """Return a table by name. Raises NotFound naming the known ones."""
         for table in self.tables:
@@ -124,9 +143,17 @@ class Manifest(_Frozen):
         return self.model_dump_json(indent=1)
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> Manifest:
-        """Read a manifest; `source` names it in errors. Raises StoreError."""
+    def from_json(cls, text: Json, source: str) -> Manifest:
+        """Read a manifest; `source` names it in errors. Raises StoreError, with one line that says what is wrong."""
         try:
             return cls.model_validate_json(text)
-        except (ValidationError, InvalidRequest) as error:
-            raise StoreError(f"{source} is not a manifest that this version can read: {error}") from error
+        except ValidationError as error:
+            wrong = "; ".join(_in_one_line(each) for each in error.errors(include_url=False)[:_ERRORS_NAMED])
+        except InvalidRequest as error:
+            wrong = str(error)
+        raise StoreError(f"{source} is not a manifest that this version can read: {wrong}")
+
+
+def _in_one_line(error: ErrorDetails) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return " ".join(f"{where}: {error['msg']}".removeprefix(": ").split())[:500]

@@ -9,6 +9,10 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -20,6 +24,27 @@ from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
 
 MANIFEST_FILE = "manifest.json"
+# A part takes about 200 bytes of it, and a tokenizer some 100 KiB.
+MOST_MANIFEST_BYTES = 256 << 20
+# What a filesystem makes at its root, which is no model.
+_NO_MODELS = ("lost+found",)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What one look at a store found, version by version: what is wrong with one hides no other.
+
+    Attributes:
+        manifests: Of each model the versions that can be read, oldest first. Never without one.
+        problems: Why something is skipped, in one line, by (model, version); version "" stands for the model's folder.
+    """
+
+    manifests: dict[str, list[Manifest]] = field(default_factory=dict)
+    problems: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def cannot_tell(self, model: str, version: str) -> bool:
+        """Whether that version may be there, and could not be read."""
+        return (model, version) in self.problems or (model, "") in self.problems
 
 
 class Store:
@@ -39,13 +64,46 @@ class Store:
         return f"Store({self.url!r})"
 
     def models(self) -> list[str]:
-        """Names of the models that have a version, sorted."""
-        return [name for name in self._folders(self.root) if self.versions(name)]
+        """Names of the models that have a version which can be read, sorted."""
+        return [manifest.model for manifest in self.newest()]
+
+    def newest(self) -> list[Manifest]:
+        """Of each model the newest version that can be read; none for a store that is not there."""
+        try:
+            return [versions[-1] for versions in self.catalogue().manifests.values()]
+        except FileNotFoundError:
+            return []
+
+    def catalogue(self, known: Catalogue | None = None) -> Catalogue:
+        """Everything that is published. What is skipped is named: odd names, what cannot be read, copies of others.
+
+        Manifests of `known` are taken from there where they are still in their place: published ones do not change.
+
+        Raises OSError, or what the filesystem of a remote store raises, where the store itself cannot be read.
+        """
+        self.filesystem.invalidate_cache()  # remote ones remember what they listed
+        have = {(each.model, each.version): each for each in chain(*known.manifests.values())} if known else {}
+        found = Catalogue()
+        for model in self._folders(self.root):
+            if model in _NO_MODELS:
+                continue
+            with _naming(found, model, "", self.location(model)):
+                check_name(model)
+                for version in self._folders(self.location(model)):
+                    with _naming(found, model, version, self.location(model, version)):
+                        check_name(version)
+                        manifest = self._read_manifest(model, version, have.get((model, version)))
+                        if manifest:
+                            found.manifests.setdefault(model, []).append(manifest)
+        return found
 
     def versions(self, model: str) -> list[str]:
         """Published versions of a model, oldest first (2 before 10); empty for a model that is not there."""
         folder = self.location(check_name(model))
-        return [version for version in self._folders(folder) if self.has(model, version)]
+        try:
+            return [version for version in self._folders(folder) if self.has(model, version)]
+        except FileNotFoundError:
+            return []
 
     def has(self, model: str, version: str) -> bool:
         """Whether that version is published."""
@@ -59,8 +117,10 @@ class Store:
         version = version or versions[-1]
         if version not in versions:
             raise NotFound(f"model {model!r} in {self.url} has no version {version!r}; it has: {', '.join(versions)}")
-        location = self.location(model, version, MANIFEST_FILE)
-        return Manifest.from_json(self.filesystem.cat_file(location).decode(), location)
+        manifest = self._read_manifest(model, version)
+        if manifest is None:
+            raise NotFound(f"model {model!r} in {self.url} has no version {version!r} any more")
+        return manifest
 
     def location(self, *names: str) -> str:
         """Where something lies, in the filesystem's own terms: a path for a local store."""
@@ -104,14 +164,46 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
 
+    def _read_manifest(self, model: str, version: str, known: Manifest | None = None) -> Manifest | None:
+        """A version's manifest, `known` if there is one; None where there is no such file. Raises StoreError."""
+        location = self.location(model, version, MANIFEST_FILE)
+        try:
+            info = self.filesystem.info(location)
+        except FileNotFoundError:
+            return None
+        size = info["size"] or 0
+        if info["type"] != "file" or size > MOST_MANIFEST_BYTES:  # a pipe would never end
+            raise StoreError(f"{location} is no manifest, which is a file of at most {MOST_MANIFEST_BYTES:,} bytes")
+        if known:
+            return known
+        manifest = Manifest.from_json(self.filesystem.cat_file(location), location)
+        if (manifest.model, manifest.version) != (model, version):
+            raise StoreError(
+                f"{location} is the manifest of {manifest.model}@{manifest.version}: a copied or renamed folder is not "
+                "served; import under the name that you want, and remove this folder"
+            )
+        return manifest
+
     def _folders(self, location: str) -> list[str]:
         """Names of the folders in one, in natural order, without hidden ones."""
-        try:
-            entries = self.filesystem.ls(location, detail=True)
-        except FileNotFoundError:
-            return []
+        entries = self.filesystem.ls(location, detail=True)
         names = [Path(entry["name"]).name for entry in entries if entry["type"] == "directory"]
         return sorted((name for name in names if not name.startswith(".")), key=natural_order)
+
+
+@contextmanager
+def _naming(found: Catalogue, model: str, version: str, location: str) -> Iterator[None]:
+    """What goes wrong with a folder is its problem alone. Filesystems raise what their libraries do."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        found.problems[model, version] = _printable(f"{location} is skipped: {reason}")
+
+
+def _printable(text: str) -> str:
+    """With what no terminal and no protobuf string would take, as in a folder's name of any bytes, escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def natural_order(name: str) -> list[tuple[str, int]]:

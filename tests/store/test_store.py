@@ -1,5 +1,8 @@
 """Reading a store, local and remote."""
 
+import json
+import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,103 @@ def test_a_manifest_that_cannot_be_read_names_its_file(checkpoint: Any, tmp_path
     (tmp_path / "store" / "tiny" / "1" / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(StoreError, match=r"tiny/1/manifest\.json is not a manifest"):
         Store(tmp_path / "store").manifest("tiny")
+
+
+def copy_of(manifest: Path, **changes: object) -> str:
+    return json.dumps(json.loads(manifest.read_text()) | changes)
+
+
+def table_of(manifest: Path, **changes: object) -> dict[str, Any]:
+    return {**json.loads(manifest.read_text())["tables"][0], **changes}
+
+
+def test_what_is_wrong_with_one_version_hides_no_other_and_is_named(checkpoint: Any, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    for name, version in (("good", "1"), ("good", "2"), ("other", "1")):
+        import_checkpoint(checkpoint.folder, root, name, version=version)
+    whole = root / "good/1/manifest.json"
+    good, table = whole.read_text(), table_of(whole)
+    accidents: dict[str, str | bytes | None] = {
+        "no-utf8": b"\xff\xfe" + good.encode(),
+        "empty": "",
+        "deep": '{"tables":' + "[" * 100_000 + "]" * 100_000 + "}",
+        "long-number": good.replace(str(table["rows"]), "9" * 10_000),
+        "rows": copy_of(whole, model="rows", tables=[table | {"rows": 2**62}]),
+        "dim": copy_of(whole, model="dim", tables=[table | {"dim": 2**33, "row_bytes": 2**33 + 4}]),
+        "twice": copy_of(whole, model="twice", tables=[table, table]),
+        "surrogate": good.replace("longcat", "\\ud800", 1),
+        "huge": None,
+        "a-folder": None,
+        "a-pipe": None,
+    }
+    for name, content in accidents.items():
+        folder = root / name / "1"
+        folder.mkdir(parents=True)
+        if content is not None:
+            (folder / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with (root / "huge/1/manifest.json").open("wb") as file:
+        file.truncate(1 << 40)
+    (root / "a-folder/1/manifest.json").mkdir()
+    os.mkfifo(root / "a-pipe/1/manifest.json")
+    (root / "old models").mkdir()
+    (root / os.fsdecode(b"\xff\x1b[31m\nx")).mkdir()
+    shutil.copytree(root / "good", root / "renamed")
+    shutil.copytree(root / "good/2", root / "good/3")
+    (root / "good/1 (copy)").mkdir()
+    # None of these is worth a word.
+    (root / ".hidden").mkdir()
+    (root / "lost+found").mkdir()
+    (root / "README").write_text("notes")
+    (root / "link").symlink_to("nowhere")
+    (root / "good/4").mkdir()  # an import that is under way
+
+    found = Store(root).catalogue()
+    assert {model: [each.version for each in versions] for model, versions in found.manifests.items()} == {
+        "good": ["1", "2"],
+        "other": ["1"],
+    }
+    assert set(found.problems) == {
+        *((name, "1") for name in accidents),
+        ("old models", ""),
+        ("good", "1 (copy)"),
+        (os.fsdecode(b"\xff\x1b[31m\nx"), ""),
+        ("renamed", "1"),
+        ("renamed", "2"),
+        ("good", "3"),
+    }
+    assert all(problem.isprintable() and len(problem) < 2_000 for problem in found.problems.values())
+    assert "is the manifest of good@2" in found.problems["good", "3"]
+    assert "table is named ngram" in found.problems["twice", "1"]
+    assert "'old models' cannot be a name" in found.problems["old models", ""]
+    assert found.cannot_tell("rows", "1") and found.cannot_tell("old models", "7")
+    assert not found.cannot_tell("good", "2")
+    with pytest.raises(StoreError, match="is the manifest of good@2"):
+        Store(root).manifest("good", "3")
+
+
+def test_a_version_is_gone_only_where_its_folder_could_be_read(checkpoint: Any, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    for name in ("kept", "gone", "shut"):
+        import_checkpoint(checkpoint.folder, root, name)
+
+    class Failing(Store):
+        """As a network's filesystem that answers for some folders."""
+
+        def _folders(self, location: str) -> list[str]:
+            if location.endswith("/shut"):
+                raise PermissionError(13, "Permission denied", location)
+            return super()._folders(location)
+
+    before = Store(root).catalogue()
+    shutil.rmtree(root / "gone")
+    after = Failing(root).catalogue(before)
+    assert list(after.manifests) == ["kept"]
+    assert after.manifests["kept"][0] is before.manifests["kept"][0]  # not read again
+    assert not after.cannot_tell("gone", "1")
+    assert after.cannot_tell("shut", "1")
+    shutil.rmtree(root)
+    with pytest.raises(FileNotFoundError):
+        Store(root).catalogue(after)
 
 
 def test_what_is_read_is_what_the_store_has_and_no_cache_of_fsspec_between(checkpoint: Any, tmp_path: Path) -> None:
