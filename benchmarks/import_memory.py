@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from embedding_service.store.parts import DEFAULT_PART_BYTES
-from embedding_service.store.tensorfile import byte_view, header_bytes
+from embedding_service.tensorfile import byte_view, header_bytes
 
 HIDDEN, HEADS, VOCAB = 3072, 12, 131072
 DIM = HIDDEN // HEADS

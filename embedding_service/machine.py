@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import resource
 import signal
 import socket
+import stat
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 from embedding_service.errors import InvalidRequest
@@ -18,6 +22,8 @@ LOCAL_RAY: dict[str, Any] = {
     # Ray runs actors at niceness 15: beside busy processes of others, they would get a thirtieth of a core.
     "_system_config": {"worker_niceness": 0},
 }
+# No config or index comes near it.
+MOST_TEXT_BYTES = 64 << 20
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
 
@@ -28,6 +34,11 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise InvalidRequest(f"an address must be HOST:PORT, got {address!r}")
     return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def check_free(address: str, option: str = "port") -> None:
@@ -55,3 +66,21 @@ def allow_many_files() -> None:
     """Raise this process's limit of open files as far as it may: a connection is one, and usual limits are 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def open_file(path: Path) -> FileIO:
+    """Open a regular file for reading, unbuffered. Raises OSError, for a FIFO or a device too, which could wait."""
+    file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
+
+
+def read_file(path: Path, most: int = MOST_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most so many bytes. Raises OSError."""
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content

@@ -1,8 +1,7 @@
-"""A safetensors checkpoint folder, read one tensor at a time: what is not asked for is never opened."""
+"""A checkpoint's tensors for a worker, read one at a time: what is not asked for is never read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
+from embedding_service.checkpoint import read_config, read_json, tensor_files
 from embedding_service.errors import StoreError
+from embedding_service.foreign import printable
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face checkpoint folder by name.
+    """The tensors of a Hugging Face checkpoint folder by name, each from the file that an import would take it from.
 
     folder: holds config.json and either model.safetensors or several files with model.safetensors.index.json.
     Raises StoreError: config.json or the safetensors files are missing or unreadable.
@@ -27,9 +26,9 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config: dict[str, Any] = self._read_json("config.json")
-        self._open_files: dict[str, Any] = {}
-        self._files = self._find_files()
+        self.config: dict[str, Any] = read_config(self.folder)
+        self._files = tensor_files(self.folder, self.config)
+        self._open_files: dict[Path, Any] = {}
 
     @property
     def names(self) -> set[str]:
@@ -43,7 +42,7 @@ class Checkpoint:
         """
         if not (self.folder / GENERATION).exists():
             return None
-        keys = self._read_json(GENERATION)
+        keys = read_json(self.folder, GENERATION)
         try:
             return GenerationConfig.from_dict(keys)
         except Exception as error:
@@ -60,41 +59,20 @@ class Checkpoint:
         try:
             return self._open(file).get_slice(name)
         except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"cannot read {name!r} from {self.folder / file}: {error}; fetch the checkpoint again"
-            ) from error
+            raise StoreError(f"cannot read {name!r} from {file}: {error}; fetch the checkpoint again") from error
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, read. Raises what `slice` raises."""
         return self.slice(name)[...]
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: Path) -> Any:
         if file not in self._open_files:
-            self._open_files[file] = safe_open(str(self.folder / file), framework="pt")
+            self._open_files[file] = safe_open(str(file), framework="pt")
         return self._open_files[file]
-
-    def _find_files(self) -> dict[str, str]:
-        if (self.folder / INDEX).exists():
-            return self._read_json(INDEX)["weight_map"]
-        try:
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{self.folder} holds neither {INDEX} nor a readable {SINGLE} ({error}): "
-                "give the folder of a safetensors checkpoint"
-            ) from error
-
-    def _read_json(self, file: str) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / file).read_text())
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"cannot read {file} in {self.folder} ({error}): give the folder of a checkpoint"
-            ) from error
 
 
 def refuse_tensors(checkpoint: str | Path, kind: str, tensors: Collection[object]) -> None:
     """Raises StoreError naming some of them, if there are any; kind: missing, unexpected or mismatched."""
     if tensors:
-        names = ", ".join(sorted(map(str, tensors))[:8])
+        names = printable(", ".join(sorted(map(str, tensors))[:8]))
         raise StoreError(f"{checkpoint} does not fit its config.json: {len(tensors)} {kind} tensors: {names}")

@@ -308,4 +308,3 @@ class Engine:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float().cpu()
-

@@ -24,7 +24,7 @@ from embedding_service.errors import CorruptPart, ImportRefused
 from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
 from embedding_service.store.store import MANIFEST_FILE, Store
-from embedding_service.store.tensorfile import PAGE_BYTES
+from embedding_service.tensorfile import PAGE_BYTES
 
 _JOURNAL, _LOCK = "journal", "lock"
 

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 import xxhash
 
+from embedding_service.checkpoint import Checkpoint, LooseTensors, SourceMatrix
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
-from embedding_service.store.checkpoint import Checkpoint, LooseTensors, SourceMatrix
 from embedding_service.store.draft import Draft, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
 from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
 from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, part_file, rows_per_part
 from embedding_service.store.progress import Meter, Progress
 from embedding_service.store.store import Store
-from embedding_service.store.tensorfile import PAGE_BYTES
+from embedding_service.tensorfile import PAGE_BYTES
 
 # Bytes of a chunk in float32. Measured: 1 MiB and 16 MiB are both slower by a quarter.
 _CHUNK_BYTES = 4 << 20

@@ -19,8 +19,9 @@ import xxhash
 
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import RowFormat
+from embedding_service.machine import open_file
 from embedding_service.store.manifest import Part
-from embedding_service.store.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
+from embedding_service.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
 
 DEFAULT_PART_BYTES = 256 << 20
 CHUNK_BYTES = 4 << 20
@@ -61,8 +62,8 @@ def part_layout(path: Path) -> PartLayout:
     if list(spans) != [TENSOR_NAME]:
         raise CorruptPart(f"{path} is not a part: it holds {sorted(spans)} and not one tensor {TENSOR_NAME!r}")
     span = spans[TENSOR_NAME]
-    if span.offset % PAGE_BYTES or path.stat().st_size != span.offset + span.bytes:
-        raise CorruptPart(f"{path} is not a part: its rows do not lie from a page's start to the file's end")
+    if span.offset % PAGE_BYTES:
+        raise CorruptPart(f"{path} is not a part: its rows do not begin on a page")
     return PartLayout(span.offset, span.bytes, span.dtype, span.shape)
 
 
@@ -100,7 +101,7 @@ def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview
             f"{path}: expected {part.rows:,} rows in {part.bytes:,} bytes, got {list(layout.shape)} in {layout.bytes:,}"
         )
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         file.seek(layout.offset)
         for begin in range(0, part.bytes, CHUNK_BYTES):
             chunk = place(begin, min(begin + CHUNK_BYTES, part.bytes))

@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from embedding_service.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint, SourceTensor, file_below
 from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.store.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint, SourceTensor
 from embedding_service.store.draft import check_disk_space
 from embedding_service.store.importers import find_importer
 from embedding_service.store.progress import Meter, Progress
-from embedding_service.store.tensorfile import header_bytes
+from embedding_service.tensorfile import header_bytes
 
 SHARD_BYTES = 5_000_000_000
 _COPY_BYTES = 4 << 20
@@ -77,6 +77,7 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _copy_files(source: Path, files: list[Path], target: Path) -> None:
     for file in files:
+        file_below(source, str(file))
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / file, target / file)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from embedding_service.checkpoint import Checkpoint
 from embedding_service.errors import ImportRefused
-from embedding_service.store.checkpoint import Checkpoint
 from embedding_service.store.importers.base import FamilyImporter, Importer, TableSource
 from embedding_service.store.importers.engram import EngramImporter
 from embedding_service.store.importers.generic import GenericImporter

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+from embedding_service.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 
 # The one place where the store knows another package: a family's geometry is written down once, with its hashing.
 from embedding_service.ngram import NgramHasher
-from embedding_service.store.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor
 
 Hasher = TypeVar("Hasher", bound=NgramHasher)
 

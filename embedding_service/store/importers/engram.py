@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 
-from embedding_service.errors import ImportRefused
-from embedding_service.formats.fp8 import BLOCK
-from embedding_service.ngram import EngramHasher
-from embedding_service.ngram.base import text_config
-from embedding_service.ngram.token_map import TOKENIZER_FILE
-from embedding_service.store.checkpoint import (
+from embedding_service.checkpoint import (
     CONFIG_FILE,
     FP8_DTYPE,
     FP8_SCALE_DTYPE,
     ScaledTensor,
     SourceMatrix,
 )
+from embedding_service.errors import ImportRefused
+from embedding_service.formats.fp8 import BLOCK
+from embedding_service.ngram import EngramHasher
+from embedding_service.ngram.base import text_config
+from embedding_service.ngram.token_map import TOKENIZER_FILE
 from embedding_service.store.importers.base import FamilyImporter, TableSource, take_matrix, take_shape
 
 _TABLE = re.compile(r"((?:model\.|language_model\.)*layers\.(\d+)\.engram\.embed)\.(weight|scale)")

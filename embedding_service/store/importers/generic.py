@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from embedding_service.checkpoint import FLOAT_DTYPES, Checkpoint
 from embedding_service.errors import ImportRefused
-from embedding_service.store.checkpoint import FLOAT_DTYPES, Checkpoint
 from embedding_service.store.importers.base import Importer, TableSource
 from embedding_service.store.manifest import check_name
 

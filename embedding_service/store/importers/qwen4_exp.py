@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from embedding_service.checkpoint import SourceTensor
 from embedding_service.errors import ImportRefused
 from embedding_service.ngram import Qwen4ExpHasher, TableShape
 from embedding_service.ngram.base import text_config
-from embedding_service.store.checkpoint import SourceTensor
 from embedding_service.store.importers.base import (
     FamilyImporter,
     TableSource,

@@ -1,4 +1,7 @@
-"""A Hugging Face checkpoint folder, read in pieces: config.json and one or many safetensors files."""
+"""A Hugging Face checkpoint folder, read in pieces: config.json and one or many safetensors files.
+
+Imports and workers read it here, so that both take the same file for a tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from typing import Any
 import torch
 
 from embedding_service.errors import ImportRefused, StoreError
+from embedding_service.foreign import printable, shown
 from embedding_service.formats import FORMATS, get_format
-from embedding_service.store.tensorfile import ITEM_BYTES, BadTensorFile, TensorSpan, byte_view, read_spans
+from embedding_service.machine import open_file, read_file
+from embedding_service.tensorfile import ITEM_BITS, BadTensorFile, TensorSpan, byte_view, read_spans
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHOWN = 8  # names in an error
 FP8_DTYPE, FP8_SCALE_DTYPE = "F8_E4M3", "F8_E8M0"
 
 
@@ -64,7 +70,7 @@ class SourceTensor:
 
         A plain read, no mapping: mapped pages would count as this process's memory.
         """
-        row_bytes = self.dim * ITEM_BYTES[self.dtype]
+        row_bytes = self.dim * ITEM_BITS[self.dtype] // 8
         rows = torch.empty(count, row_bytes, dtype=torch.uint8)
         self.read_bytes(first * row_bytes, byte_view(rows))
         return rows
@@ -72,7 +78,7 @@ class SourceTensor:
     def read_bytes(self, begin: int, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes from `begin` on. Raises StoreError naming the file."""
         try:
-            with self.file.open("rb", buffering=0) as file:
+            with open_file(self.file) as file:
                 done = 0
                 while done < len(target):
                     count = os.preadv(file.fileno(), [target[done:]], self.span.offset + begin + done)
@@ -137,15 +143,8 @@ class Checkpoint:
     """The config and the tensors of a checkpoint folder. Raises ImportRefused unless it is one, and whole."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            remedy = (
-                "a single file's matrices can be imported with --generic TENSOR"
-                if folder.exists()
-                else "there is none. One on a model hub is downloaded first"
-            )
-            raise ImportRefused(f"{folder} is no folder of a checkpoint: {remedy}")
         self.folder = folder
-        self.config: dict[str, Any] = _read_json(folder / CONFIG_FILE)
+        self.config: dict[str, Any] = read_config(folder)
         self.tensors: dict[str, SourceTensor] = self._read_tensors()
 
     def files(self) -> list[Path]:
@@ -153,30 +152,22 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     def _read_tensors(self) -> dict[str, SourceTensor]:
-        # As transformers does it: the single file goes before an index.
-        if (self.folder / WEIGHTS_FILE).exists():
-            return _tensors_of(self.folder / WEIGHTS_FILE)
-        if not (self.folder / INDEX_FILE).exists():
+        names = tensor_files(self.folder, self.config)
+        files = sorted(set(names.values()))
+        if missing := [printable(file.name) for file in files if not file.is_file()]:
+            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            names_missing = ", ".join(missing[:_SHOWN])
             raise ImportRefused(
-                f"{self.folder} is not a checkpoint that can be read: it has neither {WEIGHTS_FILE} nor {INDEX_FILE}. "
-                "Save the model in the safetensors format"
+                f"the index of {self.folder} names files that are not there: {names_missing}{more}. Download them again"
             )
-        return self._read_indexed()
-
-    def _read_indexed(self) -> dict[str, SourceTensor]:
-        index = self.folder / INDEX_FILE
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ImportRefused(f"{index} has no weight_map from tensor names to files")
-        files = sorted(set(weight_map.values()))
-        missing = [file for file in files if not (self.folder / file).is_file()]
-        if missing:
-            raise ImportRefused(f"{index} names files that are not there: {', '.join(missing)}. Download them again")
-        held = {file: _tensors_of(self.folder / file) for file in files}
-        for name, file in weight_map.items():
+        held = {file: _tensors_of(file) for file in files}
+        for name, file in names.items():
             if name not in held[file]:
-                raise ImportRefused(f"{index} says that {file} holds tensor {name}, but it does not")
-        return {name: held[file][name] for name, file in weight_map.items()}
+                raise ImportRefused(
+                    f"the index of {self.folder} says that {printable(file.name)} holds tensor {printable(name)}, but "
+                    "it does not. Download both again"
+                )
+        return {name: held[file][name] for name, file in names.items()}
 
 
 class LooseTensors(Checkpoint):
@@ -195,10 +186,10 @@ class LooseTensors(Checkpoint):
             return self._read_tensors()
         tensors: dict[str, SourceTensor] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            for name, tensor in _tensors_of(file).items():
+            for name, tensor in _tensors_of(file_below(self.folder, file.name)).items():
                 if name in tensors:
                     raise ImportRefused(
-                        f"both {tensors[name].file} and {file} hold a tensor {name}: name one of the files"
+                        f"both {tensors[name].file} and {file} hold a tensor {printable(name)}: name one of the files"
                     )
                 tensors[name] = tensor
         if not tensors:
@@ -206,22 +197,80 @@ class LooseTensors(Checkpoint):
         return tensors
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder. Raises ImportRefused."""
+    if not folder.is_dir():
+        remedy = (
+            "a single file's matrices can be imported with --generic TENSOR"
+            if folder.exists()
+            else "there is none. One on a model hub is downloaded first"
+        )
+        raise ImportRefused(f"{folder} is no folder of a checkpoint: {remedy}")
+    return read_json(folder, CONFIG_FILE)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint that holds an object. Raises ImportRefused."""
+    path = file_below(folder, name)
+    try:
+        content = json.loads(read_file(path).decode())
+    except FileNotFoundError:
+        raise ImportRefused(f"{folder} is not a checkpoint: it has no {name}") from None
+    except OSError as error:
+        raise ImportRefused(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ImportRefused(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ImportRefused(f"{path} is not a JSON object")
+    return content
+
+
+def tensor_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """Each tensor's name, and the file of the checkpoint that it is taken from, which may not be there.
+
+    As transformers does it: what the config names goes first, then the single file, then an index.
+    Raises ImportRefused where there is none of them, or it cannot be read.
+    """
+    named = config.get("transformers_weights")
+    known = [named] if isinstance(named, str) else [WEIGHTS_FILE, INDEX_FILE]
+    for name in known:
+        if (path := file_below(folder, name)).exists():
+            return _indexed_files(folder, name) if name.endswith(".json") else dict.fromkeys(_tensors_of(path), path)
+    absent = f"neither {WEIGHTS_FILE} nor {INDEX_FILE}" if len(known) > 1 else f"no {printable(known[0])}"
+    raise ImportRefused(
+        f"{folder} is not a checkpoint that can be read: it has {absent}. Save the model in the safetensors format"
+    )
+
+
+def file_below(folder: Path, name: str) -> Path:
+    """The path of a file of a checkpoint, there or not.
+
+    Raises ImportRefused for one elsewhere, directly or by a link. A snapshot of a hub, models--X/snapshots/REVISION, is
+    linked to models--X/blobs.
+    """
+    path, here = folder / name, folder.resolve()
+    snapshots = [each for each in here.parents if each.name == "snapshots" and each.parent.name.startswith("models--")]
+    allowed = [here, *(each.with_name("blobs") for each in snapshots)]
+    try:
+        if any(path.resolve().is_relative_to(each) for each in allowed):
+            return path
+    except (OSError, ValueError, RuntimeError):  # links in a circle, a NUL in the name
+        pass
+    raise ImportRefused(
+        f"{folder} takes {shown(name)} from elsewhere; only files below the folder are read: copy the file into it"
+    )
+
+
+def _indexed_files(folder: Path, name: str) -> dict[str, Path]:
+    weight_map = read_json(folder, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ImportRefused(f"{folder / name} has no weight_map from tensor names to files: download it again")
+    paths = {file: file_below(folder, file) for file in sorted(set(weight_map.values()))}
+    return {tensor: paths[file] for tensor, file in weight_map.items()}
+
+
 def _tensors_of(file: Path) -> dict[str, SourceTensor]:
     try:
         return {name: SourceTensor(name, file, span) for name, span in read_spans(file).items()}
     except BadTensorFile as error:
         raise ImportRefused(f"{error}. Download it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ImportRefused(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except OSError as error:
-        raise ImportRefused(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ImportRefused(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ImportRefused(f"{path} is not a JSON object")
-    return content
