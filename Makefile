@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo test vllm chaos e2e lint proto bench clean
+.PHONY: setup test-packages demo quick test client-tests vllm chaos e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -29,6 +29,13 @@ test-packages:
 test: setup test-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The tests that start no service: about a minute.
+QUICK := formats ngram wire placement rows store/test_parts.py store/test_manifest.py store/test_store.py \
+    controller/test_decisions.py client/test_router.py client/test_breaker.py client/test_sinks.py shard/test_pacer.py \
+    worker/test_sampling.py worker/test_text_stream.py test_public_kit.py
+quick: setup
+	$(BIN)/python -m pytest -m "not service" $(addprefix tests/,$(QUICK)) $(PYTEST_ARGS)
+
 # vLLM with its tables in the service, in an environment of its own that holds the client's side; 10 minutes for the tests on 2 cores.
 VLLM := .venv-vllm
 $(VLLM)/.set-up: requirements/vllm.txt pyproject.toml
@@ -36,6 +43,17 @@ $(VLLM)/.set-up: requirements/vllm.txt pyproject.toml
 	$(VLLM)/bin/pip install -qq --no-deps -r requirements/vllm.txt
 	$(VLLM)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The client's side with another grpcio, in an environment of its own, against the service of `make setup`.
+GRPCIO ?= 1.74.0
+CLIENT := .venv-client
+client-tests: setup
+	test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/pip install -qq --editable . torch==2.13.0 grpcio==$(GRPCIO)
+	$(CLIENT)/bin/pip install -qq pytest pytest-timeout hypothesis psutil safetensors tokenizers pydantic fsspec xxhash \
+	    grpcio-health-checking==$(GRPCIO) grpcio-reflection==$(GRPCIO)
+	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(CLIENT)/bin/python -m pytest tests/client tests/wire tests/ngram/test_longcat.py \
+	    --ignore tests/client/test_torchrec.py $(PYTEST_ARGS)
 
 vllm: setup $(VLLM)/.set-up
 	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
@@ -66,4 +84,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(VLLM) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(CLIENT) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

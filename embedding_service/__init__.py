@@ -1,13 +1,32 @@
 """A distributed parameter service for the giant n-gram embedding tables of language models.
 
-The names below are the client side; they load when first used, and need only grpcio, protobuf, numpy and torch.
+The names below are the client side. It needs only grpcio, protobuf, numpy and torch. The classes load when they are
+first used; errors and `__version__` load nothing.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from embedding_service.errors import (
+    CorruptPart,
+    DeadlineExceeded,
+    EmbeddingServiceError,
+    ImportRefused,
+    InvalidRequest,
+    NoGradients,
+    NotFound,
+    OutOfRange,
+    PlacementError,
+    ProtocolError,
+    RequestError,
+    RequestTooLarge,
+    ServiceError,
+    StoreError,
+    Unavailable,
+)
 from embedding_service.polling import load_grpc
 
 if TYPE_CHECKING:
@@ -15,7 +34,26 @@ if TYPE_CHECKING:
     from embedding_service.client.remote import RemoteEmbedding
     from embedding_service.ngram import NgramHasher
 
-__all__ = ["EmbeddingClient", "NgramHasher", "RemoteEmbedding"]
+__all__ = [
+    "CorruptPart",
+    "DeadlineExceeded",
+    "EmbeddingClient",
+    "EmbeddingServiceError",
+    "ImportRefused",
+    "InvalidRequest",
+    "NgramHasher",
+    "NoGradients",
+    "NotFound",
+    "OutOfRange",
+    "PlacementError",
+    "ProtocolError",
+    "RemoteEmbedding",
+    "RequestError",
+    "RequestTooLarge",
+    "ServiceError",
+    "StoreError",
+    "Unavailable",
+]
 _HOMES = {
     "EmbeddingClient": "embedding_service.client.client",
     "NgramHasher": "embedding_service.ngram",
@@ -27,6 +65,8 @@ load_grpc()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # read late: it costs a look into the installed packages
+        return version("embedding-service")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -17,7 +17,10 @@ DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Mark what uses the running service; skip what needs a GPU where there is none."""
+    for item in items:
+        if "service" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.service)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

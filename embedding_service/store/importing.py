@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from itertools import accumulate
 from pathlib import Path
@@ -204,7 +204,7 @@ def _manifest(
             files={file.name: file.stat().st_size for file in files},
             source_dtype=", ".join(sorted({plan.source.dtype for plan in plans})),
             source_bytes=sum(plan.source.bytes for plan in plans),
-            imported_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            imported_at=datetime.now(UTC).isoformat(timespec="seconds"),
             importer=f"embedding-service {installed_version('embedding-service')}",
         ),
     )
