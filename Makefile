@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo quick test client-tests vllm chaos e2e lint proto bench clean
+.PHONY: setup test-packages demo quick test client-tests vllm chaos attack e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -63,6 +63,11 @@ SECONDS ?= 120
 SEED ?= 1
 chaos: setup
 	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED)
+
+# Every class of attack on a running service, with values drawn from SEED, in 5 minutes at most. CLASSES="a,b": those alone.
+CLASSES ?=
+attack: setup
+	PYTHONPATH=tests $(BIN)/python -m support.attack --seed $(SEED) --only "$(CLASSES)"
 
 # The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root and a kubectl.
 PODMAN_PACKAGES := podman runc netavark aardvark-dns catatonit iptables debootstrap

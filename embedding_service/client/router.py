@@ -22,7 +22,7 @@ import numpy.typing as npt
 from embedding_service.client.breaker import Breaker
 from embedding_service.client.sinks import Sink
 from embedding_service.client.transport import Call, Failure, Transport
-from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
+from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, RequestTooLarge, Unavailable
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
@@ -231,9 +231,12 @@ class Router:
                 self._breaker.failed(leg.call.address)
                 continue
             self._breaker.answered(leg.call.address)
-            if failure.code is not grpc.StatusCode.ABORTED:
+            if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                avoid.add(leg.call.address)  # requests are cut to the limits: it has no memory for more just now
+            elif failure.code is grpc.StatusCode.ABORTED:
+                redirects.append(leg.call.address)
+            else:
                 raise error_of(failure.code, failure.message)
-            redirects.append(leg.call.address)
         return redirects
 
     def _refresh(self, senders: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
@@ -409,9 +412,10 @@ def _gave_up(
         for address, failure in by_address.items()
     )
     message = f"no answer by the deadline for {rows}; {shards or 'no shard holds them at the moment'}"
-    if any(failure.code is grpc.StatusCode.DEADLINE_EXCEEDED for failure in by_address.values()):
+    codes = {failure.code for failure in by_address.values()}
+    if grpc.StatusCode.DEADLINE_EXCEEDED in codes:
         return DeadlineExceeded(message)
-    return Unavailable(message)
+    return RequestTooLarge(message) if codes == {grpc.StatusCode.RESOURCE_EXHAUSTED} else Unavailable(message)
 
 
 def _pause(attempt: int) -> float:

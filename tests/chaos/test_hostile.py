@@ -223,13 +223,13 @@ def test_garbage_and_half_messages_harm_nobody_else(running: Cluster) -> None:
     before = process.resident_anonymous()
     connections = []
     with Load(list(running.addresses.values()), TABLE, longcat_table(), threads=1) as load:
-        for sent in (noise, PREFACE + noise, half_a_lookup(address, 100, noise[:9], end=True)):
+        for sent in (noise, PREFACE + noise, half_a_lookup(100, noise[:9], end=True)):
             connections.append(dial(address))
             with suppress(OSError):  # it may have hung up before everything was sent
                 connections[-1].sendall(sent)
         for _ in range(100):
             connections.append(dial(address))
-            connections[-1].sendall(half_a_lookup(address, 16 * MIB, noise[:1000], end=False))
+            connections[-1].sendall(half_a_lookup(16 * MIB, noise[:1000], end=False))
         with grpc.insecure_channel(address) as channel:
             lookup = channel.unary_unary("/embedding.v1.EmbeddingService/Lookup")
             for sent, said in (

@@ -324,12 +324,39 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
         fetch(Router(["h:0"]), Short(routing([[0]] * 4)), IDS)
 
 
-def test_what_no_retry_mends_is_raised_at_once() -> None:
-    class Refusing(Shards):
-        def answer(self, call: Call) -> Any:
-            if isinstance(call.request, Request):
-                return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "limit of 7")
-            return super().answer(call)
+class Refusing(Shards):
+    """Some of them answer lookups with a failure, so many times."""
 
-    with pytest.raises(errors.RequestTooLarge, match="limit of 7"):
-        fetch(Router(["h:0"]), Refusing(routing([[0]] * 4)), IDS)
+    def __init__(self, now: wire.Routing, failure: Failure, *addresses: str, times: int = 1 << 20) -> None:
+        super().__init__(now)
+        self._failure, self._addresses, self._left = failure, addresses, times
+
+    def answer(self, call: Call) -> Any:
+        if isinstance(call.request, Request) and call.address in self._addresses and self._left:
+            self._left -= 1
+            self.asked.append(call)
+            return self._failure
+        return super().answer(call)
+
+
+def test_what_no_retry_mends_is_raised_at_once() -> None:
+    refusing = Refusing(routing([[0]] * 4), Failure(grpc.StatusCode.INVALID_ARGUMENT, "what is that"), "h:0")
+    with pytest.raises(errors.InvalidRequest, match="what is that"):
+        fetch(Router(["h:0"]), refusing, IDS)
+    assert sum(isinstance(call.request, Request) for call in refusing.asked) == 1
+
+
+FULL = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "no memory for it")
+
+
+def test_where_a_shard_has_no_memory_for_a_request_another_one_is_asked() -> None:
+    full = Refusing(routing([[0, 1]] * 4), FULL, "h:0")
+    for _ in range(3):
+        assert fetch(Router(["h:1"]), full, IDS)[:, 0].tolist() == IDS
+
+
+def test_a_shard_that_had_no_memory_is_asked_again_until_the_deadline() -> None:
+    full = Refusing(routing([[0]] * 4), FULL, "h:0", times=3)
+    assert fetch(Router(["h:0"]), full, IDS)[:, 0].tolist() == IDS
+    with pytest.raises(errors.RequestTooLarge, match=r"6 of 6 rows of m@1/t .*RESOURCE_EXHAUSTED no memory for it"):
+        fetch(Router(["h:0"]), Refusing(routing([[0]] * 4), FULL, "h:0"), IDS, seconds=0)

@@ -140,14 +140,23 @@ class Cluster:
     Args:
         store: A folder or an fsspec URL.
         host: Where the controller listens, and shards unless told otherwise.
+        within: A command that runs theirs, as `prlimit --nofile=1024` does.
     """
 
-    def __init__(self, folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Path | str,
+        *controller_options: str,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
         self.store = store
         self.controller_address = f"{host}:{free_port()}"
         self.processes: dict[str, Process] = {}
         self.addresses: dict[str, str] = {}
         self._host = host
+        self._within = within
         self._folder = folder
         self._controller_options = controller_options
         self.start_controller()
@@ -160,6 +169,7 @@ class Cluster:
             f"--store={self.store}",
             f"--listen={self.controller_address}",
             *self._controller_options,
+            within=self._within,
         )
 
     def start_shard(self, name: str, *options: str, host: str = "", within: Sequence[str] = ()) -> None:
@@ -173,7 +183,7 @@ class Cluster:
             f"--listen={address}",
             f"--id={name}",
             *options,
-            within=within,
+            within=within or self._within,
         )
 
     def status(self) -> control.Status:
@@ -232,9 +242,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1") -> Iterator[Cluster]:
+def cluster(
+    folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1", within: Sequence[str] = ()
+) -> Iterator[Cluster]:
     """A cluster without shards yet; ended afterwards."""
-    running = Cluster(folder, store, *controller_options, host=host)
+    running = Cluster(folder, store, *controller_options, host=host, within=within)
     try:
         yield running
     finally:

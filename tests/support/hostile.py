@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager, suppress
 
@@ -16,50 +16,119 @@ from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+LOOKUP = b"/embedding.v1.EmbeddingService/Lookup"
+# Of a frame, where nobody asked for more.
+_LARGEST = 1 << 14
+_DATA, _HEADERS, _RESET, _SETTINGS, _CONTINUATION = 0, 1, 3, 4, 9
 _END_STREAM, _END_HEADERS = 1, 4
+_CANCEL = 8
+Fields = Sequence[tuple[bytes, bytes]]
 
 
 def dial(address: str) -> socket.socket:
-    """A bare TCP connection."""
+    """A bare TCP connection, or one to a socket of this machine (unix-abstract:NAME)."""
+    kind, _, name = address.partition(":")
+    if kind == "unix-abstract":
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(10)
+        connection.connect("\0" + name)
+        return connection
     host, _, port = address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=10)
 
 
-def half_a_lookup(address: str, length: int, sent: bytes, *, end: bool) -> bytes:
+class Raw:
+    """A connection that speaks HTTP/2 as far as it likes, and reads nothing.
+
+    Frames are RFC 9113's, header fields RFC 7541's literals without indexing or Huffman code.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.socket = dial(address)
+        self._next = 1
+        self.socket.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
+
+    def call(self, path: bytes, message: bytes | None = None, *, extra: Fields = (), end: bool = True) -> int:
+        """Begin a call of a method, with one message or none; `end`: this was all. Returns its stream."""
+        stream = self._next
+        self._next += 2
+        sent = _headers(stream, path, extra)
+        if message is not None:
+            sent += _data(stream, b"\x00" + struct.pack(">I", len(message)) + message, end=end)
+        self.socket.sendall(sent)
+        return stream
+
+    def flood(self, path: bytes, fields: Fields, *, end_headers: bool) -> None:
+        """Begin a call with so many further header fields, in as many frames as they take."""
+        stream = self._next
+        self._next += 2
+        self.socket.sendall(_headers(stream, path, fields, end_headers=end_headers))
+
+    def reset(self, stream: int) -> None:
+        """Give a call up."""
+        self.socket.sendall(_frame(_RESET, 0, stream, struct.pack(">I", _CANCEL)))
+
+    def close(self) -> None:
+        """Hang up."""
+        self.socket.close()
+
+
+def half_a_lookup(length: int, sent: bytes, *, end: bool) -> bytes:
     """The bytes of a connection with a Lookup whose message is said to have `length` bytes, of which `sent` come.
 
     `end`: the sender says that this was all.
     """
-    return PREFACE + _frame(_SETTINGS, 0, 0, b"") + _call(address, 1, length, sent, end=end)
+    data = b"\x00" + struct.pack(">I", length) + sent
+    return PREFACE + _frame(_SETTINGS, 0, 0, b"") + _headers(1, LOOKUP) + _data(1, data, end=end)
 
 
 def unread_lookups(address: str, message: bytes, count: int) -> socket.socket:
     """A connection on which so many Lookup calls were begun, with this serialized request, and no answer is read."""
-    connection = dial(address)
-    connection.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
-    for number in range(count):
-        connection.sendall(_call(address, 2 * number + 1, len(message), message, end=True))
+    raw = Raw(address)
+    for _ in range(count):
+        raw.call(LOOKUP, message)
         time.sleep(0.002)  # flow control: the shard takes it in and gives its bytes free again, which we do not read
-    return connection
+    return raw.socket
 
 
-def _call(address: str, stream: int, length: int, sent: bytes, *, end: bool) -> bytes:
-    """Frames are RFC 9113's, header fields RFC 7541's literals without indexing or Huffman code."""
-    fields = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": "/embedding.v1.EmbeddingService/Lookup",
-        ":authority": address,
-        "te": "trailers",
-        "content-type": "application/grpc",
-    }
-    block = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in fields.items()
+def _headers(stream: int, path: bytes, extra: Fields = (), *, end_headers: bool = True) -> bytes:
+    """HEADERS, and CONTINUATION frames where one does not suffice."""
+    fields: Fields = (
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", path),
+        (b":authority", b"attack"),
+        (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"),
+        *extra,
     )
-    data = b"\x00" + struct.pack(">I", length) + sent
-    return _frame(_HEADERS, _END_HEADERS, stream, block) + _frame(_DATA, _END_STREAM if end else 0, stream, data)
+    block = b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in fields)
+    pieces = [block[start : start + _LARGEST] for start in range(0, len(block), _LARGEST)]
+    frames = b""
+    for number, piece in enumerate(pieces):
+        last = end_headers and number == len(pieces) - 1
+        frames += _frame(_CONTINUATION if number else _HEADERS, _END_HEADERS if last else 0, stream, piece)
+    return frames
+
+
+def _literal(text: bytes) -> bytes:
+    """A string, with its length as an integer of a prefix of 7 bits."""
+    if len(text) < 127:
+        return bytes([len(text)]) + text
+    length, out = len(text) - 127, bytearray([127])
+    while length > 0x7F:
+        out.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes(out) + bytes([length]) + text
+
+
+def _data(stream: int, data: bytes, *, end: bool) -> bytes:
+    pieces = [data[start : start + _LARGEST] for start in range(0, len(data), _LARGEST)] or [b""]
+    last = len(pieces) - 1
+    return b"".join(
+        _frame(_DATA, _END_STREAM if end and number == last else 0, stream, piece)
+        for number, piece in enumerate(pieces)
+    )
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -35,12 +35,15 @@ class CheckedLoad(ABC):
     Attributes:
         phase: What the time now is called in `seconds`.
         seconds: How long each answered lookup took, by the phase in which it began.
+        failed_in, wrong_in: Counts of the others, likewise.
     """
 
     def __init__(self, *tables: torch.Tensor, threads: int, pause: float) -> None:
         self.lookups = 0
         self.wrong: list[str] = []
         self.failed: list[Exception] = []
+        self.failed_in: Counter[str] = Counter()
+        self.wrong_in: Counter[str] = Counter()
         self.answered_by = [0] * len(tables)
         self.phase = ""
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
@@ -84,12 +87,14 @@ class CheckedLoad(ABC):
                 rows = self._lookup(ids)
             except (EmbeddingServiceError, grpc.RpcError) as error:
                 self.failed.append(error)
+                self.failed_in[phase] += 1
                 continue
             self.seconds[phase].append(time.monotonic() - began)
             matches = [torch.equal(rows, table[ids]) for table in self._tables]
             if any(matches):
                 self.answered_by[matches.index(True)] += 1
             else:
+                self.wrong_in[phase] += 1
                 self.wrong.append(f"asked {ids.tolist()}, got tags {rows[:, 0].unique().tolist()}")
 
 

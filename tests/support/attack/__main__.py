@@ -1,0 +1,195 @@
+"""Start a service and its neighbours, attack it in every way, and judge. Everything is over within `seconds`.
+
+make attack SEED=3
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from support.attack.attacker import ATTACKS, WORKER_ATTACKS
+from support.attack.members import CONTROLLER, COPIES, Members
+from support.attack.neighbours import PYTHON, THIN, WORKER, Figures, Neighbour
+from support.attack.report import BEFORE, DURING, KEPT_BYTES, Outcome, Result
+from support.attack.worker_service import WorkerService
+from support.chaos import chaos_store
+from support.cluster import START_SECONDS, cluster
+
+SHARDS = ("a", "b", "c")
+# Members' limit of open files, which a class of attack uses up.
+FILES = 1024
+CALM_SECONDS = 2.0
+# A class gets no less, and no more.
+SHORTEST, LONGEST = 2.0, 10.0
+# Of a class, besides its window: calm before, and until everything answers and is whole again.
+AROUND = 5.0
+# An attacker that does not end by itself is killed.
+PATIENCE = 5.0
+BACK_SECONDS = 5.0
+
+
+class Attacks:
+    """One run over a service that is there."""
+
+    def __init__(
+        self,
+        members: Members,
+        neighbours: dict[str, Neighbour],
+        worker: str,
+        seed: int,
+        console: Console,
+        longest: float,
+    ) -> None:
+        self._members = members
+        self._neighbours = neighbours
+        self._worker = worker
+        self._seed = seed
+        self._console = console
+        self._longest = longest
+
+    def run(self, names: Sequence[str], until: float) -> list[Result]:
+        """Each class in turn, in equal shares of the time that is left."""
+        results = []
+        for index, name in enumerate(names):
+            share = (until - time.monotonic()) / (len(names) - index) - AROUND
+            if share < SHORTEST:
+                self._console.print(f"no time is left for {', '.join(names[index:])}")
+                results += [Result(left, len(self._members.names)) for left in names[index:]]
+                break
+            results.append(self._attack(name, min(share, self._longest)))
+        return results
+
+    def _attack(self, name: str, seconds: float) -> Result:
+        self._console.print(f"{name}, {seconds:.0f} s")
+        members = self._members
+        result = Result(name, len(members.names))
+        self._phase(f"{name} {BEFORE}")
+        time.sleep(CALM_SECONDS)
+        result.resident = members.resident()
+        self._phase(f"{name} {DURING}")
+        with members.watched():
+            result.ended = self._have_attacked(name, seconds)
+            result.lost = members.lost()
+            result.after = self._memory_back(result.resident)
+        result.peak = dict(members.peak)
+        self._phase("mending")
+        for lost in result.lost:
+            members.restart(lost)
+        result.not_mended = members.wait_whole()
+        for fault in [*(f"{lost} {how}" for lost, how in result.lost.items()), result.not_mended]:
+            if fault:
+                self._console.print(f"  {fault[:180]}", markup=False)
+        return result
+
+    def _have_attacked(self, name: str, seconds: float) -> Counter[str]:
+        window = {
+            "name": name,
+            "seed": self._seed,
+            "seconds": seconds,
+            "shards": list(self._members.cluster.addresses.values()),
+            "controller": self._members.cluster.controller_address,
+            "store": str(self._members.cluster.store),
+            "worker": self._worker,
+            "pids": self._members.pids(),
+        }
+        command = [sys.executable, "-m", "support.attack.attacker", json.dumps(window)]
+        attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(seconds + PATIENCE, attacker.kill)
+        timer.start()
+        ended: Counter[str] = Counter()
+        assert attacker.stdout
+        for line in attacker.stdout:
+            if line == "restart controller\n":
+                self._members.restart(CONTROLLER)
+            else:
+                ended.update(json.loads(line))
+        attacker.wait()
+        timer.cancel()
+        return ended
+
+    def _memory_back(self, before: dict[str, int]) -> dict[str, int]:
+        """The memory of each once it is back, or when that takes too long."""
+        end = time.monotonic() + BACK_SECONDS
+        while time.monotonic() < end:
+            now = self._members.resident()
+            if all(now[name] - before[name] < KEPT_BYTES for name in now):
+                return now
+            time.sleep(0.1)
+        return now
+
+    def _phase(self, name: str) -> None:
+        for neighbour in self._neighbours.values():
+            neighbour.phase(name)
+
+
+def run(
+    folder: Path, names: Sequence[str], seed: int, seconds: float, console: Console, longest: float = LONGEST
+) -> Outcome:
+    """Attack a service that is started for it; `names`: of the classes, `longest`: seconds that one may take."""
+    began = time.monotonic()
+    store = chaos_store(folder)
+    limited = ("prlimit", f"--nofile={FILES}:{FILES}")
+    options = (f"--replicas={COPIES}", f"--expect-shards={len(SHARDS)}")
+    with ExitStack() as stack:
+        worker = None
+        if any(name in WORKER_ATTACKS for name in names):
+            worker = stack.enter_context(WorkerService(folder))
+        members = Members(stack.enter_context(cluster(folder, store, *options, within=limited)))
+        for name in SHARDS:
+            members.start_shard(name)
+        if not_whole := members.wait_whole(START_SECONDS):
+            raise AssertionError(not_whole)
+        addresses = list(members.cluster.addresses.values())
+        neighbours = {kind: Neighbour(kind, addresses) for kind in (PYTHON, THIN)}
+        if worker:
+            worker.wait_until_ready()
+            neighbours[WORKER] = Neighbour(WORKER, [worker.address])
+        for neighbour in neighbours.values():
+            stack.callback(neighbour.kill)
+            neighbour.wait_until_ready()
+        attacks = Attacks(members, neighbours, worker.address if worker else "", seed, console, longest)
+        results = attacks.run(names, began + seconds)
+        ends = {kind: neighbour.end() for kind, neighbour in neighbours.items()}
+    for result in results:
+        kinds = (WORKER,) if result.name in WORKER_ATTACKS else (PYTHON, THIN)
+        for phase in (BEFORE, DURING):
+            figures = (ends[kind][0].get(f"{result.name} {phase}", Figures()) for kind in kinds)
+            setattr(result, phase, sum(figures, Figures()))
+    troubles = [f"{kind}: {trouble}" for kind, (_, some) in ends.items() for trouble in some]
+    return Outcome(seed, results, troubles, time.monotonic() - began)
+
+
+def main(
+    seconds: Annotated[float, typer.Option(min=30, help="For everything, start and end included.")] = 290.0,
+    seed: Annotated[int, typer.Option(help="Of all values.")] = 1,
+    only: Annotated[str, typer.Option(help="Names of classes, separated by commas; default: all.")] = "",
+) -> None:
+    """Attack a service, show the figures, and end with code 1 where it did not hold."""
+    known = [*ATTACKS, *WORKER_ATTACKS]
+    names = [name.strip() for name in only.split(",")] if only else known
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no class of attack {unknown}: there are {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
+    console = Console(highlight=False, width=170)
+    with tempfile.TemporaryDirectory(prefix="attack-") as name:
+        outcome = run(Path(name), names, seed, seconds, console)
+    console.print(outcome.table(), outcome.endings(), outcome.verdict(), sep="\n")
+    raise SystemExit(1 if any(result.faults() for result in outcome.results) else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,89 @@
+"""Requests that are refused, after they came, and such that ask for more than there may be."""
+
+from __future__ import annotations
+
+import grpc
+import numpy as np
+
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
+from support.attack.window import OPTIONS, Window
+
+MIB = 1 << 20
+
+
+def refused_requests(window: Window) -> None:
+    """Lists of ids of up to 15 MiB, out of range or for more rows than one answer may hold, 12 at a time."""
+    values = window.values
+    while window.open:
+        address = values.choice(window.shards)
+        with grpc.insecure_channel(address, OPTIONS) as channel:
+            stub = EmbeddingServiceStub(channel)
+            calls = [stub.Lookup.future(_long_list(window), timeout=20) for _ in range(12)]
+            calls += [stub.Lookup.future(_small(window), timeout=20) for _ in range(20)]
+            window.wait(calls)
+            stream = stub.StreamLookup(
+                iter([wire.StreamLookupRequest(request_id=n, lookup=_long_list(window)) for n in range(3)]), timeout=20
+            )
+            for _ in range(3):
+                with window.tried("an error on the stream"):
+                    next(stream)
+            stream.cancel()
+
+
+def _long_list(window: Window) -> wire.LookupRequest:
+    nbytes = window.values.choice((MIB, 4 * MIB, 15 * MIB, 15 * MIB))
+    large = window.values.randrange(1 << 20, 1 << 31)
+    if (kind := window.values.randrange(4)) == 0:
+        return wire.LookupRequest(model="m", table="ngram", ids=np.full(nbytes // 5, large, np.int64))
+    if kind == 1:
+        return wire.LookupRequest(model="m", table="ngram", ids_int64=np.full(nbytes // 8, large, "<i8").tobytes())
+    if kind == 2:
+        return wire.LookupRequest(model="m", table="ngram", ids=np.zeros(nbytes, np.int64))
+    return wire.LookupRequest(model="m", table="ngram", ids_uint32=bytes(nbytes))
+
+
+def _small(window: Window) -> wire.LookupRequest:
+    """One of all that is refused otherwise."""
+    return window.values.choice(
+        (
+            wire.LookupRequest(model="m", table="ngram", ids=[-1]),
+            wire.LookupRequest(model="m", table="ngram", ids_uint32=b"123"),
+            wire.LookupRequest(model="m", table="ngram", ids=[1], ids_int64=bytes(8)),
+            wire.LookupRequest(model="m" * window.values.randrange(1, 1 << 16), table="ngram"),
+            wire.LookupRequest(model="m", table="[/red]\x1b[31m\n"),
+            wire.LookupRequest(model="m@1", table="ngram", ids=[1], epoch=(1 << 64) - 1, term=(1 << 64) - 1),
+            wire.LookupRequest(model="m@9", table="ngram", ids=[1], epoch=1),
+            wire.LookupRequest(model="m", table="ngram", ids=[1], encoding=window.values.randrange(5, 1 << 31)),
+        )
+    )
+
+
+def huge_ngram_lookups(window: Window) -> None:
+    """Batches of up to 2^32 - 1 without a token, and token lists that are refused late."""
+    values = window.values
+    while window.open:
+        with grpc.insecure_channel(values.choice(window.shards), OPTIONS) as channel:
+            stub = EmbeddingServiceStub(channel)
+            asked = [
+                wire.LookupNgramsRequest(model="m", batch=values.choice((40_000_000, 1 << 30, (1 << 32) - 1))),
+                wire.LookupNgramsRequest(model="m", batch=values.randrange(1 << 20, 1 << 26)),
+                wire.LookupNgramsRequest(model="m", token_ids=[-1] * values.randrange(1 << 20), batch=1),
+                wire.LookupNgramsRequest(model="m", token_ids=[1] * (1 << 20), batch=1 << 20),
+                wire.LookupNgramsRequest(model="m", token_ids=[1], context=[1] * (3 << 20)),
+                wire.LookupNgramsRequest(model="m", token_ids=[(1 << 31) - 1] * 64, batch=64),
+                wire.LookupNgramsRequest(model="m", token_ids=[-(1 << 31)] * 64),
+            ]
+            window.wait([stub.LookupNgrams.future(each, timeout=20) for each in asked])
+
+
+def gzip_bombs(window: Window) -> None:
+    """16 MiB of zeros in 16 KB, to shards and controller, several at a time."""
+    message = wire.LookupRequest(model="m", table="ngram", ids_uint32=bytes(16 * MIB - 1024)).SerializeToString()
+    kinds = (grpc.Compression.Gzip, grpc.Compression.Deflate)
+    while window.open:
+        address, kind = window.values.choice(window.members), window.values.choice(kinds)
+        with grpc.insecure_channel(address, OPTIONS, kind) as channel:
+            for method in ("Lookup", "GetRouting"):
+                lookup = channel.unary_unary(f"/embedding.v1.EmbeddingService/{method}")
+                window.wait([lookup.future(message, timeout=20) for _ in range(8)])

@@ -1,0 +1,68 @@
+"""A model worker's HTTP side."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from support.attack.window import Window
+from support.hostile import dial
+
+CONNECTIONS = 200
+
+
+def half_sent_requests(window: Window) -> None:
+    """Connections whose headers or bodies stop half-way, more than the worker has places, and headers without end."""
+    values, kept = window.values, []
+    body = json.dumps({"model": "small", "prompt": [5, 6], "max_tokens": 4}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {window.worker}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+    ).encode()
+    chunked = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
+    for number in range(CONNECTIONS):
+        starts = (head[: values.randrange(1, len(head))], head + b"\r\n" + body[: values.randrange(len(body))])
+        sent = values.choice((*starts, starts[1], chunked + b"\r\n20\r\n" + body[:9]))
+        if number % 50 == 0:
+            sent = head + b"X-A: " + b"a" * (4 << 20)
+        with window.tried("left half sent"):
+            connection = dial(window.worker)
+            kept.append(connection)
+            connection.sendall(sent)
+    window.rest_of()
+    for connection in kept:
+        with suppress(OSError):
+            connection.close()
+
+
+def huge_prompts(window: Window) -> None:
+    """Texts of 7 MB and a million ids, four at a time, and numbers at the ends of what may be said."""
+    values = window.values
+    longest = "".join(values.choices("ab 日é", k=1000)) * 7000
+    bodies = [
+        {"prompt": longest},
+        {"prompt": [values.randrange(500)] * 1_000_000},
+        {"prompt": "a" * (7 << 20)},
+        {"prompt": [5, 6], "temperature": 1e-300, "max_tokens": 2},
+        {"prompt": [5, 6], "max_tokens": 1 << 62},
+        {"prompt": "\ud800"},
+    ]
+    with ThreadPoolExecutor(4) as threads:
+        while window.open:
+            list(threads.map(lambda body: _post(window, {"model": "small", "max_tokens": 1, **body}), bodies))
+
+
+def _post(window: Window, body: dict) -> None:
+    import httpx
+
+    try:
+        answer = httpx.post(
+            f"http://{window.worker}/v1/completions",
+            content=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+            timeout=30,
+        )
+        window.ended[str(answer.status_code)] += 1
+    except httpx.HTTPError as error:
+        window.ended[type(error).__name__] += 1
