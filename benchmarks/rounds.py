@@ -62,7 +62,7 @@ class Running:
 def running(peer: Peer, server: Server, data: Data, clients: int = 1) -> Iterator[Running]:
     """Clients of a served peer, each of which got right rows. Raises Unusable."""
     with ExitStack() as stack:
-        started = [child(_client, peer, data, server.target, environment=peer.environment) for _ in range(clients)]
+        started = [child(_client, peer, data, server.target) for _ in range(clients)]
         pipes = [stack.enter_context(each)[1] for each in started]
         for pipe in pipes:
             receive(pipe, START_SECONDS)

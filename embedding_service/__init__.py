@@ -27,7 +27,6 @@ from embedding_service.errors import (
     StoreError,
     Unavailable,
 )
-from embedding_service.polling import load_grpc
 
 if TYPE_CHECKING:
     from embedding_service.client.client import EmbeddingClient
@@ -59,9 +58,6 @@ _HOMES = {
     "NgramHasher": "embedding_service.ngram",
     "RemoteEmbedding": "embedding_service.client.remote",
 }
-
-
-load_grpc()
 
 
 def __getattr__(name: str) -> Any:

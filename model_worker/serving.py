@@ -18,7 +18,6 @@ from ray._common.network_utils import is_localhost
 from ray.exceptions import RayActorError
 from ray.serve._private import replica
 
-from embedding_service import polling
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.machine import LOCAL_RAY
 from model_worker.http_app import build_app
@@ -80,12 +79,7 @@ class Scaling:
         """The options of Ray Serve's deployment."""
         options: dict[str, Any] = {
             "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
-            # Ray imports grpc in a replica before anything of ours.
-            "ray_actor_options": {
-                "num_cpus": self.num_cpus,
-                "num_gpus": self.num_gpus,
-                "runtime_env": {"env_vars": polling.environment()},
-            },
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "graceful_shutdown_timeout_s": self.drain_seconds,
         }
         if self.maximum is None:

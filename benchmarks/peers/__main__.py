@@ -45,7 +45,6 @@ def all_peers(shards: int) -> list[Peer]:
     """In the order in which they are shown."""
     return [
         RawGrpc(stream=True),
-        RawGrpc(stream=True, polling=True),
         RawGrpc(stream=False),
         *ours(shards),
         Service("fp16", torch.float32, shards),

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,11 +48,9 @@ class Peer(ABC):
 
     Attributes:
         name: What the tables call it.
-        environment: Of its processes, clients included, beside ours.
     """
 
     name: str
-    environment: Mapping[str, str] = MappingProxyType({})
 
     @property
     def server_name(self) -> str:
@@ -122,20 +119,11 @@ def listening(port: int) -> bool:
 
 
 @contextmanager
-def child(
-    target: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None
-) -> Iterator[tuple[int, Connection]]:
+def child(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, Connection]]:
     """A process of ours that runs `target(pipe, *arguments)` until the pipe closes: its pid and our end of the pipe."""
     here, there = processes.Pipe()
-    context = get_context("spawn") if environment else processes  # a fork has the environment of who forks
-    process = context.Process(target=_run_child, args=(target, there, *arguments), daemon=True)
-    before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    process = processes.Process(target=_run_child, args=(target, there, *arguments), daemon=True)
+    process.start()
     there.close()
     try:
         yield process.pid or 0, here

@@ -20,26 +20,21 @@ UNARY, STREAM = "/floor/Unary", "/floor/Stream"
 
 
 class RawGrpc(Peer):
-    """grpcio with identity serializers: a call a lookup, or one bidirectional stream.
+    """grpcio with identity serializers: a call a lookup, or one bidirectional stream."""
 
-    As it comes; or `polling` its sockets itself, as our client and shards do (`embedding_service.polling`).
-    """
-
-    def __init__(self, stream: bool, polling: bool = False) -> None:
+    def __init__(self, stream: bool) -> None:
         self.stream = stream
-        self.polling = polling
-        self.name = f"raw gRPC {'stream' if stream else 'unary'}{', polling' if polling else ''}"
-        self.environment = {} if polling else {"GRPC_EXPERIMENTS": ""}
+        self.name = f"raw gRPC {'stream' if stream else 'unary'}"
 
     @property
     def server_name(self) -> str:
         """One server has both methods."""
-        return "raw gRPC, polling" if self.polling else "raw gRPC"
+        return "raw gRPC"
 
     @contextmanager
     def serve(self, data: Data, folder: Path) -> Iterator[Server]:
         """One process with grpcio's sync server."""
-        with child(_serve, data, environment=self.environment) as (pid, pipe):
+        with child(_serve, data) as (pid, pipe):
             yield Server(f"127.0.0.1:{receive(pipe, START_SECONDS)}", [pid])
 
     @contextmanager

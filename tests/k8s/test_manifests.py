@@ -17,7 +17,6 @@ from referencing import Registry, Resource
 from support.kustomize import K8S, Manifest, can_render, environment, find, pod_templates, render
 
 import embedding_service.cli
-from embedding_service import polling
 from embedding_service.commands.text import parse_bytes
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
@@ -214,7 +213,6 @@ def test_the_serve_config_is_what_ray_and_the_worker_take(overlay: Path) -> None
     assert arguments.name == find(objects, "ConfigMap", "embedding-import")["data"]["MODEL"]
     [deployment] = application.deployments
     assert deployment.name == APP
-    assert deployment.ray_actor_options.runtime_env == {"env_vars": polling.environment()}
     host, _, port = arguments.embeddings.partition(":")
     assert int(port) in [each["port"] for each in find(_services_named(objects, host), "Service")["spec"]["ports"]]
     assert f"ray=={service['rayClusterConfig']['rayVersion']}" in _requirements()
