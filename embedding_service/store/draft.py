@@ -20,10 +20,10 @@ from pathlib import Path
 import xxhash
 from pydantic import ValidationError
 
-from embedding_service.errors import CorruptPart, ImportRefused
+from embedding_service.errors import CorruptPart, ImportRefused, StoreError
 from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
-from embedding_service.store.store import MANIFEST_FILE, Store
+from embedding_service.store.store import MANIFEST_FILE, Store, next_version
 from embedding_service.tensorfile import PAGE_BYTES
 
 _JOURNAL, _LOCK = "journal", "lock"
@@ -38,7 +38,7 @@ class Draft:
 
     def resume(self, fingerprint: str) -> None:
         """Take over the finished parts of an earlier run with the same fingerprint; else begin anew."""
-        first, *lines = self._journal_lines() or [""]
+        first, *lines = _lines(self.folder / _JOURNAL) or [""]
         if first == fingerprint:
             self._finished = {part.file: part for part in map(_read_part, lines) if part and self._is_whole(part)}
         else:
@@ -68,16 +68,33 @@ class Draft:
         for table in manifest.tables:
             _sync_folder(self.folder / table.name)
         _sync_folder(self.folder)
-        target = self.folder.parent / self.version
-        self.folder.rename(target)
-        _sync_folder(target.parent)
+        self.folder.rename(self._published)
+        _sync_folder(self._published.parent)
         # Not before: in a folder without its lock another import could begin anew, and we would publish that.
-        (target / _JOURNAL).unlink()
-        (target / _LOCK).unlink()
+        self.clear_published()
+
+    def clear_published(self) -> None:
+        """Remove this import's own files from the version, the journal last: see `has_published`."""
+        (self._published / _LOCK).unlink(missing_ok=True)
+        (self._published / _JOURNAL).unlink(missing_ok=True)
+
+    def has_published(self, fingerprint: str) -> bool:
+        """Whether an import of this fingerprint published the version and died before it was through."""
+        return self.store.has(self.model, self.version) and any(
+            _lines(journal)[:1] == [fingerprint] for journal in self._published_journals()
+        )
+
+    @property
+    def _published(self) -> Path:
+        return self.folder.parent / self.version
+
+    def _published_journals(self) -> list[Path]:
+        """Where the journal of a published version may be."""
+        return [self._published / _JOURNAL]
 
     def abandon_if_empty(self) -> None:
         """Leave no trace where nothing was finished."""
-        if self.folder.exists() and len(self._journal_lines()) < 2:
+        if self.folder.exists() and len(_lines(self.folder / _JOURNAL)) < 2:
             shutil.rmtree(self.folder)
             if self.store.is_local:
                 with contextlib.suppress(OSError):  # not empty: the model has other versions
@@ -92,12 +109,6 @@ class Draft:
         except CorruptPart:
             return False
         return True
-
-    def _journal_lines(self) -> list[str]:
-        try:
-            return (self.folder / _JOURNAL).read_text().splitlines()
-        except FileNotFoundError:
-            return []
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -120,7 +131,18 @@ class RemoteDraft(Draft):
         """Write the manifest, which makes the version visible."""
         location = self.store.location(self.model, self.version, MANIFEST_FILE)
         self.store.filesystem.pipe_file(location, manifest.to_json().encode())
-        shutil.rmtree(self.folder)
+        self.clear_published()
+
+    def clear_published(self) -> None:
+        """Remove the folder, then the journal."""
+        [inside, beside] = self._published_journals()
+        if inside.exists():
+            inside.replace(beside)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        beside.unlink(missing_ok=True)
+
+    def _published_journals(self) -> list[Path]:
+        return [self.folder / _JOURNAL, self.folder.with_suffix(".published")]
 
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return max(part_bytes, default=0)  # one at a time is on this machine
@@ -131,6 +153,22 @@ class RemoteDraft(Draft):
         return (
             self.store.filesystem.exists(location) and self.store.filesystem.size(location) == PAGE_BYTES + part.bytes
         )
+
+
+def finish_published(store: Store, model: str, version: str, fingerprint: str) -> Manifest | None:
+    """Clear up after an import of this fingerprint that published and then died; returns the manifest, or None."""
+    draft = _draft(store, check_name(model), check_name(version))
+    if not draft.has_published(fingerprint):
+        return None
+    try:
+        manifest = store.manifest(model, version)
+    except StoreError:
+        if store.is_local:
+            raise
+        store.filesystem.rm_file(store.location(model, version, MANIFEST_FILE))  # half of it: it is written again
+        return None
+    draft.clear_published()
+    return manifest
 
 
 @contextlib.contextmanager
@@ -160,10 +198,10 @@ def _refuse_taken(store: Store, model: str, version: str) -> None:
     location = store.location(model, version)
     # A remote version without a manifest is one whose import died; a local one is something we did not write.
     if store.has(model, version) or (store.is_local and Path(location).exists()):
-        numbers = [int(known) for known in store.versions(model) if known.isdecimal()]
+        newer = next_version(store.versions(model) or [version])
         raise ImportRefused(
             f"name taken: {location} is there already. Choose another --name, or add a version to it with "
-            f"--version {max(numbers, default=1) + 1}"
+            f"--version {newer}"
         )
 
 
@@ -195,6 +233,13 @@ def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ImportRefused(f"no disk space: {folder.parent} needs {needed:,} bytes, {free:,} are free. {remedy}")
+
+
+def _lines(journal: Path) -> list[str]:
+    try:
+        return journal.read_text().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _read_part(line: str) -> Part | None:

@@ -23,10 +23,10 @@ import xxhash
 from embedding_service.checkpoint import Checkpoint, LooseTensors, SourceMatrix
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
-from embedding_service.store.draft import Draft, open_draft
+from embedding_service.store.draft import Draft, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
-from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
-from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, part_file, rows_per_part
+from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table, part_file
+from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, rows_per_part
 from embedding_service.store.progress import Meter, Progress
 from embedding_service.store.store import Store
 from embedding_service.tensorfile import PAGE_BYTES
@@ -52,15 +52,19 @@ def import_checkpoint(
     dtype: "int8", "int4", "fp8", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
     generic: tensor -> table, to take these matrices as tables without a family, whatever model they are of; then
     `checkpoint` may also be a safetensors file, or a folder of them without a config.
-    Goes on where an earlier call with the same checkpoint and options was interrupted. Until all is done the store
-    shows nothing of it. Raises ImportRefused (not a checkpoint, unknown family, missing or misshapen tensor, no disk
-    space, name taken), InvalidRequest (name, dtype, part size), StoreError (reading or writing failed midway).
+    Goes on where an earlier call with the same checkpoint and options was interrupted, be it while it published.
+    Until all is done the store shows nothing of it.
+    Raises ImportRefused (not a checkpoint, unknown family, missing or misshapen tensor, no disk space, name taken),
+    InvalidRequest (name, dtype, part size), StoreError (reading or writing failed midway).
     """
     source, importer = _open(Path(checkpoint), generic)
     plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
     store = store if isinstance(store, Store) else Store(store)
+    fingerprint = _fingerprint(source, plans)
+    if published := finish_published(store, name, version, fingerprint):
+        return published
     with open_draft(store, name, version) as draft, _explained_write_errors(store), _one_torch_thread():
-        draft.resume(_fingerprint(source, plans))
+        draft.resume(fingerprint)
         slots = [slot for plan in plans for slot in plan.slots()]
         draft.check_space([slot.bytes + PAGE_BYTES for slot in slots if not draft.finished(slot.file)])
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)

@@ -31,6 +31,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def part_file(table: str, index: int) -> str:
+    """Where a part lies within the version's folder: no manifest can say otherwise."""
+    return f"{table}/part-{index:05d}.safetensors"
+
+
 Json = str | bytes
 Name = Annotated[str, AfterValidator(check_name)]
 
@@ -80,6 +85,8 @@ class Table(_Frozen):
             rows = min(self.rows_per_part, self.rows - first_row)
             if (part.index, part.first_row, part.rows, part.bytes) != (index, first_row, rows, rows * self.row_bytes):
                 raise ValueError(f"table {self.name}: part {index} must be rows {first_row} to {first_row + rows - 1}")
+            if part.file != part_file(self.name, index):
+                raise ValueError(f"table {self.name}: part {index} must be the file {part_file(self.name, index)}")
         return self
 
 

@@ -20,7 +20,7 @@ import xxhash
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import RowFormat
 from embedding_service.machine import open_file
-from embedding_service.store.manifest import Part
+from embedding_service.store.manifest import Part, part_file
 from embedding_service.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
 
 DEFAULT_PART_BYTES = 256 << 20
@@ -37,11 +37,6 @@ def rows_per_part(row_bytes: int, part_bytes: int = DEFAULT_PART_BYTES) -> int:
             f"only every {step * row_bytes:,} bytes"
         )
     return part_bytes // (step * row_bytes) * step
-
-
-def part_file(table: str, index: int) -> str:
-    """Name of a part's file within the version's folder."""
-    return f"{table}/part-{index:05d}.safetensors"
 
 
 class PartLayout(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +18,10 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from embedding_service.errors import NotFound, StoreError
+from embedding_service.foreign import printable
 from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
 
@@ -122,6 +124,14 @@ class Store:
             raise NotFound(f"model {model!r} in {self.url} has no version {version!r} any more")
         return manifest
 
+    @property
+    def is_private(self) -> bool:
+        """Whether it is in this process's memory, where no other process sees it."""
+        filesystem = self.filesystem
+        while inner := getattr(filesystem, "fs", None):
+            filesystem = inner
+        return isinstance(filesystem, MemoryFileSystem)
+
     def location(self, *names: str) -> str:
         """Where something lies, in the filesystem's own terms: a path for a local store."""
         return "/".join([self.root.rstrip("/"), *names])
@@ -134,12 +144,12 @@ class Store:
         """Return a local path of the part: its own in a local store, else a verified copy below `cache`.
 
         A copy that is there already is trusted: it took its name only after its checksum held, and whoever loads it
-        checks it again. Raises CorruptPart, StoreError where the disk of `cache` is full, or the filesystem's own
-        OSError.
+        checks it again. Raises CorruptPart, StoreError where the disk of `cache` is full or a link leads out of it, or
+        the filesystem's own OSError.
         """
         if self.is_local:
             return self.part_path(manifest, part)
-        path = cache / manifest.model / manifest.version / part.file
+        path = _below(cache, manifest.model, manifest.version, part.file)
         if not path.exists():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +166,9 @@ class Store:
     def _copy(self, manifest: Manifest, part: Part, path: Path) -> None:
         """Bring a part here; it takes its name once its checksum held, and what was copied in vain goes away."""
         # Of this thread alone: another may be fetching the same part.
-        partial = path.with_suffix(f".partial-{os.getpid()}-{threading.get_ident()}")
+        descriptor, name = tempfile.mkstemp(prefix=f"{path.stem}.partial-", dir=path.parent)
+        os.close(descriptor)
+        partial = Path(name)
         try:
             self.filesystem.get_file(self.location(manifest.model, manifest.version, part.file), str(partial))
             verify(partial, part)
@@ -198,12 +210,26 @@ def _naming(found: Catalogue, model: str, version: str, location: str) -> Iterat
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        found.problems[model, version] = _printable(f"{location} is skipped: {reason}")
+        found.problems[model, version] = printable(f"{location} is skipped: {reason}")
 
 
-def _printable(text: str) -> str:
-    """With what no terminal and no protobuf string would take, as in a folder's name of any bytes, escaped."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+def _below(cache: Path, *names: str) -> Path:
+    """A path in the cache. Raises StoreError where a link there leads out of it: nothing is written elsewhere."""
+    path = cache.joinpath(*names)
+    try:
+        inside = path.resolve().is_relative_to(cache.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        inside = False
+    if not inside:
+        raise StoreError(f"{path} leads out of the cache {cache}: remove the link there, or give another --cache")
+    return path
+
+
+def next_version(versions: list[str]) -> str:
+    """A name for a version that is newer than all of these, which are in their order: "v9" gives "v10"."""
+    newest = versions[-1] if versions else "1"
+    text, number = re.fullmatch(r"(.*?)(\d*)", newest).groups()  # type: ignore[union-attr]
+    return f"{text}{int(number or 1) + 1}"
 
 
 def natural_order(name: str) -> list[tuple[str, int]]:

@@ -58,6 +58,12 @@ def test_json_and_back() -> None:
         (("tables", 0, "parts", 1, "index"), 0),
         (("tables", 0, "parts", 2, "bytes"), 451 * 16),
         (("tables", 0, "parts", 0, "checksum"), "md5:00"),
+        (("tables", 0, "parts", 0, "file"), "ngram/part-00001.safetensors"),
+        (("tables", 0, "parts", 0, "file"), "../ngram/part-00000.safetensors"),
+        (("tables", 0, "parts", 0, "file"), "ngram/../ngram/part-00000.safetensors"),
+        (("tables", 0, "parts", 0, "file"), "/etc/passwd"),
+        (("tables", 0, "parts", 0, "file"), "memory://x/part-00000.safetensors"),
+        (("tables", 0, "parts", 0, "file"), ""),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_file(path: tuple[str | int, ...], value: object) -> None:

@@ -213,6 +213,57 @@ def test_a_fetched_part_is_checked_and_kept(checkpoint: Any, tmp_path: Path, rem
     assert not list((tmp_path / "cold").rglob("part-00001.safetensors"))
 
 
+def attack(remote: str, file: str) -> Store:
+    """A remote store whose first part's manifest entry names another file."""
+    store = Store(remote)
+    location = store.location("tiny", "1", "manifest.json")
+    content = json.loads(store.filesystem.cat_file(location))
+    content["tables"][0]["parts"][0]["file"] = file
+    store.filesystem.pipe_file(location, json.dumps(content).encode())
+    return store
+
+
+def test_a_remote_manifest_reaches_no_file_outside_the_cache(checkpoint: Any, tmp_path: Path, remote: str) -> None:
+    """An absolute name had a shard delete that file and put another in its place."""
+    manifest = import_checkpoint(checkpoint.folder, remote, "tiny", part_bytes=PART_BYTES)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for file in (str(victim), "../../../../victim", "ngram/part-00001.safetensors"):
+        store = attack(remote, file)
+        assert "must be the file ngram/part-00000.safetensors" in store.catalogue().problems["tiny", "1"]
+        with pytest.raises(StoreError, match="must be the file"):
+            store.manifest("tiny")
+        # Nor would it through a manifest that was read by somebody else.
+        part = manifest.tables[0].parts[0].model_copy(update={"file": file})
+        if file != manifest.tables[0].parts[1].file:
+            with pytest.raises(StoreError, match="leads out of the cache"):
+                store.fetch_part(manifest, part, tmp_path / "cache")
+        assert victim.read_text() == "mine" and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("link", ["tiny", "tiny/1", "tiny/1/ngram", "tiny/1/ngram/part-00000.safetensors"])
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere", "circle"])
+def test_a_link_in_the_cache_leads_nowhere(
+    checkpoint: Any, tmp_path: Path, remote: str, link: str, target: str
+) -> None:
+    manifest = import_checkpoint(checkpoint.folder, remote, "tiny", part_bytes=PART_BYTES)
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "cache" / link
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path if target == "circle" else tmp_path / target)
+    with pytest.raises(StoreError, match=r"leads out of the cache .*: remove the link there"):
+        Store(remote).fetch_part(manifest, manifest.tables[0].parts[0], tmp_path / "cache")
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "nowhere").exists()
+
+
+def test_a_cache_may_itself_be_a_link(checkpoint: Any, tmp_path: Path, remote: str) -> None:
+    manifest = import_checkpoint(checkpoint.folder, remote, "tiny", part_bytes=PART_BYTES)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    path = Store(remote).fetch_part(manifest, manifest.tables[0].parts[0], tmp_path / "cache")
+    assert path.is_file() and [each.name for each in path.parent.iterdir()] == [path.name]
+
+
 def test_an_interrupted_remote_import_goes_on(checkpoint: Any, tmp_path: Path, remote: str) -> None:
     def interrupt(done: int, total: int) -> None:
         if done > total * 0.6:
