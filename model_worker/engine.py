@@ -28,13 +28,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from embedding_service.errors import EmbeddingServiceError, Unavailable
 from model_worker.batch_cache import join, keep
 from model_worker.ends import end_tokens
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
-from model_worker.text import TextStream, Tokenizer
+from model_worker.text import Spelling, TextStream
 
 FinishReason = Literal["stop", "length"]
 
@@ -62,7 +62,7 @@ class Request:
     """One sequence to generate."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, emit: Callable[[Event], None]
+        self, prompt: list[int], params: SamplingParams, spelling: Spelling, emit: Callable[[Event], None]
     ) -> None:
         self.prompt = prompt
         self.params = params
@@ -70,7 +70,7 @@ class Request:
         self.completion: list[int] = []
         """The tokens generated so far, one that ends it included."""
         self.cancelled = False
-        self.text = TextStream(tokenizer, params.stop)
+        self.text = TextStream(spelling, params.stop)
         self.generator = params.generator()
         self.submitted = time.perf_counter()
         self._logprobs: list[TokenLogprob] = []
@@ -122,14 +122,15 @@ class Engine:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         *,
         max_batch: int = 8,
         max_queue: int = 64,
         on_first_token: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self.spelling = Spelling(tokenizer)
+        """What its tokens are as text."""
         self._max_batch = max_batch
         self.capacity = max_batch + max_queue
         """Requests that may run and wait at once."""
@@ -187,7 +188,7 @@ class Engine:
             has finish_reason or error set.
         Raises EngineBusy: there is no room for all of them.
         """
-        requests = [Request(prompt, params, self._tokenizer, emit) for params, emit in choices]
+        requests = [Request(prompt, params, self.spelling, emit) for params, emit in choices]
         with self._changed:
             if self._taken + len(requests) > self.capacity:
                 self.refused += len(requests)

@@ -60,13 +60,13 @@ def build_app(worker: Worker) -> FastAPI:
     async def completions(body: CompletionRequest) -> Response:
         _check_model(worker, body)
         prompt = await asyncio.to_thread(_prompt_tokens, worker, body.prompt)
-        return await _answer(worker, body, prompt, CompletionReply(worker.name, worker.spell))
+        return await _answer(worker, body, prompt, CompletionReply(worker.name, worker.spelling))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
         _check_model(worker, body)
         prompt = await asyncio.to_thread(_chat_tokens, worker, body)
-        return await _answer(worker, body, prompt, ChatReply(worker.name, worker.spell))
+        return await _answer(worker, body, prompt, ChatReply(worker.name, worker.spelling))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from model_worker.engine import Event, FinishReason
 from model_worker.sampling import SamplingParams, TokenLogprob
-from model_worker.text import REPLACEMENT
+from model_worker.text import Spelling
 
 # Values that ask for what this server does anyway.
 _NEUTRAL: dict[str, Any] = {
@@ -205,16 +205,16 @@ class Reply(ABC):
     """The bodies that answer one request.
 
     model: the model's id.
-    spell: the text of one token.
+    spelling: what tokens are as text.
     """
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str, spell: Callable[[int], str]) -> None:
+    def __init__(self, model: str, spelling: Spelling) -> None:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._spell = spell
+        self._spelling = spelling
 
     def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
         """The answer without streaming."""
@@ -251,8 +251,8 @@ class CompletionReply(Reply):
     prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, model: str, spell: Callable[[int], str]) -> None:
-        super().__init__(model, spell)
+    def __init__(self, model: str, spelling: Spelling) -> None:
+        super().__init__(model, spelling)
         # Characters of each choice's tokens so far.
         self._offsets: defaultdict[int, int] = defaultdict(int)
 
@@ -264,7 +264,7 @@ class CompletionReply(Reply):
         return [self._whole(choice, event)]
 
     def _logprobs(self, choice: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        tokens = [self._spell(each.token) for each in logprobs]
+        tokens = [self._spelling.spell(each.token) for each in logprobs]
         ends = list(accumulate(map(len, tokens), initial=self._offsets[choice]))
         self._offsets[choice] = ends[-1]
         return {
@@ -280,7 +280,7 @@ class CompletionReply(Reply):
         """
         top: dict[str, float] = {}
         for token, value in logprob.top:
-            text = self._spell(token)
+            text = self._spelling.spell(token)
             top[f"token_id:{token}" if text in top else text] = value
         return top
 
@@ -317,9 +317,13 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        """`bytes` is None where a token is no whole characters."""
-        text = self._spell(token)
-        return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
+        """`bytes` may be a part of a character; None for special tokens, which are no text."""
+        utf8 = self._spelling.utf8(token)
+        return {
+            "token": self._spelling.spell(token),
+            "logprob": logprob,
+            "bytes": None if utf8 is None else list(utf8),
+        }
 
 
 def _delta(

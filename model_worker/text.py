@@ -1,23 +1,166 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+"""Tokens to text as they come: what is sent is what the tokenizer makes of all tokens, and nothing of a stop string.
+
+`tokenizers` has a DecodeStream for this. It was tried with every kind of decoder (0.23): it loses an unfinished
+character at the end, and of byte tokens it sends characters that `decode` takes back.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import codecs
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 # What decoders put for bytes that are not, or not yet, a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+# All characters of what transformers' clean_up_tokenization_spaces replaces: no replacement goes across another one.
+_CLEANED_UP = " .?!,'ntmsver"
 
 
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer; `end_tokens` asks for more where there is a chat template."""
+class Spelling:
+    """What the tokens of one tokenizer are as text.
 
-    eos_token_id: int | None
-    chat_template: str | dict[str, str] | None
+    tokenizer: a transformers tokenizer, with any decoder that the `tokenizers` library has.
+    """
 
-    def decode(
-        self, token_ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
-    ) -> str:
-        """The text of tokens."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend: Any = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = frozenset(token for token, each in added if each.special)
+        self._clean_up = tokenizer.clean_up_tokenization if _cleans_up(tokenizer) else None
+        kinds = _decoder_kinds(self._backend.decoder)
+        self._is_byte_level = "ByteLevel" in kinds and kinds <= {"Sequence", "ByteLevel", "Fuse"}
+        self._may_end_within_a_character = "ByteLevel" in kinds
+        self._has_byte_tokens = "ByteFallback" in kinds
+        # Many decoders write a text's first token without the space that it has after others.
+        known = range(self._backend.get_vocab_size())
+        firsts = ([token] for token in known if self.is_text(token) and self._byte(token) is None)
+        self._first = next(filter(self.decode, firsts), [])
+
+    def is_text(self, token: int) -> bool:
+        """False for special tokens, and for ids that the tokenizer does not know: decoding leaves both out."""
+        return token not in self._special and self._backend.id_to_token(token) is not None
+
+    def utf8(self, token: int) -> bytes | None:
+        """The bytes of one token, as it is after others; maybe a part of a character. None for what is no text."""
+        if not self.is_text(token):
+            return None
+        if self._may_end_within_a_character:
+            return _byte_level_bytes(self._backend.id_to_token(token))
+        byte = self._byte(token)
+        if byte is not None:
+            return byte
+        return self.decode([*self._first, token])[len(self.decode(self._first)) :].encode()
+
+    def spell(self, token: int) -> str:
+        """One token as people read it: its text as it is after others, or a special token's name."""
+        utf8 = self.utf8(token)
+        return (self._backend.id_to_token(token) or "") if utf8 is None else utf8.decode(errors="replace")
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, all of which are text, before it is cleaned up."""
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether this is a token like <0xE6> and the decoder takes those for bytes."""
+        return self._byte(token) is not None
+
+    def may_change(self, text: str) -> bool:
+        """Whether the next token may make another character of a text's end."""
+        return self._may_end_within_a_character and text.endswith(REPLACEMENT)
+
+    def pieces(self) -> Pieces:
+        """The text of a sequence to come."""
+        pieces: Pieces = _BytePieces(self) if self._is_byte_level else _DecodedPieces(self)
+        return pieces if self._clean_up is None else _CleanPieces(pieces, self._clean_up)
+
+    def _byte(self, token: int) -> bytes | None:
+        match = self._has_byte_tokens and _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token))
+        return bytes.fromhex(match[1]) if match else None
+
+
+class Pieces(ABC):
+    """The text of one growing sequence. All pieces put together are what the tokenizer makes of all tokens."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """Add a token that is text; returns what is certain now."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """The rest: no token comes any more."""
+
+
+class _BytePieces(Pieces):
+    """Of a decoder that does nothing but put bytes together."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._spelling.utf8(token) or b"")
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _DecodedPieces(Pieces):
+    """Of any other decoder: what is new is decoded after the tokens of the last piece."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._new: list[int] = []
+        # The tokens of the last pieces, as few as have text of their own: what a decoder drops at a text's start is
+        # dropped there.
+        self._before: list[list[int]] = []
+        self._text_before = ""
+
+    def push(self, token: int) -> str:
+        self._new.append(token)
+        # Of a run of byte tokens, one that is wrong leaves no character: it is decoded as a whole, once it has ended.
+        return "" if self._spelling.is_byte(token) else self._decode()
+
+    def finish(self) -> str:
+        return self._decode(final=True) if self._new else ""
+
+    def _decode(self, final: bool = False) -> str:
+        together = [*self._before, self._new]
+        text = self._text_of(together)
+        if self._spelling.may_change(text) and not final:
+            return ""
+        piece = text[len(self._text_before) :]
+        self._before, self._text_before, self._new = together, text, []
+        while (fewer := self._before[1:]) and (text := self._text_of(fewer)):
+            self._before, self._text_before = fewer, text
+        return piece
+
+    def _text_of(self, pieces: list[list[int]]) -> str:
+        return self._spelling.decode([token for piece in pieces for token in piece])
+
+
+class _CleanPieces(Pieces):
+    """Cleaned up as transformers does it, which takes spaces away before punctuation."""
+
+    def __init__(self, pieces: Pieces, clean_up: Callable[[str], str]) -> None:
+        self._pieces = pieces
+        self._clean_up = clean_up
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        text = self._held + self._pieces.push(token)
+        certain = text.rstrip(_CLEANED_UP)
+        self._held = text[len(certain) :]
+        return self._clean_up(certain)
+
+    def finish(self) -> str:
+        return self._clean_up(self._held + self._pieces.finish())
 
 
 class TextStream:
@@ -26,40 +169,21 @@ class TextStream:
     The pieces that `push` and `finish` return, put together, are the decoded text up to the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, spelling: Spelling, stop: tuple[str, ...] = ()) -> None:
+        self._spelling = spelling
+        self._pieces = spelling.pieces()
         self._stop = stop
         self.stopped = False
         """A stop string came; there is no more text."""
-        # Only a window is decoded anew for each token: the tokens of the last piece, as some tokenizers write a token
-        # differently at a text's start, and those after it.
-        self._tokens: list[int] = []
-        self._window_start = 0
-        self._window_read = 0
-        self._window_sent = 0
         self._held = ""
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is certain now, which may be none."""
-        self._tokens.append(token)
-        text = self._decode(self._window_start)
-        # Later bytes can complete at most the last character.
-        certain = text.removesuffix(REPLACEMENT)
-        piece = certain[self._window_sent :]
-        self._window_sent = max(self._window_sent, len(certain))
-        if text and certain == text:
-            self._window_start, self._window_read = self._window_read, len(self._tokens)
-            self._window_sent = len(self._decode(self._window_start))
-        return self._release(piece, final=False)
+        return self._release(self._pieces.push(token), final=False) if self._spelling.is_text(token) else ""
 
     def finish(self) -> str:
         """The text still held back: the sequence is over."""
-        return self._release(self._decode(self._window_start)[self._window_sent :], final=True)
-
-    def _decode(self, start: int) -> str:
-        return self._tokenizer.decode(
-            self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self._release(self._pieces.finish(), final=True)
 
     def _release(self, piece: str, final: bool) -> str:
         """Hold back what may be the beginning of a stop string."""
@@ -79,3 +203,40 @@ def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning, not the whole, of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _decoder_kinds(decoder: Any) -> set[str]:
+    """The types of a `tokenizers` decoder and of all that it is made of."""
+    if decoder is None:
+        return set()
+    # Decoders tell what they are made of in what they are pickled as, and nowhere else.
+    described = [json.loads(decoder.__getstate__())]
+    for each in described:
+        described.extend(each.get("decoders", ()))
+    return {each["type"] for each in described}
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether `tokenizer.decode` cleans up: after a BPE only where a second setting says so too."""
+    if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
+        setting = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        return tokenizer.clean_up_tokenization_spaces and getattr(tokenizer, setting, False)
+    return tokenizer.clean_up_tokenization_spaces
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """What byte each character of a byte-level token stands for: its own, or else the next that no character is."""
+    alphabet = sorted(ByteLevel.alphabet())
+    own = [ord(character) for character in alphabet if ord(character) < 256]
+    return dict(zip(alphabet, [*own, *sorted(set(range(256)) - set(own))], strict=True))
+
+
+_BYTES_OF_CHARACTERS = _bytes_of_characters()
+
+
+def _byte_level_bytes(spelled: str) -> bytes:
+    """Of a token as the vocabulary spells it. One with any other character, an added one, is taken as it is."""
+    try:
+        return bytes([_BYTES_OF_CHARACTERS[character] for character in spelled])
+    except KeyError:
+        return spelled.encode()

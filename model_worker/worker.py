@@ -21,6 +21,7 @@ from embedding_service.errors import Unavailable
 from model_worker import families
 from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
+from model_worker.text import Spelling
 
 # Seconds a step waits for its rows, retries included, before its requests fail with 503. Where a shard is cut off,
 # a try takes 2 s and the routing names it for 5 s (the controller's --lost-after): more than both and another try.
@@ -169,9 +170,10 @@ class Worker:
         """Token ids are below it."""
         return self._model.config.get_text_config().vocab_size
 
-    def spell(self, token: int) -> str:
-        """The text of one token; special tokens by their names."""
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    @property
+    def spelling(self) -> Spelling:
+        """What tokens are as text."""
+        return self._engine.spelling
 
     @property
     def capacity(self) -> int:

@@ -22,6 +22,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen4ExpConfig,
     Qwen4ExpForCausalLM,
     Qwen4ExpForConditionalGeneration,
@@ -416,18 +417,13 @@ def test_attach_refuses_the_wrong_model(folder: Path, client: EmbeddingClient, t
 # The worker
 
 
-def test_the_engine_batches_it(here: Any, there: Any) -> None:
+def test_the_engine_batches_it(folder: Path, here: Any, there: Any) -> None:
     """Requests of mixed lengths join and leave at different steps: their tokens are those they get alone."""
     if here.dtype != torch.float32:
         pytest.skip("in half precision who shares a batch shows in the rounding, with tables here as well")
 
-    class Numbers:
-        eos_token_id = chat_template = None
-
-        def decode(self, token_ids: list[int], **_: object) -> str:
-            return " ".join(map(str, token_ids))
-
-    running = Engine(there, Numbers(), max_batch=4, max_queue=100)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    running = Engine(there, tokenizer, max_batch=4, max_queue=100)
     try:
         asked = [(prompt, 5 + 7 * (i % 4)) for i, prompt in enumerate(prompts(12))]
         jobs = [Job(running, prompt, greedy(tokens, ignore_eos=True)) for prompt, tokens in asked]
