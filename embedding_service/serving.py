@@ -8,26 +8,27 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, RequestTooLarge, Unavailable
-from embedding_service.machine import allow_many_files, split_address
+from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
+from embedding_service.front import Context, Front, Method, Options, Places
+from embedding_service.health import Health
+from embedding_service.machine import allow_many_files
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
 
 log = logging.getLogger("embedding_service")
 
-# How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
-STOP_GRACE = 1.0
-# Calls open at a time on a connection, each with its request in memory; clients queue further ones.
-CALLS = 256
+# Streams that may be open in a process, in all and of one host: those that a task answers, and those that wait for
+# something to happen at no cost but memory. A thousand shards of one host register, and it may watch ten times as much.
+STREAMS, IDLE_STREAMS = (4096, 2048), (16384, 12288)
 # The health service's name for "this process answers", whatever it has to answer with: restart it only without that.
 ALIVE = "alive"
 
@@ -52,76 +53,82 @@ class RequestLimits:
             )
 
 
-def server_options(limits: RequestLimits, *, shared: bool = False, streams: int = CALLS) -> list[tuple[str, int]]:
-    """Settings of a gRPC server; `shared` and `streams` as `Server` and its kin say."""
-    return [
-        # Room for what a request holds besides its ids.
-        ("grpc.max_receive_message_length", limits.request_bytes + 65536),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_concurrent_streams", streams),
-        ("grpc.so_reuseport", 1 if shared else 0),
-        # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-    ]
-
-
-def bind(add_port: Callable[[str], int], address: str) -> str:
-    """Listen: the address with the port that was taken. Raises InvalidRequest naming an address that cannot be had."""
-    if address.startswith("unix"):
-        add_port(address)
-        return address
-    host, _ = split_address(address)
-    try:
-        bound = add_port(address)
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        raise InvalidRequest(f"cannot listen on {address}: is another process there? Give another port")
-    return f"{host}:{bound}"
-
-
 class Server:
-    """A gRPC server on one address, with health and reflection.
+    """What a process answers, at any number of addresses: health and reflection, and what is added.
+
+    To be made on the event loop that answers. Generated code takes it for a gRPC server.
 
     Args:
-        address: host:port to listen on, port 0 takes a free one; or `unix-abstract:name`.
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
-        streams: Calls open at a time on a connection.
+
+    Attributes:
+        refused: Calls that were refused before a handler saw them.
     """
 
-    def __init__(self, address: str, limits: RequestLimits, *, streams: int = CALLS) -> None:
-        self.grpc = grpc.aio.server(options=server_options(limits, streams=streams))
-        self.address = address
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        self._services = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+    def __init__(self, limits: RequestLimits) -> None:
+        self.health = Health()
+        self.refused = 0
+        self._counting = threading.Lock()
+        self._died = asyncio.get_running_loop().create_future()
+        self._methods: dict[bytes, Method] = {}
+        self._options = Options(self._methods, limits.request_bytes, self._on_refused, self._on_death)
+        self._fronts: list[Front] = []
+        self._streams = Places(*STREAMS)
+        self._services = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self)  # type: ignore[no-untyped-call]
+        self.offer("grpc.health.v1.Health/Watch", Method(watch=self.health, places=Places(*IDLE_STREAMS)))
 
-    def add(self, register: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str) -> None:
+    def add(self, register: Callable[[Any, Any], None], servicer: object, name: str) -> None:
         """Offer a service under its full protobuf name."""
-        register(servicer, self.grpc)
+        register(servicer, self)
         self._services.append(name)
 
-    async def start(self) -> None:
-        """Listen. Raises InvalidRequest naming an address that cannot be had."""
-        reflection.enable_server_reflection(self._services, self.grpc)
-        await self.set_serving(False)
-        self.address = bind(self.grpc.add_insecure_port, self.address)
-        await self.grpc.start()
-        await self._health.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
+    def offer(self, path: str, method: Method) -> None:
+        """Offer one method, "package.Service/Method"."""
+        self._methods[f"/{path}".encode()] = method
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Called by generated code, which registers each method as well."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Called by generated code."""
+        for name, handler in handlers.items():
+            streams = handler.request_streaming or handler.response_streaming
+            self.offer(f"{service}/{name}", Method(handler, places=self._streams if streams else None))
+
+    async def listen(self, address: str, *, shared: bool = False, private: bool = False) -> Front:
+        """Answer at an address, as `Front` says. Raises InvalidRequest naming one that cannot be had."""
+        if not self._fronts:
+            servicer = reflection.aio.ReflectionServicer(self._services)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self)  # type: ignore[no-untyped-call]
+            await self.set_serving(False)
+            await self.health.set(ALIVE, True)
+        front = Front(address, self._options, shared=shared, private=private)
+        self._fronts.append(front)
+        front.start()
+        return front
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks are told, for the process and for each of its services."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ["", *self._services[2:]]:
-            await self._health.set(name, status)
+            await self.health.set(name, serving)
+
+    async def death(self) -> None:
+        """Raises when no calls are answered any more at one of the addresses; else never returns."""
+        await asyncio.shield(self._died)
 
     async def stop(self) -> None:
         """Take no more calls, let those under way end for STOP_GRACE seconds, then cut them."""
-        await self._health.enter_graceful_shutdown()
-        await self.grpc.stop(STOP_GRACE)
+        await self.health.end()
+        await asyncio.gather(*(front.stop() for front in self._fronts))
+
+    def _on_refused(self) -> None:
+        with self._counting:
+            self.refused += 1
+
+    def _on_death(self, error: BaseException) -> None:
+        if not self._died.done():
+            self._died.set_exception(Unavailable(f"calls are not answered any more: {error!r}"))
 
 
 class RoutingService:
@@ -141,7 +148,7 @@ class RoutingService:
             )
         return routing
 
-    async def GetRouting(self, request: wire.GetRoutingRequest, context: grpc.aio.ServicerContext) -> wire.Routing:
+    async def GetRouting(self, request: wire.GetRoutingRequest, context: Context) -> wire.Routing:
         """Where every part lies; to who knows that already, only how old it is."""
         try:
             routing = self.known_routing()
@@ -151,9 +158,7 @@ class RoutingService:
             return wire.Routing(term=routing.message.term, epoch=routing.message.epoch)
         return routing.message
 
-    async def ListModels(
-        self, request: wire.ListModelsRequest, context: grpc.aio.ServicerContext
-    ) -> wire.ListModelsResponse:
+    async def ListModels(self, request: wire.ListModelsRequest, context: Context) -> wire.ListModelsResponse:
         """What is served now."""
         try:
             models = self.known_routing().message.models
@@ -162,7 +167,7 @@ class RoutingService:
         return wire.ListModelsResponse(models=[placement.model for placement in models])
 
 
-async def abort(context: grpc.aio.ServicerContext, error: EmbeddingServiceError) -> NoReturn:
+async def abort(context: Context, error: EmbeddingServiceError) -> NoReturn:
     """End a call with this error's status."""
     await context.abort(code_of(error), str(error))
     raise AssertionError("unreachable: abort raises")

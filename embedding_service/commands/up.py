@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -25,6 +26,8 @@ STOP_SECONDS = 4.5
 POLL_SECONDS = 0.1
 # Without anything getting ready for so long, something is wrong that nobody reports.
 STALL_SECONDS = 120.0
+# Before a process that ended is started again. One that ran for longer than the second did not fail at once.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class UpOptions:
 
 
 def run(options: UpOptions) -> None:
-    """Start everything, say when it serves, and stay until SIGINT or SIGTERM, or until nothing is left to stay for.
+    """Start everything, say when it serves, and keep it running until SIGINT or SIGTERM.
 
     Raises:
         NotFound: the store has no model.
@@ -58,24 +61,24 @@ def run(options: UpOptions) -> None:
     console = wide_console(stderr=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
-    children: dict[str, subprocess.Popen[bytes]] = {}
+    members: list[_Member] = []
     try:
         controller = f"{options.host}:{free_port(options.host)}"
-        children["controller"] = start_process(controller_command(options, controller))
+        members.append(_Member("controller", controller_command(options, controller)))
         for index in range(options.shards):
             name = f"shard-{index}"
-            children[name] = start_process(shard_command(options, controller, name))
-        status = wait_until_serving(controller, lambda: _check_alive(children))
+            members.append(_Member(name, shard_command(options, controller, name)))
+        status = wait_until_serving(controller, lambda: _check_alive(members))
         for table in status_tables(status):
             console.print(table)
         print(f"ready: {options.shards} shards at {options.host}:{options.port}, controller {controller}", flush=True)
-        _watch(children, console)
+        _keep_running(members, console)
     except KeyboardInterrupt:
         console.print("ending")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop_processes(children.values())
+        stop_processes([member.popen for member in members])
 
 
 def check_store(store: str) -> None:
@@ -134,10 +137,37 @@ def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _check_alive(children: dict[str, subprocess.Popen[bytes]]) -> None:
-    for name, child in children.items():
-        if child.poll() is not None:
-            raise Unavailable(f"{name} ended with exit code {child.returncode}; its last words are above")
+class _Member:
+    """A process that is started again when it ends, each time after a longer pause unless it ran for a while."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._command = command
+        self._pause = FIRST_PAUSE
+        self._start_at = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self.popen = start_process(self._command)
+        self._started = time.monotonic()
+
+    def look(self) -> str:
+        """Start it where it is time to; says so when it has ended."""
+        now = time.monotonic()
+        if self.popen.poll() is None or now < self._start_at:
+            return ""
+        if self._start_at > self._started:
+            self._start()
+            return ""
+        self._pause = FIRST_PAUSE if now - self._started > LONGEST_PAUSE else min(2 * self._pause, LONGEST_PAUSE)
+        self._start_at = now + self._pause
+        return f"{self.name} ended with exit code {self.popen.returncode}: it starts again in {self._pause:g} s"
+
+
+def _check_alive(members: list[_Member]) -> None:
+    for member in members:
+        if member.popen.poll() is not None:
+            raise Unavailable(f"{member.name} ended with exit code {member.popen.returncode}; its last words are above")
 
 
 def wait_until_serving(controller: str, check_alive: Callable[[], None]) -> control.Status:
@@ -168,16 +198,13 @@ def wait_until_serving(controller: str, check_alive: Callable[[], None]) -> cont
         time.sleep(POLL_SECONDS)
 
 
-def _watch(children: dict[str, subprocess.Popen[bytes]], console: Console) -> None:
-    """Say who ended. The controller places a dead shard's parts anew; restarting processes is the platform's work."""
-    alive = dict(children)
-    while any(name != "controller" for name in alive):
-        for name, child in list(alive.items()):
-            if child.poll() is not None:
-                del alive[name]
-                console.print(f"{name} ended with exit code {child.returncode}", style="red")
+def _keep_running(members: list[_Member], console: Console) -> NoReturn:
+    """Start again what ended, for this is their platform. The controller places a dead shard's parts meanwhile."""
+    while True:
+        for member in members:
+            if said := member.look():
+                console.print(said, style="red")
         time.sleep(POLL_SECONDS)
-    raise Unavailable("no shard is left")
 
 
 def stop_processes(children: Collection[subprocess.Popen[bytes]]) -> None:

@@ -12,14 +12,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
-import grpc
 from prometheus_client.core import Metric
 
 from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.controller.planning import Planning
 from embedding_service.errors import PlacementError, StoreError, Unavailable
-from embedding_service.metrics import MetricsServer, gauge
+from embedding_service.front import Context
+from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import CUDA, Node, PartDemand
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
@@ -107,7 +107,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     # Shards and watchers
 
     async def Register(
-        self, reports: AsyncIterator[control.ShardReport], context: grpc.aio.ServicerContext
+        self, reports: AsyncIterator[control.ShardReport], context: Context
     ) -> AsyncIterator[control.Assignment]:
         """A shard's life."""
         first = await anext(reports, None)
@@ -137,9 +137,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             shard.outbox.set()
             self._dirty.set()
 
-    async def WatchRouting(
-        self, request: control.WatchRoutingRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[wire.Routing]:
+    async def WatchRouting(self, request: control.WatchRoutingRequest, context: Context) -> AsyncIterator[wire.Routing]:
         """The routing now, and again each time it changes."""
         seen = (0, 0)
         while not self._ending:
@@ -165,7 +163,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         """The routing that was last published."""
         return self._routing
 
-    async def GetStatus(self, request: control.GetStatusRequest, context: grpc.aio.ServicerContext) -> control.Status:
+    async def GetStatus(self, request: control.GetStatusRequest, context: Context) -> control.Status:
         """Everything a person wants to know."""
         holders = self._fleet.holders()
         served = {model.full_name for model in self._routing.models} if self._routing else set()
@@ -459,17 +457,24 @@ def main(options: ControllerOptions) -> None:
 
 
 async def _serve(options: ControllerOptions) -> None:
-    server = Server(options.listen, options.limits)
     controller = Controller(options, reachable_address(options.listen, options.advertise))
+    server = Server(options.limits)
     server.add(add_ControlServiceServicer_to_server, controller, "embedding.v1.ControlService")
     server.add(add_EmbeddingServiceServicer_to_server, controller, "embedding.v1.EmbeddingService")
-    await server.start()
+    front = await server.listen(options.listen)
     await server.set_serving(True)
-    log.info("listening on %s", server.address)
-    metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, controller.metrics)
+    log.info("listening on %s", front.address)
+
+    def collect() -> Iterator[Metric]:
+        yield from controller.metrics()
+        yield counter(
+            "request_errors", "Requests that could not be read, or that there was no room for.", server.refused
+        )
+
+    metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, collect)
     deciding = asyncio.create_task(controller.run())
     try:
-        await first_of(told_to_end().wait(), deciding)
+        await first_of(told_to_end().wait(), deciding, server.death())
     finally:
         log.info("ending")
         await cancel([deciding])

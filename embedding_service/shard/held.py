@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -16,12 +16,18 @@ from prometheus_client.core import HistogramMetricFamily
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.formats import get_format
+from embedding_service.front import Method, Places
 from embedding_service.placement.routing import Model, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
-from embedding_service.serving import RequestLimits
+from embedding_service.serving import IDLE_STREAMS, RequestLimits, Server
 from embedding_service.store.manifest import Table as StoredTable
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.lists import LookupAsked, read_lookup, read_streamed_lookup
 from embedding_service.wire.rows import Shape, allocate, allocate_streamed
+
+SERVICE = "embedding.v1.EmbeddingService"
+# A message of a `StreamLookup` as a call of its own: how a shard's processes pass it on to the main one.
+ANSWER = f"{SERVICE}/Answer"
 
 _ENCODINGS = {
     wire.ROW_ENCODING_UNSPECIFIED: "fp32",
@@ -116,23 +122,21 @@ class HeldRows:
         None for all others, wrong ones among them. May be called from any thread.
         """
         try:
-            return self._at_once(wire.LookupRequest.FromString(message), room, allocate)
+            return self._at_once(read_lookup(message), room, allocate)
         except (EmbeddingServiceError, Redirect, DecodeError):
             return None
 
     def answer_streamed(self, message: bytes, room: int) -> bytes | None:
         """`answer` for a `StreamLookupRequest`."""
         try:
-            request = wire.StreamLookupRequest.FromString(message)
-            return self._at_once(request.lookup, room, partial(allocate_streamed, request_id=request.request_id))
+            request_id, lookup = read_streamed_lookup(message)
+            return self._at_once(lookup, room, partial(allocate_streamed, request_id=request_id))
         except (EmbeddingServiceError, Redirect, DecodeError):
             return None
 
-    def _at_once(
-        self, request: wire.LookupRequest, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]
-    ) -> bytes | None:
+    def _at_once(self, asked: LookupAsked, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]) -> bytes | None:
         began = time.perf_counter()
-        lookup = self._read(request)
+        lookup = self._read(asked)
         if lookup.held is None or lookup.shape.nbytes > room or not lookup.held.at_hand(lookup.ids):
             return None
         message, rows = allocate(lookup.shape)
@@ -140,12 +144,18 @@ class HeldRows:
         self._count(lookup.shape, began)
         return message
 
-    def _read(self, request: wire.LookupRequest) -> CheckedLookup:
+    def _read(self, asked: LookupAsked) -> CheckedLookup:
         """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
+        request = asked.request
         encoding = encoding_of(request.encoding)
-        ids = _ids(request)
+        count = _count_ids(asked)
         if request.epoch:
             name, _, version = request.model.partition("@")
+            if not version:
+                raise InvalidRequest(
+                    f"a request with an epoch must name the version that was routed, as {name or 'NAME'}@VERSION, got "
+                    f"{request.model!r}: take it from the routing, or send epoch 0 to have the newest version answer"
+                )
             model, held = None, self._tables(name, version, request.table)
             if held is None:
                 raise Redirect
@@ -154,15 +164,24 @@ class HeldRows:
             model = self.known_model(request.model)
             table, version = model.table(request.table), model.version
             held = self._tables(model.name, version, request.table)
-        check_ids(ids, table.rows, f"{request.model}/{request.table}")
         row_bytes = row_bytes_of(table.dtype, table.dim, encoding)
-        self._limits.check_response(len(ids), row_bytes)
-        shape = Shape(len(ids), row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
+        self._limits.check_response(count, row_bytes)
+        ids = _ids(asked)
+        check_ids(ids, table.rows, f"{request.model}/{request.table}")
+        shape = Shape(count, row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
         return CheckedLookup(ids, encoding, shape, held, model, request.table)
 
     def known_model(self, name: str) -> Model:
         """The model that a thin client's request names; it does not route by itself. Raises Redirect where unknown."""
         raise Redirect
+
+    def offer_lookups(self, server: Server, lookup: Any, each: Any) -> None:
+        """Answer `Lookup` and `StreamLookup`; what is not answered at once is for these handlers of one message."""
+        server.offer(f"{SERVICE}/Lookup", Method(lookup, at_once=self.answer))
+        server.offer(
+            f"{SERVICE}/StreamLookup",
+            Method(each, at_once=self.answer_streamed, each=True, places=Places(*IDLE_STREAMS)),
+        )
 
     def _count(self, shape: Shape, began: float) -> None:
         with self._counting:
@@ -185,15 +204,25 @@ def row_bytes_of(dtype: str, dim: int, encoding: str) -> int:
     return get_format(dtype if encoding == STORED else encoding).row_bytes(dim)
 
 
-def _ids(request: wire.LookupRequest) -> Ids:
-    """int64 [n] from whichever field holds them."""
-    plain, wide, narrow = request.ids, request.ids_int64, request.ids_uint32
-    if bool(plain) + bool(wide) + bool(narrow) > 1:
-        given = [name for name in ("ids", "ids_int64", "ids_uint32") if getattr(request, name)]
+def _count_ids(asked: LookupAsked) -> int:
+    """Of whichever field holds them; nothing is made for it. Raises InvalidRequest where that are several fields."""
+    counts = {
+        "ids": len(asked.ids),
+        "ids_int64": len(asked.request.ids_int64) // 8,
+        "ids_uint32": len(asked.request.ids_uint32) // 4,
+    }
+    given = [name for name, count in counts.items() if count]
+    if len(given) > 1:
         raise InvalidRequest(f"row ids in {' and '.join(given)}: give them in one field")
+    return sum(counts.values())
+
+
+def _ids(asked: LookupAsked) -> Ids:
+    """int64 [n] from whichever field holds them."""
+    wide, narrow = asked.request.ids_int64, asked.request.ids_uint32
     if narrow:
         return _from_bytes("ids_uint32", narrow, "<u4")
-    return _from_bytes("ids_int64", wide, "<i8") if wide else np.array(plain, np.int64)
+    return _from_bytes("ids_int64", wide, "<i8") if wide else asked.ids.array()
 
 
 def _from_bytes(field: str, data: bytes, dtype: str) -> Ids:

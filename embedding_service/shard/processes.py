@@ -2,12 +2,13 @@
 
 Python runs one thread at a time, so one process answers no more than one core can. The rows exist once: the main
 process loads them where others can map them (`TableRows.location`). It tells the others of each part that it holds, and
-before it gives one up; whatever they cannot answer they pass on to it (`front`). The kernel spreads connections over
-all of them.
+before it gives one up; whatever they cannot answer they pass on to it, over a socket in a folder that is closed to
+others. The kernel spreads connections over all of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -21,13 +22,16 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import grpc
+
+from embedding_service.errors import EmbeddingServiceError
+from embedding_service.front import PEER, Context, Method
 from embedding_service.machine import end_with_parent
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.mmap import MappedTable
-from embedding_service.serving import RequestLimits, log_to_stderr
-from embedding_service.shard.front import Front
-from embedding_service.shard.held import Counters, HeldRows
+from embedding_service.serving import RequestLimits, Server, first_of, log_to_stderr
+from embedding_service.shard.held import ANSWER, SERVICE, Counters, HeldRows
 from embedding_service.shard.memory import keep_freed_memory
 from embedding_service.store.manifest import Table
 
@@ -45,11 +49,11 @@ TableKey = tuple[str, str, str]
 
 
 class Settings(NamedTuple):
-    """How a process runs: `addresses` it shares, `back` that it passes on to, torch `threads` of a gather."""
+    """How a process runs: `addresses` it shares, the `main` process's, torch `threads` of a gather."""
 
     name: str
     addresses: Sequence[str]
-    back: str
+    main: str
     limits: RequestLimits
     threads: int
 
@@ -72,6 +76,12 @@ class _Drop(NamedTuple):
     """Answered with the same, once the part is not used any more."""
 
     part: PartKey
+
+
+class _Serve(NamedTuple):
+    """What health checks are told from now on."""
+
+    serving: bool
 
 
 class _Stop(NamedTuple):
@@ -109,6 +119,7 @@ class Processes:
         self._count = count
         self._add_accesses = add_accesses
         self._held: dict[PartKey, tuple[Table, Location]] = {}
+        self._serving = False
         self._running: set[_Process] = set()
         self._ended = Counters()
         self._lock = threading.RLock()
@@ -142,6 +153,14 @@ class Processes:
             self._held[part] = table, location
             for process in list(self._running):
                 self._tell_held(process, part)
+
+    def set_serving(self, serving: bool) -> None:
+        """What health checks are told."""
+        with self._lock:
+            if serving != self._serving:
+                self._serving = serving
+                for process in list(self._running):
+                    self._tell(process, _Serve(serving))
 
     def drop(self, part: PartKey) -> None:
         """Returns when none of them uses the part any more."""
@@ -183,6 +202,7 @@ class Processes:
         with self._lock:
             if isinstance(message, _Ready):
                 process.ready = True
+                self._tell(process, _Serve(self._serving))
                 for part in self._held:
                     self._tell_held(process, part)
                 if self._stopping.is_set():
@@ -224,34 +244,68 @@ def _start(settings: Settings) -> _Process:
     return _Process(popen, pipe)
 
 
+class _PassedOn:
+    """Has the main process answer."""
+
+    def __init__(self, address: str) -> None:
+        limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        self._channel = grpc.aio.insecure_channel(address, limits)
+
+    def handler(self, path: str) -> Any:
+        """Passes the calls of a method on, as the bytes they came in."""
+        ask = self._channel.unary_unary(f"/{path}")
+
+        async def answer(message: bytes, context: Context) -> bytes:
+            try:
+                return await ask(message, timeout=context.time_remaining(), metadata=((PEER, context.peer()),))
+            except grpc.aio.AioRpcError as error:
+                await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata()))
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
 class _Serving:
     """The process's own side."""
 
     def __init__(self, settings: Settings, pipe: Connection) -> None:
         self._pipe = pipe
+        self._settings = settings
         self._tables: dict[TableKey, MappedTable] = {}
         self._rows = HeldRows(lambda *key: self._tables.get(key), settings.limits)
-        self._fronts = [
-            Front(address, settings.back, self._rows, settings.limits, shared=True) for address in settings.addresses
-        ]
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Until the main process says so, or is no more."""
-        for front in self._fronts:
-            front.start()
+        self._loop = asyncio.get_running_loop()
+        self._server = Server(self._settings.limits)
+        self._server.add(self._offer, _PassedOn(self._settings.main), SERVICE)
+        for address in self._settings.addresses:
+            await self._server.listen(address, shared=True)
         self._pipe.send(_Ready())
-        told = True
-        while told:
-            if self._pipe.poll(REPORT_SECONDS):
-                told = self._obey(self._pipe.recv())
-            else:
-                self._report()
-        stopping = [threading.Thread(target=front.stop) for front in self._fronts]
-        for thread in stopping:
-            thread.start()
-        for thread in stopping:
-            thread.join()
+        self._told = self._loop.create_future()
+        # Not one of asyncio's, which it waits for at its end.
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+        await first_of(self._told, self._server.death())
+        await self._server.stop()
         self._report()
+
+    def _offer(self, passed_on: _PassedOn, server: Server) -> None:
+        self._rows.offer_lookups(server, passed_on.handler(f"{SERVICE}/Lookup"), passed_on.handler(ANSWER))
+        for name in ("LookupNgrams", "ListModels", "GetRouting"):
+            server.offer(f"{SERVICE}/{name}", Method(passed_on.handler(f"{SERVICE}/{name}")))
+
+    def _follow(self) -> None:
+        """Do what the main process says, on a thread of its own: mapping a part may take a while."""
+        told = True
+        try:
+            while told:
+                if self._pipe.poll(REPORT_SECONDS):
+                    told = self._obey(self._pipe.recv())
+                else:
+                    self._report()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._told.set_exception, error)
+        else:
+            self._loop.call_soon_threadsafe(self._told.set_result, None)
 
     def _obey(self, message: Any) -> bool:
         """Do what was said; False: end."""
@@ -264,11 +318,14 @@ class _Serving:
             rows = self._tables[message.part[:3]]
             rows.drop(rows.table.parts[message.part.part])
             self._pipe.send(message)
+        elif isinstance(message, _Serve):
+            asyncio.run_coroutine_threadsafe(self._server.set_serving(message.serving), self._loop)
         return not isinstance(message, _Stop)
 
     def _report(self) -> None:
         accesses = {key: rows.take_accesses() for key, rows in self._tables.items()}
-        self._pipe.send(_Report(self._rows.counters, {key: counts for key, counts in accesses.items() if counts.any()}))
+        counters = self._rows.counters + Counters(errors=self._server.refused)
+        self._pipe.send(_Report(counters, {key: counts for key, counts in accesses.items() if counts.any()}))
 
 
 def main(pipe: Connection) -> None:
@@ -285,9 +342,12 @@ def main(pipe: Connection) -> None:
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     try:
-        _Serving(settings, pipe).run()
+        asyncio.run(_Serving(settings, pipe).run())
     except (EOFError, BrokenPipeError):
         log.warning("the main process is gone")
+    except EmbeddingServiceError as error:
+        log.error("%s", error)
+        os._exit(1)
     logging.shutdown()
     os._exit(0)  # as the commands do: taking torch and gRPC down takes a second
 

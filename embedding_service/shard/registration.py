@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
@@ -18,7 +18,6 @@ from embedding_service.client.router import Router
 from embedding_service.client.transport import CHANNEL_OPTIONS
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
-from embedding_service.serving import Server
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import resident_bytes
@@ -41,6 +40,7 @@ class Registration:
 
     Args:
         about: The report's constant fields: shard id, address, device, tier, memory limit.
+        set_serving: Called when there is a routing to serve by.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Registration:
         holdings: Holdings,
         router: Router,
         counters: Callable[[], Counters],
-        server: Server,
+        set_serving: Callable[[bool], Awaitable[None]],
     ) -> None:
         self._controller = controller
         self._about = about
         self._holdings = holdings
         self._router = router
-        self._server = server
+        self._set_serving = set_serving
         self._stats = _Stats(counters, holdings)
         self._term = 0
         self._connected = False
@@ -142,7 +142,7 @@ class Registration:
             self._holdings.assign(PartKey.from_wire(part) for part in assignment.parts)
         if assignment.HasField("routing"):
             self._router.adopt(Routing(assignment.routing))
-            await self._server.set_serving(True)
+            await self._set_serving(True)
 
 
 class _Stats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,13 +28,12 @@ from embedding_service.serving import (
     run_process,
     told_to_end,
 )
-from embedding_service.shard.front import BACK_CALLS, Front
-from embedding_service.shard.held import Counters
+from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import keep_freed_memory, offered_memory
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
-from embedding_service.shard.service import SERVICE, LookupService
+from embedding_service.shard.service import LookupService
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
@@ -99,26 +97,27 @@ async def _serve(options: ShardOptions) -> None:
     service = LookupService(holdings, router, transport, options.limits)
     if options.processes > 1:
         check_free(options.listen)
-    back = Server(f"unix-abstract:embedding-{secrets.token_hex(16)}", options.limits, streams=BACK_CALLS)
-    back.add(LookupService.add_to, service, SERVICE)
-    await back.start()
-    fronts = [Front(options.listen, back.address, service, options.limits, shared=options.processes > 1)]
+    server = Server(options.limits)
+    server.add(LookupService.add_to, service, SERVICE)
+    fronts = [await server.listen(options.listen, shared=options.processes > 1)]
     if options.shared_listen:
-        fronts.append(Front(options.shared_listen, back.address, service, options.limits, shared=True))
-    try:
-        for front in fronts:
-            front.start()
-    except InvalidRequest:
-        await back.stop()  # else gRPC adds words of its own to what is wrong
-        raise
+        fronts.append(await server.listen(options.shared_listen, shared=True))
     others = Processes(options.processes - 1, holdings.add_accesses)
     if options.processes > 1:
         holdings.sharing = others
     addresses = [front.address for front in fronts]
-    others.start(Settings(options.shard_id, addresses, back.address, options.limits, options.threads))
+    # Who may enter this folder may say whose a call is: nobody else.
+    folder = tempfile.TemporaryDirectory(prefix="embedding-")
+    if options.processes > 1:
+        main_process = await server.listen(f"unix:{folder.name}/main", private=True)
+        others.start(Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads))
 
     def counters() -> Counters:
-        return service.counters + others.counters()
+        return service.counters + others.counters() + Counters(errors=server.refused)
+
+    async def set_serving(serving: bool) -> None:
+        others.set_serving(serving)
+        await server.set_serving(serving)
 
     about = control.ShardReport(
         shard_id=options.shard_id,
@@ -129,7 +128,7 @@ async def _serve(options: ShardOptions) -> None:
         topology=options.topology,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
-    registration = Registration(options.controller, about, holdings, router, counters, back)
+    registration = Registration(options.controller, about, holdings, router, counters, set_serving)
     metrics = MetricsServer(
         options.listen.rpartition(":")[0],
         options.metrics_port,
@@ -138,13 +137,14 @@ async def _serve(options: ShardOptions) -> None:
     registering = asyncio.create_task(registration.run())
     try:
         told = told_to_end()
-        await first_of(told.wait(), registering)
+        await first_of(told.wait(), registering, server.death())
         told.clear()
-        await first_of(told.wait(), registration.drain(options.drain_seconds), registering)
+        await first_of(told.wait(), registration.drain(options.drain_seconds), registering, server.death())
     finally:
         log.info("ending")
-        await asyncio.gather(asyncio.to_thread(others.stop), *(asyncio.to_thread(front.stop) for front in fronts))
-        await back.stop()
+        await asyncio.gather(asyncio.to_thread(others.stop), *(front.stop() for front in fronts))
+        await server.stop()  # what the others passed on ended before
+        folder.cleanup()
         await cancel([registering])
         transport.close()
         metrics.close()

@@ -18,30 +18,38 @@ from embedding_service.client.router import Router, Want, run_async
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
+from embedding_service.front import COUNTED_BYTES, UNREAD_BYTES, Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
 from embedding_service.rows.base import Bytes, Ids, TableRows
-from embedding_service.serving import RequestLimits, RoutingService, abort
-from embedding_service.shard.held import CheckedLookup, HeldRows, Redirect, encoding_of, row_bytes_of
+from embedding_service.serving import RequestLimits, RoutingService, Server, abort
+from embedding_service.shard.held import (
+    ANSWER,
+    SERVICE,
+    CheckedLookup,
+    HeldRows,
+    Redirect,
+    encoding_of,
+    row_bytes_of,
+)
 from embedding_service.shard.holdings import Holdings
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.lists import (
+    LookupAsked,
+    NgramsAsked,
+    Numbers,
+    StreamedLookupAsked,
+    read_lookup,
+    read_ngrams_lookup,
+    read_streamed_lookup,
+)
 from embedding_service.wire.rows import Shape, allocate, allocate_streamed
-
-SERVICE = "embedding.v1.EmbeddingService"
-# What the front passes on: a message of a `StreamLookup` to answer, and whose it is.
-ANSWER = f"/{SERVICE}/Answer"
-PEER = "embedding-peer"
 
 # For a caller that set no deadline, forwarding must still end.
 FORWARD_TIMEOUT = 10.0
 # Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
 INLINE_BYTES = 256 << 10
-# Bytes of answers that one connection may leave unread before it must wait with its next large lookup. It takes up to
-# four times as much memory: numpy, protobuf (twice) and gRPC each hold a copy. Two of the largest answers fit.
-UNREAD_BYTES = 128 << 20
-# Answers below this are not counted: they are bounded by the calls that a connection may have open.
-COUNTED_BYTES = 64 << 10
 
 
 class _Unread:
@@ -55,11 +63,11 @@ class _Unread:
         self._bytes: Counter[str] = Counter()
         self._taken = asyncio.Event()
 
-    async def add(self, context: grpc.aio.ServicerContext, nbytes: int) -> None:
+    async def add(self, context: Context, nbytes: int) -> None:
         """Wait until the connection's unread answers are few enough, then count this one until its call has ended."""
         if nbytes < COUNTED_BYTES:
             return
-        peer = _peer(context)
+        peer = context.peer()
         while self._bytes[peer] + nbytes > UNREAD_BYTES:
             self._taken.clear()
             await self._taken.wait()
@@ -87,21 +95,20 @@ class LookupService(HeldRows, RoutingService):
         self._hashers: dict[str, NgramHasher] = {}
         self._unread = _Unread()
 
-    def add_to(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: Server) -> None:
         """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
         unary = grpc.unary_unary_rpc_method_handler
+        each = unary(self.Answer, read_streamed_lookup)
+        self.offer_lookups(server, unary(self.Lookup, read_lookup), each)
+        server.offer(ANSWER, Method(each, private=True))
         methods = {
-            "Lookup": unary(self.Lookup, wire.LookupRequest.FromString),
-            "Answer": unary(self.Answer, wire.StreamLookupRequest.FromString),
-            "LookupNgrams": unary(
-                self.LookupNgrams, wire.LookupNgramsRequest.FromString, wire.LookupNgramsResponse.SerializeToString
-            ),
+            "LookupNgrams": unary(self.LookupNgrams, read_ngrams_lookup, wire.LookupNgramsResponse.SerializeToString),
             "ListModels": unary(
                 self.ListModels, wire.ListModelsRequest.FromString, wire.ListModelsResponse.SerializeToString
             ),
             "GetRouting": unary(self.GetRouting, wire.GetRoutingRequest.FromString, wire.Routing.SerializeToString),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        server.add_registered_method_handlers(SERVICE, methods)
 
     def current_routing(self) -> Routing | None:
         """The routing that the controller last sent."""
@@ -111,11 +118,11 @@ class LookupService(HeldRows, RoutingService):
         """A served model; raises Unavailable, NotFound."""
         return self.known_routing().model(name)
 
-    async def Lookup(self, request: wire.LookupRequest, context: grpc.aio.ServicerContext) -> bytes:
+    async def Lookup(self, request: LookupAsked, context: Context) -> bytes:
         """Rows of one table: a serialized `LookupResponse`."""
         began = time.perf_counter()
         try:
-            lookup = self._read(request)
+            lookup = await self._check(request)
             await self._unread.add(context, lookup.shape.nbytes)
             message, rows = allocate(lookup.shape)
             await self._fill(rows, lookup, _deadline(context))
@@ -127,11 +134,11 @@ class LookupService(HeldRows, RoutingService):
         self._count(lookup.shape, began)
         return message
 
-    async def Answer(self, request: wire.StreamLookupRequest, context: grpc.aio.ServicerContext) -> bytes:
+    async def Answer(self, request: StreamedLookupAsked, context: Context) -> bytes:
         """A message of a `StreamLookup`: a serialized `StreamLookupResponse`, which says so if there are no rows."""
         began = time.perf_counter()
         try:
-            lookup = self._read(request.lookup)
+            lookup = await self._check(request.lookup)
             await self._unread.add(context, lookup.shape.nbytes)
             message, rows = allocate_streamed(lookup.shape, request.request_id)
             await self._fill(rows, lookup, _deadline(context))
@@ -146,9 +153,7 @@ class LookupService(HeldRows, RoutingService):
             return message
         return wire.StreamLookupResponse(request_id=request.request_id, error=failure).SerializeToString()
 
-    async def LookupNgrams(
-        self, request: wire.LookupNgramsRequest, context: grpc.aio.ServicerContext
-    ) -> wire.LookupNgramsResponse:
+    async def LookupNgrams(self, request: NgramsAsked, context: Context) -> wire.LookupNgramsResponse:
         """Token ids in, rows out."""
         began = time.perf_counter()
         try:
@@ -159,6 +164,10 @@ class LookupService(HeldRows, RoutingService):
         count = answer.batch * answer.length * answer.tables * answer.heads
         self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began)
         return answer
+
+    async def _check(self, request: LookupAsked) -> CheckedLookup:
+        """`_read`, on a thread where that takes long."""
+        return await asyncio.to_thread(self._read, request) if request.ids.is_long else self._read(request)
 
     async def _fill(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """Write the rows, uint8 [n, row_bytes]. Raises Redirect for a sender that routed them here in vain."""
@@ -202,19 +211,18 @@ class LookupService(HeldRows, RoutingService):
             return held.gather(ids, encoding, out)
         return await asyncio.to_thread(_gather_anywhere, held, ids, encoding, out)
 
-    async def _lookup_ngrams(
-        self, request: wire.LookupNgramsRequest, deadline: float, room: Room
-    ) -> wire.LookupNgramsResponse:
+    async def _lookup_ngrams(self, asked: NgramsAsked, deadline: float, room: Room) -> wire.LookupNgramsResponse:
+        request = asked.request
         encoding = encoding_of(request.encoding)
         model = self.known_model(request.model)
         hasher = self._hasher(model)
         batch = request.batch or 1
-        tokens = _token_matrix("token_ids", request.token_ids, batch)
-        context = _token_matrix("context", request.context, batch)
-        shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
         tables = [model.table(table.name) for table in hasher.tables]
         row_bytes = row_bytes_of(tables[0].dtype, tables[0].dim, encoding)
-        self._limits.check_response(math.prod(shape), row_bytes)
+        self._limits.check_response(len(asked.token_ids) * hasher.num_tables * hasher.num_heads, row_bytes)
+        tokens = _token_matrix("token_ids", asked.token_ids, batch)
+        context = _token_matrix("context", asked.context, batch)
+        shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
         await room(math.prod(shape) * row_bytes)
         row_ids = hasher.row_ids(tokens, context)
         rows = np.empty((*shape, row_bytes), np.uint8)
@@ -247,7 +255,7 @@ class LookupService(HeldRows, RoutingService):
         routing = self._router.current
         return routing.age if routing else (0, 0)
 
-    async def _send_away(self, context: grpc.aio.ServicerContext) -> NoReturn:
+    async def _send_away(self, context: Context) -> NoReturn:
         term, epoch = self._age()
         context.set_trailing_metadata((("embedding-term", str(term)), ("embedding-epoch", str(epoch))))
         await context.abort(grpc.StatusCode.ABORTED, _MOVED)
@@ -257,24 +265,20 @@ class LookupService(HeldRows, RoutingService):
 _MOVED = "rows that were asked for are not held here: get the routing again, or send epoch 0 to have them forwarded"
 
 
-def _peer(context: grpc.aio.ServicerContext) -> str:
-    """Whose call it is: it came through the front, which says so."""
-    return next((str(value) for key, value in context.invocation_metadata() or () if key == PEER), context.peer())
-
-
 def _gather_anywhere(held: TableRows, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
     """On a thread that may wait for a disk."""
     held.read_ahead(ids)
     return held.gather(ids, encoding, out)
 
 
-def _deadline(context: grpc.aio.ServicerContext) -> float:
+def _deadline(context: Context) -> float:
     remaining = context.time_remaining()
     return time.monotonic() + (FORWARD_TIMEOUT if remaining is None else remaining)
 
 
-def _token_matrix(field: str, tokens: object, batch: int) -> torch.Tensor:
-    flat = torch.from_numpy(np.array(tokens, np.int64))
-    if len(flat) % batch:
-        raise InvalidRequest(f"{field} holds {len(flat)} tokens, not a multiple of the batch of {batch}")
+def _token_matrix(field: str, tokens: Numbers, batch: int) -> torch.Tensor:
+    if len(tokens) % batch:
+        raise InvalidRequest(f"{field} holds {len(tokens)} tokens, not a multiple of the batch of {batch}")
+    # Numbers of a field of type int32 are cut to that, as protobuf does.
+    flat = torch.from_numpy(tokens.array().astype(np.int32).astype(np.int64))
     return flat.view(batch, -1) if len(flat) else flat.view(batch, 0)

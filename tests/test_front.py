@@ -1,0 +1,256 @@
+"""What a server's front does with calls of every kind, by toy methods in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.cluster import until
+from support.toy import TOY, Request, ToyServer, toy_server
+
+from embedding_service import serving
+from embedding_service.front import PEER
+
+STATUS = health_pb2.HealthCheckResponse.ServingStatus
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToyServer]:
+    with toy_server(str(tmp_path_factory.mktemp("toy") / "private")) as server:
+        yield server
+
+
+@pytest.fixture
+def channel(toy: ToyServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(toy.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        yield channel
+
+
+def ask(channel: grpc.Channel, method: str, text: str = "", timeout: float = 30, **options: object) -> str:
+    call = channel.unary_unary(f"/{TOY}/{method}", Request.SerializeToString, Request.FromString)
+    return str(call(Request(service=text), timeout=timeout, **options).service)
+
+
+def texts(*given: str) -> Iterator[object]:
+    return iter([Request(service=text) for text in given])
+
+
+def code_of(call: object) -> str:
+    with pytest.raises(grpc.RpcError) as raised:
+        call()
+    return str(raised.value.code().name)
+
+
+# Calls
+
+
+def test_calls_of_every_kind(toy: ToyServer, channel: grpc.Channel) -> None:
+    codec = Request.SerializeToString, Request.FromString
+    assert ask(channel, "Echo", "a").startswith("a, ipv4:127.0.0.1:")
+    assert ask(channel, "Quick", "quick") == "at once"
+    assert ask(channel, "Quick", "slow").startswith("slow, ")
+    repeated = channel.unary_stream(f"/{TOY}/Repeat", *codec)(Request(service="100"), timeout=30)
+    assert [each.service for each in repeated] == [str(number) for number in range(100)]
+    joined = channel.stream_unary(f"/{TOY}/Join", *codec)(texts("a", "b", "c"), timeout=30)
+    assert joined.service == "abc"
+    chat = channel.stream_stream(f"/{TOY}/Chat", *codec)(texts("a", "b"), timeout=30)
+    assert [each.service for each in chat] == ["A", "B"]
+    each = channel.stream_stream(f"/{TOY}/Each", *codec)(texts("q", *("slow",) * 50, "q"), timeout=30)
+    answers = [answer.service.partition(",")[0] for answer in each]
+    assert sorted(answers) == ["at once"] * 2 + ["slow"] * 50 or sorted(answers) == ["at once"] + ["q"] + ["slow"] * 50
+
+
+def test_a_handler_s_status_and_trailing_metadata_arrive(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        ask(channel, "Fail", "why")
+    assert (raised.value.code(), raised.value.details()) == (grpc.StatusCode.ABORTED, "aborted: why")
+    assert dict(raised.value.trailing_metadata())["toy"] == "1"
+
+
+def test_a_fault_of_ours_is_internal_and_tells_nothing(channel: grpc.Channel, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        ask(channel, "Fail", "raise")
+    assert (raised.value.code(), raised.value.details()) == (
+        grpc.StatusCode.INTERNAL,
+        "the server failed; its log says how",
+    )
+    assert "a secret of the process" in caplog.text
+    assert code_of(lambda: channel.unary_unary(f"/{TOY}/Quick")(b"break", timeout=30)) == "INTERNAL"
+    assert ask(channel, "Quick", "quick") == "at once"
+
+
+def test_calls_that_are_given_up_or_late_are_ended_behind_too(toy: ToyServer, channel: grpc.Channel) -> None:
+    wait = channel.unary_unary(f"/{TOY}/Wait", Request.SerializeToString, Request.FromString)
+    calls = [wait.future(Request()) for _ in range(20)]
+    until(lambda: toy.toy.waiting == 20, "calls under way", 30)
+    for call in calls:
+        call.cancel()
+    until(lambda: toy.toy.waiting == 0, "their handlers' ends", 30)
+    assert code_of(lambda: wait(Request(), timeout=0.1)) == "DEADLINE_EXCEEDED"
+    until(lambda: toy.toy.waiting == 0 and not toy.front.calls, "its handler's end", 30)
+
+
+# Methods that are none
+
+
+ODD = [
+    b"/\xff",
+    b"/",
+    b"/x",
+    b"//",
+    b"/a/b/c",
+    b"/\xc3\x28/\xa0",
+    b"/toy.Toy/\x80cho",
+    b"/toy.toy/Echo",
+    b"/" + b"x" * 7000,
+]
+
+
+@pytest.mark.parametrize("path", ODD, ids=lambda path: repr(path[:12]))
+def test_a_method_that_is_none_is_refused_at_once(toy: ToyServer, channel: grpc.Channel, path: bytes) -> None:
+    before = toy.server.refused
+    with pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary(path)(b"", timeout=30)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert raised.value.details().startswith("there is no method '/")
+    assert len(raised.value.details()) < 500
+    assert toy.server.refused == before + 1
+    assert ask(channel, "Echo", "after").startswith("after")
+
+
+def test_private_methods_are_none_at_other_addresses(toy: ToyServer, channel: grpc.Channel) -> None:
+    """Only there is it believed whose a call is."""
+    assert code_of(lambda: ask(channel, "Private")) == "UNIMPLEMENTED"
+    claim = ((PEER, "ipv4:1.2.3.4:5"),)
+    assert "1.2.3.4" not in ask(channel, "Echo", "a", metadata=claim)
+    with grpc.insecure_channel(f"unix:{toy.private}") as inside:
+        assert ask(inside, "Private", "a", metadata=claim) == "a, ipv4:1.2.3.4:5"
+    assert stat.S_ISSOCK(Path(toy.private).stat().st_mode)
+
+
+# Messages that are none
+
+
+@pytest.mark.parametrize("method", ["Echo", "Quick", "Fail", "Repeat", "Join", "Chat", "Each"])
+def test_malformed_messages_are_invalid_arguments_and_not_worth_a_log(
+    toy: ToyServer, channel: grpc.Channel, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    generator = random.Random(method)
+    path = f"/{TOY}/{method}"
+    before = toy.server.refused
+    malformed = [b"\xff", b"\x0a\x05abc", b"\x0a\x02\xff\xfe", b"\x0c", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"]
+    malformed += [b"\x0a" + generator.randbytes(5) + b"\xff\xff" for _ in range(5)]
+    caplog.set_level(logging.WARNING)
+    for message in malformed:
+        with pytest.raises(grpc.RpcError) as raised:
+            list(channel.stream_stream(path)(iter([message]), timeout=30))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert raised.value.details() == "the message is malformed: it is no valid protobuf of this method's request"
+    assert toy.server.refused == before + len(malformed)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("method", ["Echo", "Quick", "Repeat"])
+def test_a_call_without_a_message(channel: grpc.Channel, method: str) -> None:
+    call = channel.stream_stream(f"/{TOY}/{method}")
+    with pytest.raises(grpc.RpcError, match="the call holds no request") as raised:
+        list(call(iter([]), timeout=30))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_compressed_messages_are_refused_before_they_are_unpacked(channel: grpc.Channel) -> None:
+    bomb = Request(service="\0" * (1 << 20))
+    for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+        assert code_of(lambda: ask(channel, "Echo", bomb.service, compression=compression)) == "UNIMPLEMENTED"  # noqa: B023
+    assert ask(channel, "Echo", "plain").startswith("plain")
+
+
+# Health
+
+
+def watch(channel: grpc.Channel, service: str = "", **options: object) -> Iterator[int]:
+    for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service), **options):
+        yield answer.status
+
+
+def test_health_is_checked_and_watched(toy: ToyServer, channel: grpc.Channel) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    toy.run(toy.server.set_serving(False))
+    watches = {name: watch(channel, name, timeout=60) for name in ("", TOY, "nobody", serving.ALIVE)}
+    first = {name: next(statuses) for name, statuses in watches.items()}
+    assert first == {
+        "": STATUS.Value("NOT_SERVING"),
+        TOY: STATUS.Value("NOT_SERVING"),
+        "nobody": STATUS.Value("SERVICE_UNKNOWN"),
+        serving.ALIVE: STATUS.Value("SERVING"),
+    }
+    toy.run(toy.server.set_serving(True))
+    assert next(watches[""]) == next(watches[TOY]) == STATUS.Value("SERVING")
+    for name in ("", TOY, serving.ALIVE):
+        assert stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=30).status == STATUS.Value("SERVING")
+    assert code_of(lambda: stub.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=30)) == "NOT_FOUND"
+
+
+def test_bad_watches(channel: grpc.Channel) -> None:
+    assert code_of(lambda: list(watch(channel, "x" * 1000, timeout=30))) == "INVALID_ARGUMENT"
+    raw = channel.unary_stream("/grpc.health.v1.Health/Watch")
+    assert code_of(lambda: list(raw(b"\xff", timeout=30))) == "INVALID_ARGUMENT"
+
+
+def test_grpc_s_own_health_checking_takes_and_leaves_a_server(toy: ToyServer) -> None:
+    config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": TOY}}
+    options = [("grpc.service_config", json.dumps(config)), ("grpc.use_local_subchannel_pool", 1)]
+    toy.run(toy.server.set_serving(True))
+    with grpc.insecure_channel(toy.address, options) as channel:
+        assert ask(channel, "Echo", "a", wait_for_ready=True).startswith("a")
+        toy.run(toy.server.set_serving(False))
+        until(lambda: code_of_or_ok(channel) == "UNAVAILABLE", "the channel to leave the server", 30)
+        toy.run(toy.server.set_serving(True))
+        assert ask(channel, "Echo", "b", wait_for_ready=True).startswith("b")
+
+
+def code_of_or_ok(channel: grpc.Channel) -> str:
+    try:
+        ask(channel, "Echo")
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+def test_idle_watches_cost_no_thread_and_no_work(toy: ToyServer) -> None:
+    """8 connections of 250 each. The clients' own threads end with each call: they are grpc's."""
+    channels = [grpc.insecure_channel(toy.address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(8)]
+    tasks = toy.run(count_tasks())
+    threads_of_front = {thread.name for thread in threading.enumerate() if "Dummy" not in thread.name}
+    calls = [
+        channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=120)
+        for channel in channels
+        for _ in range(250)
+    ]
+    try:
+        for call in calls:
+            next(call)
+        assert len(toy.front.calls) == len(calls)
+        assert toy.run(count_tasks()) == tasks
+        assert (
+            not {t.name for t in threading.enumerate() if "reading" in t.name or "asyncio" in t.name} - threads_of_front
+        )
+    finally:
+        for channel in channels:
+            channel.close()
+    until(lambda: not toy.front.calls, "all of them to be forgotten", 30)
+    assert not toy.server.health._watches
+
+
+async def count_tasks() -> int:
+    import asyncio
+
+    return len(asyncio.all_tasks())
