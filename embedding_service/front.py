@@ -18,17 +18,18 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from grpc._cython import cygrpc
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.machine import split_address
+from embedding_service.methods import Aborted, Context, Method
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,6 @@ COUNTED_BYTES = 64 << 10
 STREAM_WINDOW = 8
 # Bytes of a call's headers: beyond the first some calls are refused, beyond the second all are.
 METADATA_BYTES, MOST_METADATA_BYTES = 8 << 10, 16 << 10
-# Seconds.
-FAR_FUTURE = 1e9
 # How often the polling thread looks up from an idle queue.
 TICK = 0.1
 # Bytes of a method's name that an error repeats.
@@ -60,123 +59,6 @@ PEER = "embedding-peer"
 
 _OK = grpc.StatusCode.OK.value[0]
 _MALFORMED = "the message is malformed: it is no valid protobuf of this method's request"
-
-# Answers a serialized request with at most so many bytes, or says None: on the polling thread, so it must not wait.
-AtOnce = Callable[[bytes, int], bytes | None]
-
-
-class Places:
-    """Streams that may be open at a time, in all and of one host. Thread-safe."""
-
-    def __init__(self, most: int, of_a_host: int) -> None:
-        self._most, self._of_a_host = most, of_a_host
-        self._taken: Counter[str] = Counter()
-        self._all = 0
-        self._lock = threading.Lock()
-
-    def take(self, host: str) -> str:
-        """Take a place for a host; says why there is none, else nothing."""
-        with self._lock:
-            if self._all >= self._most:
-                return f"{self._most:,} such streams are open at this server: try again later or use another one"
-            if self._taken[host] >= self._of_a_host:
-                return f"{self._of_a_host:,} such streams of {host} are open at this server: end some first"
-            self._taken[host] += 1
-            self._all += 1
-            return ""
-
-    def leave(self, host: str) -> None:
-        """Give a place back."""
-        with self._lock:
-            self._all -= 1
-            self._taken[host] -= 1
-            if not self._taken[host]:
-                del self._taken[host]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How the calls of a method are answered.
-
-    Attributes:
-        handler: As generated code registers it with grpc.aio: a coroutine function or an async generator of (request
-            or requests, context), and what reads and writes messages.
-        at_once: Asked before `handler`, on the polling thread.
-        each: Both sides stream, and every message is a call of its own: `handler` is that of a message.
-        watch: In place of `handler`: a message, and answers whenever there is something to say.
-        places: Streams of it that may be open.
-        private: Offered at private addresses only.
-    """
-
-    handler: Any = None
-    at_once: AtOnce | None = None
-    each: bool = False
-    watch: Watched | None = None
-    places: Places | None = None
-    private: bool = False
-
-
-class Watched:
-    """What calls of a method wait for without a thread or a task. Both methods run on the polling thread."""
-
-    def begin(self, message: bytes, tell: Tell) -> Callable[[], None]:
-        """A call's request came: have `tell` called, from any thread, with the answers; returns what ends that.
-
-        Raises InvalidRequest.
-        """
-        raise NotImplementedError
-
-
-# Sends an answer to a watch; where the one before was not taken yet, this one replaces it.
-Tell = Callable[[bytes], None]
-
-
-class Aborted(Exception):
-    """A handler ended its call with a status."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.code, self.details = code, details
-
-
-class Context:
-    """What a handler may ask and say about its call: the part of grpc.aio.ServicerContext that this service uses."""
-
-    def __init__(self, peer: str, due: float) -> None:
-        self._peer = peer
-        self._due = due
-        self._done: list[Callable[[Any], object]] = []
-        self.trailing: Sequence[tuple[str, str]] = ()
-
-    def peer(self) -> str:
-        """Whose connection it is."""
-        return self._peer
-
-    def time_remaining(self) -> float | None:
-        """Seconds until the client's deadline; None without one, which grpc says as one in the far future."""
-        seconds = self._due - time.time()
-        return None if seconds > FAR_FUTURE else max(seconds, 0.001)
-
-    def set_trailing_metadata(self, trailing: Sequence[tuple[str, str]]) -> None:
-        """What is sent with the call's end."""
-        self.trailing = trailing
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
-    ) -> NoReturn:
-        """End the call; raises what its handler must let pass."""
-        self.trailing = trailing_metadata or self.trailing
-        raise Aborted(code, details)
-
-    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        """Have it called on the event loop when the answer was taken, or nobody waits for it any more."""
-        self._done.append(callback)
-
-    def finish(self) -> None:
-        """The answer was taken."""
-        done, self._done = self._done, []
-        for callback in done:
-            callback(self)
 
 
 @dataclass(frozen=True)

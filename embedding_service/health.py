@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.front import Context, Tell, Watched
+from embedding_service.methods import Context, Tell, Watched
 
 # Bytes of a request that asks to be told of a service: it is kept for as long as the call is open.
 _REQUEST_BYTES = 256

@@ -17,9 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
-from embedding_service.front import Context, Front, Method, Options, Places
+from embedding_service.front import Front, Options
 from embedding_service.health import Health
 from embedding_service.machine import allow_many_files
+from embedding_service.methods import Context, Method, Places
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire

@@ -18,7 +18,7 @@ from embedding_service.controller import decisions
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.controller.planning import Planning
 from embedding_service.errors import PlacementError, StoreError, Unavailable
-from embedding_service.front import Context
+from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import CUDA, Node, PartDemand
 from embedding_service.placement.parts import PartKey

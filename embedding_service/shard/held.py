@@ -16,7 +16,7 @@ from prometheus_client.core import HistogramMetricFamily
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.formats import get_format
-from embedding_service.front import Method, Places
+from embedding_service.methods import Method, Places
 from embedding_service.placement.routing import Model, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.serving import IDLE_STREAMS, RequestLimits, Server

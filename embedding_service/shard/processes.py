@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import grpc
 
 from embedding_service.errors import EmbeddingServiceError
-from embedding_service.front import PEER, Context, Method
+from embedding_service.front import PEER
 from embedding_service.machine import end_with_parent
+from embedding_service.methods import Context, Method
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.mmap import MappedTable

@@ -18,7 +18,8 @@ from embedding_service.client.router import Router, Want, run_async
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
-from embedding_service.front import COUNTED_BYTES, UNREAD_BYTES, Context, Method
+from embedding_service.front import COUNTED_BYTES, UNREAD_BYTES
+from embedding_service.methods import Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
 from embedding_service.rows.base import Bytes, Ids, TableRows

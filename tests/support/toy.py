@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from embedding_service.front import Context, Method
+from embedding_service.methods import Context, Method
 from embedding_service.serving import RequestLimits, Server
 
 Request = health_pb2.HealthCheckRequest
