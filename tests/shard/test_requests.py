@@ -122,12 +122,72 @@ def test_bad_requests_get_their_code_and_the_service_goes_on(stub: EmbeddingServ
     assert torch.equal(values(stub.Lookup(request(ids=[42]))), longcat_table()[[42]])
 
 
-def test_garbage_instead_of_a_message_is_refused_and_the_service_goes_on(channel: grpc.Channel) -> None:
-    raw = channel.unary_unary("/embedding.v1.EmbeddingService/Lookup")
-    for garbage in (b"\xff\xff\xff", b"\x0a\xff\x01", bytes(range(256))):
-        with pytest.raises(grpc.RpcError):
-            raw(garbage, timeout=10)
+SHARD_METHODS = ("Lookup", "StreamLookup", "LookupNgrams", "ListModels", "GetRouting")
+CONTROL_METHODS = ("Register", "WatchRouting", "GetStatus")
+OTHERS = (
+    "grpc.health.v1.Health/Check",
+    "grpc.health.v1.Health/Watch",
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+GARBAGE = (b"\xff\xff\xff", b"\x0a\xff\x01", bytes(range(250, 256)) * 40)
+
+
+def test_garbage_is_an_invalid_argument_of_every_method_and_no_line_of_a_log(
+    service: Up, channel: grpc.Channel
+) -> None:
+    routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest())
+    methods = {
+        routing.shards[0].address: [f"embedding.v1.EmbeddingService/{name}" for name in SHARD_METHODS],
+        routing.controller: [
+            *(f"embedding.v1.EmbeddingService/{name}" for name in ("ListModels", "GetRouting")),
+            *(f"embedding.v1.ControlService/{name}" for name in CONTROL_METHODS),
+        ],
+    }
+    before = service.output()
+    for address, paths in methods.items():
+        with grpc.insecure_channel(address) as target:
+            for path in (*paths, *OTHERS):
+                for garbage in GARBAGE:
+                    with pytest.raises(grpc.RpcError) as caught:
+                        list(target.stream_stream(f"/{path}")(iter([garbage]), timeout=20))
+                    said = (path, garbage, caught.value.details())
+                    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, said
+                    assert "embedding.v1" not in caught.value.details() and "Error" not in caught.value.details()
     assert len(EmbeddingServiceStub(channel).Lookup(request(ids=[1])).rows) == 4 * DIM
+    assert service.output() == before
+
+
+@pytest.mark.parametrize("path", ["/\udcff", "/nobody/Home", "/embedding.v1.EmbeddingService/Answer"])
+def test_methods_that_are_none_are_refused_by_every_process(service: Up, channel: grpc.Channel, path: str) -> None:
+    routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest())
+    for address in (routing.controller, routing.shards[0].address):
+        with grpc.insecure_channel(address) as target:
+            with pytest.raises(grpc.RpcError) as caught:
+                target.unary_unary(path.encode(errors="surrogateescape"))(b"", timeout=20)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert EmbeddingServiceStub(target).ListModels(wire.ListModelsRequest(), timeout=20).models
+
+
+def test_an_epoch_without_a_version_is_told_what_to_name(stub: EmbeddingServiceStub) -> None:
+    lookup = request(ids=[1], epoch=1, term=1)
+    with pytest.raises(
+        grpc.RpcError, match="must name the version that was routed, as fp32@VERSION, got 'fp32'"
+    ) as caught:
+        stub.Lookup(lookup)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    [answer] = stub.StreamLookup(iter([wire.StreamLookupRequest(request_id=3, lookup=lookup)]))
+    assert (answer.request_id, answer.error.code) == (3, grpc.StatusCode.INVALID_ARGUMENT.value[0])
+
+
+def test_long_lists_of_ids_are_answered_and_refused_as_short_ones(stub: EmbeddingServiceStub) -> None:
+    ids = np.random.default_rng(1).integers(0, ROWS, 200_000).tolist()
+    assert torch.equal(values(stub.Lookup(request(ids=ids))), longcat_table()[ids])
+    [streamed] = stub.StreamLookup(iter([wire.StreamLookupRequest(lookup=request(ids=ids))]))
+    assert torch.equal(values(streamed.rows), longcat_table()[ids])
+    for bad, code in (([*ids, -1], "OUT_OF_RANGE"), ([0] * 15_000_000, "RESOURCE_EXHAUSTED")):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Lookup(request(ids=bad))
+        assert caught.value.code().name == code
 
 
 def test_a_sender_that_routes_by_itself_is_sent_away_where_the_rows_are_not(service: Up) -> None:
