@@ -176,19 +176,17 @@ class Engine:
 
     def submit(self, prompt: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> Request:
         """Queue a request. As `submit_all`."""
-        return self.submit_all(prompt, [(params, emit)])[0]
+        return self.submit_all([(prompt, params, emit)])[0]
 
-    def submit_all(
-        self, prompt: list[int], choices: Sequence[tuple[SamplingParams, Callable[[Event], None]]]
-    ) -> list[Request]:
+    def submit_all(self, choices: Sequence[tuple[list[int], SamplingParams, Callable[[Event], None]]]) -> list[Request]:
         """Queue one request for each choice, all or none.
 
-        prompt: at least one token id; together with max_tokens at most `context_length`.
-        choices: how to generate each, and what is called on the engine's thread with each of its events; the last one
-            has finish_reason or error set.
+        choices: the prompt, at least one token id and together with max_tokens at most `context_length`; how to
+            generate; and what is called on the engine's thread with each event, of which the last one has
+            finish_reason or error set.
         Raises EngineBusy: there is no room for all of them.
         """
-        requests = [Request(prompt, params, self.spelling, emit) for params, emit in choices]
+        requests = [Request(prompt, params, self.spelling, emit) for prompt, params, emit in choices]
         with self._changed:
             if self._taken + len(requests) > self.capacity:
                 self.refused += len(requests)

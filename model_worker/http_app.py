@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from jinja2 import TemplateError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_service.errors import EmbeddingServiceError, ServiceError
 from model_worker.engine import EngineBusy
+from model_worker.http_limits import RETRY_AFTER, WholeBodies, error_body
+from model_worker.prompts import Prompts
 from model_worker.protocol import (
+    BadRequest,
     ChatReply,
     ChatRequest,
     Choice,
@@ -27,46 +27,56 @@ from model_worker.protocol import (
     CompletionRequest,
     GenerationRequest,
     Reply,
-    error_body,
+    clipped,
+    parse,
     usage_of,
 )
-from model_worker.worker import Events, Generation, Worker
+from model_worker.sampling import SamplingParams
+from model_worker.worker import Events, Worker
 
 _log = logging.getLogger(__name__)
-# Seconds after which a refused request may well succeed.
-_RETRY_AFTER = {"Retry-After": "1"}
 
+# Longer ones are read one at a time, so that the short ones never wait for more than one of them.
+_LONG_BODY_BYTES = 64 * 2**10
+_READERS = 2
 
-# A prompt of a million tokens is about half of this.
-MAX_BODY_BYTES = 8 * 2**20
-
-
-class BadRequest(Exception):
-    """The request cannot be answered; the message tells what to change."""
-
-    def __init__(self, message: str, param: str | None, code: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param, self.code, self.status = param, code, status
+_Read = TypeVar("_Read")
+# A prompt's tokens, and how to generate each of its choices.
+_Sequence = tuple[list[int], list[SamplingParams]]
 
 
 def build_app(worker: Worker) -> FastAPI:
     """The ASGI application around a worker."""
     app = FastAPI(title="model-worker", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit)
-    for kind in (BadRequest, RequestValidationError, HTTPException, EngineBusy, EmbeddingServiceError, Exception):
+    app.add_middleware(WholeBodies)
+    for kind in (BadRequest, HTTPException, EngineBusy, EmbeddingServiceError, Exception):
         app.add_exception_handler(kind, _as_response)
 
+    read = _Readers()
+    prompts = Prompts(worker.name, worker.tokenizer, worker.vocab_size, worker.context_length)
+
+    def read_completion(raw: bytes) -> tuple[CompletionRequest, list[_Sequence]]:
+        body = parse(CompletionRequest, raw)
+        _check_places(worker, body, len(body.prompt))
+        several = len(body.prompt) > 1
+        told = [f"prompt[{number}]" if several else "prompt" for number in range(len(body.prompt))]
+        tokens = [prompts.tokens(prompt, where) for prompt, where in zip(body.prompt, told, strict=True)]
+        return body, [_sequence(worker, body, *pair) for pair in zip(tokens, told, strict=True)]
+
+    def read_chat(raw: bytes) -> tuple[ChatRequest, list[_Sequence]]:
+        body = parse(ChatRequest, raw)
+        _check_places(worker, body, 1)
+        return body, [_sequence(worker, body, prompts.conversation(body.messages), "the prompt")]
+
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
-        _check_model(worker, body)
-        prompt = await asyncio.to_thread(_prompt_tokens, worker, body.prompt)
-        return await _answer(worker, body, prompt, CompletionReply(worker.name, worker.spelling))
+    async def completions(request: Request) -> Response:
+        body, sequences = await read(request, read_completion)
+        return await _answer(worker, body, sequences, CompletionReply(worker.name, worker.spelling))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest) -> Response:
-        _check_model(worker, body)
-        prompt = await asyncio.to_thread(_chat_tokens, worker, body)
-        return await _answer(worker, body, prompt, ChatReply(worker.name, worker.spelling))
+    async def chat_completions(request: Request) -> Response:
+        body, sequences = await read(request, read_chat)
+        return await _answer(worker, body, sequences, ChatReply(worker.name, worker.spelling))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -89,66 +99,81 @@ def build_app(worker: Worker) -> FastAPI:
     return app
 
 
-class BodyLimit:
-    """Refuses bodies over MAX_BODY_BYTES with 413: at once where their length is told, else as soon as it is seen."""
+class _Readers:
+    """Reads bodies on threads of its own, as parsing and tokenizing take long."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(_READERS, "short-bodies")
+        self._long = ThreadPoolExecutor(1, "long-bodies")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        received = 0
-
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise _too_large()
-            return message
-
-        if scope["type"] == "http" and _told_length(scope) > MAX_BODY_BYTES:
-            await JSONResponse(_status_and_body(_too_large())[1], 413)(scope, receive, send)
-        else:
-            await self._app(scope, receive_counted, send)
+    async def __call__(self, request: Request, read: Callable[[bytes], _Read]) -> _Read:
+        """What `read` makes of the request's body. Raises BadRequest where that is not JSON, and what `read` raises."""
+        _check_content_type(request)
+        raw = await request.body()
+        threads = self._long if len(raw) > _LONG_BODY_BYTES else self._short
+        return await asyncio.get_running_loop().run_in_executor(threads, read, raw)
 
 
-def _told_length(scope: Scope) -> int:
-    told = Headers(scope=scope).get("content-length", "")
-    return int(told) if told.isdecimal() else 0
+def _check_content_type(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        # A browser sends other types to any site that a page names, without asking that site.
+        raise BadRequest(
+            f"the body's type is {clipped(given) if given else 'not told'}, and must be JSON: send the header "
+            "Content-Type: application/json (curl: -H 'Content-Type: application/json')",
+            None,
+            "unsupported_media_type",
+            415,
+        )
 
 
-def _too_large() -> HTTPException:
-    # FastAPI lets no other kind through while it reads a body.
-    return HTTPException(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB, the most this server takes: send less")
+def _check_places(worker: Worker, body: GenerationRequest, prompts: int) -> None:
+    """Before any work is done for it."""
+    _check_name(worker, body.model)
+    if body.n * prompts > worker.capacity:
+        told = f"{body.n}" if prompts == 1 else f"{prompts} prompts of {body.n} each"
+        raise BadRequest(
+            f"this server takes at most {worker.capacity} choices at once, not {told}",
+            "n" if body.n > worker.capacity or prompts == 1 else body.prompt_param,
+        )
 
 
-async def _answer(worker: Worker, body: GenerationRequest, prompt: list[int], reply: Reply) -> Response:
+def _sequence(worker: Worker, body: GenerationRequest, prompt: list[int], where: str) -> _Sequence:
     room = worker.context_length - len(prompt)
     max_tokens = body.wanted_tokens(room)
     if not prompt:
-        raise BadRequest("the prompt holds no token: give at least one", body.prompt_param)
+        raise BadRequest(f"{where} holds no token: give at least one", body.prompt_param)
     if max_tokens > room:
         raise BadRequest(
-            f"the prompt has {len(prompt)} tokens and {max_tokens} are to follow, but the model's context is "
-            f"{worker.context_length}: shorten the prompt or ask for fewer tokens",
+            f"{where} has {len(prompt)} tokens and {max_tokens} are to follow, but the model's context is "
+            f"{worker.context_length}: shorten it or ask for fewer tokens",
             "max_tokens" if room > 0 else body.prompt_param,
             "context_length_exceeded",
         )
-    if body.n > worker.capacity:
-        raise BadRequest(f"this server takes at most {worker.capacity} choices at once, not {body.n}", "n")
-    generation = worker.generate(prompt, body.sampling(max_tokens), streamed=body.stream)
+    return prompt, body.sampling(max_tokens)
+
+
+async def _answer(worker: Worker, body: GenerationRequest, sequences: list[_Sequence], reply: Reply) -> Response:
+    # Choices are numbered across the prompts, those of the first one first.
+    wanted = [(prompt, params) for prompt, choices in sequences for params in choices]
+    generation = worker.generate(wanted, streamed=body.stream)
     events = generation.events()
     # Until the first event there is no status to send, so a failure before it can still have its own.
     first = await anext(events)
+
+    def usage() -> dict[str, int]:
+        return usage_of(sum(len(prompt) for prompt, _ in sequences), generation.completion_tokens)
+
     if body.stream:
-        stream = _server_sent_events(generation, _chained(first, events), reply, body)
+        told = usage if body.stream_options.include_usage else None
+        stream = _server_sent_events(_chained(first, events), reply, len(wanted), told)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    choices = [Choice() for _ in range(body.n)]
+    choices = [Choice() for _ in wanted]
     async for together in _chained(first, events):
         for choice, event in together:
             choices[choice].add(event)
-    return JSONResponse(reply.whole(choices, usage_of(len(prompt), generation.completion_tokens)))
+    return JSONResponse(reply.whole(choices, usage()))
 
 
 async def _chained(first: Events, rest: AsyncGenerator[Events]) -> AsyncGenerator[Events]:
@@ -159,11 +184,11 @@ async def _chained(first: Events, rest: AsyncGenerator[Events]) -> AsyncGenerato
 
 
 async def _server_sent_events(
-    generation: Generation, events: AsyncGenerator[Events], reply: Reply, body: GenerationRequest
+    events: AsyncGenerator[Events], reply: Reply, choices: int, usage: Callable[[], dict[str, int]] | None
 ) -> AsyncGenerator[str]:
     async with aclosing(events):
         try:
-            for choice in range(body.n):
+            for choice in range(choices):
                 for chunk in reply.opening(choice):
                     yield _data(chunk)
             async for together in events:
@@ -173,8 +198,8 @@ async def _server_sent_events(
             # The status is long sent; clients find the error in the stream.
             yield _data(_status_and_body(error)[1])
             return
-    if body.stream_options.include_usage:
-        yield _data(reply.usage(usage_of(len(generation.prompt), generation.completion_tokens)))
+    if usage:
+        yield _data(reply.usage(usage()))
     yield "data: [DONE]\n\n"
 
 
@@ -182,34 +207,13 @@ def _data(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _prompt_tokens(worker: Worker, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        return worker.tokenizer.encode(prompt)
-    for position, token in enumerate(prompt):
-        if not 0 <= token < worker.vocab_size:
-            raise BadRequest(f"prompt[{position}] is {token}, not a token in [0, {worker.vocab_size})", "prompt")
-    return prompt
-
-
-def _chat_tokens(worker: Worker, body: ChatRequest) -> list[int]:
-    if not worker.tokenizer.chat_template:
-        raise BadRequest(f"{worker.name!r} has no chat template: use /v1/completions", "messages")
-    messages = [message.for_template() for message in body.messages]
-    try:
-        text = worker.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise BadRequest(f"the chat template of {worker.name!r} refuses these messages: {error}", "messages") from error
-    return worker.tokenizer.encode(text, add_special_tokens=False)
-
-
-def _check_model(worker: Worker, body: GenerationRequest) -> None:
-    _check_name(worker, body.model)
-
-
 def _check_name(worker: Worker, name: str) -> None:
     if name != worker.name:
         raise BadRequest(
-            f"the model {name!r} does not exist: this server serves {worker.name!r}", "model", "model_not_found", 404
+            f"the model {clipped(name)} does not exist: this server serves {worker.name!r}",
+            "model",
+            "model_not_found",
+            404,
         )
 
 
@@ -225,15 +229,13 @@ def _model_card(worker: Worker) -> dict[str, Any]:
 
 async def _as_response(request: Request, error: Exception) -> Response:
     status, body = _status_and_body(error)
-    return JSONResponse(body, status, headers=_RETRY_AFTER if status in (429, 503) else None)
+    return JSONResponse(body, status, headers=RETRY_AFTER if status in (429, 503) else None)
 
 
 def _status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
     match error:
         case BadRequest():
             return error.status, error_body(str(error), "invalid_request_error", error.code, error.param)
-        case RequestValidationError():
-            return 400, _validation_body(error)
         case HTTPException():
             return error.status_code, error_body(str(error.detail), "invalid_request_error")
         case EngineBusy():
@@ -244,14 +246,3 @@ def _status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
             )
     _log.error("a request failed", exc_info=error)
     return 500, error_body(f"{type(error).__name__}: {error}", "server_error", "internal_error")
-
-
-def _validation_body(error: RequestValidationError) -> dict[str, Any]:
-    """The first thing wrong with the body, naming the parameter."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
-    param = place[0] if place and first["type"] != "json_invalid" else None
-    message = f"{'.'.join(place)}: {first['msg']}" if param else f"the body is not as it must be: {first['msg']}"
-    if first["type"] == "extra_forbidden":
-        message = f"{'.'.join(place)} is not supported by this server: leave it out"
-    return error_body(message, "invalid_request_error", first["type"], param)

@@ -13,37 +13,144 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
 
 from model_worker.engine import Event, FinishReason
 from model_worker.sampling import SamplingParams, TokenLogprob
 from model_worker.text import Spelling
 
-# Values that ask for what this server does anyway.
-_NEUTRAL: dict[str, Any] = {
-    "best_of": 1,
-    "echo": False,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "suffix": "",
-    "store": False,
-    "response_format": {"type": "text"},
-}
+# Of a request, each with its choices.
+Prompt = str | list[Any]
+
 _COMPLETION_MAX_TOKENS = 16
 # The most likeliest tokens that OpenAI tells: of completions, and of chat completions.
 _COMPLETION_LOGPROBS, _CHAT_LOGPROBS = 5, 20
+# More are no honest request's, and each costs time.
+_MOST_FIELDS, _MOST_MESSAGES, _MOST_PARTS, _MOST_STOP_CHARACTERS = 100, 4096, 1024, 1024
+_CLIPPED = 200
+# A parser makes an object of each, and holds Python's lock: 8 MiB of them take a second.
+_MOST_BRACKETS, _MOST_COMMAS = 2**18, 2**21
+# What JSON calls what Python reads it as.
+_JSON: dict[type, str] = {
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+# What clients send by default, or tell a server for its own books: it changes nothing in the answer.
+_ANYTHING = object()
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI's.
+    "best_of": (1,),
+    "echo": (False,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "suffix": ("",),
+    "store": (False,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "user": (_ANYTHING,),
+    "safety_identifier": (_ANYTHING,),
+    "metadata": (_ANYTHING,),
+    "prompt_cache_key": (_ANYTHING,),
+    "prompt_cache_options": (_ANYTHING,),
+    "prompt_cache_retention": (_ANYTHING,),
+    # vLLM's.
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "include_stop_str_in_output": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "chat_template_kwargs": ({},),
+    "priority": (0,),
+    "request_id": (_ANYTHING,),
+    "cache_salt": (_ANYTHING,),
+}
+
+
+class BadRequest(Exception):
+    """The request cannot be answered; the message tells what to change."""
+
+    def __init__(self, message: str, param: str | None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
 
 
 class _Body(BaseModel):
+    """An object of a request. A null, or another value that changes nothing, is as good as none."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if len(body) > _MOST_FIELDS:
+            raise ValueError(f"{len(body)} fields are more than there are: leave out what is not OpenAI's")
+        return {
+            name: value
+            for name, value in body.items()
+            if value is not None and not any(_same(value, neutral) for neutral in cls.neutral.get(name, ()))
+        }
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return neutral is _ANYTHING or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
+
+
+def shortened(text: str) -> str:
+    """Not too long for a message."""
+    return text if len(text) <= _CLIPPED else f"{text[:_CLIPPED]}..."
+
+
+def clipped(value: object) -> str:
+    """As it is written in Python, not too long for a message."""
+    if isinstance(value, str):
+        return repr(shortened(value))
+    return shortened(repr(value)) if isinstance(value, int | float) else _JSON[type(value)]
 
 
 class StreamOptions(_Body):
     """What a stream tells beside the text."""
+
+    neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
@@ -51,29 +158,19 @@ class StreamOptions(_Body):
 class GenerationRequest(_Body):
     """What completions and chat completions have in common."""
 
+    neutral = _NEUTRAL
+
     model: str
     n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[str] = Field(default=[], max_length=4)
+    stop: Annotated[list[str], FailFast()] = Field(default=[], max_length=4)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     ignore_eos: bool = False
     """Not OpenAI's: for measuring with answers of one length, as vLLM has it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {
-            name: value
-            for name, value in body.items()
-            if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name])
-        }
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -81,6 +178,10 @@ class GenerationRequest(_Body):
         stops = [stop] if isinstance(stop, str) else stop
         if isinstance(stops, list) and "" in stops:
             raise ValueError("a stop string must not be empty")
+        if isinstance(stops, list) and any(
+            len(each) > _MOST_STOP_CHARACTERS for each in stops if isinstance(each, str)
+        ):
+            raise ValueError(f"a stop string may have {_MOST_STOP_CHARACTERS} characters: give the beginning of it")
         return stops
 
     @model_validator(mode="after")
@@ -113,20 +214,29 @@ class GenerationRequest(_Body):
         return [replace(common, seed=seed) for seed in seeds]
 
 
+def _prompts(given: Any) -> list[Prompt]:
+    """One prompt or several, as a list. The ids in lists of ids are not looked at: they may be millions."""
+    kinds = set(map(type, given)) if isinstance(given, list) else {type(given)}
+    if kinds == {str} or kinds == {list}:
+        return [given] if isinstance(given, str) else given
+    if isinstance(given, list) and kinds <= {int}:
+        return [given]
+    told = " and ".join(sorted({_JSON[kind] for kind in kinds}))
+    raise ValueError(
+        "give a text, a list of token ids, a list of texts, or a list of lists of token ids, "
+        f"not {'a list with ' if isinstance(given, list) else ''}{told}"
+    )
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt_param = "prompt"
 
-    prompt: str | list[int]
-    logprobs: int | None = Field(None, ge=0, le=_COMPLETION_LOGPROBS)
+    neutral = {**_NEUTRAL, "logprobs": (False,)}
 
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
-            raise ValueError("several prompts in one request are not supported: send one request for each")
-        return prompt
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=_COMPLETION_LOGPROBS)
 
     def wanted_tokens(self, room: int) -> int:
         """See the base class; without max_tokens 16, as OpenAI has it, or what fits."""
@@ -140,21 +250,42 @@ class CompletionRequest(GenerationRequest):
 class TextPart(_Body):
     """A piece of a message."""
 
+    neutral = {"annotations": ([],)}
+
     type: Literal["text"]
     text: str
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _text_alone(cls, kind: Any) -> Any:
+        if kind != "text":
+            raise ValueError(f"parts of type {clipped(kind)} are not supported: this server reads text alone")
+        return kind
 
 
 class Message(_Body):
     """One turn of a conversation."""
 
+    neutral = {"annotations": ([],), "tool_calls": ([],), "refusal": ("",), "reasoning": ("",)}
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], FailFast(), Field(max_length=_MOST_PARTS)]
     name: str | None = None
+    reasoning_content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_as_parts(cls, content: Any) -> Any:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise ValueError("give a text, or a list of parts of type 'text'")
+        return content
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = self.content
-        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(p.text for p in parts)}
+        """As chat templates take it; what a template makes of a name or a reasoning is its own."""
+        told = {"role": self.role, "content": "".join(part.text for part in self.content)}
+        return told | self.model_dump(include={"name", "reasoning_content"}, exclude_none=True)
 
 
 class ChatRequest(GenerationRequest):
@@ -162,14 +293,14 @@ class ChatRequest(GenerationRequest):
 
     prompt_param = "messages"
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=_CHAT_LOGPROBS)
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
 
@@ -180,6 +311,51 @@ class ChatRequest(GenerationRequest):
     def wanted_logprobs(self) -> int | None:
         """See the base class."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+_Request = TypeVar("_Request", bound=GenerationRequest)
+
+
+def parse(kind: type[_Request], body: bytes) -> _Request:
+    """A request out of its HTTP body. Raises BadRequest naming the first thing wrong with it."""
+    if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS or body.count(b",") > _MOST_COMMAS:
+        told = f"{_MOST_BRACKETS} brackets or {_MOST_COMMAS} commas, the most this server takes: send less at once"
+        raise BadRequest(f"the body holds more than {told}", None, "json_too_large")
+    try:
+        read = from_json(body)
+    except ValueError as error:
+        raise BadRequest(f"the body is no valid JSON: {_json_error(body, str(error))}", None, "json_invalid") from error
+    if not isinstance(read, dict):
+        raise BadRequest(
+            f'the body must be one JSON object, as {{"model": ...}}, and is {_JSON[type(read)]}', None, "json_type"
+        )
+    try:
+        return kind.model_validate(read)
+    except ValidationError as error:
+        [first, *_] = error.errors(include_url=False, include_context=False, include_input=False)
+        raise _bad_parameter(first["type"], first["loc"], first["msg"]) from error
+
+
+def _json_error(body: bytes, told: str) -> str:
+    if not body.strip():
+        return "it is empty"
+    if "hex escape" in told:
+        return f"{told}; half of a surrogate pair, as \\ud83d alone, is no character"
+    if "unicode code point" in told:
+        return f"{told}; it must be UTF-8"
+    return told
+
+
+def _bad_parameter(kind: str, location: tuple[int | str, ...], told: str) -> BadRequest:
+    place = shortened(".".join(map(str, location)))
+    message = told.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        message = f"{place} is not supported by this server: leave it out"
+    elif kind == "missing":
+        message = f"{place} is missing, or null: give it"
+    elif place:
+        message = f"{place}: {message}"
+    return BadRequest(message, shortened(str(location[0])) if location else None, kind)
 
 
 class Choice:
@@ -344,8 +520,3 @@ def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
-
-
-def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """The error object."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

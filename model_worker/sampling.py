@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -59,8 +61,9 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     """The next token from float32 [V] logits on the CPU."""
     if params.temperature == 0:
         return int(logits.argmax())
-    # The greatest becomes 0 first, so that a tiny temperature cannot overflow.
-    probabilities = ((logits - logits.max()) / params.temperature).softmax(-1)
+    # The greatest becomes 0 first, so that a tiny temperature cannot overflow; what float32 takes for 0 is none.
+    temperature = max(params.temperature, _TINY)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     if params.top_p < 1:
         ordered, tokens = probabilities.sort(descending=True)
         before = ordered.cumsum(0) - ordered

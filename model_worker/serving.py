@@ -20,6 +20,7 @@ from ray.serve._private import replica
 
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.machine import LOCAL_RAY
+from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
 from model_worker.worker import Worker, WorkerConfig
@@ -29,7 +30,7 @@ APP = "model-worker"
 _ABOVE_QUEUE = 64
 _LOOPBACK = "127.0.0.1"
 # Ray Serve gives its proxy 5 s to start and then kills it, which on a busy machine goes on for ever.
-_PROXY_SECONDS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+_PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", **http_limits.PROXY_ENVIRONMENT}
 # What Ray may take to end a replica that runs nothing any more.
 _DELETION_SECONDS = 10
 
@@ -110,7 +111,7 @@ def join_ray(address: str) -> None:
 
 def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
     """Start Ray on this machine alone, with room for all replicas; None exports metrics on any free port."""
-    os.environ.update(_PROXY_SECONDS | os.environ)
+    os.environ.update(_PROXY_ENVIRONMENT | os.environ)
     ray.init(
         address="local",
         namespace=APP,

@@ -59,12 +59,12 @@ class WorkerConfig:
 class Generation:
     """The choices that answer one HTTP request, as its handler sees them.
 
-    params: of each choice.
+    choices: the prompt of each, and how to generate it.
     streamed: events are wanted as they come, else the last ones will do.
     Raises EngineBusy, which takes none of the choices.
     """
 
-    def __init__(self, engine: Engine, prompt: list[int], params: Sequence[SamplingParams], streamed: bool) -> None:
+    def __init__(self, engine: Engine, choices: Sequence[tuple[list[int], SamplingParams]], streamed: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._streamed = streamed
@@ -73,9 +73,9 @@ class Generation:
         # each token of each request takes Python's lock from the engine as often.
         self._wake = asyncio.Event()
         self._any_event_wakes = False
-        self.prompt = prompt
-        emitters = [partial(self._emit, choice) for choice in range(len(params))]
-        self._requests = engine.submit_all(prompt, list(zip(params, emitters, strict=True)))
+        self._requests = engine.submit_all(
+            [(prompt, params, partial(self._emit, choice)) for choice, (prompt, params) in enumerate(choices)]
+        )
 
     def _emit(self, choice: int, event: Event) -> None:
         self._come.append((choice, event))
@@ -151,6 +151,8 @@ class Worker:
         self._lookups = families.attach(model, self._client, self._served_as)
         self._lookups.on_wait = on_lookup_wait
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        """Token ids are below it."""
         self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(config.checkpoint)
         self._engine = Engine(
             model,
@@ -166,11 +168,6 @@ class Worker:
         return self._engine.context_length
 
     @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self._model.config.get_text_config().vocab_size
-
-    @property
     def spelling(self) -> Spelling:
         """What tokens are as text."""
         return self._engine.spelling
@@ -180,9 +177,9 @@ class Worker:
         """The most choices that may run and wait at once."""
         return self._engine.capacity
 
-    def generate(self, prompt: list[int], params: Sequence[SamplingParams], *, streamed: bool) -> Generation:
-        """Queue one choice for each params, see `Generation`. Call on an event loop. Raises EngineBusy."""
-        return Generation(self._engine, prompt, params, streamed)
+    def generate(self, choices: Sequence[tuple[list[int], SamplingParams]], *, streamed: bool) -> Generation:
+        """Queue choices, see `Generation`. Call on an event loop. Raises EngineBusy."""
+        return Generation(self._engine, choices, streamed)
 
     def check(self) -> None:
         """Prove that the worker can generate. Raises Unavailable or what the service's client raises."""

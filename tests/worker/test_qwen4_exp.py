@@ -443,7 +443,7 @@ def test_a_worker_serves_it(folder: Path, service: Up, here: Any) -> None:
 
         async def generate() -> str:
             params = [SamplingParams(8, temperature=0, ignore_eos=True)]
-            events = worker.generate(prompt, params, streamed=True).events()
+            events = worker.generate([(prompt, each) for each in params], streamed=True).events()
             return "".join([event.text async for together in events for _, event in together])
 
         options = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -96,7 +97,25 @@ def expected(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast)
     return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.fixture(scope="module")
+def half_sent(server: Server) -> Iterator[list[socket.socket]]:
+    """More requests than the replica has places, each without its end."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    body = b'Content-Length: 100\r\n\r\n{"model":'
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(140)]
+    for number, connection in enumerate(connections):
+        connection.settimeout(60)
+        connection.sendall(head + (body if number % 10 else b"X-Half: "))
+    yield connections
+    for connection in connections:
+        connection.close()
+
+
 # Answers
+
+
+def test_half_sent_requests_take_no_place(half_sent: list[socket.socket], client: openai.OpenAI) -> None:
+    assert client.completions.create(model="small", prompt=PROMPT, max_tokens=4).choices[0].text
 
 
 def test_completion(client: openai.OpenAI, expected: tuple[list[int], str], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -295,7 +314,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"top_p": 1.5}, "top_p"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": ""}, "stop"),
-        ({"prompt": ["one", "two"]}, "prompt"),
+        ({"prompt": ["one", 2]}, "prompt"),
         ({"prompt": [1, 2, VOCAB]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ""}, "prompt"),
@@ -500,6 +519,10 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, 
             tables.restart()
     finally:
         server.end()
+
+
+def test_half_sent_requests_are_408(half_sent: list[socket.socket]) -> None:
+    assert {connection.recv(65536).split(maxsplit=2)[1] for connection in half_sent} == {b"408"}
 
 
 def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> None:

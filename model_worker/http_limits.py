@@ -1,0 +1,263 @@
+"""What an HTTP client may take of a worker: bytes, time and connections.
+
+Rules
+- A request reaches the application when its body is whole. It takes no place before.
+- Headers come within HEAD_SECONDS, a body within BODY_SECONDS after them, else the answer is 408.
+- A client that leaves what is sent to it unread for UNREAD_SECONDS is cut off.
+- With all connections taken, a new one takes the place of the one that waits longest for a request.
+
+`WholeBodies` is an ASGI middleware. Ray Serve's proxy, which holds the connections, calls `guard_proxy` when it starts
+(PROXY_ENVIRONMENT tells it to) and gets the rest, too. It imports this file, so nothing heavy may be imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from asyncio import TimerHandle, Transport
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+# A prompt of a million tokens is about half of this.
+MAX_BODY_BYTES = 8 * 2**20
+# Of all requests together, from their first byte to the end of their answer.
+MAX_HELD_BYTES = 256 * 2**20
+MAX_HEAD_BYTES = 64 * 2**10
+# Of a refused body; a client that still sends it has its answer already.
+_MAX_REFUSED_BYTES = 2 * MAX_BODY_BYTES
+MAX_CONNECTIONS = 1024
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 20.0
+UNREAD_SECONDS = 60.0
+# Seconds after which a refused request may well succeed.
+RETRY_AFTER = {"Retry-After": "1"}
+
+PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:guard_proxy"}
+"""For the processes of Ray Serve's proxies."""
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Refused(Exception):
+    """The request is refused before it is whole."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.body, self.headers = status, error_body(message, kind, code), headers
+
+
+class WholeBodies:
+    """Gives the application requests with whole bodies, in one message each.
+
+    A body over MAX_BODY_BYTES gets 413: at once where its length is told, else as soon as it is seen. One that is not
+    whole after `seconds` gets 408. When all requests hold more than `held_bytes`, the next gets 429.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, held_bytes: int = MAX_HELD_BYTES) -> None:
+        self._app = app
+        self._seconds = seconds
+        self._most = held_bytes
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        pieces: list[bytes] = []
+        try:
+            if await self._whole(pieces, scope, receive, send):
+                await self._app(scope, _whole_then(b"".join(pieces), receive), send)
+        finally:
+            self._held -= sum(map(len, pieces))
+
+    async def _whole(self, pieces: list[bytes], scope: Scope, receive: Receive, send: Send) -> bool:
+        """Gather the body. False: the client was refused, or went away."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._gather(pieces, scope, receive)
+        except TimeoutError:
+            told = f"the body was not whole after {self._seconds:g} s: send it faster, or send less"
+            refused = _Refused(408, told, code="request_timeout", headers={"Connection": "close"})
+        except _Refused as error:
+            refused = error
+        await JSONResponse(refused.body, refused.status, refused.headers)(scope, receive, send)
+        return False
+
+    async def _gather(self, pieces: list[bytes], scope: Scope, receive: Receive) -> bool:
+        """Append the body's pieces, counted as held. False: the client went away before the end."""
+        if _told_length(scope) > MAX_BODY_BYTES:
+            raise _too_large()
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > MAX_BODY_BYTES:
+                raise _too_large()
+            if self._held + len(piece) > self._most:
+                told = f"this server holds {self._held >> 20} MiB of requests already; try again later"
+                raise _Refused(429, told, "rate_limit_error", "server_busy", RETRY_AFTER)
+            pieces.append(piece)
+            self._held += len(piece)
+            more = message.get("more_body", False)
+        return True
+
+
+def _told_length(scope: Scope) -> int:
+    told = Headers(scope=scope).get("content-length", "")
+    # Python refuses to read numbers of thousands of digits.
+    return int(told[:20]) if told.isdecimal() else 0
+
+
+def _too_large() -> _Refused:
+    return _Refused(413, f"the body is over {MAX_BODY_BYTES >> 20} MiB, the most this server takes: send less")
+
+
+def _whole_then(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body first."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_whole() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_whole
+
+
+class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """uvicorn's protocol of one HTTP connection, with the limits that uvicorn does not have."""
+
+    most = MAX_CONNECTIONS
+    # Connections without a request under way, the one that waits longest first.
+    _waiting: dict[GuardedHttp, None] = {}  # noqa: RUF012 (one for all)
+
+    def connection_made(self, transport: Transport) -> None:
+        """As asyncio has it."""
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._head_timer: TimerHandle | None = None
+        self._unread_timer: TimerHandle | None = None
+        if len(self.connections) > self.most:
+            self._make_room()
+        if not transport.is_closing():
+            self._wait_for_request()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """As asyncio has it."""
+        self._stop_waiting()
+        self.resume_writing()
+        super().connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio has it."""
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._under_way:
+            self._stop_waiting()
+            return
+        self._wait_for_request()
+        self._head_bytes += len(data)
+        refused_body = self.cycle is not None and self.cycle.more_body
+        if self._head_bytes > (_MAX_REFUSED_BYTES if refused_body else MAX_HEAD_BYTES):
+            told = f"the headers are over {MAX_HEAD_BYTES >> 10} KiB, the most this server takes: send fewer"
+            self._close(None if refused_body else (431, told))
+
+    def on_response_complete(self) -> None:
+        """As uvicorn has it."""
+        super().on_response_complete()
+        if not self._under_way:
+            self._waiting[self] = None
+
+    def pause_writing(self) -> None:
+        """As asyncio has it."""
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """As asyncio has it."""
+        if self._unread_timer:
+            self._unread_timer.cancel()
+        super().resume_writing()
+
+    @property
+    def _under_way(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait_for_request(self) -> None:
+        self._waiting.setdefault(self)
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        self._waiting.pop(self, None)
+        self._head_bytes = 0
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        told = f"no request came within {HEAD_SECONDS:g} s of the connection: send its headers faster"
+        self._close((408, told) if self._head_bytes and self.cycle is None else None)
+
+    def _make_room(self) -> None:
+        """Close the connection that waits longest for its request, or else this new one."""
+        longest = next(iter(self._waiting), None)
+        if longest is not None:
+            longest._close(None)
+        else:
+            self._close((503, f"all {self.most} connections of this server are taken; try again later"))
+
+    def _close(self, answer: tuple[int, str] | None) -> None:
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        if answer:
+            self.transport.write(_response(*answer))
+        self.transport.close()
+
+
+def _response(status: int, message: str) -> bytes:
+    """An answer on a connection where no request is known."""
+    body = json.dumps(error_body(message, "server_error" if status == 503 else "invalid_request_error")).encode()
+    head = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def guard_proxy() -> list[Middleware]:
+    """In a process of Ray Serve's proxy, before it makes its HTTP server: set the limits.
+
+    Returns the middlewares it is to use.
+    """
+    GuardedHttp.most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    guarded: Callable[..., uvicorn.Config] = partial(uvicorn.Config, http=GuardedHttp, ws="none")
+    # Serve's options have nothing of this.
+    uvicorn.Config = guarded  # type: ignore[assignment, misc]
+    return [Middleware(WholeBodies)]

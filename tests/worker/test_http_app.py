@@ -1,0 +1,416 @@
+"""What the HTTP side takes and refuses, on the real worker in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_model import CONTEXT, VOCAB
+from starlette.testclient import TestClient
+from transformers import PreTrainedTokenizerFast
+
+from model_worker.http_app import build_app
+from model_worker.worker import Worker, WorkerConfig
+
+PROMPT = "The import statement, naïvely"
+MAX_BATCH, MAX_QUEUE = 2, 6
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def worker(model_folder: Path, embeddings: str) -> Iterator[Worker]:
+    running = Worker(WorkerConfig(str(model_folder), embeddings, "small", "1", MAX_BATCH, MAX_QUEUE))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def http(worker: Worker) -> Iterator[TestClient]:
+    with TestClient(build_app(worker), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(http: TestClient) -> openai.OpenAI:
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+
+
+def complete(http: TestClient, **change: Any) -> Any:
+    return http.post(COMPLETIONS, json={"model": "small", "prompt": PROMPT, "max_tokens": 4, "temperature": 0} | change)
+
+
+def chat(http: TestClient, *messages: Any, **change: Any) -> Any:
+    body = {"model": "small", "messages": list(messages), "max_tokens": 4, "temperature": 0}
+    return http.post(CHAT, json=body | change)
+
+
+def refusal(answer: Any, status: int = 400) -> tuple[str | None, str]:
+    """The parameter and the message of an error."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 600
+    return error["param"], error["message"]
+
+
+# Several prompts
+
+
+def test_choices_are_numbered_across_the_prompts(client: openai.OpenAI) -> None:
+    prompts = ["A list", "naïve", "one two three"]
+    options = {"model": "small", "max_tokens": 6, "seed": 11, "n": 2}
+    alone = [client.completions.create(prompt=prompt, **options) for prompt in prompts]
+    answer = client.completions.create(prompt=prompts, **options)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert [choice.text for choice in answer.choices] == [choice.text for each in alone for choice in each.choices]
+    assert len({choice.text for choice in answer.choices}) > 3
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(answer.usage, count) == sum(getattr(each.usage, count) for each in alone)
+
+    streamed, used = [""] * 6, None
+    for chunk in client.completions.create(
+        prompt=prompts, stream=True, stream_options={"include_usage": True}, **options
+    ):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+        used = chunk.usage or used
+    assert streamed == [choice.text for choice in answer.choices]
+    assert used == answer.usage
+
+
+def test_several_prompts_of_ids(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["A", "one two"]
+    options = {"model": "small", "max_tokens": 5, "temperature": 0, "logprobs": 1}
+    by_text = client.completions.create(prompt=texts, **options)
+    by_ids = client.completions.create(prompt=[tokenizer.encode(text) for text in texts], **options)
+    assert [choice.text for choice in by_ids.choices] == [choice.text for choice in by_text.choices]
+    assert [len(choice.logprobs.tokens) for choice in by_ids.choices] == [5, 5]
+    [only] = client.completions.create(prompt=["A"], **options).choices
+    assert only.text == by_text.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (["A", ""], "prompt[1] holds no token"),
+        ([[5], []], "prompt[1] holds no token"),
+        ([], "prompt holds no token"),
+        ([[5], [6, VOCAB]], f"prompt[1][1] is {VOCAB}, not a token id in [0, {VOCAB})"),
+        ([[5], [6, "a"]], "prompt[1][1] is 'a', not a token id"),
+        ([[5, True]], "prompt[1] is True"),
+        ([2**70], f"prompt[0] is {2**70}"),
+        ([1, "a"], "not a list with a number and a string"),
+        (["a", ["b"]], "not a list with a list and a string"),
+        ([1.5], "not a list with a number"),
+        ([None], "not a list with null"),
+        (7, "not a number"),
+        ({"text": "a"}, "not an object"),
+        (["A", "word " * 2 * CONTEXT], "prompt[1] has"),
+        (
+            ["A"] * (MAX_BATCH + MAX_QUEUE + 1),
+            f"at most {MAX_BATCH + MAX_QUEUE} choices at once, not 9 prompts of 1 each",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_prompts_that_are_none(http: TestClient, prompt: Any, told: str) -> None:
+    param, message = refusal(complete(http, prompt=prompt))
+    assert param == "prompt"
+    assert told in message
+
+
+# What changes nothing
+
+
+def dumps(message: Any) -> list[Any]:
+    """An answer's message in every way that a program may put it into its next request."""
+    return [message, message.model_dump(), message.to_dict(), json.loads(message.model_dump_json())]
+
+
+def test_a_second_turn_takes_what_the_first_gave(client: openai.OpenAI) -> None:
+    ask = {"role": "user", "content": "What is a list?"}
+    options = {"model": "small", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    first = client.chat.completions.create(messages=[ask], **options).choices[0].message
+    expected = client.chat.completions.create(
+        messages=[ask, {"role": "assistant", "content": first.content}, ask], **options
+    )
+    for turn in dumps(first):
+        second = client.chat.completions.create(messages=[ask, turn, ask], **options)
+        assert second.choices[0].message == expected.choices[0].message
+        assert second.usage.prompt_tokens == expected.usage.prompt_tokens
+    with client.chat.completions.stream(messages=[ask], **options) as stream:
+        assert list(stream)
+        streamed = stream.current_completion_snapshot.choices[0].message
+    assert streamed.content == first.content
+    for turn in dumps(streamed):
+        second = client.chat.completions.create(messages=[ask, turn, ask], **options)
+        assert second.choices[0].message == expected.choices[0].message
+
+
+NEUTRAL = {
+    "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "n": None,
+    "metadata": {"job": "7"}, "store": False, "user": "me", "service_tier": "auto", "parallel_tool_calls": True,
+    "tools": [], "tool_choice": "auto", "functions": None, "response_format": {"type": "text"}, "stream_options": None,
+    "stop": None, "modalities": ["text"], "reasoning_effort": None, "safety_identifier": "s", "prompt_cache_key": "k",
+    "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": True, "stop_token_ids": [],
+    "chat_template_kwargs": {}, "add_generation_prompt": True, "min_tokens": 0, "max_tokens": None, "seed": None,
+}  # fmt: skip
+QUIET_MESSAGE = {
+    "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "name": None,
+    "reasoning_content": None,
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_taken(http: TestClient) -> None:
+    asked = {"role": "user", "content": "What is a list?"}
+    part = {"type": "text", "text": "What is a list?", "annotations": None, "cache_control": None}
+    plain = chat(http, asked, max_completion_tokens=6).json()["choices"]
+    answer = chat(http, {**QUIET_MESSAGE, **asked, "content": [part]}, **NEUTRAL, max_completion_tokens=6)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == plain
+    assert complete(http, suffix="", echo=False, best_of=1, logprobs=False, stop=[]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"presence_penalty": 1e-300}, "presence_penalty"),
+        ({"logit_bias": {"": -100}}, "logit_bias"),
+        ({"store": True}, "store"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"messages": [{"role": "user", "content": "a", "audio": {"id": "1"}}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages"),
+        ({"x" * 10_000: 1}, "x" * 200 + "..."),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_would_change_the_answer_is_refused_by_name(http: TestClient, change: Any, param: str) -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "a"}]} | change
+    given, message = refusal(http.post(CHAT, json=body))
+    assert given == param
+    assert "not supported" in message
+
+
+def test_a_name_and_a_reasoning_are_the_templates(http: TestClient, tokenizer: PreTrainedTokenizerFast, worker: Worker,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    template = "{% for m in messages %}{{ m.name }}{{ m.reasoning_content }}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(worker.tokenizer, "chat_template", template)
+    message = {"role": "user", "content": "What?", "name": "Ada", "reasoning_content": "Hm. "}
+    answer = chat(http, message)
+    assert answer.json()["usage"]["prompt_tokens"] == len(tokenizer.encode("AdaHm. What?"))
+
+
+# Bodies that are wrong
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_a_body_that_is_not_called_json(http: TestClient, kind: str) -> None:
+    body = json.dumps({"model": "small", "prompt": "a"})
+    answer = http.post(COMPLETIONS, content=body, headers={"Content-Type": kind} if kind else {})
+    assert "Content-Type: application/json" in refusal(answer, 415)[1]
+    assert not kind or kind in refusal(answer, 415)[1]
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
+def test_a_body_that_is_called_json(http: TestClient, kind: str) -> None:
+    body = json.dumps({"model": "small", "prompt": "a"})
+    assert http.post(COMPLETIONS, content=body, headers={"Content-Type": kind}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (b"{", "line 1 column"),
+        (b"model=small&prompt=a", "line 1 column"),
+        (b'{"model": "small", "prompt": "\xff"}', "must be UTF-8"),
+        ('{"model": "small", "prompt": "é"}'.encode("utf-16"), "line 1 column"),
+        (b'{"model": "small", "prompt": "\\ud800 a"}', "surrogate"),
+        (b'{"model": "small", "prompt": "a", "stop": "\\udc00"}', "surrogate"),
+        (b"[" * 100_000, "recursion limit"),
+        (b'{"a":' * 100_000, "recursion limit"),
+        (b"[]", 'must be one JSON object, as {"model": ...}, and is a list'),
+        (b'"text"', "and is a string"),
+        (b"null", "and is null"),
+        (b"NaN", "and is a number"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_body_that_is_no_request(http: TestClient, body: bytes, told: str) -> None:
+    for path in (COMPLETIONS, CHAT):
+        param, message = refusal(http.post(path, content=body, headers=JSON))
+        assert param is None
+        assert told in message
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+         "messages.0.content.0.type: parts of type 'image_url' are not supported: this server reads text alone"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "'input_audio'"),
+        ({"role": "user", "content": [{"text": "a"}]}, "messages.0.content.0.type is missing"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text is missing"),
+        ({"role": "user", "content": ["a"]}, "messages.0.content.0"),
+        ({"role": "user", "content": 5}, "messages.0.content: give a text, or a list of parts"),
+        ({"role": "user", "content": None}, "messages.0.content is missing, or null"),
+        ({"role": "tool", "content": "a"}, "messages.0.role: Input should be 'system', 'developer', 'user' or"),
+        ({"content": "a"}, "messages.0.role is missing"),
+        ("hello", "messages.0"),
+        ({str(n): n for n in range(200)}, "messages.0: 200 fields are more than there are"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_a_message_that_is_none(http: TestClient, message: Any, told: str) -> None:
+    param, said = refusal(chat(http, message))
+    assert param == "messages"
+    assert told in said
+
+
+# The model and its tokenizer
+
+
+def test_a_token_that_the_model_does_not_have(http: TestClient, worker: Worker) -> None:
+    worker.tokenizer.add_tokens(["<|beyond|>"])
+    for text in ("<|beyond|>", "a <|beyond|> b"):
+        param, message = refusal(complete(http, prompt=text))
+        assert param == "prompt"
+        assert f"'<|beyond|>', token {VOCAB}" in message
+    assert refusal(chat(http, {"role": "user", "content": "<|beyond|>"}))[0] == "messages"
+    assert refusal(complete(http, prompt=["a", "<|beyond|>"]))[1].startswith("prompt[1] holds")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('system comes first') }}", "TemplateError: system comes first"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[7].content.x.y }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+        ("{% for i in range(10000000) %}a{% endfor %}", "Error"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_template_that_fails(
+    http: TestClient, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, template: str,
+    told: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(worker.tokenizer, "chat_template", template)
+    with caplog.at_level(logging.WARNING):
+        param, message = refusal(chat(http, {"role": "user", "content": "a"}))
+    assert param == "messages"
+    assert "chat template of 'small' refuses" in message
+    assert told in message
+    assert not caplog.records
+    assert complete(http).status_code == 200
+
+
+# Sizes
+
+
+def repeated(piece: str, times: int) -> str:
+    """A JSON list, written fast."""
+    return f"[{(piece + ',') * (times - 1)}{piece}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("prompt", json.dumps("ab " * 2_500_000), "7500000 characters, at least"),
+        ("prompt", json.dumps(" " * 8_000_000), "8000000 characters, at least"),
+        ("prompt", repeated("5", 2_000_000), "2000000 tokens, but the model's context is"),
+        ("prompt", repeated("5", 4_000_000), "commas"),
+        ("prompt", repeated(repeated("5", 1_000_000), 2), "prompt[0] has 1000000 tokens"),
+        ("prompt", repeated("[]", 200_000), "choices at once"),
+        ("prompt", repeated("[]", 2_600_000), "brackets"),
+        ("prompt", repeated('{"a":1}', 100_000), "not a list with an object"),
+        ("prompt", repeated('"a"', 1_500_000), "choices at once"),
+        ("junk", repeated("[]", 200_000), "not supported"),
+        ("junk", repeated("[]", 2_600_000), "brackets"),
+        ("model", json.dumps("m" * 8_000_000), "does not exist"),
+        ("stop", repeated(json.dumps("a" * 2_000_000), 4), "1024 characters"),
+        ("stop", repeated("5", 2_000_000), "stop"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_large_request_is_refused(http: TestClient, name: str, value: str, told: str) -> None:
+    body = {"model": '"small"', "prompt": '"a"'} | {name: value}
+    content = "{" + ",".join(f'"{key}":{each}' for key, each in body.items()) + "}"
+    answer = http.post(COMPLETIONS, content=content, headers=JSON)
+    param, message = refusal(answer, 404 if name == "model" else 400)
+    assert told in message
+    assert param == (None if "commas" in message else name)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        repeated(json.dumps({"role": "user", "content": "ab " * 2_500_000}), 1),
+        repeated('{{"role":"user","content":[{}]}}'.format(",".join(['{"type":"text","text":"a"}'] * 200_000)), 1),
+        repeated('{"role":"user","content":"a"}', 200_000),
+        repeated("{}", 200_000),
+        repeated("5", 2_000_000),
+        repeated(json.dumps({"role": "user", "content": "a", **{str(n): None for n in range(200_000)}}), 1),
+    ],
+    ids=lambda messages: messages[:40],
+)
+def test_a_large_conversation_is_refused(http: TestClient, messages: str) -> None:
+    answer = http.post(CHAT, content=f'{{"model":"small","messages":{messages}}}', headers=JSON)
+    assert refusal(answer)[0] == "messages"
+
+
+def test_the_longest_prompt_that_fits(http: TestClient, tokenizer: PreTrainedTokenizerFast) -> None:
+    longest = max(tokenizer.get_vocab(), key=len).replace("Ġ", " ").replace("Ċ", "\n")
+    [token] = tokenizer.encode(longest, add_special_tokens=False)
+    assert complete(http, prompt=longest * (CONTEXT - 1), max_tokens=1).json()["usage"]["prompt_tokens"] <= CONTEXT - 1
+    assert complete(http, prompt=[token] * (CONTEXT - 1), max_tokens=1).status_code == 200
+    assert refusal(complete(http, prompt=[token] * CONTEXT, max_tokens=1))[0] == "prompt"
+
+
+# Values at their ends
+
+NUMBERS = st.one_of(
+    st.sampled_from(
+        [0, -0.0, 1, -1, 2, 1e-300, 5e-324, 1e-45, 1e-38, 1 - 1e-17, 1 + 1e-15, 1e300, float("inf"), float("-inf"),
+         float("nan"), 2**31, 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**64, 2**70, 10**400, True, None, "1", [], {}]
+    ),
+    st.floats(),
+    st.integers(),
+)  # fmt: skip
+PARAMETERS = ["temperature", "top_p", "seed", "max_tokens", "n", "logprobs", "top_k", "min_p", "presence_penalty",
+              "frequency_penalty", "logit_bias", "best_of", "stop", "max_completion_tokens"]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(PARAMETERS), NUMBERS, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_are_answered_or_refused_by_name(http: TestClient, change: dict[str, Any]) -> None:
+    body = {"model": "small", "prompt": "A list", "max_tokens": 2} | change
+    answer = http.post(COMPLETIONS, content=json.dumps(body), headers=JSON)
+    if answer.status_code == 200:
+        return
+    param, _ = refusal(answer)
+    assert param in change
+
+
+@pytest.mark.parametrize("tiny", [1e-30, 1e-39, 1e-45, 1e-46, 1e-300, 5e-324, -0.0])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(http: TestClient, tiny: float) -> None:
+    likeliest = complete(http, max_tokens=8).json()["choices"]
+    assert complete(http, max_tokens=8, temperature=tiny, seed=3).json()["choices"] == likeliest
+    assert complete(http, max_tokens=8, temperature=1, top_p=abs(tiny), seed=3).json()["choices"] == likeliest

@@ -1,0 +1,251 @@
+"""What clients may take of a server, on real connections: uvicorn as Ray Serve's proxy runs it, with small limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from support.cluster import until
+
+from model_worker import http_limits
+from model_worker.http_limits import MAX_BODY_BYTES, MAX_HEAD_BYTES, GuardedHttp, WholeBodies, guard_proxy
+
+MOST = 8
+SECONDS = 2.0
+HEAD = b"POST / HTTP/1.1\r\nHost: test\r\n"
+
+
+class Server:
+    """An application that tells what it was given, behind the limits, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.cut_off = threading.Event()
+        [middleware] = guard_proxy()
+        GuardedHttp.most = MOST
+        app = middleware.cls(self.app, *middleware.args, seconds=SECONDS, held_bytes=2 * MAX_BODY_BYTES)
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        until(lambda: self._server.started, "the server")
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.running += 1
+        try:
+            message = await receive()
+            if scope["path"] == "/hold":
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+            elif scope["path"] == "/flood":
+                await StreamingResponse(self.flood())(scope, receive, send)
+            else:
+                told = {"bytes": len(message["body"]), "more": message["more_body"]}
+                await JSONResponse(told)(scope, receive, send)
+        finally:
+            self.running -= 1
+
+    async def flood(self) -> Any:
+        try:
+            while True:
+                yield b"x" * 2**16
+                await asyncio.sleep(0)
+        finally:
+            self.cut_off.set()
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection.sendall(sent)
+        return connection
+
+    def close(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Config", uvicorn.Config)
+        patch.setattr(GuardedHttp, "most", MOST)
+        patch.setattr(http_limits, "HEAD_SECONDS", SECONDS)
+        patch.setattr(http_limits, "UNREAD_SECONDS", SECONDS)
+        running = Server()
+        yield running
+        running.close()
+
+
+def told(connection: socket.socket) -> tuple[int, Any]:
+    """The status and the body of an answer whose connection the server then closes; (0, None) if it just closes it."""
+    got = b""
+    with connection:
+        try:
+            while piece := connection.recv(65536):
+                got += piece
+        # It was closed while something of ours was under way.
+        except ConnectionError:
+            pass
+    if not got:
+        return 0, None
+    head, _, body = got.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def trickle(connection: socket.socket, piece: bytes) -> None:
+    """Send a piece again and again until the server has had enough."""
+
+    def run() -> None:
+        try:
+            while True:
+                connection.sendall(piece)
+                time.sleep(0.1)
+        except OSError:
+            pass
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def test_a_whole_request_comes_in_one_piece(server: Server) -> None:
+    with httpx.Client() as client:
+        for size in (0, 10, 200_000, MAX_BODY_BYTES, 1, 100_000, 2):
+            answer = client.post(server.url, content=b"x" * size)
+            assert answer.json() == {"bytes": size, "more": False}
+        chunked = client.post(server.url, content=(b"x" * 1000 for _ in range(50)))
+        assert chunked.json() == {"bytes": 50_000, "more": False}
+
+
+@pytest.mark.parametrize(
+    ("sent", "then"),
+    [
+        (HEAD + b"Content-Length: 100\r\n\r\nhalf", b""),
+        (HEAD + b"Content-Length: 100000\r\n\r\n", b"x"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    ],
+    ids=["half", "slow", "chunks without end"],
+)
+def test_a_body_that_does_not_come_is_408(server: Server, sent: bytes, then: bytes) -> None:
+    connection = server.connect(sent)
+    if then:
+        trickle(connection, then)
+    else:
+        time.sleep(0.2)
+        assert server.running == 0
+    status, body = told(connection)
+    assert (status, body["error"]["code"]) == (408, "request_timeout")
+    assert "not whole after 2 s" in body["error"]["message"]
+
+
+def test_headers_that_do_not_come_are_408(server: Server) -> None:
+    connection = server.connect(HEAD + b"X-Slow: ")
+    trickle(connection, b"x")
+    status, body = told(connection)
+    assert status == 408
+    assert "headers" in body["error"]["message"]
+
+
+def test_a_connection_without_a_request_is_closed(server: Server) -> None:
+    assert told(server.connect()) == (0, None)
+
+
+def test_headers_without_end_are_431(server: Server) -> None:
+    connection = server.connect(HEAD)
+    line = b"X-Filler: " + b"x" * 1000 + b"\r\n"
+    for _ in range(MAX_HEAD_BYTES // len(line) + 2):
+        connection.sendall(line)
+    status, body = told(connection)
+    assert status == 431
+    assert "64 KiB" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 9000000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_large_is_413_and_not_read_for_ever(server: Server, length: bytes) -> None:
+    connection = server.connect(HEAD + length + b"\r\n\r\n")
+    chunk = b"%x\r\n%s\r\n" % (2**16, b"x" * 2**16) if b"chunked" in length else b"x" * 2**16
+    sent = 0
+    with pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(chunk)
+            sent += 2**16
+            assert sent < 64 * MAX_BODY_BYTES
+    # The server goes on for others, and a client that ends its body in time reads the answer.
+    answer = httpx.post(server.url, content=b"x" * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413
+    assert "8 MiB" in answer.json()["error"]["message"]
+
+
+def test_all_bodies_together_are_bounded(server: Server) -> None:
+    """In bytes: two that are held fill the bound, and their end makes room."""
+    content = b"x" * (MAX_BODY_BYTES - 1)
+    head = b"POST /hold HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(content)
+    holding = [server.connect(head + content) for _ in range(2)]
+    until(lambda: server.running == 2, "both to be held")
+    refused = httpx.post(server.url, content=b"abc")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert refused.json()["error"]["code"] == "server_busy"
+    for connection in holding:
+        connection.close()
+    until(lambda: server.running == 0, "both to be given up")
+    assert httpx.post(server.url, content=content).status_code == 200
+
+
+def test_a_full_server_takes_the_new_for_the_one_that_waits_longest(server: Server) -> None:
+    idle = [server.connect() for _ in range(MOST)]
+    with httpx.Client() as client:
+        assert client.post(server.url, content=b"abc").status_code == 200
+        assert told(idle[0]) == (0, None)
+    for connection in idle[1:]:
+        connection.close()
+
+
+def test_a_server_full_of_requests_refuses_a_connection(server: Server) -> None:
+    held = [server.connect(b"POST /hold HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n") for _ in range(MOST)]
+    until(lambda: server.running == MOST, "all to be held")
+    status, body = told(server.connect())
+    assert status == 503
+    assert "connections" in body["error"]["message"]
+    for connection in held:
+        connection.close()
+    until(lambda: server.running == 0, "all to be given up")
+    assert httpx.post(server.url, content=b"abc").status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
+    connection = server.connect(b"POST /flood HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
+    assert server.cut_off.wait(60)
+    connection.close()
+
+
+def test_the_client_that_goes_while_it_sends() -> None:
+    """The application is not called, and what was held is given back."""
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"abc", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+    calls: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        calls.append(scope)
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    limited: Callable[..., Any] = WholeBodies(app)
+    asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+    assert calls == sent == []
+    assert limited._held == 0
