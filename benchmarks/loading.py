@@ -26,8 +26,10 @@ from rich.table import Table
 from benchmarks.data import DIM, TABLE, Data, Ids, make_data
 from embedding_service import EmbeddingClient
 from embedding_service.client.status import get_status
+from embedding_service.commands.console import wide_console
 from embedding_service.commands.text import parse_bytes
-from embedding_service.commands.up import free_port, start_process, stop_processes, wait_until_serving
+from embedding_service.commands.up import start_process, stop_processes, wait_until_serving
+from embedding_service.machine import free_port
 
 HOST = "127.0.0.1"
 SERVED, BIG = "int8", "fp16"
@@ -79,7 +81,7 @@ def running(data: Data, folder: Path, rate: str) -> Iterator[Shard]:
         )
         options = (f"--listen={address}", f"--load-rate={rate}", "--memory=4GiB", "--drain-seconds=0")
         children.append(start_process(["shard", *common, f"--controller={controller}", *options]))
-        wait_until_serving(controller, lambda: None)
+        wait_until_serving(controller, lambda: None, 1, wide_console(stderr=True))
         with EmbeddingClient(address) as client:
             yield Shard(rate, store, controller, client)
     finally:

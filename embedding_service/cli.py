@@ -8,6 +8,7 @@ import typer
 
 from embedding_service.commands import bench, cluster, plan, query, store
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.foreign import printable
 
 app = typer.Typer(
     help="A parameter service for the giant n-gram embedding tables of language models.",
@@ -35,5 +36,5 @@ def main() -> None:
     try:
         app()
     except (EmbeddingServiceError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {printable(str(error))}", fg="red", err=True)
         sys.exit(1)

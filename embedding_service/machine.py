@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import printable, shown
 
 # Options of `ray.init` for a Ray that starts here and is ours alone.
 LOCAL_RAY: dict[str, Any] = {
@@ -24,21 +25,35 @@ LOCAL_RAY: dict[str, Any] = {
 }
 # No config or index comes near it.
 MOST_TEXT_BYTES = 64 << 20
+MOST_PORT = 65535
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host, as it is written there, and port of an address. Raises InvalidRequest."""
+    """Host, an IPv6 one in brackets, and port of an address. Raises InvalidRequest."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidRequest(f"an address must be HOST:PORT, got {address!r}")
+    if not host or not (port.isascii() and port.isdigit()):
+        raise InvalidRequest(f"an address must be HOST:PORT, got {shown(address)}")
+    if (":" in host or "[" in host) and not (host.startswith("[") and host.endswith("]")):
+        raise InvalidRequest(f"an IPv6 host goes in brackets, as [::1]:7070, got {shown(address)}")
+    if len(port) > 5 or int(port) > MOST_PORT:
+        raise InvalidRequest(f"ports go up to {MOST_PORT:,}, got {shown(address)}")
     return host, int(port)
 
 
 def join_address(host: str, port: int) -> str:
     """host:port, an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def complete_address(address: str, port: int) -> str:
+    """HOST:PORT as it is, HOST (an IPv6 one with or without brackets) with this port. Raises InvalidRequest."""
+    after = address.rpartition("]")[2]
+    if after.count(":") != 1:  # a host alone
+        address = join_address(address, port)
+    split_address(address)
+    return address
 
 
 def check_free(address: str, option: str = "port") -> None:
@@ -51,10 +66,19 @@ def check_free(address: str, option: str = "port") -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host.strip("[]"), port))
+        except (ValueError, TypeError):  # no name at all: empty between its dots, too long, with a NUL
+            raise InvalidRequest(f"cannot listen on {shown(address)}: that is no name of a host") from None
         except OSError as error:
             wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
             remedy = "the host must be an address of this machine" if wrong_host else f"give another {option}"
-            raise InvalidRequest(f"cannot listen on {address} ({error.strerror}): {remedy}") from error
+            raise InvalidRequest(f"cannot listen on {printable(address)} ({error.strerror}): {remedy}") from error
+
+
+def free_port(host: str) -> int:
+    """A port of an address of this machine that nobody listens on at the moment."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host.strip("[]"), 0))
+        return int(probe.getsockname()[1])
 
 
 def end_with_parent(how: signal.Signals) -> None:

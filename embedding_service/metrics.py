@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.machine import join_address
 
 
 class MetricsServer:
@@ -29,10 +30,10 @@ class MetricsServer:
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, _Collect(collect)):
             registry.register(collector)
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._server, self._thread = start_http_server(port, addr=host.strip("[]"), registry=registry)
         except OSError as error:
             raise InvalidRequest(
-                f"cannot serve metrics on {host}:{port} ({error.strerror}): give another --metrics-port"
+                f"cannot serve metrics on {join_address(host, port)} ({error.strerror}): give another --metrics-port"
             ) from error
 
     def close(self) -> None:

@@ -17,9 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
+from embedding_service.foreign import LineFormatter
 from embedding_service.front import Front, Options
 from embedding_service.health import Health
-from embedding_service.machine import allow_many_files
+from embedding_service.machine import allow_many_files, complete_address, join_address, split_address
 from embedding_service.methods import Context, Method, Places
 from embedding_service.placement.routing import Routing
 from embedding_service.status import code_of
@@ -203,9 +204,9 @@ async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
 def log_to_stderr(name: str) -> None:
     """Log as a process of this name."""
     # force: FBGEMM sets up the root logger when it is imported
-    logging.basicConfig(
-        force=True, stream=sys.stderr, format=f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(f"%(asctime)s {name}[{os.getpid()}] %(levelname)s %(message)s"))
+    logging.basicConfig(force=True, handlers=[handler])
     log.setLevel(logging.INFO)  # ours only: FBGEMM and TorchRec tell every library they load
 
 
@@ -223,6 +224,6 @@ def run_process(name: str, main: Callable[[], object]) -> None:
 def reachable_address(listen: str, advertise: str | None) -> str:
     """The address others shall use: as given, or the one listened on, with this host's name for a wildcard."""
     if advertise:
-        return advertise if ":" in advertise else f"{advertise}:{listen.rpartition(':')[2]}"
-    host, _, port = listen.rpartition(":")
-    return f"{socket.getfqdn()}:{port}" if host in ("0.0.0.0", "[::]", "*") else listen
+        return complete_address(advertise, split_address(listen)[1])
+    host, port = split_address(listen)
+    return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "[::]", "*") else listen

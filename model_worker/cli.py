@@ -17,6 +17,7 @@ import typer
 
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
+from embedding_service.foreign import printable
 
 if TYPE_CHECKING:
     from model_worker.serving import Scaling
@@ -186,5 +187,5 @@ def main() -> None:
     try:
         app()
     except (EmbeddingServiceError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {printable(str(error))}", fg="red", err=True)
         sys.exit(1)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedding_service.commands.query import DEFAULT_ADDRESS, wide_console
+from embedding_service.commands.query import DEFAULT_ADDRESS
+from embedding_service.commands.text import check_address
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Work:
 
 def bench(
     table: Annotated[str, typer.Option(help="MODEL/TABLE or MODEL@VERSION/TABLE.")],
-    address: Annotated[str, typer.Argument(help="HOST:PORT of any shard.")] = DEFAULT_ADDRESS,
+    address: Annotated[str, typer.Argument(help="HOST:PORT of any shard.", callback=check_address)] = DEFAULT_ADDRESS,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows a lookup; may be repeated.")] = None,
     clients: Annotated[int, typer.Option(min=1, help="Client processes.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each batch is measured.")] = 5.0,
@@ -148,6 +149,8 @@ def _loop(rate: float | None) -> str:
 
 def _show(loads: list[tuple[int, float, Load]], row_bytes: int, title: str) -> None:
     from rich.table import Table
+
+    from embedding_service.commands.console import wide_console
 
     shown = Table(title=title, title_justify="left")
     for heading in (

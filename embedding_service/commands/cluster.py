@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from embedding_service.commands.text import parse_bytes
+from embedding_service.commands.text import check_address, parse_bytes
 from embedding_service.errors import InvalidRequest
-from embedding_service.machine import split_address
+from embedding_service.machine import complete_address
 
 if TYPE_CHECKING:
     from embedding_service.commands.up import UpOptions
@@ -32,9 +32,20 @@ ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, 
 MetricsOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Port of Prometheus metrics, on the host of --listen; 0: none.")
 ]
+
+
+def _check_advertised(address: str | None) -> str | None:
+    if address:
+        complete_address(address, 0)
+    return address
+
+
 AdvertiseOption = Annotated[
     str | None,
-    typer.Option(help="HOST or HOST:PORT under which others reach this process, where --listen does not say."),
+    typer.Option(
+        help="HOST or HOST:PORT under which others reach this process, where --listen does not say.",
+        callback=_check_advertised,
+    ),
 ]
 ProcessesOption = Annotated[
     int, typer.Option(min=1, help="Processes of a shard, which answer from one copy of its rows: about a core each.")
@@ -114,7 +125,7 @@ def _run_on_ray(options: UpOptions, address: str) -> None:
 
 def controller(
     store: StoreOption,
-    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:7069",
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.", callback=check_address)] = "127.0.0.1:7069",
     advertise: AdvertiseOption = None,
     replicas: ReplicasOption = 1,
     expect_shards: Annotated[
@@ -146,10 +157,16 @@ def controller(
 
 def shard(
     store: StoreOption,
-    controller: Annotated[str, typer.Option(help="HOST:PORT of the controller.")],
-    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "127.0.0.1:0",
+    # Checked: without a port it would be asked again and again.
+    controller: Annotated[str, typer.Option(help="HOST:PORT of the controller.", callback=check_address)],
+    listen: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.", callback=check_address)
+    ] = "127.0.0.1:0",
     shared_listen: Annotated[
-        str | None, typer.Option(help="A second HOST:PORT that all shards of this machine listen on together.")
+        str | None,
+        typer.Option(
+            help="A second HOST:PORT that all shards of this machine listen on together.", callback=check_address
+        ),
     ] = None,
     advertise: AdvertiseOption = None,
     id: Annotated[str | None, typer.Option(help="Name of this shard; keep it over restarts.")] = None,
@@ -172,7 +189,6 @@ def shard(
     metrics_port: MetricsOption = 0,
 ) -> None:
     """A process that holds parts and answers lookups."""
-    split_address(controller)  # without a port it would be asked again and again
     from embedding_service.shard.server import ShardOptions, main
 
     given = {"shard_id": id, "cache": cache}

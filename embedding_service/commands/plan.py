@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedding_service.commands.cluster import ReplicasOption
-from embedding_service.commands.query import wide_console
 from embedding_service.commands.text import format_bytes, parse_bytes
 from embedding_service.errors import InvalidRequest, NotFound, PlacementError
 
@@ -48,6 +47,8 @@ def plan(
         parts = _table_parts(rows, dim, dtype, part_bytes)
     else:
         raise typer.BadParameter("say either --store [--model], or --rows and --dim")
+    from embedding_service.commands.console import wide_console
+
     outlook = _Outlook.of(parts, before, after, replicas)
     console = wide_console()
     console.print(outlook.table())

@@ -6,39 +6,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding_service.commands.text import format_bytes
+from embedding_service.commands.text import check_address, format_bytes, say
+from embedding_service.errors import OutOfRange
 
 if TYPE_CHECKING:
-    import rich.console
     import rich.table
 
     from embedding_service.wire import control_pb2 as control
 
-AddressArgument = Annotated[str, typer.Argument(help="HOST:PORT of any shard or of the controller.")]
+AddressArgument = Annotated[
+    str, typer.Argument(help="HOST:PORT of any shard or of the controller.", callback=check_address)
+]
+MOST_ID = 1 << 63
 DEFAULT_ADDRESS = "localhost:7070"
 
 
 def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
     """Shards, parts, memory and rates; models; and what stands in the way. Exit code 1 if something does."""
     from embedding_service.client.status import get_status
+    from embedding_service.commands.console import wide_console
 
     current = get_status(address)
     console = wide_console()
     for table in status_tables(current):
         console.print(table)
-    console.print(f"routing: term {current.term}, epoch {current.epoch}", highlight=False)
+    console.print(f"routing: term {current.term}, epoch {current.epoch}")
     for problem in current.problems:
-        console.print(f"problem: {problem.message}", style="red", highlight=False)
+        console.print(f"problem: {problem.message}", style="red")
     if current.problems:
         raise typer.Exit(1)
-
-
-def wide_console(stderr: bool = False) -> rich.console.Console:
-    """A console that does not squeeze tables where there is no terminal to fit."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
 
 def status_tables(current: control.Status) -> list[rich.table.Table]:
@@ -94,16 +90,19 @@ def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:
         for model in client.models():
             for table, (rows, dim, dtype) in model.tables.items():
                 family = f" ({model.family})" if model.family else ""
-                typer.echo(f"{model.name}@{model.version}/{table}: {rows:,} rows of {dim} {dtype}{family}")
+                say(f"{model.name}@{model.version}/{table}: {rows:,} rows of {dim} {dtype}{family}")
 
 
 def lookup(
     table: Annotated[str, typer.Argument(help="MODEL/TABLE or MODEL@VERSION/TABLE.")],
     ids: Annotated[list[int], typer.Argument(help="Row ids.")],
-    address: Annotated[str, typer.Option(help="HOST:PORT of any shard.")] = DEFAULT_ADDRESS,
+    address: Annotated[str, typer.Option(help="HOST:PORT of any shard.", callback=check_address)] = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds in all.")] = 10.0,
 ) -> None:
     """Print rows, one a line: the id, then the values."""
+    for position, row_id in enumerate(ids):
+        if not -MOST_ID <= row_id < MOST_ID:
+            raise OutOfRange(f"ids[{position}] is {row_id}: no table has as many rows, ids are below {MOST_ID:,}")
     import torch
 
     from embedding_service import EmbeddingClient
@@ -111,4 +110,4 @@ def lookup(
     with EmbeddingClient(address, timeout=timeout) as client:
         rows = client.lookup(table, torch.tensor(ids, dtype=torch.int64))
     for row_id, row in zip(ids, rows.tolist(), strict=True):
-        typer.echo(f"{row_id}: " + " ".join(f"{value:.6g}" for value in row))
+        say(f"{row_id}: " + " ".join(f"{value:.6g}" for value in row))

@@ -25,11 +25,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rich.console import Console
 
 from embedding_service.commands import up
-from embedding_service.commands.query import status_tables, wide_console
+from embedding_service.commands.console import wide_console
+from embedding_service.commands.query import status_tables
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.machine import LOCAL_RAY, check_free
+from embedding_service.machine import LOCAL_RAY, check_free, free_port, join_address, split_address
 
 LOCAL = "local"
 # What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
@@ -54,10 +55,10 @@ def run(options: UpOptions, address: str) -> None:
         PlacementError: the cluster has no room for the shards, or the models do not fit them.
         Unavailable: there is no such cluster or it fails, or a process ended before everything was served.
     """
+    console = wide_console(stderr=True)
     _check_address(address)
     up.check_store(options.store)
     options = _for_other_nodes(options)
-    console = wide_console(stderr=True)
     servers: list[_Server] = []
     _on_signals(up.interrupt)
     try:
@@ -110,13 +111,14 @@ def _check_address(address: str) -> None:
     """Ray itself goes on trying for minutes where nobody is."""
     if address in (LOCAL, "auto"):
         return
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise InvalidRequest(
-            f"--ray must be auto, local or the HOST:PORT of a cluster that this machine is a node of, got {address!r}"
-        )
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        host, port = split_address(address)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"--ray must be auto, local or the HOST:PORT of a cluster that this machine is a node of: {error}"
+        ) from None
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=5).close()
     except OSError as error:
         raise Unavailable(f"no Ray cluster at {address} ({error}): `ray start --head` starts one") from None
 
@@ -188,7 +190,7 @@ def _survey_nodes(options: UpOptions, gpus: float, room: PlacementGroup) -> None
 
 def _survey(options: UpOptions) -> None:
     host = ray.util.get_node_ip_address()
-    check_free(f"{host}:{options.port}", "--port")
+    check_free(join_address(host, options.port), "--port")
     try:
         up.check_store(options.store)
     except NotFound as error:
@@ -279,7 +281,7 @@ def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[
     The controller starts on this node each time, at the same address: with this node the driver would be lost too.
     """
     host = ray.util.get_node_ip_address()
-    controller = f"{host}:{up.free_port(host)}"
+    controller = join_address(host, free_port(host))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(_Process).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)
     servers.append(_Server("controller", actor.remote("controller", up.controller_command(options, controller))))
@@ -292,11 +294,11 @@ def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[
 
 
 def _say_ready(options: UpOptions, controller: str, servers: list[_Server], console: Console) -> None:
-    status = up.wait_until_serving(controller, lambda: _check_alive(servers))
+    status = up.wait_until_serving(controller, lambda: _check_alive(servers), options.shards, console)
     for table in status_tables(status):
         console.print(table)
     hosts = sorted({shard.address.rpartition(":")[0] for shard in status.shards})
-    addresses = ", ".join(f"{host}:{options.port}" for host in hosts)
+    addresses = ", ".join(join_address(host, options.port) for host in hosts)
     print(f"ready: {options.shards} shards at {addresses}, controller {controller}", flush=True)
 
 

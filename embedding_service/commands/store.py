@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding_service.commands.text import format_bytes, parse_bytes
+from embedding_service.commands.text import format_bytes, parse_bytes, say
+from embedding_service.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import rich.progress
@@ -39,11 +40,15 @@ def import_command(
     part_bytes = parse_bytes(part_size)
     wanted = _tables_by_tensor(generic) if generic else None
     from embedding_service.store.importing import import_checkpoint
+    from embedding_service.store.store import Store, next_version
 
+    target = Store(store)
+    if target.is_private:
+        raise InvalidRequest(f"{store} is gone when this command ends: give a folder, or a URL that others can read")
     with _Progress("importing") as progress:
         manifest = import_checkpoint(
             checkpoint,
-            store,
+            target,
             name,
             version=version,
             dtype=dtype,
@@ -55,10 +60,17 @@ def import_command(
         f"{table.rows:,} rows of {table.dim} as {table.dtype} in {table.name}" for table in manifest.tables
     )
     parts = sum(len(table.parts) for table in manifest.tables)
-    typer.echo(
+    say(
         f"{name}@{version}: {tables}; {format_bytes(progress.total)} in, {format_bytes(manifest.bytes)} out in "
         f"{parts} parts, {progress.seconds:.1f} s, to {store}"
     )
+    newest = target.versions(name)[-1]
+    if newest != version:
+        say(
+            f"note: {name}@{newest} stays the newest and is what is served: to replace it, import with "
+            f"--version {next_version([newest])}",
+            err=True,
+        )
 
 
 def split(
@@ -70,9 +82,7 @@ def split(
 
     with _Progress("splitting") as progress:
         split_checkpoint(checkpoint, out, progress=progress)
-    typer.echo(
-        f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import"
-    )
+    say(f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import")
 
 
 def _tables_by_tensor(texts: list[str]) -> dict[str, str]:
@@ -121,9 +131,7 @@ class _Progress:
             self._last_line = time.monotonic()
             left = self.seconds * (total - done) / done
             rate = format_bytes(done / self.seconds)
-            typer.echo(
-                f"{self._title}: {format_bytes(done)} of {format_bytes(total)}, {rate}/s, {left:.0f} s left", err=True
-            )
+            say(f"{self._title}: {format_bytes(done)} of {format_bytes(total)}, {rate}/s, {left:.0f} s left", err=True)
 
 
 def _byte_bar() -> rich.progress.Progress:

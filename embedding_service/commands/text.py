@@ -1,10 +1,25 @@
-"""Sizes as people write and read them."""
+"""Lines, sizes and addresses as people write and read them."""
 
 from __future__ import annotations
 
 import re
 
 import typer
+
+from embedding_service.foreign import printable
+from embedding_service.machine import split_address
+
+
+def say(text: str, err: bool = False) -> None:
+    """Write a line that may hold text of others."""
+    typer.echo(printable(text), err=err)
+
+
+def check_address(address: str | None) -> str | None:
+    """What typer calls with a HOST:PORT that was given. Raises InvalidRequest."""
+    if address is not None:
+        split_address(address)
+    return address
 
 
 def parse_bytes(text: str) -> int:

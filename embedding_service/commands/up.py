@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
 from embedding_service.client.status import get_status
-from embedding_service.commands.query import status_tables, wide_console
-from embedding_service.errors import EmbeddingServiceError, NotFound, PlacementError, Unavailable
-from embedding_service.machine import check_free, end_with_parent
+from embedding_service.commands.console import wide_console
+from embedding_service.commands.query import status_tables
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
+from embedding_service.foreign import printable
+from embedding_service.machine import check_free, end_with_parent, free_port, join_address
 from embedding_service.wire import control_pb2 as control
 
 # From SIGTERM on: what has not ended by then is killed.
 STOP_SECONDS = 4.5
 POLL_SECONDS = 0.1
+# Shards or models in a line.
+NAMED = 4
 # Without anything getting ready for so long, something is wrong that nobody reports.
 STALL_SECONDS = 120.0
 # Before a process that ended is started again. One that ran for longer than the second did not fail at once.
@@ -56,22 +61,24 @@ def run(options: UpOptions) -> None:
         InvalidRequest: the port is taken.
         PlacementError: the models do not fit the shards.
     """
-    check_store(options.store)
-    check_free(f"{options.host}:{options.port}", "--port")
     console = wide_console(stderr=True)
+    address = join_address(options.host, options.port)
+    console.print(f"looking for models in {options.store}")
+    check_store(options.store)
+    check_free(address, "--port")
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
     members: list[_Member] = []
     try:
-        controller = f"{options.host}:{free_port(options.host)}"
+        controller = join_address(options.host, free_port(options.host))
         members.append(_Member("controller", controller_command(options, controller)))
         for index in range(options.shards):
             name = f"shard-{index}"
             members.append(_Member(name, shard_command(options, controller, name)))
-        status = wait_until_serving(controller, lambda: _check_alive(members))
+        status = wait_until_serving(controller, lambda: _check_alive(members), options.shards, console)
         for table in status_tables(status):
             console.print(table)
-        print(f"ready: {options.shards} shards at {options.host}:{options.port}, controller {controller}", flush=True)
+        print(f"ready: {options.shards} shards at {address}, controller {controller}", flush=True)
         _keep_running(members, console)
     except KeyboardInterrupt:
         console.print("ending")
@@ -81,13 +88,16 @@ def run(options: UpOptions) -> None:
         stop_processes([member.popen for member in members])
 
 
-def check_store(store: str) -> None:
+def check_store(url: str) -> None:
     """Raise NotFound if there is no model in it."""
     from embedding_service.store.store import Store  # with torch, which Ray's actors do without
 
-    if not Store(store).models():
-        absent = "" if "://" in store or Path(store).is_dir() else ", which is no folder"
-        raise NotFound(f"no model in store {store}{absent}: `embedding-service import` puts one there")
+    store = Store(url)
+    if store.is_private:
+        raise InvalidRequest(f"{url} is in each process's own memory: give a folder, or a URL that all can read")
+    if not store.models():
+        absent = "" if "://" in url or Path(url).is_dir() else ", which is no folder"
+        raise NotFound(f"no model in store {url}{absent}: `embedding-service import` puts one there")
 
 
 def controller_command(options: UpOptions, controller: str) -> list[str]:
@@ -107,8 +117,8 @@ def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
         "shard",
         f"--store={options.store}",
         f"--controller={controller}",
-        f"--listen={options.host}:0",
-        f"--shared-listen={options.host}:{options.port}",
+        f"--listen={join_address(options.host, 0)}",
+        f"--shared-listen={join_address(options.host, options.port)}",
         f"--id={name}",
         f"--tier={options.tier}",
         f"--processes={options.processes}",
@@ -170,32 +180,89 @@ def _check_alive(members: list[_Member]) -> None:
             raise Unavailable(f"{member.name} ended with exit code {member.popen.returncode}; its last words are above")
 
 
-def wait_until_serving(controller: str, check_alive: Callable[[], None]) -> control.Status:
-    """Until every model is served. `check_alive` is called all along and raises when one of the processes ended.
+def wait_until_serving(
+    controller: str, check_alive: Callable[[], None], shards: int, console: Console
+) -> control.Status:
+    """Until every model is served; the console says what it waits for.
+
+    Args:
+        controller: Its address.
+        check_alive: Called all along; raises when one of the processes ended.
+        shards: How many are to register.
+        console: Where to say it.
 
     Raises:
         PlacementError: the models do not fit the shards, or the store cannot be read.
         Unavailable: nothing got ready for STALL_SECONDS, or what shards report fails for 5 s.
     """
     ready, last_progress = -1, time.monotonic()
-    while True:
-        check_alive()
-        try:
-            status = get_status(controller, timeout=2.0)
-        except EmbeddingServiceError:
-            status = control.Status()
-        if status.models and all(model.serving for model in status.models):
-            return status
-        for problem in status.problems:
-            if problem.kind in (control.Problem.KIND_STORE, control.Problem.KIND_PLACEMENT):
-                raise PlacementError(problem.message)
-        now_ready = len(status.shards) + sum(model.parts_ready for model in status.models)
-        if now_ready > ready:
-            ready, last_progress = now_ready, time.monotonic()
-        failing = [problem.message for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
-        if time.monotonic() - last_progress > (5.0 if failing else STALL_SECONDS):
-            raise Unavailable("; ".join(failing) or f"nothing got ready for {STALL_SECONDS:.0f} s")
-        time.sleep(POLL_SECONDS)
+    status = control.Status()
+    with Waiting(console) as waiting:
+        while True:
+            check_alive()
+            waiting.say(awaited(status, shards))
+            with suppress(EmbeddingServiceError):
+                status = get_status(controller, timeout=2.0)
+            if status.models and all(model.serving for model in status.models):
+                return status
+            for problem in status.problems:
+                if problem.kind in (control.Problem.KIND_STORE, control.Problem.KIND_PLACEMENT):
+                    raise PlacementError(problem.message)
+            now_ready = len(status.shards) + sum(model.parts_ready for model in status.models)
+            if now_ready > ready:
+                ready, last_progress = now_ready, time.monotonic()
+            failing = [problem.message for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
+            if time.monotonic() - last_progress > (5.0 if failing else STALL_SECONDS):
+                raise Unavailable("; ".join(failing) or f"nothing got ready for {STALL_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+
+def awaited(status: control.Status, shards: int) -> str:
+    """What is not there yet, in a line."""
+    if not status.shards:
+        return f"waiting for the controller and {shards} shards to start"
+    here = {shard.shard_id for shard in status.shards}
+    missing = [name for name in (f"shard-{index}" for index in range(shards)) if name not in here]
+    line = f"waiting: {len(here)} of {shards} shards registered"
+    if missing:
+        return f"{line}, not yet {', '.join(missing[:NAMED])}{' and others' if len(missing) > NAMED else ''}"
+    loading = [model for model in status.models if not model.serving]
+    models = ", ".join(f"{model.model.name}@{model.model.version}" for model in loading[:NAMED])
+    done, parts = (sum(getattr(model, key) for model in status.models) for key in ("parts_ready", "parts"))
+    return f"{line}, {done:,} of {parts:,} parts loaded; not served yet: {models or 'the routing is being made'}"
+
+
+class Waiting:
+    """Says what is waited for: in place on a terminal, elsewhere in a line when it changes, now and then."""
+
+    LINE_SECONDS = 2.0
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("") if console.is_terminal else None
+        self._said, self._next_line = "", 0.0
+
+    def __enter__(self) -> Waiting:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def say(self, line: str) -> None:
+        """This is what is waited for now."""
+        if line == self._said:
+            return
+        if self._status:
+            self._status.update(Text(printable(line)))
+        elif time.monotonic() < self._next_line:
+            return
+        else:
+            self._next_line = time.monotonic() + self.LINE_SECONDS
+            self._console.print(line)
+        self._said = line
 
 
 def _keep_running(members: list[_Member], console: Console) -> NoReturn:
@@ -223,10 +290,3 @@ def stop_processes(children: Collection[subprocess.Popen[bytes]]) -> None:
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """Handle SIGTERM as Ctrl-C is."""
     raise KeyboardInterrupt
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from embedding_service import cli
 from embedding_service.commands import store as store_commands
+from embedding_service.errors import InvalidRequest, OutOfRange
 from embedding_service.store import Store
 
 COMMAND = [sys.executable, "-m", "embedding_service"]
@@ -123,3 +126,30 @@ def test_any_matrices_are_imported_by_name(checkpoint: Path, tmp_path: Path) -> 
     wrong = run(*options, "--version", "2", "--generic", "nope")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ") and f"no tensor 'nope'; it has the matrices {words}" in wrong.stderr
+
+
+def test_an_import_that_is_not_the_newest_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    options = ["import", str(checkpoint), f"--store={tmp_path}", "--name=tiny"]
+    for version, note in [("v1", ""), ("2", "note: tiny@v1 stays the newest and is what is served"), ("v2", "")]:
+        done = CliRunner().invoke(cli.app, [*options, f"--version={version}"])
+        assert done.exit_code == 0, done.output
+        assert done.stderr.startswith(note) and bool(done.stderr) == bool(note)
+        assert not note or "import with --version v2" in done.stderr
+    assert Store(tmp_path).manifest("tiny").version == "v2"
+
+
+@pytest.mark.parametrize("url", ["memory://x", "simplecache::memory://x", "dir::memory://x"])
+def test_a_store_that_ends_with_the_command_is_refused(checkpoint: Path, url: str) -> None:
+    """It said that all went well, and kept nothing."""
+    done = CliRunner().invoke(cli.app, ["import", str(checkpoint), f"--store={url}", "--name=tiny"])
+    assert isinstance(done.exception, InvalidRequest)
+    assert str(done.exception) == f"{url} is gone when this command ends: give a folder, or a URL that others can read"
+    done = CliRunner().invoke(cli.app, ["up", f"--store={url}"])
+    assert "is in each process's own memory: give a folder" in str(done.exception)
+
+
+@pytest.mark.parametrize("row_id", [10**19, 2**63, 10**400])
+def test_an_id_of_twenty_digits(row_id: int) -> None:
+    done = CliRunner().invoke(cli.app, ["lookup", "tiny/ngram", "1", str(row_id)])
+    assert isinstance(done.exception, OutOfRange)
+    assert str(done.exception).startswith(f"ids[1] is {row_id}: no table has as many rows")

@@ -12,6 +12,8 @@ import torch
 from support.checkpoints import longcat_table
 from support.cluster import Up, free_port, until, up
 
+from embedding_service import EmbeddingClient
+from embedding_service.client.status import get_status
 from embedding_service.commands.cluster import Tier
 from embedding_service.rows import TIERS
 
@@ -41,6 +43,19 @@ def test_its_processes_end_when_it_is_killed(store: Path, tmp_path: Path) -> Non
         children = psutil.Process(running.popen.pid).children(recursive=True)
         running.end(signal.SIGKILL)
         until(lambda: not [child for child in children if child.is_running()], "the processes to end")
+
+
+def test_on_ipv6_and_it_says_what_it_waits_for(store: Path, tmp_path: Path) -> None:
+    with up(tmp_path, store, 1, "--host=::1", "--memory=64MiB") as running:
+        address = running.address.replace("127.0.0.1", "[::1]")
+        with EmbeddingClient(address, timeout=30) as client:
+            assert torch.equal(client.lookup("fp32/ngram", torch.tensor([130])), longcat_table()[130:131])
+        assert f"ready: 1 shards at {address}, controller [::1]:" in running.output()
+        assert get_status(address).shards[0].address.startswith("[::1]:")
+    first, second = running.output().splitlines()[:2]
+    assert first == f"looking for models in {store}"
+    assert second == "waiting for the controller and 1 shards to start"
+    assert "waiting: 1 of 1 shards registered, " in running.output()
 
 
 def test_two_replicas(store: Path, tmp_path: Path) -> None:
