@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.cluster import until
+from support.hostile import Raw
 from support.toy import TOY, Request, ToyServer, toy_server
 
 from embedding_service import serving
 from embedding_service.front import PEER
+from embedding_service.methods import Places
 
+ECHO = f"/{TOY}/Echo".encode()
 STATUS = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -58,7 +65,7 @@ def test_calls_of_every_kind(toy: ToyServer, channel: grpc.Channel) -> None:
     assert ask(channel, "Quick", "quick") == "at once"
     assert ask(channel, "Quick", "slow").startswith("slow, ")
     repeated = channel.unary_stream(f"/{TOY}/Repeat", *codec)(Request(service="100"), timeout=30)
-    assert [each.service for each in repeated] == [str(number) for number in range(100)]
+    assert [each.service.strip() for each in repeated] == [str(number) for number in range(100)]
     joined = channel.stream_unary(f"/{TOY}/Join", *codec)(texts("a", "b", "c"), timeout=30)
     assert joined.service == "abc"
     chat = channel.stream_stream(f"/{TOY}/Chat", *codec)(texts("a", "b"), timeout=30)
@@ -171,6 +178,109 @@ def test_compressed_messages_are_refused_before_they_are_unpacked(channel: grpc.
     for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
         assert code_of(lambda: ask(channel, "Echo", bomb.service, compression=compression)) == "UNIMPLEMENTED"  # noqa: B023
     assert ask(channel, "Echo", "plain").startswith("plain")
+
+
+def endless_headers(raw: Raw) -> None:
+    """One call, 64 MiB of header fields, and no end of them."""
+    raw.flood(ECHO, [(b"x-more", b"a" * 16_000)] * 4096, end_headers=False)
+
+
+def calls_of_long_headers(raw: Raw) -> None:
+    """64 MiB in calls with more than they may have each."""
+    for _ in range(4096):
+        raw.call(ECHO, extra=[(b"x-long", b"a" * 16_000)])
+
+
+@pytest.mark.parametrize("flood", [endless_headers, calls_of_long_headers])
+def test_floods_of_headers_take_no_memory_and_harm_nobody(
+    toy: ToyServer, channel: grpc.Channel, flood: Callable[[Raw], None]
+) -> None:
+    ask(channel, "Echo", "before")
+    process = psutil.Process()
+    before = process.memory_info().rss
+    raw = Raw(toy.address)
+    with raw.socket, suppress(OSError):  # it may hang up
+        threading.Thread(target=read_all, args=(raw.socket,), daemon=True).start()
+        flood(raw)
+        assert ask(channel, "Echo", "beside").startswith("beside")
+        raw.socket.shutdown(socket.SHUT_RDWR)  # its reader would keep it open
+    assert process.memory_info().rss - before < 64 << 20
+    assert ask(channel, "Echo", "after").startswith("after")
+
+
+def read_all(connection: socket.socket) -> None:
+    with suppress(OSError):
+        while connection.recv(1 << 16):
+            pass
+
+
+def test_headers_over_the_limit_end_their_call_alone(channel: grpc.Channel) -> None:
+    ask(channel, "Echo", "a", metadata=(("x", "a" * 4000),))
+    assert code_of(lambda: ask(channel, "Echo", "a", metadata=(("x", "a" * 17_000),))) == "RESOURCE_EXHAUSTED"
+    assert ask(channel, "Echo", "after").startswith("after")
+
+
+# Streams that stay open
+
+
+def test_places_are_counted_by_host_and_in_all() -> None:
+    places = Places(3, 2)
+    assert [places.take("a"), places.take("a"), places.take("b")] == ["", "", ""]
+    assert places.take("b").startswith("3 such streams are open at this server")
+    places.leave("b")
+    assert places.take("a").startswith("2 such streams of a are open at this server")
+    assert places.take("b") == ""
+
+
+def test_streams_beyond_their_places_are_refused_and_come_in_when_others_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "STREAMS", (3, 2))
+    with toy_server(str(tmp_path / "private")) as few:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(few.address, options) as channel:
+            chat = channel.stream_stream(f"/{TOY}/Chat", Request.SerializeToString, Request.FromString)
+            ends = [threading.Event() for _ in range(2)]
+            chats = [chat(held_open(end), timeout=60) for end in ends]
+            assert [next(each).service for each in chats] == ["A", "A"]
+            with pytest.raises(grpc.RpcError, match=r"2 such streams of ipv4:127\.0\.0\.1 are open") as raised:
+                next(chat(held_open(ends[0]), timeout=60))
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert ask(channel, "Echo", "unary").startswith("unary")
+            for end in ends:
+                end.set()
+            for each in chats:
+                assert list(each) == []
+            until(lambda: code_of_chat(chat) == "OK", "a place", 30)
+
+
+def held_open(end: threading.Event) -> Iterator[object]:
+    yield Request(service="a")
+    end.wait(60)
+
+
+def code_of_chat(chat: Callable[..., Iterator[object]]) -> str:
+    try:
+        return "OK" if [each.service for each in chat(texts("a"), timeout=60)] == ["A"] else "wrong"
+    except grpc.RpcError as error:
+        return str(error.code().name)
+
+
+def test_a_client_that_does_not_read_gets_no_more_than_a_stream_holds(toy: ToyServer, channel: grpc.Channel) -> None:
+    """The handler waits until what it said was taken."""
+    repeat = channel.unary_stream(f"/{TOY}/Repeat", Request.SerializeToString, Request.FromString)
+    call = repeat(Request(service="1000000"), timeout=120)
+    assert next(call).service.strip() == "0"
+
+    def quiet() -> bool:
+        before = toy.toy.said
+        time.sleep(0.3)
+        return toy.toy.said == before
+
+    until(quiet, "it to say no more", 60)
+    assert toy.toy.said < 10_000
+    call.cancel()
+    until(lambda: not toy.front.calls, "its end", 30)
 
 
 # Health

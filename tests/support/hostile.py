@@ -104,11 +104,11 @@ def _headers(stream: int, path: bytes, extra: Fields = (), *, end_headers: bool 
     )
     block = b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in fields)
     pieces = [block[start : start + _LARGEST] for start in range(0, len(block), _LARGEST)]
-    frames = b""
-    for number, piece in enumerate(pieces):
-        last = end_headers and number == len(pieces) - 1
-        frames += _frame(_CONTINUATION if number else _HEADERS, _END_HEADERS if last else 0, stream, piece)
-    return frames
+    last = len(pieces) - 1 if end_headers else -1
+    return b"".join(
+        _frame(_CONTINUATION if number else _HEADERS, _END_HEADERS if number == last else 0, stream, piece)
+        for number, piece in enumerate(pieces)
+    )
 
 
 def _literal(text: bytes) -> bytes:

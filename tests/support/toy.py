@@ -19,11 +19,10 @@ TOY = "toy.Toy"
 
 
 class Toy:
-    """Methods of every kind. `waiting`: calls of `Wait` that are under way."""
+    """Methods of every kind. `waiting`: calls of `Wait` that are under way. `said`: messages of `Repeat`."""
 
     def __init__(self) -> None:
-        self.waiting = 0
-        self.requests: list[object] = []
+        self.waiting = self.said = 0
 
     def add_to(self, server: Server) -> None:
         read, write = Request.FromString, Request.SerializeToString
@@ -67,7 +66,8 @@ class Toy:
 
     async def repeat(self, request: Any, context: Context) -> AsyncIterator[Any]:
         for number in range(int(request.service)):
-            yield Request(service=str(number))
+            self.said += 1
+            yield Request(service=str(number).ljust(10_000))
 
     async def join(self, requests: AsyncIterator[Any], context: Context) -> Any:
         return Request(service="".join([request.service async for request in requests]))
