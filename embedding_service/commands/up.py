@@ -204,6 +204,8 @@ def wait_until_serving(
             with suppress(EmbeddingServiceError):
                 status = get_status(controller, timeout=2.0)
             if status.models and all(model.serving for model in status.models):
+                for problem in status.problems:  # such as fewer shards than copies, or a folder that is no model's
+                    console.print(Text(printable(f"note: {problem.message}")))
                 return status
             for problem in status.problems:
                 if problem.kind in (control.Problem.KIND_STORE, control.Problem.KIND_PLACEMENT):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
+from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Manifest
+from embedding_service.store.manifest import MOST_PARTS, Manifest
+from embedding_service.store.manifest import part_file
+from embedding_service.store.store import Catalogue, natural_order
 from embedding_service.wire import embedding_pb2 as wire
+
+# Of each model its versions, oldest first.
+Catalog = Mapping[str, Sequence[Manifest]]
 
 
 def part_keys(manifest: Manifest) -> list[PartKey]:
@@ -19,8 +25,71 @@ def part_keys(manifest: Manifest) -> list[PartKey]:
     ]
 
 
+def is_away(found: Catalogue | None, served: Iterable[object]) -> bool:
+    """Whether the store counts as away: it could not be read, or is empty, as a folder is that nothing is mounted on.
+
+    Only where nothing is served is an empty store just that.
+    """
+    return found is None or (found.is_empty and any(True for _ in served))
+
+
+def known_versions(found: Catalogue | None, before: Catalog, served: Mapping[tuple[str, str], Manifest]) -> Catalog:
+    """What is known of the store's models: what was found, and of what could not be looked at what was known.
+
+    A version leaves only where the store could be read and does not have it any more. `served` is what the shards say
+    of the versions that they serve, for a controller that has never seen the store.
+    """
+    kept = {**served, **{(each.model, each.version): each for versions in before.values() for each in versions}}
+    known = {
+        (each.model, each.version): each
+        for versions in (found.manifests if found else {}).values()
+        for each in versions
+    }
+    away = is_away(found, kept)
+    for name, manifest in kept.items():
+        if away or (found and found.cannot_tell(*name)):
+            known.setdefault(name, manifest)
+    catalog: dict[str, list[Manifest]] = {}
+    for model, version in sorted(known, key=lambda name: (name[0], natural_order(name[1]))):
+        catalog.setdefault(model, []).append(known[model, version])
+    return catalog
+
+
+def never_served(catalog: Catalog) -> Iterator[str]:
+    """What was imported after the newest version and is not served, for its name sorts before that one's."""
+    for model, versions in catalog.items():
+        newest = versions[-1]
+        for each in versions[:-1]:
+            if newest.provenance and each.provenance and each.provenance.imported_at > newest.provenance.imported_at:
+                yield (
+                    f"{model}@{each.version} was imported after {model}@{newest.version} and is not served: the "
+                    f"version whose name sorts last is; import it under a name that sorts after {newest.version!r}"
+                )
+
+
+def settled(
+    shards: int, expected: int, waited: float, quiet: float, returning: bool, settle: float, patience: float
+) -> bool:
+    """Whether to place now, or to wait for more shards first.
+
+    Args:
+        shards: Shards that are there.
+        expected: Shards to wait for; 0: until no more come.
+        waited: Seconds since the start.
+        quiet: Seconds since a shard came that was not there before.
+        returning: Shards are there that served before: there may be more of them by now than were expected.
+        settle: Seconds without a new shard that are enough.
+        patience: The most seconds to wait where they never are.
+    """
+    if waited > patience and (shards or expected):
+        return True
+    if expected:
+        return shards >= expected and (quiet > settle or not returning)
+    return bool(shards) and quiet > settle
+
+
 def choose_versions(
-    catalog: Mapping[str, Sequence[Manifest]], served: Iterable[tuple[str, str]], holders: Mapping[PartKey, list[str]]
+    catalog: Catalog, served: Iterable[tuple[str, str]], holders: Mapping[PartKey, list[str]]
 ) -> tuple[list[Manifest], list[Manifest]]:
     """Which versions shall be held, and which of them are served.
 
@@ -43,6 +112,23 @@ def choose_versions(
         wanted += [*before, newest]
         serving += before
     return wanted, serving
+
+
+def by_importance(wanted: Iterable[Manifest], served: Container[tuple[str, str]]) -> list[Manifest]:
+    """What is served first, then the smallest: where not all fits, the last ones are left out."""
+    return sorted(
+        wanted, key=lambda each: ((each.model, each.version) not in served, each.bytes, each.model, each.version)
+    )
+
+
+def too_few_shards(wanted: int, replicas: int) -> str:
+    """What to say where there are fewer copies than wanted, which is better than none; nothing where there are not."""
+    if replicas >= wanted:
+        return ""
+    return (
+        f"{wanted} copies of every part need {wanted} shards; {replicas} can hold any, so {replicas} are held: "
+        "add shards"
+    )
 
 
 def needs_plan(
@@ -95,6 +181,51 @@ def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:
                 for shard in part.shards:
                     parts[names[shard]].add(PartKey(model.name, model.version, table.name, index))
     return parts
+
+
+def manifest_of(info: wire.ModelInfo) -> Manifest:
+    """A version as a shard knows it, in a manifest; the parts' checksums, which only readers need, are not known.
+
+    Raises InvalidRequest for what no manifest could say.
+    """
+    source = f"what is said of {info.name}@{info.version}"
+    try:
+        content = {
+            "model": info.name,
+            "version": info.version,
+            "family": info.family,
+            "hash_params": json.loads(info.hash_params or "{}"),
+            "tables": [_table_of(table) for table in info.tables],
+        }
+        return Manifest.from_json(json.dumps(content), source)
+    except (StoreError, ValueError, RecursionError) as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _table_of(info: wire.TableInfo) -> dict[str, object]:
+    step = max(info.rows_per_part, 1)
+    if info.rows // step > MOST_PARTS:
+        raise InvalidRequest(f"table {info.name} has over {MOST_PARTS:,} parts")
+    sizes = [(first, min(step, info.rows - first)) for first in range(0, info.rows, step)]
+    return {
+        "name": info.name,
+        "rows": info.rows,
+        "dim": info.dim,
+        "dtype": info.dtype,
+        "row_bytes": info.row_bytes,
+        "rows_per_part": info.rows_per_part,
+        "parts": [
+            {
+                "index": index,
+                "first_row": first,
+                "rows": rows,
+                "file": part_file(info.name, index),
+                "bytes": rows * info.row_bytes,
+                "checksum": "xxh3-128:" + "0" * 32,
+            }
+            for index, (first, rows) in enumerate(sizes)
+        ],
+    }
 
 
 def model_info(manifest: Manifest) -> wire.ModelInfo:

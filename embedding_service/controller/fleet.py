@@ -6,12 +6,27 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+from embedding_service.controller import decisions
+from embedding_service.controller.reports import FAILURE_CHARACTERS, MOST_FAILURES
+from embedding_service.errors import Unavailable
 from embedding_service.placement.parts import PartKey
+from embedding_service.store.manifest import Manifest
 from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
 
 # A controller that looks at its shards seldom has no time to hear them: seconds that count as silence a look, at most.
 LONGEST_LOOK = 1.0
+# A shard reports every second: one that was heard of so lately is alive, and keeps its id.
+ALIVE_SECONDS = 3.0
+# What was refused is a problem for so long; those who go on trying do it every 2 s.
+REFUSAL_SECONDS = 10.0
+MOST_REFUSALS = 100
+
+
+class IdTaken(Unavailable):
+    """Another process has this shard's id, and is alive."""
 
 
 @dataclass
@@ -19,9 +34,10 @@ class Shard:
     """One shard: its last report, and what it was last told.
 
     Attributes:
-        connection: Counts registrations, so that a stream that ends late does not end its successor.
         heard: When it last reported, by the fleet's clock.
         outbox: Set when there is something new to tell it.
+        described: The versions it served when it registered.
+        dismissed: Why its stream ends, where that is for it to mend.
         assigned: What it shall hold; None before the first decision.
         sent: Age of the routing that it was last sent on this connection.
         released: It is draining and may end.
@@ -30,13 +46,14 @@ class Shard:
     """
 
     report: control.ShardReport
-    connection: int = 0
     connected: bool = True
     heard: float = 0.0
     held: set[PartKey] = field(default_factory=set)
     accesses: dict[PartKey, int] = field(default_factory=dict)
     failures: dict[PartKey, str] = field(default_factory=dict)
     outbox: asyncio.Event = field(default_factory=asyncio.Event)
+    described: dict[tuple[str, str], Manifest] = field(default_factory=dict)
+    dismissed: Exception | None = None
     assigned: frozenset[PartKey] | None = None
     sent: tuple[int, int] = (0, 0)
     released: bool = False
@@ -53,6 +70,16 @@ class Shard:
         return max((self.report.term, self.report.epoch), self.sent)
 
 
+def _described(info: wire.ModelInfo) -> Manifest:
+    return _manifest_of(info.SerializeToString(deterministic=True))
+
+
+@lru_cache(maxsize=256)
+def _manifest_of(info: bytes) -> Manifest:
+    """All shards say the same of a version, and a large one takes a while."""
+    return decisions.manifest_of(wire.ModelInfo.FromString(info))
+
+
 class Fleet:
     """All shards that are there, or were until a moment ago.
 
@@ -67,6 +94,7 @@ class Fleet:
         self._lost_after = lost_after
         self._listened = 0.0
         self._looked = time.monotonic()
+        self._refusals: dict[str, tuple[str, float]] = {}
 
     @property
     def newest_term(self) -> int:
@@ -80,14 +108,57 @@ class Fleet:
         names = [name.partition("@") for name in newest.served]
         return [(model, version) for model, _, version in names]
 
+    def served_now(self) -> dict[tuple[str, str], Manifest]:
+        """The versions of `last_served`, as shards described them when they registered."""
+        described = {name: each for shard in self.shards.values() for name, each in shard.described.items()}
+        return {name: described[name] for name in self.last_served() if name in described}
+
     def join(self, report: control.ShardReport) -> Shard:
-        """A shard registers, for the first time or again."""
+        """A shard registers, for the first time or again.
+
+        Of two processes with one id the first stays, and the other is refused, for as long as the first is heard of. A
+        process that was restarted while its old connection hangs has to wait for that silence.
+
+        Raises IdTaken; InvalidRequest for versions that cannot be.
+        """
         known = self.shards.get(report.shard_id)
-        shard = Shard(report, connection=known.connection + 1 if known else 0)
+        another = known is not None and known.report.incarnation != report.incarnation
+        if known and another and known.connected and self._listened - known.heard < ALIVE_SECONDS:
+            raise IdTaken(
+                f"shard id {report.shard_id} of {report.address} is taken by the shard at {known.report.address}, "
+                "which is alive: give each shard an --id of its own"
+            )
+        shard = Shard(report, described={(info.name, info.version): _described(info) for info in report.models})
+        if known is None or another:
+            self.joined = time.monotonic()
+        if known:
+            self.dismiss(known, IdTaken(f"shard id {known.name} was taken over by {report.address} after a silence"))
         self.shards[shard.name] = shard
-        self.joined = time.monotonic()
         self.hear(shard, report)
         return shard
+
+    def dismiss(self, shard: Shard, why: Exception) -> None:
+        """End a shard's stream, and say why."""
+        shard.dismissed = why
+        shard.outbox.set()
+        if self.shards.get(shard.name) is shard:
+            del self.shards[shard.name]
+
+    def refuse(self, shard_id: str, why: Exception) -> bool:
+        """Remember that somebody was refused; returns whether that is news."""
+        now = time.monotonic()
+        self._refusals = {
+            name: refusal for name, refusal in self._refusals.items() if now - refusal[1] < REFUSAL_SECONDS
+        }
+        news = self._refusals.get(shard_id, ("", 0))[0] != str(why)
+        if len(self._refusals) < MOST_REFUSALS or shard_id in self._refusals:
+            self._refusals[shard_id] = (str(why), now)
+        return news
+
+    def refusals(self) -> list[str]:
+        """Why registrations were refused of late."""
+        now = time.monotonic()
+        return [why for _, (why, when) in sorted(self._refusals.items()) if now - when < REFUSAL_SECONDS]
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
         """Take a report in; returns whether it calls for a decision."""
@@ -98,7 +169,10 @@ class Fleet:
             held = [PartKey.from_wire(part) for part in report.parts]
             shard.held = set(held)
             shard.accesses = dict(zip(held, report.part_accesses, strict=False))
-            shard.failures = {PartKey.from_wire(failure.part): failure.message for failure in report.failures}
+            shard.failures = {
+                PartKey.from_wire(failure.part): failure.message[:FAILURE_CHARACTERS]
+                for failure in report.failures[:MOST_FAILURES]
+            }
         return (shard.held, shard.failures, report.draining) != before or another_term
 
     def leave(self, shard: Shard) -> None:

@@ -16,11 +16,13 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from embedding_service.errors import PlacementError
 from embedding_service.machine import end_with_parent
 from embedding_service.placement.demand import Node, PartDemand, Placement
 
 log = logging.getLogger(__name__)
+
+# 10,000 parts on 1,000 shards take 10 s.
+PLAN_SECONDS = 120.0
 
 
 class Planning:
@@ -33,22 +35,31 @@ class Planning:
     async def plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
         """`placement.planner.plan`.
 
-        Raises PlacementError, also where the process died twice; EOFError once closed.
+        Raises PlacementError; RuntimeError where the process died twice or took over PLAN_SECONDS; EOFError once
+        closed; whatever else the planner fails with.
         """
         for _ in range(2):
+            asking = asyncio.ensure_future(asyncio.to_thread(_ask, self._pipe, (parts, nodes, replicas)))
+            in_time, _ = await asyncio.wait([asking], timeout=PLAN_SECONDS)
+            if not in_time:
+                self._replace()  # which ends the asking
             try:
-                answer = await asyncio.to_thread(self._ask, parts, nodes, replicas)
+                answer = await asking
             except (EOFError, OSError):
                 if self._closed:
                     raise EOFError from None
+                if not in_time:
+                    break
                 log.warning("the process that plans has died: starting another")
-                self._end()
-                self._start()
+                self._replace()
                 continue
             if isinstance(answer, Exception):
                 raise answer
             return answer
-        raise PlacementError(f"the process that plans {len(parts)} parts on {len(nodes)} shards dies: give it memory")
+        raise RuntimeError(
+            f"the process that plans {len(parts)} parts on {len(nodes)} shards dies, or takes over {PLAN_SECONDS:g} s: "
+            "give it memory and time"
+        )
 
     def close(self) -> None:
         """End it; who waits for a plan is told."""
@@ -69,9 +80,14 @@ class Planning:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, *arguments: object) -> Placement | Exception:
-        self._pipe.send(arguments)
-        return self._pipe.recv()  # type: ignore[no-any-return]
+    def _replace(self) -> None:
+        self._end()
+        self._start()
+
+
+def _ask(pipe: Connection, arguments: tuple[object, ...]) -> Placement | Exception:
+    pipe.send(arguments)
+    return pipe.recv()  # type: ignore[no-any-return]
 
 
 def main(pipe: Connection) -> None:

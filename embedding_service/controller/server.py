@@ -9,24 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import NoReturn
 
+import grpc
 from prometheus_client.core import Metric
 
 from embedding_service.controller import decisions
-from embedding_service.controller.fleet import Fleet, Shard
+from embedding_service.controller.fleet import Fleet, IdTaken, Shard
 from embedding_service.controller.planning import Planning
-from embedding_service.errors import PlacementError, StoreError, Unavailable
+from embedding_service.controller.reports import check_report
+from embedding_service.controller.watch import StoreWatch
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, PlacementError, Unavailable
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter, gauge
-from embedding_service.placement.demand import CUDA, Node, PartDemand
+from embedding_service.placement.demand import CUDA, Node, PartDemand, Placement
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.serving import (
     RequestLimits,
     RoutingService,
     Server,
+    abort,
     cancel,
     first_of,
     reachable_address,
@@ -43,10 +49,12 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
-SCAN_SECONDS = 2.0
 HEAT_SECONDS = 60.0
 # Between two decisions: telling a shard takes about so long.
 SECONDS_A_SHARD = 0.001
+# A planner that failed is not asked the same again before.
+REPLAN_SECONDS = 30.0
+MOST_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
@@ -85,22 +93,23 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     def __init__(self, options: ControllerOptions, address: str) -> None:
         self._options = options
         self._address = address
-        self._store = Store(options.store)
+        self._dirty = asyncio.Event()
+        self._watch = StoreWatch(Store(options.store), self._dirty.set)
         self._fleet = Fleet(options.lost_after)
         self._planning = Planning()
-        self._catalog: dict[str, list[Manifest]] = {}
-        self._scanned = 0.0
+        self._catalog: decisions.Catalog = {}
         self._target: dict[PartKey, list[str]] = {}
-        self._planned_for: list[Node] = []
+        self._planned_for: tuple[list[Node], set[tuple[str, str]]] = ([], set())
         self._planned_at = 0.0
+        self._replan_at = 0.0
+        self._left_out: set[tuple[str, str]] = set()
         self._wanted: list[Manifest] = []
         self._term = 0
+        self._noted = False
         self._routing: Routing | None = None
         self._published = asyncio.Condition()
-        self._dirty = asyncio.Event()
         self._settled = False
         self._ending = False
-        self._store_problem = ""
         self._plan_problem = ""
         self._replicas_problem = ""
 
@@ -113,29 +122,48 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         first = await anext(reports, None)
         if first is None:
             return
-        shard = self._fleet.join(first)
+        try:
+            check_report(first, self._term)
+            shard = self._fleet.join(first)
+        except EmbeddingServiceError as error:
+            await self._refuse(first, error, context)
         log.info("shard %s registered: %s, holds %d parts", shard.name, first.address, len(shard.held))
         self._dirty.set()
-        listening = asyncio.create_task(self._listen(shard, reports))
+        listening = asyncio.create_task(self._listen(shard, first, reports))
         try:
             while self._fleet.shards.get(shard.name) is shard and shard.connected and not self._ending:
                 if shard.assigned is not None:
                     yield self._assignment(shard)
                 await shard.outbox.wait()
                 shard.outbox.clear()
+            if isinstance(shard.dismissed, EmbeddingServiceError):
+                await self._refuse(first, shard.dismissed, context)
         finally:
             self._fleet.leave(shard)
             await cancel([listening])
 
-    async def _listen(self, shard: Shard, reports: AsyncIterator[control.ShardReport]) -> None:
+    async def _listen(
+        self, shard: Shard, first: control.ShardReport, reports: AsyncIterator[control.ShardReport]
+    ) -> None:
         try:
             async for report in reports:
+                check_report(report, self._term, first)
                 if self._fleet.hear(shard, report):
                     self._dirty.set()
+        except EmbeddingServiceError as error:
+            self._fleet.dismiss(shard, error)
         finally:
             self._fleet.leave(shard)
             shard.outbox.set()
             self._dirty.set()
+
+    async def _refuse(self, report: control.ShardReport, why: EmbeddingServiceError, context: Context) -> NoReturn:
+        """End a registration with the reason, which status tells as well."""
+        if self._fleet.refuse(report.shard_id, why):
+            log.error("refused shard %r at %r: %s", report.shard_id[:100], report.address[:100], why)
+        if isinstance(why, IdTaken):
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(why))
+        await abort(context, why)
 
     async def WatchRouting(self, request: control.WatchRoutingRequest, context: Context) -> AsyncIterator[wire.Routing]:
         """The routing now, and again each time it changes."""
@@ -204,34 +232,62 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         )
 
     def _problems(self) -> Iterator[control.Problem]:
+        """What stands in the way, the first MOST_PROBLEMS of it."""
+        problems = self._all_problems()
+        yield from islice(problems, MOST_PROBLEMS)
+        if more := sum(1 for _ in problems):
+            yield control.Problem(message=f"and {more:,} more")
+
+    def _all_problems(self) -> Iterator[control.Problem]:
         problem = control.Problem
         if not self._settled:
             expected = self._options.expect_shards or "more"
             message = f"waiting for shards: {len(self._fleet.shards)} registered, {expected} expected"
             yield problem(kind=problem.KIND_WAITING, message=message)
-        if self._store_problem:
-            yield problem(kind=problem.KIND_STORE, message=self._store_problem)
-        elif self._scanned > 0 and not self._catalog:
-            message = f"no model in {self._options.store}: `embedding-service import` puts one there"
+        if message := self._store_problem():
             yield problem(kind=problem.KIND_STORE, message=message)
-        for message in filter(None, (self._plan_problem, self._replicas_problem)):
-            yield problem(kind=problem.KIND_PLACEMENT, message=message)
+        if self._plan_problem:
+            yield problem(kind=problem.KIND_PLACEMENT, message=self._plan_problem)
+        if self._replicas_problem:
+            yield problem(kind=problem.KIND_COPIES, message=self._replicas_problem)
+        for message in self._fleet.refusals():
+            yield problem(kind=problem.KIND_SHARD, message=message)
         for name, shard in sorted(self._fleet.shards.items()):
-            for key, message in sorted(shard.failures.items()):
-                yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: {key}: {message}")
             if not shard.connected:
                 yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: not connected")
+            for key, message in sorted(shard.failures.items()):
+                yield problem(kind=problem.KIND_SHARD, message=f"shard {name}: {key}: {message}")
+        skipped = self._watch.found.problems.values() if self._watch.found else ()
+        for message in (*skipped, *decisions.never_served(self._catalog)):
+            yield problem(kind=problem.KIND_SKIPPED, message=message)
+
+    def _store_problem(self) -> str:
+        away = "what was loaded is served on, and nothing new can be loaded"
+        if self._watch.problem:
+            return f"{self._watch.problem}; {away}" if self._catalog else self._watch.problem
+        if not self._watch.found or self._watch.found.manifests:
+            return ""
+        if decisions.is_away(self._watch.found, self._catalog):
+            return f"store {self._options.store} is empty, as a folder is on which nothing is mounted: {away}"
+        return f"no model in {self._options.store}: `embedding-service import` puts one there"
 
     # Deciding
 
     async def run(self) -> None:
         """Decide whenever something changed, until cancelled."""
-        await self._settle()
+        watching = asyncio.create_task(self._watch.run())
+        try:
+            await self._settle()
+            await first_of(self._watch.looked.wait(), watching)
+            await first_of(self._decide_for_ever(), watching)
+        finally:
+            await cancel([watching])
+
+    async def _decide_for_ever(self) -> None:
+        self._dirty.set()
         while True:
-            await self._scan()
-            for name in (lost := self._fleet.forget_lost()):
-                log.warning("shard %s was not heard of for %g s: gone", name, self._options.lost_after)
-            if lost or self._dirty.is_set() or self._graces_end() or self._heat_is_due():
+            self._forget_lost()
+            if self._dirty.is_set() or self._graces_end() or self._heat_is_due():
                 self._dirty.clear()
                 await self._decide()
                 # Whoever was told something takes it in before there is more: 1,000 shards get a routing a second.
@@ -241,49 +297,29 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             except TimeoutError:
                 continue
 
+    def _forget_lost(self) -> None:
+        for name in self._fleet.forget_lost():
+            log.warning("shard %s was not heard of for %g s: gone", name, self._options.lost_after)
+            self._dirty.set()
+
     async def _settle(self) -> None:
         """Wait for the shards: the first to come must not get everything, nor a restart move what is still held."""
-        began = time.monotonic()
+        began, options = time.monotonic(), self._options
         while True:
-            shards, now = len(self._fleet.shards), time.monotonic()
-            quiet = now - max(began, self._fleet.joined) > self._options.settle
-            if self._options.expect_shards:
-                # Shards that know a term have served before: there may be more of them by now than were expected.
-                enough = shards >= self._options.expect_shards and (quiet or not self._fleet.newest_term)
-                if enough or now - began > self._options.patience:
-                    break
-            elif shards and quiet:
+            self._forget_lost()
+            now = time.monotonic()
+            if decisions.settled(
+                len(self._fleet.shards),
+                options.expect_shards,
+                now - began,
+                now - max(began, self._fleet.joined),
+                returning=self._fleet.newest_term > 0,
+                settle=options.settle,
+                patience=options.patience,
+            ):
                 break
             await asyncio.sleep(0.05)
         self._settled = True
-
-    async def _scan(self) -> None:
-        """Look for new versions in the store."""
-        if self._scanned and time.monotonic() - self._scanned < SCAN_SECONDS:
-            return
-        try:
-            catalog = await asyncio.to_thread(self._read_store)
-            self._store_problem = ""
-        except (StoreError, OSError) as error:
-            self._store_problem = f"store {self._options.store}: {error}"
-            log.error("%s", self._store_problem)
-            catalog = self._catalog
-        self._scanned = time.monotonic()
-        if catalog != self._catalog:
-            self._catalog = catalog
-            self._dirty.set()
-
-    def _read_store(self) -> dict[str, list[Manifest]]:
-        known = {
-            (manifest.model, manifest.version): manifest for versions in self._catalog.values() for manifest in versions
-        }
-        return {
-            model: [
-                known.get((model, version)) or self._store.manifest(model, version)
-                for version in self._store.versions(model)
-            ]
-            for model in self._store.models()
-        }
 
     def _heat_is_due(self) -> bool:
         """Which parts belong into GPU memory changes with what is asked for: look again now and then."""
@@ -299,15 +335,16 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         )
 
     async def _decide(self) -> None:
-        shards = self._fleet.shards
-        self._take_term()
+        await self._take_term()
         if self._routing:
             served = [(model.name, model.version) for model in self._routing.models]
         else:
             served = self._fleet.last_served()
+        described = {} if self._routing else self._fleet.served_now()
+        self._catalog = decisions.known_versions(self._watch.found, self._catalog, described)
         self._wanted, _ = decisions.choose_versions(self._catalog, served, self._fleet.holders())
-        await self._plan_if_needed()
-        holders = self._fleet.holders()  # planning took time
+        await self._plan_if_needed(served)
+        shards, holders = self._fleet.shards, self._fleet.holders()  # planning took time
         self._wanted, serving = decisions.choose_versions(self._catalog, served, holders)
         addresses = {name: shard.report.address for name, shard in shards.items()}
         await self._publish(decisions.build_routing(serving, self._reachable_target(), holders, addresses))
@@ -321,55 +358,85 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             for key, names in self._target.items()
         }
 
-    def _take_term(self) -> None:
+    async def _take_term(self) -> None:
         """At the first decision: above every term that a shard has seen, and above those of controllers before.
 
-        The clock serves for the latter where no shard is left to tell. Raises Unavailable when another controller took
-        a term above ours: it started later, and there shall be one.
+        For the latter there is the term noted in the store, and the clock. Raises Unavailable when another controller
+        took a term above ours: it started later, and there shall be one.
         """
-        newest = self._fleet.newest_term
         if not self._term:
-            self._term = max(newest + 1, time.time_ns() // 1_000_000)
-        elif newest > self._term:
+            noted = await self._watch.noted_term()
+            self._term = max(self._fleet.newest_term + 1, noted + 1, time.time_ns() // 1_000_000)
+        if not self._noted and self._watch.found and self._watch.found.manifests:  # else it may be no store
+            self._noted = True
+            await self._watch.note_term(self._term)
+        if self._fleet.newest_term <= self._term:
+            return
+        if await self._watch.noted_term() != self._term:
+            newest = self._fleet.newest_term
             raise Unavailable(f"a controller of term {newest} is there, above this one's {self._term}: ending")
+        for shard in list(self._fleet.shards.values()):
+            if shard.report.term > self._term:
+                why = f"term {shard.report.term} is of no controller of this store, whose last one is {self._term}"
+                self._fleet.dismiss(shard, InvalidRequest(why))
 
-    async def _plan_if_needed(self) -> None:
-        """Place anew when a copy is missing, or when shards came, went, drain or changed."""
-        nodes = [_node(shard) for _, shard in sorted(self._fleet.shards.items())]
+    async def _plan_if_needed(self, served: Sequence[tuple[str, str]]) -> None:
+        """Place anew when a copy is missing, or when shards or versions came, went or changed."""
+        wanted = {(each.model, each.version): each for each in self._wanted}
+        nodes = [_node(shard, wanted) for _, shard in sorted(self._fleet.shards.items())]
         staying = {node.shard for node in nodes if not node.draining}
         replicas = min(self._options.replicas, len(staying))
-        about = [replace(node, held=frozenset()) for node in nodes]
-        missing = decisions.needs_plan(self._wanted, self._target, staying, replicas)
-        if staying and (missing or self._heat_is_due() or about != self._planned_for):
+        about = ([replace(node, held=frozenset()) for node in nodes], set(wanted))
+        changed = about != self._planned_for
+        if not staying or (not changed and time.monotonic() < self._replan_at):
+            return
+        placed = [each for name, each in wanted.items() if name not in self._left_out]
+        missing = decisions.needs_plan(placed, self._target, staying, replicas)
+        if missing or changed or self._heat_is_due():
             self._planned_for, self._planned_at = about, time.monotonic()
-            await self._plan(nodes, replicas)
+            self._replicas_problem = decisions.too_few_shards(self._options.replicas, replicas)
+            await self._plan(nodes, replicas, served)
 
-    async def _plan(self, nodes: list[Node], replicas: int) -> None:
+    async def _plan(self, nodes: list[Node], replicas: int, served: Sequence[tuple[str, str]]) -> None:
+        """Place what is served, and as many further versions as fit."""
+        manifests = decisions.by_importance(self._wanted, served)
+        fits, fails = sum((each.model, each.version) in served for each in manifests) - 1, len(manifests) + 1
+        placement: Placement | None = None
+        problem, self._replan_at, count = "", 0.0, len(manifests)
+        while fails - fits > 1:  # so many fit, and so many do not
+            try:
+                placement = await self._planning.plan(self._demands(manifests[:count]), nodes, replicas)
+                fits = count
+            except PlacementError as error:
+                problem, fails = str(error), count
+            except Exception as error:
+                if self._ending:
+                    raise
+                problem = f"planning failed, and is tried again: {type(error).__name__}: {error}"
+                self._replan_at = time.monotonic() + REPLAN_SECONDS
+                break
+            count = (fits + fails) // 2
+        if placement:
+            left_out = [f"{each.model}@{each.version}" for each in manifests[fits:]]
+            self._target, self._left_out = (
+                placement.shards_of,
+                {(each.model, each.version) for each in manifests[fits:]},
+            )
+            problem = f"not placed: {', '.join(left_out)}: {problem}" if left_out else problem
+            log.info("planned %d versions on %d shards", fits, len(nodes))
+        if problem and problem != self._plan_problem:
+            log.error("cannot place the models: %s", problem)
+        self._plan_problem = problem
+
+    def _demands(self, manifests: Sequence[Manifest]) -> list[PartDemand]:
         accesses = self._fleet.accesses()
-        demands = [
-            PartDemand(key, part.rows, table.row_bytes, accesses[key])
-            for manifest in self._wanted
+        return [
+            PartDemand(key, part.rows, table.row_bytes, float(accesses[key]))
+            for manifest in manifests
             for table in manifest.tables
             for part in table.parts
             for key in [PartKey(manifest.model, manifest.version, table.name, part.index)]
         ]
-        self._replicas_problem = ""
-        if replicas < self._options.replicas:
-            # Fewer copies are better than none.
-            wanted = self._options.replicas
-            self._replicas_problem = (
-                f"{wanted} copies of every part need {wanted} shards; {replicas} can hold any, so {replicas} are held: "
-                "add shards"
-            )
-        try:
-            placement = await self._planning.plan(demands, nodes, replicas)
-        except PlacementError as error:
-            if self._plan_problem != str(error):
-                log.error("cannot place the models: %s", error)
-            self._plan_problem = str(error)
-            return
-        self._target, self._plan_problem = placement.shards_of, ""
-        log.info("planned %d parts on %d shards", len(demands), len(nodes))
 
     async def _publish(self, routing: wire.Routing) -> None:
         routing.controller = self._address
@@ -393,9 +460,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         for key, names in self._target.items():
             for name in names if key in wanted else ():
                 planned.setdefault(name, set()).add(key)
+        known = {(each.model, each.version) for versions in self._catalog.values() for each in versions}
         now = time.monotonic()
         for name, shard in self._fleet.shards.items():
             keep = planned.get(name, set()) | routed.get(name, set())
+            keep |= {key for key in shard.held if key[:2] not in known and self._may_be_there(key)}
             leaving = shard.held - keep
             shard.grace = {key: shard.grace.get(key, now + self._options.grace) for key in leaving}
             assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
@@ -404,6 +473,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             if (assigned, released) != (shard.assigned, shard.released) or behind:
                 shard.assigned, shard.released = assigned, released
                 shard.outbox.set()
+
+    def _may_be_there(self, key: PartKey) -> bool:
+        """Whether the store may have the part's version, for all that could be read of it."""
+        found = self._watch.found
+        return found is None or found.cannot_tell(key.model, key.version)
 
     def _all_drain(self) -> bool:
         """Nobody is left to take anything over."""
@@ -423,12 +497,13 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         return assignment
 
 
-def _node(shard: Shard) -> Node:
+def _node(shard: Shard, wanted: Container[tuple[str, str]]) -> Node:
+    """A shard as the planner sees it, which knows nothing of versions that are not wanted."""
     report = shard.report
     return Node(
         shard.name,
         report.memory_limit,
-        frozenset(shard.held | (shard.assigned or frozenset())),
+        frozenset(key for key in shard.held | (shard.assigned or frozenset()) if key[:2] in wanted),
         device=report.device,
         topology=report.topology,
         draining=report.draining,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from embedding_service.placement.parts import PartKey
 
 CUDA = "cuda"
+# Of what one node may offer: sums over thousands of nodes stay within the planner's int64.
+MOST_MEMORY = 1 << 50
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from embedding_service.errors import CorruptPart, EmbeddingServiceError
 from embedding_service.placement.parts import PartKey
@@ -16,11 +16,15 @@ from embedding_service.rows import TIERS, TableRows
 from embedding_service.rows.base import Ids, Location
 from embedding_service.store.manifest import Manifest, Part, Table
 from embedding_service.store.store import Store
+from embedding_service.threads import apart
 
 log = logging.getLogger(__name__)
 
 # A part that could not be loaded (corrupt, store away) is tried again: it may have been repaired.
 RETRY_SECONDS = 5.0
+# A store on this machine from which nothing came for so long is said to be away.
+STALL_SECONDS = 30.0
+T = TypeVar("T")
 
 
 class Sharing(Protocol):
@@ -69,6 +73,8 @@ class Holdings:
         self._room = asyncio.Event()
         self._tables: dict[tuple[str, str, str], TableRows] = {}
         self._tables_lock = threading.Lock()
+        self._reading = 0  # threads that read the store
+        self._chunk_read = 0.0
         self._manifests: dict[tuple[str, str], Manifest] = {}
 
     @property
@@ -106,6 +112,8 @@ class Holdings:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reading:  # into memory that must stay where it is; the process ends, and it with that
+            return
         for rows in self._tables.values():
             rows.close()
         self._tables.clear()
@@ -131,7 +139,7 @@ class Holdings:
                 return True
             began, reserved = time.monotonic(), 0
             try:
-                part = (await asyncio.to_thread(self._manifest, key)).table(key.table).parts[key.part]
+                part = (await self._read(key, self._manifest, key)).table(key.table).parts[key.part]
                 if self._taken + part.bytes > self.memory_limit:
                     self._fail(
                         key,
@@ -141,7 +149,7 @@ class Holdings:
                     return False
                 reserved = part.bytes
                 self._taken += reserved
-                await asyncio.to_thread(self._load_blocking, key, part)
+                await self._read(key, self._load_blocking, key, part)
             except (EmbeddingServiceError, OSError, MemoryError) as error:
                 self._taken -= reserved
                 self._fail(key, str(error))
@@ -154,6 +162,28 @@ class Holdings:
             self._drop(key)
         return True
 
+    async def _read(self, key: PartKey, function: Callable[..., T], *arguments: object) -> T:
+        """Call what reads the store, which may stall: then it is said, and goes on whenever the store does."""
+        self._chunk_read = max(self._chunk_read, time.monotonic())
+        reading = apart(self._counted, function, *arguments)
+        while not (await asyncio.wait([reading], timeout=STALL_SECONDS))[0]:
+            if self._store.is_local and time.monotonic() - self._chunk_read >= STALL_SECONDS:
+                self._fail(key, f"the store has not answered for {STALL_SECONDS:g} s: is it away?")
+        return reading.result()
+
+    def _counted(self, function: Callable[..., T], *arguments: object) -> T:
+        with self._tables_lock:
+            self._reading += 1
+        try:
+            return function(*arguments)
+        finally:
+            with self._tables_lock:
+                self._reading -= 1
+
+    def _pace(self, chunk_bytes: int) -> None:
+        self._chunk_read = time.monotonic()
+        self._pacer.wait(chunk_bytes)
+
     def _fail(self, key: PartKey, message: str) -> None:
         if self.failures.get(key) != message:
             log.error("part %s not loaded: %s", key, message)
@@ -164,7 +194,7 @@ class Holdings:
         path = self._store.fetch_part(self._manifest(key), part, self._cache)
         rows = self._rows(key)
         try:
-            rows.load(part, path, self._pacer.wait)
+            rows.load(part, path, self._pace)
             if self.sharing:
                 self.sharing.hold(key, rows.table, rows.location(part, path))
         except CorruptPart:

@@ -33,6 +33,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
 # A second SIGTERM ends it at once.
 CONTROLLER_PATIENCE = 30.0
+# Another shard has this one's id, or the controller takes nothing of the kind that this one reports.
+_REFUSALS = (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 class Registration:
@@ -60,6 +62,7 @@ class Registration:
         self._stats = _Stats(counters, holdings)
         self._term = 0
         self._connected = False
+        self._refused = ""
         self._draining = False
         self._released = asyncio.Event()
 
@@ -71,11 +74,16 @@ class Registration:
                 async with grpc.aio.insecure_channel(self._controller, options=CHANNEL_OPTIONS) as channel:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
-                        self._connected = True
+                        self._connected, self._refused = True, ""
                         await self._obey(assignment)
                 log.warning("the controller at %s ended the registration", self._controller)
             except grpc.aio.AioRpcError as error:
-                log.warning("controller at %s: %s %s", self._controller, error.code().name, error.details())
+                said = f"controller at {self._controller}: {error.code().name} {error.details()}"
+                if error.code() not in _REFUSALS:
+                    log.warning("%s", said)
+                elif said != self._refused:  # until somebody does something about it, it is said again and again
+                    log.error("refused, and goes on trying: %s", said)
+                    self._refused = said
             self._connected = False
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -83,7 +91,7 @@ class Registration:
     async def drain(self, seconds: float) -> None:
         """Ask the controller to have this shard's parts held elsewhere, and wait until nobody is routed here any more.
 
-        Ends without that after `seconds`, or when there is no controller to ask.
+        Ends without that after `seconds`, or when there is no controller to ask, or one that refuses this shard.
         """
         if not self._holdings.held or not seconds:
             return
@@ -93,6 +101,9 @@ class Registration:
         deadline = time.monotonic() + seconds
         asked = time.monotonic()
         while not self._released.is_set() and time.monotonic() < deadline:
+            if self._refused:
+                log.warning("the controller refuses this shard: nothing can be handed over")
+                return
             asked = time.monotonic() if self._connected else asked
             if time.monotonic() - asked > CONTROLLER_PATIENCE:
                 log.warning("no controller to drain with")
@@ -104,6 +115,8 @@ class Registration:
         """Everything first, then heartbeats, with the parts whenever they changed."""
         self._holdings.changed.set()
         counted = time.monotonic()
+        routing = self._router.current
+        models = [placement.model for placement in routing.message.models] if routing else []
         while True:
             if time.monotonic() - counted > ACCESSES_SECONDS:
                 self._holdings.changed.set()
@@ -115,6 +128,8 @@ class Registration:
             if self._router.current:
                 report.term, report.epoch = self._router.current.age
                 report.served.extend(model.full_name for model in self._router.current.models)
+            report.models.extend(models)
+            models = []
             if self._holdings.changed.is_set():
                 self._holdings.changed.clear()
                 report.has_parts = True

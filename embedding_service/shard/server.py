@@ -18,6 +18,7 @@ from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.machine import check_free
 from embedding_service.metrics import MetricsServer, counter, gauge
+from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.rows import TIERS
 from embedding_service.serving import (
     RequestLimits,
@@ -90,7 +91,8 @@ async def _serve(options: ShardOptions) -> None:
         raise InvalidRequest(f"rows of tier {options.tier} lie with one process: leave --processes at 1")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    memory_limit = options.memory_limit or default_memory_limit(options)
+    # A network's filesystem may say that it has 8 EiB.
+    memory_limit = min(options.memory_limit or default_memory_limit(options), MOST_MEMORY)
     TIERS[options.tier].prepare(memory_limit)
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
@@ -126,6 +128,7 @@ async def _serve(options: ShardOptions) -> None:
         tier=options.tier,
         memory_limit=holdings.memory_limit,
         topology=options.topology,
+        incarnation=secrets.randbits(64),
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, counters, set_serving)

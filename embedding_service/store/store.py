@@ -39,10 +39,12 @@ class Catalogue:
     Attributes:
         manifests: Of each model the versions that can be read, oldest first. Never without one.
         problems: Why something is skipped, in one line, by (model, version); version "" stands for the model's folder.
+        is_empty: There is no folder that could be a model's, as where a filesystem is not mounted.
     """
 
     manifests: dict[str, list[Manifest]] = field(default_factory=dict)
     problems: dict[tuple[str, str], str] = field(default_factory=dict)
+    is_empty: bool = False
 
     def cannot_tell(self, model: str, version: str) -> bool:
         """Whether that version may be there, and could not be read."""
@@ -85,10 +87,9 @@ class Store:
         """
         self.filesystem.invalidate_cache()  # remote ones remember what they listed
         have = {(each.model, each.version): each for each in chain(*known.manifests.values())} if known else {}
-        found = Catalogue()
-        for model in self._folders(self.root):
-            if model in _NO_MODELS:
-                continue
+        models = [name for name in self._folders(self.root) if name not in _NO_MODELS]
+        found = Catalogue(is_empty=not models)
+        for model in models:
             with _naming(found, model, "", self.location(model)):
                 check_name(model)
                 for version in self._folders(self.location(model)):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from embedding_service.wire import embedding_pb2 as embedding_dot_v1_dot_embedding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedding/v1/control.proto\x12\x0c\x65mbedding.v1\x1a\x1c\x65mbedding/v1/embedding.proto\"F\n\x07PartRef\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05table\x18\x03 \x01(\t\x12\x0c\n\x04part\x18\x04 \x01(\r\"\xdf\x02\n\x0bShardReport\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cmemory_limit\x18\x05 \x01(\x04\x12\x11\n\thas_parts\x18\x06 \x01(\x08\x12$\n\x05parts\x18\x07 \x03(\x0b\x32\x15.embedding.v1.PartRef\x12\x19\n\rpart_accesses\x18\x0e \x03(\x04\x42\x02\x10\x01\x12+\n\x08\x66\x61ilures\x18\x08 \x03(\x0b\x32\x19.embedding.v1.PartFailure\x12\x0c\n\x04term\x18\t \x01(\x04\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\x0e\n\x06served\x18\x0f \x03(\t\x12\'\n\x05stats\x18\x0b \x01(\x0b\x32\x18.embedding.v1.ShardStats\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x10\n\x08topology\x18\r \x01(\t\"C\n\x0bPartFailure\x12#\n\x04part\x18\x01 \x01(\x0b\x32\x15.embedding.v1.PartRef\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x81\x02\n\nShardStats\x12\x0b\n\x03pid\x18\x01 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x0f\n\x07lookups\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\trow_bytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x66orwarded_rows\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\x1a\n\x12lookups_per_second\x18\x08 \x01(\x01\x12\x17\n\x0frows_per_second\x18\t \x01(\x01\x12\x12\n\nheld_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x61nonymous_bytes\x18\x0b \x01(\x04\x12\x12\n\nfile_bytes\x18\x0c \x01(\x04\"\x8d\x01\n\nAssignment\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x11\n\thas_parts\x18\x02 \x01(\x08\x12$\n\x05parts\x18\x03 \x03(\x0b\x32\x15.embedding.v1.PartRef\x12&\n\x07routing\x18\x04 \x01(\x0b\x32\x15.embedding.v1.Routing\x12\x10\n\x08released\x18\x05 \x01(\x08\"\x15\n\x13WatchRoutingRequest\"\x12\n\x10GetStatusRequest\"\xa4\x01\n\x06Status\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x06shards\x18\x03 \x03(\x0b\x32\x19.embedding.v1.ShardStatus\x12)\n\x06models\x18\x04 \x03(\x0b\x32\x19.embedding.v1.ModelStatus\x12\'\n\x08problems\x18\x05 \x03(\x0b\x32\x15.embedding.v1.Problem\"\xa8\x01\n\x07Problem\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.embedding.v1.Problem.Kind\x12\x0f\n\x07message\x18\x02 \x01(\t\"b\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_WAITING\x10\x01\x12\x0e\n\nKIND_STORE\x10\x02\x12\x12\n\x0eKIND_PLACEMENT\x10\x03\x12\x0e\n\nKIND_SHARD\x10\x04\"\xd7\x01\n\x0bShardStatus\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cmemory_limit\x18\x05 \x01(\x04\x12\r\n\x05parts\x18\x06 \x01(\r\x12\x15\n\rparts_missing\x18\x07 \x01(\r\x12\'\n\x05stats\x18\x08 \x01(\x0b\x32\x18.embedding.v1.ShardStats\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x10\n\x08topology\x18\n \x01(\t\"y\n\x0bModelStatus\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.embedding.v1.ModelInfo\x12\r\n\x05parts\x18\x02 \x01(\r\x12\x13\n\x0bparts_ready\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07serving\x18\x05 \x01(\x08\x32\xe4\x01\n\x0e\x43ontrolService\x12\x43\n\x08Register\x12\x19.embedding.v1.ShardReport\x1a\x18.embedding.v1.Assignment(\x01\x30\x01\x12J\n\x0cWatchRouting\x12!.embedding.v1.WatchRoutingRequest\x1a\x15.embedding.v1.Routing0\x01\x12\x41\n\tGetStatus\x12\x1e.embedding.v1.GetStatusRequest\x1a\x14.embedding.v1.Statusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedding/v1/control.proto\x12\x0c\x65mbedding.v1\x1a\x1c\x65mbedding/v1/embedding.proto\"F\n\x07PartRef\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05table\x18\x03 \x01(\t\x12\x0c\n\x04part\x18\x04 \x01(\r\"\x9d\x03\n\x0bShardReport\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cmemory_limit\x18\x05 \x01(\x04\x12\x11\n\thas_parts\x18\x06 \x01(\x08\x12$\n\x05parts\x18\x07 \x03(\x0b\x32\x15.embedding.v1.PartRef\x12\x19\n\rpart_accesses\x18\x0e \x03(\x04\x42\x02\x10\x01\x12+\n\x08\x66\x61ilures\x18\x08 \x03(\x0b\x32\x19.embedding.v1.PartFailure\x12\x0c\n\x04term\x18\t \x01(\x04\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\x0e\n\x06served\x18\x0f \x03(\t\x12\'\n\x06models\x18\x10 \x03(\x0b\x32\x17.embedding.v1.ModelInfo\x12\x13\n\x0bincarnation\x18\x11 \x01(\x04\x12\'\n\x05stats\x18\x0b \x01(\x0b\x32\x18.embedding.v1.ShardStats\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x10\n\x08topology\x18\r \x01(\t\"C\n\x0bPartFailure\x12#\n\x04part\x18\x01 \x01(\x0b\x32\x15.embedding.v1.PartRef\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x81\x02\n\nShardStats\x12\x0b\n\x03pid\x18\x01 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x0f\n\x07lookups\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\trow_bytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x66orwarded_rows\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\x1a\n\x12lookups_per_second\x18\x08 \x01(\x01\x12\x17\n\x0frows_per_second\x18\t \x01(\x01\x12\x12\n\nheld_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x61nonymous_bytes\x18\x0b \x01(\x04\x12\x12\n\nfile_bytes\x18\x0c \x01(\x04\"\x8d\x01\n\nAssignment\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x11\n\thas_parts\x18\x02 \x01(\x08\x12$\n\x05parts\x18\x03 \x03(\x0b\x32\x15.embedding.v1.PartRef\x12&\n\x07routing\x18\x04 \x01(\x0b\x32\x15.embedding.v1.Routing\x12\x10\n\x08released\x18\x05 \x01(\x08\"\x15\n\x13WatchRoutingRequest\"\x12\n\x10GetStatusRequest\"\xa4\x01\n\x06Status\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x06shards\x18\x03 \x03(\x0b\x32\x19.embedding.v1.ShardStatus\x12)\n\x06models\x18\x04 \x03(\x0b\x32\x19.embedding.v1.ModelStatus\x12\'\n\x08problems\x18\x05 \x03(\x0b\x32\x15.embedding.v1.Problem\"\xcc\x01\n\x07Problem\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.embedding.v1.Problem.Kind\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x85\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_WAITING\x10\x01\x12\x0e\n\nKIND_STORE\x10\x02\x12\x12\n\x0eKIND_PLACEMENT\x10\x03\x12\x0e\n\nKIND_SHARD\x10\x04\x12\x10\n\x0cKIND_SKIPPED\x10\x05\x12\x0f\n\x0bKIND_COPIES\x10\x06\"\xd7\x01\n\x0bShardStatus\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cmemory_limit\x18\x05 \x01(\x04\x12\r\n\x05parts\x18\x06 \x01(\r\x12\x15\n\rparts_missing\x18\x07 \x01(\r\x12\'\n\x05stats\x18\x08 \x01(\x0b\x32\x18.embedding.v1.ShardStats\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x10\n\x08topology\x18\n \x01(\t\"y\n\x0bModelStatus\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.embedding.v1.ModelInfo\x12\r\n\x05parts\x18\x02 \x01(\r\x12\x13\n\x0bparts_ready\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07serving\x18\x05 \x01(\x08\x32\xe4\x01\n\x0e\x43ontrolService\x12\x43\n\x08Register\x12\x19.embedding.v1.ShardReport\x1a\x18.embedding.v1.Assignment(\x01\x30\x01\x12J\n\x0cWatchRouting\x12!.embedding.v1.WatchRoutingRequest\x1a\x15.embedding.v1.Routing0\x01\x12\x41\n\tGetStatus\x12\x1e.embedding.v1.GetStatusRequest\x1a\x14.embedding.v1.Statusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARTREF']._serialized_start=74
   _globals['_PARTREF']._serialized_end=144
   _globals['_SHARDREPORT']._serialized_start=147
-  _globals['_SHARDREPORT']._serialized_end=498
-  _globals['_PARTFAILURE']._serialized_start=500
-  _globals['_PARTFAILURE']._serialized_end=567
-  _globals['_SHARDSTATS']._serialized_start=570
-  _globals['_SHARDSTATS']._serialized_end=827
-  _globals['_ASSIGNMENT']._serialized_start=830
-  _globals['_ASSIGNMENT']._serialized_end=971
-  _globals['_WATCHROUTINGREQUEST']._serialized_start=973
-  _globals['_WATCHROUTINGREQUEST']._serialized_end=994
-  _globals['_GETSTATUSREQUEST']._serialized_start=996
-  _globals['_GETSTATUSREQUEST']._serialized_end=1014
-  _globals['_STATUS']._serialized_start=1017
-  _globals['_STATUS']._serialized_end=1181
-  _globals['_PROBLEM']._serialized_start=1184
-  _globals['_PROBLEM']._serialized_end=1352
-  _globals['_PROBLEM_KIND']._serialized_start=1254
-  _globals['_PROBLEM_KIND']._serialized_end=1352
-  _globals['_SHARDSTATUS']._serialized_start=1355
-  _globals['_SHARDSTATUS']._serialized_end=1570
-  _globals['_MODELSTATUS']._serialized_start=1572
-  _globals['_MODELSTATUS']._serialized_end=1693
-  _globals['_CONTROLSERVICE']._serialized_start=1696
-  _globals['_CONTROLSERVICE']._serialized_end=1924
+  _globals['_SHARDREPORT']._serialized_end=560
+  _globals['_PARTFAILURE']._serialized_start=562
+  _globals['_PARTFAILURE']._serialized_end=629
+  _globals['_SHARDSTATS']._serialized_start=632
+  _globals['_SHARDSTATS']._serialized_end=889
+  _globals['_ASSIGNMENT']._serialized_start=892
+  _globals['_ASSIGNMENT']._serialized_end=1033
+  _globals['_WATCHROUTINGREQUEST']._serialized_start=1035
+  _globals['_WATCHROUTINGREQUEST']._serialized_end=1056
+  _globals['_GETSTATUSREQUEST']._serialized_start=1058
+  _globals['_GETSTATUSREQUEST']._serialized_end=1076
+  _globals['_STATUS']._serialized_start=1079
+  _globals['_STATUS']._serialized_end=1243
+  _globals['_PROBLEM']._serialized_start=1246
+  _globals['_PROBLEM']._serialized_end=1450
+  _globals['_PROBLEM_KIND']._serialized_start=1317
+  _globals['_PROBLEM_KIND']._serialized_end=1450
+  _globals['_SHARDSTATUS']._serialized_start=1453
+  _globals['_SHARDSTATUS']._serialized_end=1668
+  _globals['_MODELSTATUS']._serialized_start=1670
+  _globals['_MODELSTATUS']._serialized_end=1791
+  _globals['_CONTROLSERVICE']._serialized_start=1794
+  _globals['_CONTROLSERVICE']._serialized_end=2022
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "served", "stats", "draining", "topology")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "served", "models", "incarnation", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class ShardReport(_message.Message):
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SERVED_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
@@ -49,10 +51,12 @@ class ShardReport(_message.Message):
     term: int
     epoch: int
     served: _containers.RepeatedScalarFieldContainer[str]
+    models: _containers.RepeatedCompositeFieldContainer[_embedding_pb2.ModelInfo]
+    incarnation: int
     stats: ShardStats
     draining: bool
     topology: str
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[_embedding_pb2.ModelInfo, _Mapping]]] = ..., incarnation: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")
@@ -135,11 +139,15 @@ class Problem(_message.Message):
         KIND_STORE: _ClassVar[Problem.Kind]
         KIND_PLACEMENT: _ClassVar[Problem.Kind]
         KIND_SHARD: _ClassVar[Problem.Kind]
+        KIND_SKIPPED: _ClassVar[Problem.Kind]
+        KIND_COPIES: _ClassVar[Problem.Kind]
     KIND_UNSPECIFIED: Problem.Kind
     KIND_WAITING: Problem.Kind
     KIND_STORE: Problem.Kind
     KIND_PLACEMENT: Problem.Kind
     KIND_SHARD: Problem.Kind
+    KIND_SKIPPED: Problem.Kind
+    KIND_COPIES: Problem.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     kind: Problem.Kind

@@ -4,19 +4,24 @@ import pytest
 from support.checkpoints import DIM
 
 from embedding_service.controller import decisions
-from embedding_service.controller.fleet import Fleet
+from embedding_service.controller.fleet import ALIVE_SECONDS, REFUSAL_SECONDS, Fleet, IdTaken
+from embedding_service.errors import InvalidRequest
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Manifest, Part, Table
+from embedding_service.store.manifest import Manifest, Part, Provenance, Table
+from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
 
 
-def manifest(version: str, model: str = "m", parts: int = 3) -> Manifest:
+def manifest(version: str, model: str = "m", parts: int = 3, imported_at: str = "") -> Manifest:
     row_bytes, rows = DIM * 4, 64
     return Manifest(
         model=model,
         version=version,
         family="",
         hash_params={},
+        provenance=Provenance(
+            checkpoint="", files={}, source_dtype="", source_bytes=0, imported_at=imported_at, importer=""
+        ),
         tables=(
             Table(
                 name="t",
@@ -155,3 +160,123 @@ def test_the_first_holders_of_all_parts_are_of_one_topology() -> None:
         parts = [key.to_wire() for key in held]
         fleet.join(control.ShardReport(shard_id=name, topology=topology, has_parts=True, parts=parts))
     assert fleet.holders() == {keys[0]: ["b", "a"], keys[1]: ["b", "a"], keys[2]: ["c", "a"]}
+
+
+def names(catalog: decisions.Catalog) -> dict[str, list[str]]:
+    return {model: [each.version for each in versions] for model, versions in catalog.items()}
+
+
+def test_a_version_leaves_only_where_the_store_could_be_read_and_has_it_no_more() -> None:
+    one, two, other = manifest("9"), manifest("10"), manifest("1", "other")
+    before = {"m": [one, two], "other": [other]}
+    nothing = Catalogue(is_empty=True)
+    assert names(decisions.known_versions(Catalogue({"m": [two]}), before, {})) == {"m": ["10"]}
+    assert names(decisions.known_versions(Catalogue(), before, {})) == {}  # folders without a version
+    assert decisions.known_versions(None, before, {}) == before
+    assert decisions.known_versions(nothing, before, {}) == before
+    bad_version, bad_folder = {("m", "9"): "torn"}, {("other", ""): "denied"}
+    assert names(decisions.known_versions(Catalogue({"m": [two]}, bad_version), before, {})) == {"m": ["9", "10"]}
+    assert names(decisions.known_versions(Catalogue({"m": [two]}, bad_folder), before, {})) == {
+        "m": ["10"],
+        "other": ["1"],
+    }
+
+
+def test_a_controller_that_has_never_seen_the_store_goes_by_what_shards_serve() -> None:
+    one, two = manifest("1"), manifest("2")
+    served = {("m", "1"): one}
+    assert decisions.known_versions(None, {}, served) == {"m": [one]}
+    assert decisions.known_versions(Catalogue(is_empty=True), {}, served) == {"m": [one]}
+    assert decisions.known_versions(Catalogue({"m": [two]}), {}, served) == {"m": [two]}
+    assert decisions.known_versions(Catalogue({"m": [two]}, {("m", "1"): "torn"}), {}, served) == {"m": [one, two]}
+    assert decisions.known_versions(Catalogue(is_empty=True), {}, {}) == {}
+
+
+def test_a_version_as_shards_know_it_is_placed_and_routed_as_the_stores_own() -> None:
+    one = manifest("1")
+    again = decisions.manifest_of(decisions.model_info(one))
+    assert decisions.part_keys(again) == decisions.part_keys(one)
+    assert decisions.model_info(again) == decisions.model_info(one)
+    assert [part.bytes for part in again.tables[0].parts] == [part.bytes for part in one.tables[0].parts]
+    info = decisions.model_info(one)
+    info.hash_params = "[" * 100_000
+    with pytest.raises(InvalidRequest):
+        decisions.manifest_of(info)
+
+
+def test_an_import_that_is_not_the_newest_is_named() -> None:
+    first, late = manifest("v1", imported_at="2026-01-01"), manifest("2", imported_at="2026-01-02")
+    [message] = decisions.never_served({"m": [late, first], "n": [manifest("1"), manifest("2")]})
+    assert message.startswith("m@2 was imported after m@v1 and is not served")
+    assert "sorts after 'v1'" in message
+    assert not list(decisions.never_served({"m": [first, manifest("v2", imported_at="2026-01-03")]}))
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected", "waited", "quiet", "returning", "enough"),
+    [
+        (0, 0, 100, 100, False, False),  # nobody is there
+        (1, 0, 3, 1, False, False),
+        (1, 0, 3, 2.5, False, True),
+        (1, 0, 61, 0.5, False, True),  # there is always another one that comes
+        (1, 2, 3, 3, False, False),
+        (2, 2, 3, 0, False, True),
+        (2, 2, 3, 0, True, False),  # a restart: there may be more
+        (1, 2, 61, 61, False, True),
+    ],
+)
+def test_settling(shards: int, expected: int, waited: float, quiet: float, returning: bool, enough: bool) -> None:
+    assert decisions.settled(shards, expected, waited, quiet, returning, settle=2, patience=60) is enough
+
+
+def test_a_shard_that_registers_again_and_again_does_not_look_like_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
+    fleet = Fleet(lost_after=5)
+    for _ in range(10):
+        now += 0.5
+        fleet.join(control.ShardReport(shard_id="a", incarnation=1))
+    assert fleet.joined == 100.5
+
+
+def test_what_is_served_is_placed_first_and_then_the_smallest() -> None:
+    served, small, large = manifest("1", "s", 9), manifest("1", "a", 1), manifest("1", "b", 2)
+    assert decisions.by_importance([large, small, served], {("s", "1")}) == [served, small, large]
+
+
+def test_of_two_shards_with_one_id_the_first_stays_while_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
+    fleet = Fleet(lost_after=60)
+
+    def report(incarnation: int) -> control.ShardReport:
+        return control.ShardReport(shard_id="a", address=f"h:{incarnation}", incarnation=incarnation)
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        for _ in range(round(seconds * 4)):
+            now += 0.25
+            fleet.forget_lost()
+
+    first = fleet.join(report(1))
+    for _ in range(20):  # both live, and neither gives up
+        pass_time(1)
+        fleet.hear(first, report(1))
+        with pytest.raises(IdTaken, match=r"a of h:2 is taken by the shard at h:1.*--id of its own") as refusal:
+            fleet.join(report(2))
+        is_news = not fleet.refusals()
+        assert fleet.refuse("a", refusal.value) is is_news  # said once
+    assert fleet.shards == {"a": first}
+    again = fleet.join(report(1))  # a connection that broke
+    assert fleet.shards == {"a": again}
+    assert first.outbox.is_set()
+    pass_time(ALIVE_SECONDS)  # its connection hangs: the machine is gone
+    second = fleet.join(report(2))
+    assert fleet.shards == {"a": second}
+    assert again.outbox.is_set() and "taken over by h:2" in str(again.dismissed)
+    with pytest.raises(IdTaken):  # it was only held up, and is back
+        fleet.join(report(1))
+    fleet.leave(second)
+    assert fleet.join(report(3)) is fleet.shards["a"]  # a restart: its connection ended with it
+    pass_time(REFUSAL_SECONDS)
+    assert fleet.refusals() == []

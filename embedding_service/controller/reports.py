@@ -1,0 +1,67 @@
+"""What a shard may report. Whatever else is refused where it comes in: behind the door nobody checks again."""
+
+from __future__ import annotations
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.machine import split_address
+from embedding_service.placement.demand import CUDA, MOST_MEMORY
+from embedding_service.wire import control_pb2 as control
+
+MOST_ACCESSES = 1 << 60
+MOST_PARTS = 100_000
+MOST_VERSIONS = 10_000
+# Of an address, an id, a topology; host names have at most 253 characters.
+MOST_CHARACTERS = 300
+# Terms are milliseconds of the clock. One from so far ahead would leave no controller any to follow with.
+MOST_TERM = 1 << 52
+# Of what a shard says that it cannot load.
+MOST_FAILURES, FAILURE_CHARACTERS = 1_000, 500
+
+
+def check_report(report: control.ShardReport, term: int, first: control.ShardReport | None = None) -> None:
+    """Refuse a report that is not one of a shard's.
+
+    Args:
+        report: As it came.
+        term: The controller's own, which may be above what is taken from others.
+        first: The first report of the same stream, which this one must not contradict.
+
+    Raises InvalidRequest, naming the field and its bound.
+    """
+    for name in ("shard_id", "address", "device", "tier", "topology"):
+        _check_text(name, getattr(report, name))
+    if not report.shard_id:
+        raise InvalidRequest("shard_id must not be empty")
+    if report.device not in ("cpu", CUDA):
+        raise InvalidRequest(f'device must be "cpu" or "{CUDA}", got {report.device!r}')
+    _check_address(report.address)
+    if first:
+        for name in ("shard_id", "address", "device", "incarnation"):
+            if getattr(report, name) != getattr(first, name):
+                raise InvalidRequest(f"{name} must stay {getattr(first, name)!r}, got {getattr(report, name)!r}")
+    bounds = {"memory_limit": MOST_MEMORY, "term": max(MOST_TERM, term), "epoch": MOST_TERM}
+    for name, most in bounds.items():
+        _check_most(name, getattr(report, name), most)
+    for name, most in {"parts": MOST_PARTS, "failures": MOST_PARTS, "served": MOST_VERSIONS}.items():
+        _check_most(f"the number of {name}", len(getattr(report, name)), most)
+    if len(report.part_accesses) not in (0, len(report.parts)):
+        raise InvalidRequest(
+            f"part_accesses must be one for each of {len(report.parts)}, got {len(report.part_accesses)}"
+        )
+    _check_most("part_accesses", max(report.part_accesses, default=0), MOST_ACCESSES)
+
+
+def _check_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidRequest(f"{name} must be at most {most:,}, got {value:,}")
+
+
+def _check_text(name: str, value: str) -> None:
+    if len(value) > MOST_CHARACTERS or not value.isprintable():
+        raise InvalidRequest(f"{name} must be at most {MOST_CHARACTERS} printable characters, got {value[:100]!r}")
+
+
+def _check_address(address: str) -> None:
+    host, port = split_address(address)
+    if not 0 < port < 1 << 16 or any(each in host for each in " /@") or not host.isascii():
+        raise InvalidRequest(f"address must be HOST:PORT with a port up to 65,535, got {address!r}")

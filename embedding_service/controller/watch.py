@@ -1,0 +1,121 @@
+"""The store as the controller sees it: looked at again and again, by threads that may hang as the store does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from embedding_service.controller.reports import MOST_TERM
+from embedding_service.store.store import Catalogue, Store
+from embedding_service.threads import apart
+
+log = logging.getLogger(__name__)
+
+SCAN_SECONDS = 2.0
+# A store that has not answered by then is away until it does.
+STALL_SECONDS = 10.0
+# How long the first decision waits for the term that is noted in the store.
+TERM_SECONDS = 2.0
+# Hidden, so that it is no model.
+TERM_FILE = ".controller/term"
+
+
+class StoreWatch:
+    """Looks at a store every SCAN_SECONDS, once at a time.
+
+    Args:
+        changed: Called when what was found changed, or the store went or came back.
+
+    Attributes:
+        found: What was found last; None while the store cannot be read.
+        problem: Why it cannot be read, in one line.
+        looked: Set after the first look, and after STALL_SECONDS without one.
+    """
+
+    def __init__(self, store: Store, changed: Callable[[], None]) -> None:
+        self.found: Catalogue | None = None
+        self.problem = ""
+        self.looked = asyncio.Event()
+        self._store, self._changed = store, changed
+        self._last = Catalogue()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._look()
+            await asyncio.sleep(SCAN_SECONDS)
+
+    async def _look(self) -> None:
+        looking = apart(self._store.catalogue, self._last)
+        done, _ = await asyncio.wait([looking], timeout=STALL_SECONDS)
+        if not done:
+            self._is_away(f"store {self._store.url} has not answered for {STALL_SECONDS:g} s: is it away?")
+            await asyncio.wait([looking])
+        try:
+            self._found(looking.result())
+        except Exception as error:  # filesystems raise what their libraries do
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._is_away(f"store {self._store.url} cannot be read: {reason}")
+        self.looked.set()
+
+    def _found(self, found: Catalogue) -> None:
+        for name, problem in found.problems.items():
+            if self._last.problems.get(name) != problem:
+                log.warning("%s", problem)
+        if self.problem:
+            log.info("store %s can be read again", self._store.url)
+        changed = self.found is None or found != self.found
+        self.found, self.problem, self._last = found, "", found
+        if changed:
+            self._changed()
+
+    def _is_away(self, problem: str) -> None:
+        if problem != self.problem:
+            log.error("%s", problem)
+            self.found, self.problem = None, problem
+            self._changed()
+        self.looked.set()
+
+    # The term
+
+    async def noted_term(self) -> int:
+        """The highest term that a controller noted in the store; 0 where there is none, or it cannot be read soon.
+
+        A store that is no folder of this machine's notes none: then the clock and the shards must do.
+        """
+        if not self._store.is_local:
+            return 0
+        with contextlib.suppress(OSError, ValueError, TimeoutError):
+            text = await asyncio.wait_for(apart(self._read_term), TERM_SECONDS)
+            if 0 < int(text) <= MOST_TERM:
+                return int(text)
+        return 0
+
+    async def note_term(self, term: int) -> bool:
+        """Write a term into the store, unless a higher one is there; returns whether ours is there now."""
+        if not self._store.is_local or await self.noted_term() > term:
+            return False
+        try:
+            await asyncio.wait_for(apart(self._write_term, term), TERM_SECONDS)
+        except (OSError, TimeoutError) as error:
+            log.info("term %d is not noted in store %s: %s", term, self._store.url, error or "no answer")
+            return False
+        return await self.noted_term() == term
+
+    @property
+    def _term_path(self) -> Path:
+        return Path(self._store.location(TERM_FILE))
+
+    def _read_term(self) -> str:
+        with self._term_path.open() as file:
+            return file.read(32)
+
+    def _write_term(self, term: int) -> None:
+        self._term_path.parent.mkdir(exist_ok=True)
+        partial = self._term_path.with_suffix(f".{os.getpid()}")
+        partial.write_text(f"{term}\n")
+        partial.replace(self._term_path)

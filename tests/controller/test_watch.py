@@ -1,0 +1,87 @@
+"""A store that stalls, goes, and comes back."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embedding_service.controller import watch as watching
+from embedding_service.controller.watch import StoreWatch
+from embedding_service.store.store import Catalogue, Store
+
+
+class Stalling(Store):
+    """Does not answer before it is let."""
+
+    def __init__(self, url: Path) -> None:
+        super().__init__(url)
+        self.answers = threading.Event()
+        self.looks = 0
+
+    def catalogue(self, known: Catalogue | None = None) -> Catalogue:
+        self.looks += 1
+        assert self.answers.wait(60)
+        return super().catalogue(known)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "SCAN_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(watching, "TERM_SECONDS", 0.2)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_store_that_stalls_is_away_until_it_answers_and_keeps_nobody(
+    store: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalling = Stalling(store)
+    changes: list[str] = []
+
+    async def use() -> None:
+        watch = StoreWatch(stalling, lambda: changes.append(watch.problem))
+        task = asyncio.create_task(watch.run())
+        await until(watch.looked.is_set)
+        assert watch.found is None and "has not answered for 0.05 s" in watch.problem
+        await asyncio.sleep(0.3)
+        assert stalling.looks == 1  # no second thread waits beside the first
+        stalling.answers.set()
+        await until(lambda: watch.found is not None)
+        assert watch.problem == "" and "fp32" in watch.found.manifests  # type: ignore[union-attr]
+        stalling.answers.clear()
+        await until(lambda: watch.found is None)
+        assert changes[0] and not changes[1] and changes[2]
+        task.cancel()
+
+    asyncio.run(use())  # ends, though a thread still waits for the store
+    stalling.answers.set()
+
+
+def test_the_term_is_noted_in_the_store_and_never_lowered(store: Path, tmp_path: Path, quick: None) -> None:
+    async def use() -> None:
+        watch = StoreWatch(Store(tmp_path / "store"), lambda: None)
+        assert await watch.noted_term() == 0
+        assert not await watch.note_term(5)  # there is no store to write into
+        assert not (tmp_path / "store").exists()
+        (tmp_path / "store").mkdir()
+        assert await watch.note_term(5)
+        assert not await watch.note_term(4)
+        assert await watch.noted_term() == 5
+        assert Store(tmp_path / "store").models() == []
+        path = tmp_path / "store" / watching.TERM_FILE
+        for rubbish in (b"", b"\xff", b"-3", b"1" * 1000, str(2**60).encode()):
+            path.write_bytes(rubbish)
+            assert await watch.noted_term() == 0
+        path.unlink()
+        path.mkdir()
+        assert await watch.noted_term() == 0
+        assert not await watch.note_term(6)
+
+    asyncio.run(use())
