@@ -47,6 +47,11 @@ ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 # A routing may be right and yet not name new copies, of which no answer tells: so often one looks for a newer one.
 LOOK_SECONDS = 10.0
+# Where all who answer know only an older routing than this one, and have done so for this long, theirs is taken.
+START_OVER_SECONDS = 2.0
+ASKED_BEFORE_STARTING_OVER = 64
+# Nobody asked for so long: what was found before says nothing of now.
+DOUBT_ENDS_SECONDS = 10.0
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
 # More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
@@ -72,6 +77,10 @@ class _Leg(NamedTuple):
     call: Call
 
 
+class _StartedOver(Exception):
+    """An older routing was taken: what was fetched by the one before does not count."""
+
+
 class Router:
     """Knows the routing, asks owners, follows redirects, retries what may be retried.
 
@@ -90,6 +99,7 @@ class Router:
         self._breaker = Breaker()
         self._turn = itertools.count(random.randrange(1 << 16))
         self._looks_at = _next_look()
+        self._doubted: tuple[float, float] | None = None  # since when, and when last, nobody knew this routing
 
     @property
     def current(self) -> Routing | None:
@@ -134,11 +144,13 @@ class Router:
                 if name == model.full_name:
                     raise
                 continue  # the version was retired while we asked: take the one that replaced it
+            except _StartedOver:
+                continue
             return wants
 
     def _looked(self, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
-            self.adopt(Routing(outcome))
+            self._hear(outcome)
 
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
@@ -159,8 +171,12 @@ class Router:
     def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[None]:
         missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
         avoid: set[str] = set()
+        newest = (0, 0)
         for attempt in itertools.count():
             routing = self._routing or (yield from self.routing(deadline))
+            if routing.age < newest:
+                raise _StartedOver
+            newest = routing.age
             current = routing.model(model.full_name)
             timeout = _attempt_timeout(attempt, current, deadline)
             legs, nowhere = self._legs(routing, current, wants, missing, avoid, timeout)
@@ -252,15 +268,54 @@ class Router:
             *random.sample(senders, min(1, len(senders))),
             *self._seeds,
         ]
+        behind = []
         for address in sorted(dict.fromkeys(asked), key=lambda address: address in avoid):
             timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
             if timeout <= 0:
                 return
             [answer] = yield [_ask(address, known, timeout)]
-            if isinstance(answer, wire.Routing):
-                self.adopt(Routing(answer))
-                if not senders or self._routing is not known:
-                    return
+            if not isinstance(answer, wire.Routing):
+                continue
+            if known and not self._hear(answer):
+                behind.append(address)
+            elif not senders or self._routing is not known:
+                return
+        if behind and known and self._doubt():
+            yield from self._start_over(known, behind, deadline)
+
+    def _hear(self, answer: wire.Routing) -> bool:
+        """Take a newer routing in; returns whether who sent it knows one that is at least as new as this one was."""
+        age, known = (answer.term, answer.epoch), self._routing
+        if known and age < known.age:
+            return False
+        self._doubted = None
+        self.adopt(Routing(answer))
+        return True
+
+    def _doubt(self) -> bool:
+        """Nobody who answered knows this routing; returns whether that has been so for long enough."""
+        now = time.monotonic()
+        since, last = self._doubted or (now, now)
+        since = since if now - last < DOUBT_ENDS_SECONDS else now
+        self._doubted = since, now
+        return now - since >= START_OVER_SECONDS
+
+    def _start_over(self, known: Routing, behind: Sequence[str], deadline: float) -> Steps[None]:
+        """Take the newest routing of those who know only older ones, unless somebody of the known one still knows it.
+
+        They are the service now, and who is gone is not.
+        """
+        timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
+        others = random.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
+        for answer in (yield [_ask(address, known, timeout) for address in others]):
+            if isinstance(answer, wire.Routing) and self._hear(answer):
+                return
+        answers = yield [_ask(address, None, timeout) for address in behind]
+        routings = [Routing(answer) for answer in answers if isinstance(answer, wire.Routing)]
+        if routings and self._routing is known:
+            self._routing = max(routings, key=lambda routing: routing.age)
+            self._doubted = None
+            self._breaker.forget_others(self._routing.addresses)
 
     def _learn(self, deadline: float) -> Steps[None]:
         """The first routing, from the seeds, until one answers."""

@@ -22,7 +22,7 @@ from embedding_service.controller.fleet import Fleet, IdTaken, Shard
 from embedding_service.controller.planning import Planning
 from embedding_service.controller.reports import check_report
 from embedding_service.controller.watch import StoreWatch
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, PlacementError, Unavailable
+from embedding_service.errors import EmbeddingServiceError, PlacementError, Unavailable
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import CUDA, Node, PartDemand, Placement
@@ -362,7 +362,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         """At the first decision: above every term that a shard has seen, and above those of controllers before.
 
         For the latter there is the term noted in the store, and the clock. Raises Unavailable when another controller
-        took a term above ours: it started later, and there shall be one.
+        took a term above ours: it started later, and there shall be one. Where the store says that ours is the last
+        controller's, a higher term is a report's alone, and ends nobody.
         """
         if not self._term:
             noted = await self._watch.noted_term()
@@ -370,15 +371,16 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         if not self._noted and self._watch.found and self._watch.found.manifests:  # else it may be no store
             self._noted = True
             await self._watch.note_term(self._term)
-        if self._fleet.newest_term <= self._term:
+        newest = self._fleet.newest_term
+        if newest <= self._term:
             return
         if await self._watch.noted_term() != self._term:
-            newest = self._fleet.newest_term
             raise Unavailable(f"a controller of term {newest} is there, above this one's {self._term}: ending")
-        for shard in list(self._fleet.shards.values()):
-            if shard.report.term > self._term:
-                why = f"term {shard.report.term} is of no controller of this store, whose last one is {self._term}"
-                self._fleet.dismiss(shard, InvalidRequest(why))
+        log.warning(
+            "a shard knows term %d, which no controller noted after this one's %d: going above", newest, self._term
+        )
+        self._term = newest + 1
+        await self._watch.note_term(self._term)
 
     async def _plan_if_needed(self, served: Sequence[tuple[str, str]]) -> None:
         """Place anew when a copy is missing, or when shards or versions came, went or changed."""

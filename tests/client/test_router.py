@@ -1,7 +1,7 @@
 """The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -11,7 +11,7 @@ import pytest
 from embedding_service import errors
 from embedding_service.client import router as router_module
 from embedding_service.client.breaker import FIRST_REST, Breaker
-from embedding_service.client.router import LOOK_SECONDS, Aside, Router, Want
+from embedding_service.client.router import LOOK_SECONDS, START_OVER_SECONDS, Aside, Router, Want
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
 from embedding_service.placement.routing import Model, Routing
@@ -47,6 +47,7 @@ class Shards:
         self.now = now
         self.dead: set[str] = set()
         self.asked: list[Call] = []
+        self.pass_time: Callable[[float], None] = lambda seconds: None
 
     def answer(self, call: Call) -> Any:
         self.asked.append(call)
@@ -74,6 +75,8 @@ class Shards:
                 if isinstance(step, Aside):
                     step.done(self.answer(step.call))
                     continue
+                if isinstance(step, float):
+                    self.pass_time(step)
                 answers = None if isinstance(step, float) else [self.answer(call) for call in step]
         except StopIteration as end:
             return end.value
@@ -360,3 +363,120 @@ def test_a_shard_that_had_no_memory_is_asked_again_until_the_deadline() -> None:
     assert fetch(Router(["h:0"]), full, IDS)[:, 0].tolist() == IDS
     with pytest.raises(errors.RequestTooLarge, match=r"6 of 6 rows of m@1/t .*RESOURCE_EXHAUSTED no memory for it"):
         fetch(Router(["h:0"]), Refusing(routing([[0]] * 4), FULL, "h:0"), IDS, seconds=0)
+
+
+def moved(message: wire.Routing, term: int) -> wire.Routing:
+    """Of another term, with shards at h:10, h:11, h:12, which `Shards` does not know."""
+    other = wire.Routing()
+    other.CopyFrom(message)
+    other.term = term
+    for index, shard in enumerate(other.shards):
+        shard.address = f"h:{10 + index}"
+    return other
+
+
+@pytest.fixture
+def passing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time.monotonic pass."""
+    now = [time.monotonic()]
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(router_module.time, "monotonic", lambda: now[0])
+    return pass_time
+
+
+class Restarted(Shards):
+    """A whole service that was restarted elsewhere, with its clock set back: `before` is gone, but for some shards."""
+
+    def __init__(self, now: wire.Routing, before: wire.Routing, pass_time: Callable[[float], None]) -> None:
+        super().__init__(now)
+        self.before, self.pass_time = before, pass_time
+        self.left: set[str] = set()
+        self.answered_before = 0
+
+    def answer(self, call: Call) -> Any:
+        index = int(call.address.removeprefix("h:"))
+        if index < 10:
+            return super().answer(call)
+        if call.address not in self.left:
+            self.asked.append(call)
+            return GONE
+        if not isinstance(call.request, Request):
+            return self.before
+        rows = super().answer(call._replace(address=f"h:{index - 10}"))
+        rows.rows.view(np.float32)[1::2] = -1.0  # what the service before had by this name
+        self.answered_before += 1
+        return rows
+
+
+def test_a_client_starts_over_where_nobody_who_answers_knows_its_routing(passing: Callable[[float], None]) -> None:
+    now = routing([[0], [1], [2], [0]])
+    before = moved(now, term=9)
+    shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+    began = time.monotonic()
+    assert fetch(router, shards, IDS, seconds=30)[:, 0].tolist() == IDS
+    assert router.current is not None and router.current.age == (1, 1)
+    assert START_OVER_SECONDS <= time.monotonic() - began < 2 * START_OVER_SECONDS
+    shards.asked.clear()
+    fetch(router, shards, IDS)
+    assert len(shards.asked) == len(lookups_of(shards)) == 3
+
+
+def test_a_client_does_not_go_back_while_somebody_knows_its_routing(passing: Callable[[float], None]) -> None:
+    now = routing([[0], [1], [2], [0]])
+    before = moved(now, term=9)
+    shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+    shards.left = {"h:10", "h:11"}  # the third is dead, and the seed lags behind
+    with pytest.raises(errors.Unavailable, match="1 of 6 rows of m@1/t"):
+        fetch(router, shards, IDS, seconds=4 * START_OVER_SECONDS)
+    assert router.current is not None and router.current.age == (9, 1)
+
+
+def test_those_who_lag_behind_for_a_moment_send_nobody_back(passing: Callable[[float], None]) -> None:
+    """Also where that was seen before: what is long ago does not count."""
+    now = routing([[0]] * 4)
+    before = moved(now, term=9)
+    for _ in range(3):
+        shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+        for _ in range(3):
+            with pytest.raises(errors.Unavailable):
+                fetch(router, shards, IDS, seconds=START_OVER_SECONDS / 2)
+            passing(60)
+        assert router.current is not None and router.current.age == (9, 1)
+        shards.now = routing([[1]] * 4)
+        shards.now.term = 10
+        assert fetch(router, shards, IDS)[:, 0].tolist() == IDS
+        assert router.current.age == (10, 1)
+
+
+def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(passing: Callable[[float], None]) -> None:
+    now = routing([[0], [1], [2], [0]])
+    before = moved(now, term=9)
+
+    class Lagging(Restarted):
+        """One shard of before still answers lookups, and has learnt of the service now."""
+
+        def answer(self, call: Call) -> Any:
+            lookup = isinstance(call.request, Request)
+            return super().answer(call) if lookup or call.address not in self.left else self.now
+
+    shards, router = Lagging(now, before, passing), Router(["h:1"], Routing(before))
+    shards.left = {"h:10"}
+    rows = fetch(router, shards, IDS)
+    assert shards.answered_before > 0
+    assert rows[:, 0].tolist() == IDS
+    assert set(rows[:, 1]) == {1.0}
+
+
+def test_a_version_that_the_older_service_does_not_have_is_not_found(passing: Callable[[float], None]) -> None:
+    now = routing([[0]] * 4, version="1")
+    before = moved(routing([[0]] * 4, version="2"), term=9)
+    for name in ("m", "m@2"):
+        shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+        if name == "m":
+            assert set(fetch(router, shards, IDS)[:, 1]) == {1.0}
+        else:
+            with pytest.raises(errors.NotFound, match="m@2"):
+                fetch(router, shards, IDS, name=name)

@@ -3,15 +3,19 @@
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from support.checkpoints import longcat_table
 from support.cluster import Cluster, Process, cluster, until
 from support.load import Load
 
+from embedding_service import EmbeddingClient
+from embedding_service.controller.watch import TERM_FILE
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
@@ -121,7 +125,6 @@ REFUSED = {
     "part_accesses must be one for each of": {"part_accesses": [1]},
     "the number of parts": {"parts": [control.PartRef(model="m", part=index) for index in range(100_001)]},
     "term must be at most": {"term": 2**64 - 1},
-    "is of no controller of this store": {"term": 2**50},
     "epoch must be at most": {"epoch": 2**64 - 1},
     "shard_id must not be empty": {"shard_id": ""},
     "shard_id must be at most 300 printable": {"shard_id": "x\n2026 ERROR forged"},
@@ -156,18 +159,44 @@ def test_a_report_that_no_shard_would_send_is_refused_and_ends_nobody(running: C
             assert words in refused(control.ShardReport(**{**sound, **fields}))
         first = control.ShardReport(**sound)
         assert "shard_id must stay 'stranger'" in refused(first, control.ShardReport(**{**sound, "shard_id": "other"}))
-        # What may be reported and makes no sense: parts nobody knows, failures without end.
+        # What may be reported and makes no sense: parts nobody knows, failures without end, another controller's term.
         failure = control.PartFailure(part=control.PartRef(model="x", version="y", table="z"), message="[/x]" * 10_000)
         strange = control.ShardReport(
-            **sound, parts=[control.PartRef(model="?", part=2**32 - 1)] * 50_000, failures=[failure] * 200
+            **sound, term=2**50, parts=[control.PartRef(model="?", part=2**32 - 1)] * 50_000, failures=[failure] * 200
         )
         stream = register(open_stream(strange), timeout=60)
         next(stream)
-        status = running.status()
+        status = running.wait_until(lambda status: status.term > 2**50, "a higher term")
         assert status.ByteSize() < 1 << 20
         stream.cancel()
         over.set()
     after = running.wait_until(lambda status: len(status.shards) == 2, "the stranger to be forgotten")
     assert parts(after) == parts(before)
-    assert after.term == before.term
+    assert after.term == 2**50 + 1
     assert running.processes["controller"].runs
+
+
+def test_clients_outlive_a_restart_of_everything_whatever_the_clock_says(
+    running: Cluster, folder: Path, checkpoint: Path
+) -> None:
+    """The store keeps the term. Where it cannot, as here where it is deleted, clients start over."""
+    note = folder / "store" / TERM_FILE
+    expected = longcat_table()
+    ids = torch.arange(len(expected))
+    with EmbeddingClient([running.controller_address], timeout=60) as client:
+        assert torch.equal(client.lookup("m/ngram", ids), expected)
+        ahead = running.status().term
+        assert int(note.read_text()) == ahead
+        assert ahead > 2 * time.time_ns() // 1_000_000, "the test before left no term ahead of the clock"
+        for keeps_term in (True, False):
+            for process in running.processes.values():
+                process.end(signal.SIGKILL)
+            running.addresses.clear()
+            if not keeps_term:
+                note.unlink()
+            running.start_controller()
+            for name in "ab":
+                running.start_shard(name, "--memory=64MiB")
+            status = running.wait_serving()
+            assert (status.term > ahead) is keeps_term
+            assert torch.equal(client.lookup("m/ngram", ids), expected)
