@@ -7,8 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import MOST_PARTS, Manifest
-from embedding_service.store.manifest import part_file
+from embedding_service.store.manifest import MOST_PARTS, Manifest, part_file
 from embedding_service.store.store import Catalogue, natural_order
 from embedding_service.wire import embedding_pb2 as wire
 
