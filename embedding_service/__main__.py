@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line, or say what to install where only the client side is."""
+    # For grpc, before it is imported: it writes a line for each call that it refuses by itself: strangers fill logs so.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from embedding_service import cli
     except ModuleNotFoundError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.checkpoints import longcat_table
 from support.cluster import Cluster, cluster, until
 from support.load import Load
@@ -70,15 +71,11 @@ def test_all_processes_answer_from_one_copy_and_are_counted_together(
         running.start_shard("a", f"--tier={tier}", "--processes=3")
         running.wait_serving()
         until(lambda: listening(running, "a", 2), "all processes to listen")
-        stubs = [
-            EmbeddingServiceStub(
-                stack.enter_context(
-                    grpc.insecure_channel(running.addresses["a"], [("grpc.use_local_subchannel_pool", 1)])
-                )
-            )
-            for _ in range(CONNECTIONS)
-        ]
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [stack.enter_context(grpc.insecure_channel(running.addresses["a"], own)) for _ in range(CONNECTIONS)]
+        stubs = [EmbeddingServiceStub(channel) for channel in channels]
         routing = stubs[0].GetRouting(wire.GetRoutingRequest(), timeout=20)
+        until(lambda: all(healthy(channel) for channel in channels), "all processes to say that they serve")
         for number, stub in enumerate(stubs):
             ids = [number, ROWS - 1 - number, 7 * number]
             assert torch.equal(rows(stub, ids, routing), longcat_table()[ids])
@@ -92,6 +89,25 @@ def test_all_processes_answer_from_one_copy_and_are_counted_together(
         with pytest.raises(grpc.RpcError, match="ids must be from 0"):
             for stub in stubs:
                 rows(stub, [ROWS], routing)
+        for channel in channels:
+            for path, message, code in (
+                (b"/\xff", b"", "UNIMPLEMENTED"),
+                (b"/embedding.v1.EmbeddingService/Answer", b"", "UNIMPLEMENTED"),
+                (b"/embedding.v1.EmbeddingService/Lookup", b"\xff", "INVALID_ARGUMENT"),
+                (b"/embedding.v1.EmbeddingService/LookupNgrams", b"\xff", "INVALID_ARGUMENT"),
+            ):
+                with pytest.raises(grpc.RpcError) as raised:
+                    channel.unary_unary(path)(message, timeout=20)
+                assert raised.value.code().name == code
+        # What was passed on is counted where it was refused.
+        running.wait_until(
+            lambda status: status.shards[0].stats.errors >= 4 * CONNECTIONS, "all refused calls to be counted"
+        )
+
+
+def healthy(channel: grpc.Channel) -> bool:
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 @pytest.mark.parametrize("tier", ["ram", "mmap"])
@@ -123,7 +139,12 @@ def test_processes_end_with_their_shard(small_store: Path, tmp_path: Path, how: 
         running.wait_serving()
         until(lambda: listening(running, "a", 2), "all processes to listen")
         started = others(running, "a")
+        main = psutil.Process(running.processes["a"].popen.pid)
+        [private] = {Path(each.laddr) for each in main.net_connections("unix") if each.laddr.endswith("/main")}
+        assert private.parent.stat().st_mode & 0o777 == 0o700
+        assert not [each for each in main.net_connections("unix") if each.laddr.startswith(("@", "\0"))]
         running.processes["a"].end(how)
+        assert private.parent.exists() == (how is signal.SIGKILL)
         until(lambda: not any(process.is_running() for process in started), "them to end", seconds=10)
 
 

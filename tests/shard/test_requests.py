@@ -157,6 +157,18 @@ def test_garbage_is_an_invalid_argument_of_every_method_and_no_line_of_a_log(
     assert service.output() == before
 
 
+def test_what_grpc_refuses_by_itself_is_not_logged_either(service: Up, stub: EmbeddingServiceStub) -> None:
+    before = service.output()
+    for options, code in (
+        (dict(compression=grpc.Compression.Gzip), grpc.StatusCode.UNIMPLEMENTED),
+        (dict(metadata=(("x", "a" * 17_000),)), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Lookup(request(ids=[1] * 1000), **options)
+        assert caught.value.code() is code
+    assert service.output() == before
+
+
 @pytest.mark.parametrize("path", ["/\udcff", "/nobody/Home", "/embedding.v1.EmbeddingService/Answer"])
 def test_methods_that_are_none_are_refused_by_every_process(service: Up, channel: grpc.Channel, path: str) -> None:
     routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest())
