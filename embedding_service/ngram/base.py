@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from embedding_service.errors import InvalidRequest, StoreError
+from embedding_service.foreign import shown
+from embedding_service.machine import read_file
 
 NO_TOKEN = -1
 """In token ids: there is no token here. Left padding before a sequence starts; look-back stops at it."""
@@ -68,7 +70,8 @@ class NgramHasher(ABC):
                 params = {**family.params_of(keys), **family.params_of_tokenizer(tokenizer)}
                 return family.from_params(family.family, params)
         raise InvalidRequest(
-            f"no n-gram family for model_type={keys.get('model_type')!r}, architectures={keys.get('architectures')!r}; "
+            f"no n-gram family for model_type={shown(keys.get('model_type'))}, "
+            f"architectures={shown(keys.get('architectures'))}; "
             f"known families: {', '.join(sorted(_families))}"
         )
 
@@ -84,10 +87,11 @@ class NgramHasher(ABC):
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config is of this family."""
-        return config.get("model_type") in cls.model_types or not set(cls.architectures).isdisjoint(
-            config.get("architectures") or ()
-        )
+        """Whether a checkpoint with this config is of this family. Raises InvalidRequest where it cannot say."""
+        architectures = config.get("architectures") or ()
+        if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
+            raise InvalidRequest(f"architectures must be a list of names, got {shown(architectures)}")
+        return config.get("model_type") in cls.model_types or not set(cls.architectures).isdisjoint(architectures)
 
     @classmethod
     @abstractmethod
@@ -207,10 +211,10 @@ def _config_keys(config: object) -> Mapping[str, Any]:
 def _read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
+        keys = json.loads(read_file(file).decode())
     except OSError as error:
         raise StoreError(f"cannot read the config {file}: {error.strerror}; is {path} a checkpoint?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"the config {file} is not JSON: {error}") from error
     if not isinstance(keys, dict):
         raise StoreError(f"the config {file} is not a JSON object")

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import shown
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape, text_config
+from embedding_service.ngram.bounds import (
+    MOST_HEADS,
+    MOST_LAYER,
+    MOST_LAYERS,
+    MOST_ORDER,
+    MOST_ROWS,
+    MOST_TOKENS,
+    check_heads,
+    whole,
+    wholes,
+)
 from embedding_service.ngram.token_map import pack, token_map_of, unpack
 from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
 
@@ -57,6 +69,13 @@ class EngramHasher(NgramHasher):
         engram_compressed_vocab_size: int,
         token_map: str,
     ) -> None:
+        engram_layer_ids = wholes("engram_layer_ids", engram_layer_ids, MOST_LAYER, MOST_LAYERS)
+        engram_max_ngram_size = whole("engram_max_ngram_size", engram_max_ngram_size, MOST_ORDER)
+        engram_n_heads = whole("engram_n_heads", engram_n_heads, MOST_HEADS)
+        engram_vocab_size = whole("engram_vocab_size", engram_vocab_size, MOST_ROWS // MOST_HEADS)
+        engram_num_embeddings = wholes("engram_num_embeddings", engram_num_embeddings, MOST_ROWS, MOST_LAYERS)
+        engram_pad_token_id = whole("engram_pad_token_id", engram_pad_token_id, MOST_TOKENS)
+        engram_compressed_vocab_size = whole("engram_compressed_vocab_size", engram_compressed_vocab_size, MOST_TOKENS)
         self._params = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         compressed = unpack(token_map)
         if int(compressed.max()) + 1 != engram_compressed_vocab_size:
@@ -67,11 +86,14 @@ class EngramHasher(NgramHasher):
         if not engram_layer_ids or engram_max_ngram_size < 2 or engram_n_heads < 1:
             raise InvalidRequest(
                 "engram needs engram_layer_ids, engram_max_ngram_size >= 2 and engram_n_heads >= 1, got "
-                f"{engram_layer_ids}, {engram_max_ngram_size} and {engram_n_heads}"
+                f"{shown(engram_layer_ids)}, {engram_max_ngram_size} and {engram_n_heads}"
             )
+        if min(engram_layer_ids) < 0 or len(set(engram_layer_ids)) < len(engram_layer_ids):
+            raise InvalidRequest(f"engram_layer_ids must be different layers from 0 on, got {shown(engram_layer_ids)}")
         if not 0 <= engram_pad_token_id < len(compressed):
             raise InvalidRequest(f"engram_pad_token_id {engram_pad_token_id} is none of {len(compressed)} tokens")
         heads = engram_n_heads * (engram_max_ngram_size - 1)
+        check_heads("engram_layer_ids, engram_max_ngram_size and engram_n_heads", len(engram_layer_ids), heads)
         primes = primes_from(engram_vocab_size)
         head_rows = [tuple(islice(primes, heads)) for _ in engram_layer_ids]
         super().__init__(
@@ -127,8 +149,8 @@ def _multipliers(layer: int, bound: int, count: int) -> list[int]:
 def _tables(layers: list[int], rows: list[int], head_rows: list[tuple[int, ...]]) -> tuple[TableShape, ...]:
     if len(rows) != len(layers) or any(given < sum(heads) for given, heads in zip(rows, head_rows, strict=True)):
         raise InvalidRequest(
-            f"engram_num_embeddings {rows} does not fit layers {layers}, whose heads need "
-            f"{[sum(heads) for heads in head_rows]} rows"
+            f"engram_num_embeddings {shown(rows)} does not fit layers {shown(layers)}, whose heads need "
+            f"{shown([sum(heads) for heads in head_rows])} rows"
         )
     return tuple(
         TableShape(f"layer_{layer}", given, heads) for layer, given, heads in zip(layers, rows, head_rows, strict=True)

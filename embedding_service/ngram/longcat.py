@@ -6,14 +6,24 @@ published with LongCat-Flash-Lite.
 
 from collections.abc import Mapping
 from itertools import accumulate
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import shown
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape
+from embedding_service.ngram.bounds import (
+    MOST_ENDS,
+    MOST_HEADS,
+    MOST_ORDER,
+    MOST_TOKENS,
+    MOST_WORD,
+    check_heads,
+    whole,
+    wholes,
+)
 
 # Configs of the same family spell the three keys in two ways.
 _KEYS = {
@@ -52,13 +62,20 @@ class LongcatHasher(NgramHasher):
         emb_split_num: int,
         eos_token_ids: list[int],
     ) -> None:
-        if vocab_size < 1 or emb_neighbor_num < 2 or emb_split_num < 1 or not 0 < ngram_vocab_size_ratio < float("inf"):
+        vocab_size = whole("vocab_size", vocab_size, MOST_TOKENS)
+        emb_neighbor_num = whole("emb_neighbor_num", emb_neighbor_num, MOST_ORDER)
+        emb_split_num = whole("emb_split_num", emb_split_num, MOST_HEADS)
+        ends = wholes("eos_token_id", eos_token_ids, MOST_WORD - 1, MOST_ENDS)
+        if isinstance(ngram_vocab_size_ratio, bool) or not isinstance(ngram_vocab_size_ratio, (int, float)):
+            raise TypeError(f"ngram_vocab_size_ratio must be a number, got {shown(ngram_vocab_size_ratio)}")
+        if vocab_size < 1 or emb_neighbor_num < 2 or emb_split_num < 1 or not 0 < ngram_vocab_size_ratio <= MOST_TOKENS:
             raise InvalidRequest(
                 "longcat needs vocab_size >= 1, emb_neighbor_num >= 2, emb_split_num >= 1, ngram_vocab_size_ratio > 0; "
-                f"got {vocab_size}, {emb_neighbor_num}, {emb_split_num} and {ngram_vocab_size_ratio}"
+                f"got {vocab_size}, {emb_neighbor_num}, {emb_split_num} and {shown(ngram_vocab_size_ratio)}"
             )
         base = int(ngram_vocab_size_ratio * vocab_size)
         heads = emb_split_num * (emb_neighbor_num - 1)
+        check_heads("emb_neighbor_num and emb_split_num", 1, heads)
         head_rows = tuple(base + 2 * head + 1 for head in range(heads))
         if emb_neighbor_num * vocab_size * head_rows[-1] >= 2**53:
             raise InvalidRequest(
@@ -68,7 +85,7 @@ class LongcatHasher(NgramHasher):
         self.ngram_vocab_size_ratio = ngram_vocab_size_ratio
         self.emb_neighbor_num = emb_neighbor_num
         self.emb_split_num = emb_split_num
-        self.eos_token_ids = tuple(index(eos) for eos in eos_token_ids)
+        self.eos_token_ids = tuple(ends)
         # A head of n-grams sees n tokens: its further powers are 0.
         powers = [
             [pow(vocab_size, d, rows) if d < 2 + head // emb_split_num else 0 for head, rows in enumerate(head_rows)]

@@ -5,13 +5,25 @@ Source: module `qwen4_exp` of the transformers library (5.19 and later).
 
 from collections.abc import Mapping
 from itertools import islice
-from operator import index
 from typing import Any
 
 from torch import Tensor
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import shown
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape, text_config
+from embedding_service.ngram.bounds import (
+    MOST_HEADS,
+    MOST_LAYER,
+    MOST_LAYERS,
+    MOST_ORDER,
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_WORD,
+    check_heads,
+    whole,
+    wholes,
+)
 from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
 
 # The published config class's own; a config.json leaves out what equals them.
@@ -57,19 +69,29 @@ class Qwen4ExpHasher(NgramHasher):
         seed: int,
         eos_token_id: int,
     ) -> None:
-        self._params = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        vocab_size = whole("vocab_size", vocab_size, MOST_TOKENS)
+        ple_layer_ids = wholes("ple_layer_ids", ple_layer_ids, MOST_LAYER, MOST_LAYERS)
+        ngram_size = whole("ngram_size", ngram_size, MOST_ORDER)
+        heads_per_ngram = whole("heads_per_ngram", heads_per_ngram, MOST_HEADS)
+        ngram_vocab_size_base = whole("ngram_vocab_size_base", ngram_vocab_size_base, MOST_ROWS // MOST_HEADS)
+        step = make_ngram_vocab_size_divisible_by = whole(
+            "make_ngram_vocab_size_divisible_by", make_ngram_vocab_size_divisible_by, MOST_ROWS
+        )
+        seed = whole("seed", seed, 2 * MOST_WORD - 1)
+        eos_token_id = whole("eos_token_id", eos_token_id, MOST_WORD - 1)
+        self._params = {name: value for name, value in locals().items() if name not in ("self", "__class__", "step")}
         if min(vocab_size, heads_per_ngram, ngram_vocab_size_base, make_ngram_vocab_size_divisible_by) < 1:
-            raise InvalidRequest(f"qwen4_exp needs sizes of 1 and more, got {self._params}")
-        if ngram_size < 2 or not ple_layer_ids or min(ple_layer_ids) < 1 or not 0 <= index(eos_token_id) < vocab_size:
+            raise InvalidRequest(f"qwen4_exp needs sizes of 1 and more, got {shown(self._params)}")
+        if ngram_size < 2 or not ple_layer_ids or min(ple_layer_ids) < 1 or not 0 <= eos_token_id < vocab_size:
             raise InvalidRequest(
                 "qwen4_exp needs ngram_size >= 2, ple_layer_ids >= 1 and an eos_token_id below vocab_size, "
-                f"got {self._params}"
+                f"got {shown(self._params)}"
             )
         layers = sorted(set(ple_layer_ids))
         heads = heads_per_ngram * (ngram_size - 1)
+        check_heads("ple_layer_ids, ngram_size and heads_per_ngram", len(layers), heads)
         primes = primes_from(ngram_vocab_size_base)
         head_rows = [tuple(islice(primes, heads)) for _ in layers]
-        step = make_ngram_vocab_size_divisible_by
         tables = tuple(
             TableShape(f"layer_{layer - 1}", -(-sum(rows) // step) * step, rows)
             for layer, rows in zip(layers, head_rows, strict=True)
@@ -94,8 +116,8 @@ class Qwen4ExpHasher(NgramHasher):
         eos = (eos or [None])[0] if isinstance(eos, (list, tuple)) else eos
         if not keys.get("ple_layer_ids") or eos is None:
             raise InvalidRequest(
-                f"this qwen4_exp config describes no n-gram tables: ple_layer_ids is {keys.get('ple_layer_ids')!r}, "
-                f"eos_token_id {eos!r}"
+                "this qwen4_exp config describes no n-gram tables: ple_layer_ids is "
+                f"{shown(keys.get('ple_layer_ids'))}, eos_token_id {shown(eos)}"
             )
         return {**{key: keys[key] for key in _DEFAULTS}, "ple_layer_ids": keys["ple_layer_ids"], "eos_token_id": eos}
 

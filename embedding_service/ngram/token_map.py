@@ -25,6 +25,8 @@ TOKENIZER_FILE = "tokenizer.json"
 # A token that is a single space would be stripped to nothing; meanwhile a code point of private use stands for it.
 _LONE_SPACE = "\ue000"
 _COUNT_BYTES = 4
+# Of a packed map once it is inflated: 16 million tokens.
+_MOST_BYTES = 64 << 20
 
 
 def token_map_of(tokenizer: object) -> Tensor:
@@ -64,9 +66,12 @@ def pack(token_map: Tensor) -> str:
 def unpack(text: str) -> Tensor:
     """The map that `pack` made text of: int64 [tokens]. Raises InvalidRequest."""
     try:
-        content = zlib.decompress(base64.b85decode(text))
+        inflate = zlib.decompressobj()
+        content = inflate.decompress(base64.b85decode(text), _MOST_BYTES)
         count = int.from_bytes(content[:_COUNT_BYTES], "little")
         rest = _COUNT_BYTES + -(-count // 8)
+        if not inflate.eof or not _COUNT_BYTES < rest <= len(content):
+            raise ValueError(f"{count:,} tokens in {len(content):,} bytes")
         new = np.unpackbits(np.frombuffer(content[_COUNT_BYTES:rest], np.uint8), count=count).astype(bool)
         ids = np.cumsum(new, dtype=np.int64) - 1
         ids[~new] = np.ascontiguousarray(np.frombuffer(content[rest:], np.uint8).reshape(4, -1).T).view("<u4").ravel()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -15,9 +14,28 @@ def primes_from(start: int) -> Iterator[int]:
     return filter(_is_prime, count(max(start, 2)))
 
 
+# Miller and Rabin's test with these bases is exact below 2^64 (Sorenson and Webster, 2015: below 3.3 * 10^24).
+_BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
 def _is_prime(number: int) -> bool:
-    # Trial division: heads have some ten million rows, so a few thousand divisors at most.
-    return number == 2 or (number % 2 == 1 and all(number % divisor for divisor in range(3, isqrt(number) + 1, 2)))
+    for prime in _BASES:
+        if number % prime == 0:
+            return number == prime
+    odd, halvings = number - 1, 0
+    while odd % 2 == 0:
+        odd, halvings = odd // 2, halvings + 1
+    return all(_passes(pow(base, odd, number), number, halvings) for base in _BASES)
+
+
+def _passes(power: int, number: int, halvings: int) -> bool:
+    if power in (1, number - 1):
+        return True
+    for _ in range(halvings - 1):
+        power = power * power % number
+        if power == number - 1:
+            return True
+    return False
 
 
 def multiplier_bound(tokens: int) -> int:

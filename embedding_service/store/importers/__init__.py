@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from embedding_service.checkpoint import Checkpoint
-from embedding_service.errors import ImportRefused
+from embedding_service.checkpoint import CONFIG_FILE, Checkpoint
+from embedding_service.errors import ImportRefused, InvalidRequest
+from embedding_service.foreign import shown
 from embedding_service.store.importers.base import FamilyImporter, Importer, TableSource
 from embedding_service.store.importers.engram import EngramImporter
 from embedding_service.store.importers.generic import GenericImporter
@@ -16,12 +17,16 @@ IMPORTERS: tuple[type[FamilyImporter], ...] = (LongcatImporter, Qwen4ExpImporter
 def find_importer(checkpoint: Checkpoint) -> Importer:
     """Return the importer that knows the checkpoint's family. Raises ImportRefused naming the known ones."""
     for importer in IMPORTERS:
-        if importer.recognizes(checkpoint.config):
+        try:
+            recognized = importer.recognizes(checkpoint.config)
+        except InvalidRequest as error:
+            raise ImportRefused(f"{checkpoint.folder / CONFIG_FILE}: {error}") from error
+        if recognized:
             return importer(checkpoint)
     config, known = checkpoint.config, ", ".join(importer.hashes.family for importer in IMPORTERS)
     raise ImportRefused(
-        f"{checkpoint.folder}: no n-gram family known for model_type {config.get('model_type')!r}, architectures "
-        f"{config.get('architectures')!r}; known families: {known}. "
+        f"{checkpoint.folder}: no n-gram family known for model_type {shown(config.get('model_type'))}, "
+        f"architectures {shown(config.get('architectures'))}; known families: {known}. "
         "Any matrix can be imported with --generic TENSOR"
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from embedding_service.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor
+from embedding_service.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor, file_below
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
+from embedding_service.foreign import shown
 
 # The one place where the store knows another package: a family's geometry is written down once, with its hashing.
 from embedding_service.ngram import NgramHasher
@@ -89,6 +90,8 @@ class FamilyImporter(Importer, Generic[Hasher]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        for name in self.needs:
+            file_below(checkpoint.folder, name)
         try:
             params = self.hashes.params_of(checkpoint.config)
             self._hasher = self.hashes(**params, **self.hashes.params_of_tokenizer(checkpoint.folder))
@@ -100,8 +103,8 @@ class FamilyImporter(Importer, Generic[Hasher]):
 
 def row_dim(checkpoint: Checkpoint, key: str, values: object, heads: int) -> int:
     """What each of `heads` rows holds of `values` in all. Raises ImportRefused, naming the config's key."""
-    if not isinstance(values, int) or values < heads or values % heads:
-        raise ImportRefused(f"{checkpoint.folder}/config.json: {key} {values!r} cannot be shared by {heads} heads")
+    if type(values) is not int or values < heads or values % heads:
+        raise ImportRefused(f"{checkpoint.folder}/config.json: {key} {shown(values)} cannot be shared by {heads} heads")
     return values // heads
 
 

@@ -12,6 +12,7 @@ from embedding_service.checkpoint import (
     SourceMatrix,
 )
 from embedding_service.errors import ImportRefused
+from embedding_service.foreign import shown
 from embedding_service.formats.fp8 import BLOCK
 from embedding_service.ngram import EngramHasher
 from embedding_service.ngram.base import text_config
@@ -54,8 +55,8 @@ class EngramImporter(FamilyImporter[EngramHasher]):
 
     def _matrix(self, prefix: str, rows: int) -> SourceMatrix:
         dim = text_config(self._checkpoint.config).get("engram_head_dim")
-        if not isinstance(dim, int) or dim < 1:
-            raise ImportRefused(f"{self._checkpoint.folder}/config.json: engram_head_dim is {dim!r}")
+        if type(dim) is not int or dim < 1:
+            raise ImportRefused(f"{self._checkpoint.folder}/config.json: engram_head_dim is {shown(dim)}")
         values = take_shape(self._checkpoint, f"{prefix}.weight", rows, dim)
         if values.dtype != FP8_DTYPE:
             return take_matrix(self._checkpoint, f"{prefix}.weight", rows, dim)
