@@ -126,6 +126,9 @@ def _check_content_type(request: Request) -> None:
             "unsupported_media_type",
             415,
         )
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        told = f"the body is compressed ({clipped(coding)}), which this server does not read: send it as it is"
+        raise BadRequest(told, None, "unsupported_media_type", 415)
 
 
 def _check_places(worker: Worker, body: GenerationRequest, prompts: int) -> None:

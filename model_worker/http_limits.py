@@ -4,7 +4,7 @@ Rules
 - A request reaches the application when its body is whole. It takes no place before.
 - Headers come within HEAD_SECONDS, a body within BODY_SECONDS after them, else the answer is 408.
 - A client that leaves what is sent to it unread for UNREAD_SECONDS is cut off.
-- With all connections taken, a new one takes the place of the one that waits longest for a request.
+- With all connections taken, a new one takes the place of the one that waits longest for a whole request.
 
 `WholeBodies` is an ASGI middleware. Ray Serve's proxy, which holds the connections, calls `guard_proxy` when it starts
 (PROXY_ENVIRONMENT tells it to) and gets the rest, too. It imports this file, so nothing heavy may be imported here.
@@ -39,6 +39,8 @@ MAX_CONNECTIONS = 1024
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 20.0
 UNREAD_SECONDS = 60.0
+# With these a client tells Ray Serve to wait less for an answer, or to work on when the client has gone.
+_SERVE_HEADERS = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
 # Seconds after which a refused request may well succeed.
 RETRY_AFTER = {"Retry-After": "1"}
 
@@ -87,6 +89,7 @@ class WholeBodies:
         pieces: list[bytes] = []
         try:
             if await self._whole(pieces, scope, receive, send):
+                scope = {**scope, "headers": [each for each in scope["headers"] if _passed_on(*each)]}
                 await self._app(scope, _whole_then(b"".join(pieces), receive), send)
         finally:
             self._held -= sum(map(len, pieces))
@@ -126,6 +129,15 @@ class WholeBodies:
         return True
 
 
+def _passed_on(name: bytes, value: bytes) -> bool:
+    """Not what steers Ray Serve, nor what is no text: Serve takes all for UTF-8."""
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return name not in _SERVE_HEADERS
+
+
 def _told_length(scope: Scope) -> int:
     told = Headers(scope=scope).get("content-length", "")
     # Python refuses to read numbers of thousands of digits.
@@ -150,7 +162,7 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     """uvicorn's protocol of one HTTP connection, with the limits that uvicorn does not have."""
 
     most = MAX_CONNECTIONS
-    # Connections without a request under way, the one that waits longest first.
+    # Connections without a whole request, the one that waits longest first.
     _waiting: dict[GuardedHttp, None] = {}  # noqa: RUF012 (one for all)
 
     def connection_made(self, transport: Transport) -> None:
@@ -166,7 +178,8 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
     def connection_lost(self, error: Exception | None) -> None:
         """As asyncio has it."""
-        self._stop_waiting()
+        self._stop_timing()
+        self._waiting.pop(self, None)
         self.resume_writing()
         super().connection_lost(error)
 
@@ -176,7 +189,9 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         if self.transport.is_closing():
             return
         if self._under_way:
-            self._stop_waiting()
+            self._stop_timing()
+            if not self.cycle.more_body:
+                self._waiting.pop(self, None)
             return
         self._wait_for_request()
         self._head_bytes += len(data)
@@ -211,8 +226,7 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
-    def _stop_waiting(self) -> None:
-        self._waiting.pop(self, None)
+    def _stop_timing(self) -> None:
         self._head_bytes = 0
         if self._head_timer:
             self._head_timer.cancel()
@@ -223,7 +237,7 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         self._close((408, told) if self._head_bytes and self.cycle is None else None)
 
     def _make_room(self) -> None:
-        """Close the connection that waits longest for its request, or else this new one."""
+        """Close the connection that waits longest for its whole request, or else this new one."""
         longest = next(iter(self._waiting), None)
         if longest is not None:
             longest._close(None)
@@ -231,7 +245,8 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
             self._close((503, f"all {self.most} connections of this server are taken; try again later"))
 
     def _close(self, answer: tuple[int, str] | None) -> None:
-        self._stop_waiting()
+        self._stop_timing()
+        self._waiting.pop(self, None)
         if self.transport.is_closing():
             return
         if answer:

@@ -226,6 +226,11 @@ def test_a_body_that_is_not_called_json(http: TestClient, kind: str) -> None:
     assert not kind or kind in refusal(answer, 415)[1]
 
 
+def test_a_compressed_body(http: TestClient) -> None:
+    answer = http.post(COMPLETIONS, content=b"\x1f\x8b", headers={**JSON, "Content-Encoding": "gzip"})
+    assert "'gzip'" in refusal(answer, 415)[1]
+
+
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
 def test_a_body_that_is_called_json(http: TestClient, kind: str) -> None:
     body = json.dumps({"model": "small", "prompt": "a"})

@@ -53,6 +53,8 @@ class Server:
                 await StreamingResponse(self.flood())(scope, receive, send)
             else:
                 told = {"bytes": len(message["body"]), "more": message["more_body"]}
+                if scope["path"] == "/headers":
+                    told = {name.decode(): value.decode() for name, value in scope["headers"]}
                 await JSONResponse(told)(scope, receive, send)
         finally:
             self.running -= 1
@@ -185,6 +187,20 @@ def test_a_body_that_is_too_large_is_413_and_not_read_for_ever(server: Server, l
     assert "8 MiB" in answer.json()["error"]["message"]
 
 
+def test_headers_that_serve_would_obey_or_choke_on_are_left_out(server: Server) -> None:
+    headers = [
+        (b"X-Request-ID", b"mine"),
+        (b"X-Request-Timeout-Seconds", b"0.001"),
+        (b"X-Request-Disconnect-Disabled", b"?1"),
+        (b"Serve_Multiplexed_Model_Id", b"\xff"),
+    ]
+    seen = httpx.get(f"{server.url}/headers", headers=headers).json()
+    assert seen["x-request-id"] == "mine"
+    assert (
+        not {"x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id"} & seen.keys()
+    )
+
+
 def test_all_bodies_together_are_bounded(server: Server) -> None:
     """In bytes: two that are held fill the bound, and their end makes room."""
     content = b"x" * (MAX_BODY_BYTES - 1)
@@ -200,8 +216,11 @@ def test_all_bodies_together_are_bounded(server: Server) -> None:
     assert httpx.post(server.url, content=content).status_code == 200
 
 
-def test_a_full_server_takes_the_new_for_the_one_that_waits_longest(server: Server) -> None:
-    idle = [server.connect() for _ in range(MOST)]
+@pytest.mark.parametrize(
+    "sent", [b"", HEAD, HEAD + b"Content-Length: 100\r\n\r\nhalf"], ids=["nothing", "head", "body"]
+)
+def test_a_full_server_takes_the_new_for_the_one_that_waits_longest(server: Server, sent: bytes) -> None:
+    idle = [server.connect(sent) for _ in range(MOST)]
     with httpx.Client() as client:
         assert client.post(server.url, content=b"abc").status_code == 200
         assert told(idle[0]) == (0, None)
