@@ -9,6 +9,7 @@
         ServiceError            the service could not answer now; the same request may succeed later
             Unavailable         nobody who holds the rows can be reached
             DeadlineExceeded    the answer did not come in time
+            Overloaded          it has no memory for the request at the moment
             ProtocolError       the peer answered with something this client does not understand
         StoreError              a checkpoint or store on disk
             ImportRefused       the checkpoint cannot be imported as asked
@@ -56,6 +57,10 @@ class Unavailable(ServiceError, ConnectionError):
 
 class DeadlineExceeded(ServiceError, TimeoutError):
     """The answer did not come within the call's deadline (gRPC DEADLINE_EXCEEDED)."""
+
+
+class Overloaded(ServiceError):
+    """The service has no memory for the request at the moment; the message says how much (gRPC RESOURCE_EXHAUSTED)."""
 
 
 class ProtocolError(ServiceError):

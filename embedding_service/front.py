@@ -27,8 +27,9 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc
 
+from embedding_service.budget import COUNTED_BYTES, Budget
 from embedding_service.errors import InvalidRequest
-from embedding_service.machine import split_address
+from embedding_service.machine import hang_up, room_for_connections, split_address
 from embedding_service.methods import Aborted, Context, Method
 
 log = logging.getLogger(__name__)
@@ -41,23 +42,27 @@ CALLS = 256
 AT_ONCE_BYTES = 8 << 20
 # So are answers to requests up to this. Reading a larger one may take milliseconds, which are spent one at a time.
 REQUEST_AT_ONCE_BYTES = 128 << 10
-# Bytes of answers that one connection may leave unread before it must wait with its next large lookup. It takes up to
-# four times as much memory: numpy, protobuf (twice) and gRPC each hold a copy. Two of the largest answers fit.
+# Bytes of answers that one connection may leave unread before it must wait with its next large lookup. Two of the
+# largest answers fit.
 UNREAD_BYTES = 128 << 20
-# Answers below this are not counted: they are bounded by the calls that a connection may have open.
-COUNTED_BYTES = 64 << 10
+# Memory that a message takes: a request as it came, cut up, and as numbers; an answer here and in gRPC.
+REQUEST_COPIES, ANSWER_COPIES = 3, 2
 # Requests of one stream that are under way at a time, where each is answered by itself.
 STREAM_WINDOW = 8
 # Bytes of a call's headers: beyond the first some calls are refused, beyond the second all are.
 METADATA_BYTES, MOST_METADATA_BYTES = 8 << 10, 16 << 10
+# Between the last answer and the end: until it has left this machine.
+LAST_ANSWER_SECONDS = 0.25
 # How often the polling thread looks up from an idle queue.
 TICK = 0.1
+ENDING_TICK = 0.01
 # Bytes of a method's name that an error repeats.
 SHOWN_BYTES = 100
 # What a process passes a call on to another one with, on a private address: whose call it is.
 PEER = "embedding-peer"
 
 _OK = grpc.StatusCode.OK.value[0]
+_ENDS = "this server is ending: ask another one, or this address again in a moment"
 _MALFORMED = "the message is malformed: it is no valid protobuf of this method's request"
 
 
@@ -67,12 +72,14 @@ class Options:
 
     Attributes:
         methods: By their path, as "/package.Service/Method".
+        budget: Of bytes under way.
         request_bytes: Larger messages are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
         refused: Told of each call that was refused before a handler saw it. Any thread.
         died: Told what ended a polling thread that was not told to end, on the event loop.
     """
 
     methods: Mapping[bytes, Method]
+    budget: Budget
     request_bytes: int
     refused: Callable[[], None] = lambda: None
     died: Callable[[BaseException], None] = lambda error: None
@@ -100,8 +107,9 @@ class Front:
         self._server = cygrpc.Server(tuple(_server_options(options.request_bytes, shared=shared)), False)
         self._server.register_completion_queue(self._queue)
         self._thread = threading.Thread(target=self._live, name="front", daemon=True)
-        self._ending = False
-        self._ended_by = float("inf")
+        self._ending = self._shut = False
+        self._end_at: float | None = None
+        self._busy = 0.0
 
     def start(self) -> None:
         """Listen. Raises InvalidRequest naming an address that cannot be had."""
@@ -111,7 +119,7 @@ class Front:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Take no more calls, end streams, let calls under way end for STOP_GRACE seconds, then cut them."""
+        """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds; then hang up."""
         self._ending = True
         if self._thread.ident:
             await asyncio.to_thread(self._thread.join)
@@ -133,21 +141,21 @@ class Front:
 
     def _run(self) -> None:
         stopped = threading.Event()
-        stopping, give_up = False, float("inf")
+        give_up = float("inf")
         while not (stopped.is_set() and not self.calls):
-            event = self._queue.poll(time.time() + TICK)
+            event = self._queue.poll(time.time() + (ENDING_TICK if self._ending else TICK))
             if event.completion_type != cygrpc.CompletionType.queue_timeout:
                 self._handle(event)
             # Before the next poll: a call that has ended must not be kept by its last event.
             event = None
-            if self._ending and not stopping:
-                stopping = True
-                self._ended_by = time.monotonic() + STOP_GRACE
+            if self._ending and self._end_at is None:
+                self._begin_to_end()
+            if self._end_at is not None and not self._shut and time.monotonic() > self._end_time():
+                self._shut = True
+                # gRPC cancels the calls that it took in meanwhile, whose callers do not know that they may ask again.
+                # They must not hear of that: for them the connection is closed, which is UNAVAILABLE.
+                hang_up(self.address)
                 self._server.shutdown(self._queue, lambda _: stopped.set())
-                for call in list(self.calls):
-                    call.end_stream()
-            if time.monotonic() > self._ended_by:
-                self._ended_by = float("inf")
                 self._server.cancel_all_calls()
                 give_up = time.monotonic() + STOP_GRACE
             if time.monotonic() > give_up:
@@ -157,6 +165,18 @@ class Front:
         self._queue.shutdown()
         while (event := self._queue.poll(None)).completion_type != cygrpc.CompletionType.queue_shutdown:
             self._handle(event)
+
+    def _begin_to_end(self) -> None:
+        self._end_at = self._busy = time.monotonic()
+        for call in list(self.calls):
+            call.end_stream()
+
+    def _end_time(self) -> float:
+        """When to cut connections: a moment after the last answer, for which calls have STOP_GRACE seconds."""
+        assert self._end_at is not None
+        if any(not isinstance(call, _Refused) for call in self.calls):
+            self._busy = time.monotonic()
+        return min(self._busy + LAST_ANSWER_SECONDS, self._end_at + STOP_GRACE)
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, cygrpc.RequestCallEvent):
@@ -170,7 +190,7 @@ class Front:
 
     def _ask_for_next(self, event: Any) -> None:
         """A new call came, or the server is shut down. Raises where no further call would come."""
-        if not self._ending:
+        if not self._shut:
             if not event.success:
                 raise RuntimeError("gRPC gives no more calls")
             self._server.request_call(self._queue, self._queue, self._take)
@@ -184,6 +204,8 @@ class Front:
 
     def _call(self, event: Any) -> _Call:
         peer, path = self._peer(event), event.call_details.method
+        if self._ending:
+            return _Refused(self, event, peer, Method(), grpc.StatusCode.UNAVAILABLE, _ENDS)
         method = self.options.methods.get(path)
         if method is None or (method.private and not self._private):
             details = f"there is no method {path[:SHOWN_BYTES].decode(errors='backslashreplace')!r} here"
@@ -289,7 +311,16 @@ class _Call:
 
         What is larger waits for its turn on the event loop.
         """
-        return min(AT_ONCE_BYTES, UNREAD_BYTES - self._front.unread[self._peer])
+        left = max(COUNTED_BYTES, self._front.options.budget.left // ANSWER_COPIES)
+        return min(AT_ONCE_BYTES, UNREAD_BYTES - self._front.unread[self._peer], left)
+
+    def admit(self, message: bytes) -> int | None:
+        """Bytes that count for a message until it was answered; None where there are none: the call is refused."""
+        nbytes = REQUEST_COPIES * len(message) if len(message) >= COUNTED_BYTES else 0
+        if nbytes and not self._front.options.budget.take(nbytes):
+            self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, self._front.options.budget.refusal(nbytes))
+            return None
+        return nbytes
 
     def at_once(self, message: bytes) -> bytes | None:
         """The answer where the polling thread may make it."""
@@ -302,12 +333,14 @@ class _Call:
         if nbytes >= COUNTED_BYTES:
             self._unread += nbytes
             self._front.unread[self._peer] += nbytes
+            self._front.options.budget.count(ANSWER_COPIES * nbytes)
 
     def on_taken(self) -> None:
         """The client's connection took what was sent."""
         if self._unread:
             unread = self._front.unread
             unread[self._peer] -= self._unread
+            self._front.options.budget.give_back(ANSWER_COPIES * self._unread)
             self._unread = 0
             if not unread[self._peer]:
                 del unread[self._peer]
@@ -344,7 +377,7 @@ class _Call:
         except _Malformed as malformed:
             self.refuse(grpc.StatusCode.INVALID_ARGUMENT, str(malformed))
         except asyncio.CancelledError:
-            self.end(grpc.StatusCode.UNAVAILABLE.value[0], "the server ends")  # unless it was the client who left
+            self.end(grpc.StatusCode.UNAVAILABLE.value[0], _ENDS)  # unless it was the client who left
         except Exception:
             log.exception("a call failed")
             self.end(grpc.StatusCode.INTERNAL.value[0], "the server failed; its log says how")
@@ -407,11 +440,15 @@ class _Unary(_Call):
     """A call with one message there and one back."""
 
     _task: asyncio.Task[None] | None = None
+    _admitted = 0
 
     def on_message(self, message: bytes) -> None:
         answer = self.at_once(message)
         if answer is None:
-            self._front.to_loop(self._begin_task, message)
+            admitted = self.admit(message)
+            if admitted is not None:
+                self._admitted = admitted
+                self._front.to_loop(self._begin_task, message)
             return
         self.count(len(answer))
         self.end(_OK, "", (), cygrpc.SendMessageOperation(answer, 0))
@@ -438,8 +475,11 @@ class _Unary(_Call):
 
     def _side_ended(self) -> None:
         super()._side_ended()
-        if self._task and self not in self._front.calls:
-            self._front.to_loop(self._context.finish)
+        if self not in self._front.calls:
+            self._front.options.budget.give_back(self._admitted)
+            self._admitted = 0
+            if self._task:
+                self._front.to_loop(self._context.finish)
 
 
 class _Stream(_Call):
@@ -516,7 +556,7 @@ class _Each(_Call):
     def __init__(self, front: Front, event: Any, peer: str, method: Method) -> None:
         super().__init__(front, event, peer, method)
         self._waiting = 0
-        self._paused = self._last = False
+        self._paused = self._last = self._ends = False
         # Of tasks: gRPC takes one message at a time.
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -525,9 +565,11 @@ class _Each(_Call):
         self.on_taken()
         answer = None if self._waiting else self.at_once(message)
         if answer is None:
-            self._waiting += 1
-            self._front.to_loop(self._begin_task, message)
-            self._receive_or_pause()
+            admitted = self.admit(message)
+            if admitted is not None:
+                self._waiting += 1
+                self._front.to_loop(self._begin_task, message, admitted)
+                self._receive_or_pause(1 if admitted else STREAM_WINDOW)
         elif len(answer) < COUNTED_BYTES:
             # Comes back when the answer was taken and the next message is there: one event in place of two.
             self.start(self._on_received, cygrpc.SendMessageOperation(answer, 0), cygrpc.ReceiveMessageOperation(0))
@@ -544,17 +586,19 @@ class _Each(_Call):
         self._front.to_loop(self._cancel)
 
     def end_stream(self) -> None:
-        self._last = True
+        self._ends = True
         self._end_if_done()
 
-    def _begin_task(self, message: bytes) -> None:
+    def _begin_task(self, message: bytes, admitted: int) -> None:
         if self.cancelled:
+            self._front.options.budget.give_back(admitted)
             return
         context = Context(self._peer, self._due)
         task = self._front.loop.create_task(self.guarded(self._answer(message, context), context))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: context.finish())
+        task.add_done_callback(lambda _: self._front.options.budget.give_back(admitted))
 
     async def _answer(self, message: bytes, context: Context) -> None:
         request = await self.read(message)
@@ -583,14 +627,18 @@ class _Each(_Call):
         if not self.over:
             self.receive()
 
-    def _receive_or_pause(self) -> None:
-        if self._waiting < STREAM_WINDOW:
+    def _receive_or_pause(self, window: int) -> None:
+        if self._ends:
+            return
+        if self._waiting < window:
             self.receive()
         else:
             self._paused = True
 
     def _end_if_done(self) -> None:
-        if self._last and not self._waiting:
+        if self._ends and not self._waiting:
+            self.end(grpc.StatusCode.UNAVAILABLE.value[0], _ENDS)
+        elif self._last and not self._waiting:
             self.end(_OK)
 
 
@@ -615,7 +663,7 @@ class _Watch(_Call):
         self.refuse(grpc.StatusCode.INVALID_ARGUMENT, "the call holds no request")
 
     def end_stream(self) -> None:
-        self.end(grpc.StatusCode.UNAVAILABLE.value[0], "the server ends")
+        self.end(grpc.StatusCode.UNAVAILABLE.value[0], _ENDS)
 
     def _tell(self, answer: bytes) -> None:
         with self._telling:
@@ -654,6 +702,8 @@ def _server_options(request_bytes: int, *, shared: bool) -> list[tuple[str, int]
         ("grpc.max_receive_message_length", request_bytes + 65536),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", CALLS),
+        # The next ones are closed as they come.
+        ("grpc.max_allowed_incoming_connections", room_for_connections()),
         ("grpc.so_reuseport", 1 if shared else 0),
         ("grpc.max_metadata_size", METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MOST_METADATA_BYTES),

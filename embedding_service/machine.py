@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -9,6 +10,7 @@ import resource
 import signal
 import socket
 import stat
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ LOCAL_RAY: dict[str, Any] = {
 MOST_TEXT_BYTES = 64 << 20
 MOST_PORT = 65535
 _PR_SET_PDEATHSIG = 1
+# Files that a process may need besides its connections: parts that are loaded, other shards, the store.
+_OWN_FILES = 256
+_TCP = (socket.AF_INET, socket.AF_INET6)
 _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
 
 
@@ -86,10 +91,60 @@ def end_with_parent(how: signal.Signals) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, how)
 
 
+def hang_up(address: str) -> None:
+    """Close what this process has open at a port of its own: who listens there, and every connection that came there.
+
+    What was sent arrives, and nothing more is sent. Does nothing for an address that is no HOST:PORT.
+    """
+    if address.startswith("unix"):
+        return
+    _, port = split_address(address)
+    there = {file: each for file, each in _sockets() if each.family in _TCP and each.getsockname()[1] == port}
+    listening = [file for file, each in there.items() if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
+    # Those first: clients come again at once. In their place comes a socket that nobody reaches, for whoever has the
+    # number would call an end of listening a failure.
+    for file in listening:
+        there.pop(file).close()
+        with socket.socket() as unreachable:
+            os.dup2(unreachable.fileno(), file)
+    for each in there.values():
+        with contextlib.suppress(OSError):  # closed by the other side
+            each.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets() -> Iterator[tuple[int, socket.socket]]:
+    """All that this process has open, each under a further descriptor: its own, and that."""
+    for file in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        try:
+            copy = os.dup(file)
+        except OSError:  # closed since
+            continue
+        if stat.S_ISSOCK(os.fstat(copy).st_mode):
+            yield file, socket.socket(fileno=copy)
+        else:
+            os.close(copy)
+
+
+def give_freed_memory_back() -> None:
+    """Have malloc give the kernel all pages that nothing lies in. Where the C library is not glibc nothing changes."""
+    with contextlib.suppress(AttributeError):
+        _libc.malloc_trim(0)
+
+
 def allow_many_files() -> None:
     """Raise this process's limit of open files as far as it may: a connection is one, and usual limits are 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def room_for_connections() -> int:
+    """Connections that may come to one of two ports of this process, so that it has files left for what it does itself.
+
+    At the limit of open files it could not answer either, nor look at its store.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    return max((limit - opened - min(_OWN_FILES, limit // 2)) // 2, 1)
 
 
 def open_file(path: Path) -> FileIO:

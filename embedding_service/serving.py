@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
 from embedding_service.foreign import LineFormatter
 from embedding_service.front import Front, Options
@@ -31,6 +32,8 @@ log = logging.getLogger("embedding_service")
 # Streams that may be open in a process, in all and of one host: those that a task answers, and those that wait for
 # something to happen at no cost but memory. A thousand shards of one host register, and it may watch ten times as much.
 STREAMS, IDLE_STREAMS = (4096, 2048), (16384, 12288)
+# Bytes under way in a process that answers with no rows.
+BUDGET_BYTES = 256 << 20
 # The health service's name for "this process answers", whatever it has to answer with: restart it only without that.
 ALIVE = "alive"
 
@@ -62,18 +65,21 @@ class Server:
 
     Args:
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
+        budget: Of bytes under way in this process.
 
     Attributes:
         refused: Calls that were refused before a handler saw them.
     """
 
-    def __init__(self, limits: RequestLimits) -> None:
+    def __init__(self, limits: RequestLimits, budget: Budget | None = None) -> None:
         self.health = Health()
         self.refused = 0
         self._counting = threading.Lock()
         self._died = asyncio.get_running_loop().create_future()
         self._methods: dict[bytes, Method] = {}
-        self._options = Options(self._methods, limits.request_bytes, self._on_refused, self._on_death)
+        self._budget = budget or Budget(BUDGET_BYTES)
+        self._watching: asyncio.Task[None] | None = None
+        self._options = Options(self._methods, self._budget, limits.request_bytes, self._on_refused, self._on_death)
         self._fronts: list[Front] = []
         self._streams = Places(*STREAMS)
         self._services = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
@@ -105,6 +111,7 @@ class Server:
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self)  # type: ignore[no-untyped-call]
             await self.set_serving(False)
             await self.health.set(ALIVE, True)
+            self._watching = asyncio.create_task(self._budget.watch())
         front = Front(address, self._options, shared=shared, private=private)
         self._fronts.append(front)
         front.start()
@@ -123,6 +130,8 @@ class Server:
         """Take no more calls, let those under way end for STOP_GRACE seconds, then cut them."""
         await self.health.end()
         await asyncio.gather(*(front.stop() for front in self._fronts))
+        if self._watching:
+            await cancel([self._watching])
 
     def _on_refused(self) -> None:
         with self._counting:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from embedding_service.client.breaker import Breaker
 from embedding_service.client.sinks import Sink
 from embedding_service.client.transport import Call, Failure, Transport
-from embedding_service.errors import DeadlineExceeded, NotFound, ProtocolError, RequestTooLarge, Unavailable
+from embedding_service.errors import DeadlineExceeded, NotFound, Overloaded, ProtocolError, Unavailable
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
@@ -470,7 +470,7 @@ def _gave_up(
     codes = {failure.code for failure in by_address.values()}
     if grpc.StatusCode.DEADLINE_EXCEEDED in codes:
         return DeadlineExceeded(message)
-    return RequestTooLarge(message) if codes == {grpc.StatusCode.RESOURCE_EXHAUSTED} else Unavailable(message)
+    return Overloaded(message) if codes == {grpc.StatusCode.RESOURCE_EXHAUSTED} else Unavailable(message)
 
 
 def _pause(attempt: int) -> float:

@@ -11,14 +11,51 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT, _LARGEST = 256 << 20, 32 << 20
 
 
+# What a process takes for itself: Python, torch, gRPC.
+_PROCESS = 256 << 20
+# Of requests and answers under way in a process: less would be too little for a few of the largest.
+_LEAST_UNDER_WAY, _MOST_UNDER_WAY = 128 << 20, 1 << 30
+
+
 def available_memory() -> int:
-    """Bytes this process may still use: the machine's available memory, or what its cgroup leaves, if less."""
+    """Bytes this process may still use: the machine's available memory, or what its containers leave, if less."""
+    left = [limit - used for limit, used in containers()]
+    return max(min([_machine("MemAvailable"), *left]), 0)
+
+
+def memory_for_requests(rows: int, processes: int) -> int:
+    """Bytes of requests and answers that may be under way in one of a shard's processes.
+
+    An equal share of what the machine or the container leaves besides `rows` bytes of rows and the processes
+    themselves, within bounds.
+    """
+    limit = min([_machine("MemTotal"), *(limit for limit, _ in containers())])
+    left = limit - rows - processes * _PROCESS
+    return min(max(left // processes, _LEAST_UNDER_WAY), _MOST_UNDER_WAY)
+
+
+def _machine(field: str) -> int:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return max(available, 0)
+    return int(fields[field].split()[0]) * 1024
+
+
+def containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of each control group that this process is in and that has a limit.
+
+    In a container the root of what is mounted is often its own group, whatever the path says.
+    """
+    groups = dict(line.split(":", 2)[1:] for line in own.read_text().splitlines()) if own.exists() else {}
+    found = []
+    for kind, folder, limit_file, use_file in (
+        ("", root, "memory.max", "memory.current"),
+        ("memory", root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        path = Path(groups.get(kind, "/"))
+        for group in {folder, *(folder / each.relative_to("/") for each in (path, *path.parents))}:
+            limit, use = group / limit_file, group / use_file
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                found.append((int(text), int(use.read_text())))
+    return found
 
 
 def offered_memory(tier: str) -> int:

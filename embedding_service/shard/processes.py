@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.front import PEER
 from embedding_service.machine import end_with_parent
@@ -50,13 +51,17 @@ TableKey = tuple[str, str, str]
 
 
 class Settings(NamedTuple):
-    """How a process runs: `addresses` it shares, the `main` process's, torch `threads` of a gather."""
+    """How a process runs: `addresses` it shares, the `main` process's, torch `threads` of a gather.
+
+    `budget`: bytes of requests and answers that may be under way in it.
+    """
 
     name: str
     addresses: Sequence[str]
     main: str
     limits: RequestLimits
     threads: int
+    budget: int
 
 
 class _Ready(NamedTuple):
@@ -277,7 +282,7 @@ class _Serving:
     async def run(self) -> None:
         """Until the main process says so, or is no more."""
         self._loop = asyncio.get_running_loop()
-        self._server = Server(self._settings.limits)
+        self._server = Server(self._settings.limits, Budget(self._settings.budget))
         self._server.add(self._offer, _PassedOn(self._settings.main), SERVICE)
         for address in self._settings.addresses:
             await self._server.listen(address, shared=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from prometheus_client.core import Metric
 
+from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
@@ -32,7 +33,7 @@ from embedding_service.serving import (
 )
 from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.memory import keep_freed_memory, offered_memory
+from embedding_service.shard.memory import keep_freed_memory, memory_for_requests, offered_memory
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import LookupService
@@ -40,6 +41,9 @@ from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
 log = logging.getLogger(__name__)
+
+# Tiers whose rows lie in memory that nobody but the process can free.
+_IN_MEMORY = ("ram", "cuda-cached")
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ async def _serve(options: ShardOptions) -> None:
     TIERS[options.tier].prepare(memory_limit)
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller]), GrpcTransport()
-    service = LookupService(holdings, router, transport, options.limits)
+    budget = Budget(memory_for_requests(memory_limit if options.tier in _IN_MEMORY else 0, options.processes))
+    service = LookupService(holdings, router, transport, options.limits, budget)
     if options.processes > 1:
         check_free(options.listen)
-    server = Server(options.limits)
+    server = Server(options.limits, budget)
     server.add(LookupService.add_to, service, SERVICE)
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]
     if options.shared_listen:
@@ -113,7 +118,9 @@ async def _serve(options: ShardOptions) -> None:
     folder = tempfile.TemporaryDirectory(prefix="embedding-")
     if options.processes > 1:
         main_process = await server.listen(f"unix:{folder.name}/main", private=True)
-        others.start(Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads))
+        others.start(
+            Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads, budget.most)
+        )
 
     def counters() -> Counters:
         return service.counters + others.counters() + Counters(errors=server.refused)

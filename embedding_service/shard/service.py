@@ -14,11 +14,12 @@ import grpc
 import numpy as np
 import torch
 
+from embedding_service.budget import COUNTED_BYTES, Budget
 from embedding_service.client.router import Router, Want, run_async
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
-from embedding_service.front import COUNTED_BYTES, UNREAD_BYTES
+from embedding_service.front import UNREAD_BYTES
 from embedding_service.methods import Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
@@ -51,50 +52,64 @@ from embedding_service.wire.rows import Shape, allocate, allocate_streamed
 FORWARD_TIMEOUT = 10.0
 # Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
 INLINE_BYTES = 256 << 10
+# Memory that an answer takes while it is made and sent. Rows that are fetched lie in another shard's answer and in a
+# sink as well; n-grams' rows in one table's, in those of all, in protobuf and in gRPC.
+LOOKUP_COPIES, NGRAM_COPIES = 3, 5
+# Of a row id: as it came, and as others want it.
+ID_BYTES = 24
 
 
 class _Unread:
     """Answers that their askers have not taken yet, in bytes, by connection.
 
     A client that asks and never reads fills the memory of its own allowance and no more: its next large lookups wait,
-    before their answers are made.
+    before their answers are made. All clients together fill the process's budget, and what is over that is refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._bytes: Counter[str] = Counter()
         self._taken = asyncio.Event()
 
-    async def add(self, context: Context, nbytes: int) -> None:
-        """Wait until the connection's unread answers are few enough, then count this one until its call has ended."""
+    async def add(self, context: Context, nbytes: int, ids: int, copies: int = LOOKUP_COPIES) -> None:
+        """Wait until the connection's unread answers are few enough, then count this one until its call has ended.
+
+        Raises Overloaded where the process has no memory for so many copies of it and for its row ids.
+        """
         if nbytes < COUNTED_BYTES:
             return
         peer = context.peer()
         while self._bytes[peer] + nbytes > UNREAD_BYTES:
             self._taken.clear()
             await self._taken.wait()
+        needed = copies * nbytes + ID_BYTES * ids
+        self._budget.promise(needed)
         self._bytes[peer] += nbytes
-        context.add_done_callback(lambda _: self._remove(peer, nbytes))
+        context.add_done_callback(lambda _: self._remove(peer, nbytes, needed))
 
-    def _remove(self, peer: str, nbytes: int) -> None:
+    def _remove(self, peer: str, nbytes: int, needed: int) -> None:
+        self._budget.give_back(needed)
         self._bytes[peer] -= nbytes
         if not self._bytes[peer]:
             del self._bytes[peer]
         self._taken.set()
 
 
-# Waits until an answer of so many bytes may be made.
-Room = Callable[[int], Awaitable[None]]
+# Waits until an answer of so many bytes, for so many ids, may be made.
+Room = Callable[[int, int], Awaitable[None]]
 
 
 class LookupService(HeldRows, RoutingService):
     """EmbeddingService of a shard. Everything about a request is checked before any work is done for it."""
 
-    def __init__(self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits) -> None:
+    def __init__(
+        self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits, budget: Budget
+    ) -> None:
         super().__init__(holdings.table, limits)
         self._router = router
         self._transport = transport
         self._hashers: dict[str, NgramHasher] = {}
-        self._unread = _Unread()
+        self._unread = _Unread(budget)
 
     def add_to(self, server: Server) -> None:
         """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
@@ -124,7 +139,7 @@ class LookupService(HeldRows, RoutingService):
         began = time.perf_counter()
         try:
             lookup = await self._check(request)
-            await self._unread.add(context, lookup.shape.nbytes)
+            await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
             message, rows = allocate(lookup.shape)
             await self._fill(rows, lookup, _deadline(context))
         except Redirect:
@@ -140,7 +155,7 @@ class LookupService(HeldRows, RoutingService):
         began = time.perf_counter()
         try:
             lookup = await self._check(request.lookup)
-            await self._unread.add(context, lookup.shape.nbytes)
+            await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
             message, rows = allocate_streamed(lookup.shape, request.request_id)
             await self._fill(rows, lookup, _deadline(context))
         except Redirect:
@@ -158,7 +173,9 @@ class LookupService(HeldRows, RoutingService):
         """Token ids in, rows out."""
         began = time.perf_counter()
         try:
-            answer = await self._lookup_ngrams(request, _deadline(context), partial(self._unread.add, context))
+            answer = await self._lookup_ngrams(
+                request, _deadline(context), partial(self._unread.add, context, copies=NGRAM_COPIES)
+            )
         except EmbeddingServiceError as error:
             self._count_error()
             await abort(context, error)
@@ -221,13 +238,14 @@ class LookupService(HeldRows, RoutingService):
         tables = [model.table(table.name) for table in hasher.tables]
         row_bytes = row_bytes_of(tables[0].dtype, tables[0].dim, encoding)
         self._limits.check_response(len(asked.token_ids) * hasher.num_tables * hasher.num_heads, row_bytes)
-        tokens = _token_matrix("token_ids", asked.token_ids, batch)
-        context = _token_matrix("context", asked.context, batch)
-        shape = (batch, tokens.shape[1], hasher.num_tables, hasher.num_heads)
-        await room(math.prod(shape) * row_bytes)
-        row_ids = hasher.row_ids(tokens, context)
+        lengths = _length("token_ids", asked.token_ids, batch), _length("context", asked.context, batch)
+        shape = (batch, lengths[0], hasher.num_tables, hasher.num_heads)
+        await room(math.prod(shape) * row_bytes, math.prod(shape) + len(asked.token_ids) + len(asked.context))
         rows = np.empty((*shape, row_bytes), np.uint8)
-        for index, table in enumerate(tables):
+        if len(asked.token_ids):  # without tokens nothing is made, however large the batch
+            tokens, context = _token_matrix(asked.token_ids, batch), _token_matrix(asked.context, batch)
+            row_ids = hasher.row_ids(tokens, context)
+        for index, table in enumerate(tables if len(asked.token_ids) else ()):
             ids = row_ids[:, :, index].reshape(-1).numpy()
             check_ids(ids, table.rows, f"{model.full_name}/{table.name}")
             wanted = Shape(len(ids), row_bytes, table.dim, request.encoding, model.version)
@@ -277,9 +295,13 @@ def _deadline(context: Context) -> float:
     return time.monotonic() + (FORWARD_TIMEOUT if remaining is None else remaining)
 
 
-def _token_matrix(field: str, tokens: Numbers, batch: int) -> torch.Tensor:
+def _length(field: str, tokens: Numbers, batch: int) -> int:
     if len(tokens) % batch:
         raise InvalidRequest(f"{field} holds {len(tokens)} tokens, not a multiple of the batch of {batch}")
+    return len(tokens) // batch
+
+
+def _token_matrix(tokens: Numbers, batch: int) -> torch.Tensor:
     # Numbers of a field of type int32 are cut to that, as protobuf does.
     flat = torch.from_numpy(tokens.array().astype(np.int32).astype(np.int64))
     return flat.view(batch, -1) if len(flat) else flat.view(batch, 0)

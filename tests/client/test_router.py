@@ -361,7 +361,7 @@ def test_where_a_shard_has_no_memory_for_a_request_another_one_is_asked() -> Non
 def test_a_shard_that_had_no_memory_is_asked_again_until_the_deadline() -> None:
     full = Refusing(routing([[0]] * 4), FULL, "h:0", times=3)
     assert fetch(Router(["h:0"]), full, IDS)[:, 0].tolist() == IDS
-    with pytest.raises(errors.RequestTooLarge, match=r"6 of 6 rows of m@1/t .*RESOURCE_EXHAUSTED no memory for it"):
+    with pytest.raises(errors.Overloaded, match=r"6 of 6 rows of m@1/t .*RESOURCE_EXHAUSTED no memory for it"):
         fetch(Router(["h:0"]), Refusing(routing([[0]] * 4), FULL, "h:0"), IDS, seconds=0)
 
 

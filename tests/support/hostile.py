@@ -45,6 +45,7 @@ class Raw:
 
     def __init__(self, address: str) -> None:
         self.socket = dial(address)
+        self.socket.settimeout(2)
         self._next = 1
         self.socket.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
 

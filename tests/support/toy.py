@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
+from embedding_service.budget import Budget
 from embedding_service.methods import Context, Method
 from embedding_service.serving import RequestLimits, Server
 
@@ -19,10 +20,11 @@ TOY = "toy.Toy"
 
 
 class Toy:
-    """Methods of every kind. `waiting`: calls of `Wait` that are under way. `said`: messages of `Repeat`."""
+    """Methods of every kind. `waiting`: calls of `Wait` under way, each for `seconds`. `said`: messages of `Repeat`."""
 
     def __init__(self) -> None:
         self.waiting = self.said = 0
+        self.seconds = 3600.0
 
     def add_to(self, server: Server) -> None:
         read, write = Request.FromString, Request.SerializeToString
@@ -60,7 +62,8 @@ class Toy:
     async def wait(self, request: Any, context: Context) -> Any:
         self.waiting += 1
         try:
-            await asyncio.sleep(3600)
+            await asyncio.sleep(self.seconds)
+            return request
         finally:
             self.waiting -= 1
 
@@ -80,8 +83,9 @@ class Toy:
 class ToyServer:
     """As tests see it: `address`, `private` (a unix socket's), and what runs behind."""
 
-    def __init__(self, private: str) -> None:
+    def __init__(self, private: str, budget: Budget | None) -> None:
         self.toy = Toy()
+        self.budget = budget
         self.private = private
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -93,7 +97,7 @@ class ToyServer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     async def _start(self) -> None:
-        self.server = Server(RequestLimits(request_bytes=1 << 20))
+        self.server = Server(RequestLimits(request_bytes=1 << 20), self.budget)
         self.server.add(Toy.add_to, self.toy, TOY)
         self.front = await self.server.listen("127.0.0.1:0")
         self.address = self.front.address
@@ -107,9 +111,9 @@ class ToyServer:
 
 
 @contextmanager
-def toy_server(private: str) -> Iterator[ToyServer]:
+def toy_server(private: str, budget: Budget | None = None) -> Iterator[ToyServer]:
     """One that runs; ended afterwards."""
-    server = ToyServer(private)
+    server = ToyServer(private, budget)
     try:
         yield server
     finally:

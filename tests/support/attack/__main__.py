@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ import typer
 from rich.console import Console
 
 from support.attack.attacker import ATTACKS, WORKER_ATTACKS
+from support.attack.child import start
 from support.attack.members import CONTROLLER, COPIES, Members
 from support.attack.neighbours import PYTHON, THIN, WORKER, Figures, Neighbour
 from support.attack.report import BEFORE, DURING, KEPT_BYTES, Outcome, Result
@@ -37,7 +37,7 @@ CALM_SECONDS = 2.0
 SHORTEST, LONGEST = 2.0, 10.0
 # Of a class, besides its window: calm before, and until everything answers and is whole again.
 AROUND = 5.0
-# An attacker that does not end by itself is killed.
+# An attacker that does not end by itself is told to.
 PATIENCE = 5.0
 BACK_SECONDS = 5.0
 
@@ -106,9 +106,8 @@ class Attacks:
             "worker": self._worker,
             "pids": self._members.pids(),
         }
-        command = [sys.executable, "-m", "support.attack.attacker", json.dumps(window)]
-        attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        timer = threading.Timer(seconds + PATIENCE, attacker.kill)
+        attacker = start("attacker", json.dumps(window))
+        timer = threading.Timer(seconds + PATIENCE, attacker.terminate)
         timer.start()
         ended: Counter[str] = Counter()
         assert attacker.stdout

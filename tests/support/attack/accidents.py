@@ -47,7 +47,7 @@ def store_away(window: Window) -> None:
 
 
 def _odd_folders(store: Path, window: Window) -> list[Path]:
-    names = [b"old models", b"..x", b"a@b", b"\xff\xfe", b"m\n1", b"[/red]", b"m" * 200]
+    names = [b"old models", b"..x", b"a@b", b"\xff\xfe", b"m\n1", b"[red]", b"m" * 200]
     paths = [Path(os.fsdecode(name)) for name in window.values.sample(names, 4)]
     made = [store / path for path in paths]
     for path in made:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ FILES = 8192
 def main(given: dict[str, Any]) -> None:
     """Run the class that is named, and say how its calls ended."""
     os.nice(10)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
     name = given.pop("name")

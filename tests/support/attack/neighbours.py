@@ -8,11 +8,12 @@ A line on standard input names the phase that begins. At its end, what happened 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from support.attack.child import start
 
 PYTHON, THIN, WORKER = "python client", "thin client", "worker"
 # The worker's neighbours ask for the same completion again and again.
@@ -36,8 +37,7 @@ class Neighbour:
 
     def __init__(self, kind: str, addresses: Sequence[str]) -> None:
         self.kind = kind
-        command = [sys.executable, "-m", "support.attack.neighbours", kind, *addresses]
-        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._popen = start("neighbours", kind, *addresses)
 
     def wait_until_ready(self) -> None:
         """Until its first lookups were answered."""

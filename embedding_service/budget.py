@@ -1,0 +1,88 @@
+"""How many bytes of requests and answers may be under way in a process at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from embedding_service.errors import Overloaded
+from embedding_service.machine import give_freed_memory_back
+
+# Less is not counted: it is bounded by the calls that a connection may have open, and counting takes time.
+COUNTED_BYTES = 64 << 10
+# Where so much was under way, what malloc keeps of it goes back to the kernel once so little is for so many seconds.
+MUCH_BYTES, LITTLE_BYTES = 128 << 20, 16 << 20
+LOOK_SECONDS = 2.0
+
+
+class Budget:
+    """Bytes that are promised before anything is made of them. Thread-safe.
+
+    What is asked for where nothing else is under way is always granted, so that everything within the limits of a
+    request is answered at some time.
+
+    Args:
+        most: Bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._taken = self._peak = 0
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        """Bytes that may still be taken."""
+        return self.most - self._taken
+
+    def take(self, nbytes: int) -> bool:
+        """Whether so many bytes may come under way: then they count until they are given back."""
+        with self._lock:
+            if self._taken and self._taken + nbytes > self.most:
+                return False
+            self._add(nbytes)
+            return True
+
+    def promise(self, nbytes: int) -> None:
+        """`take`; raises Overloaded where that may not be."""
+        if not self.take(nbytes):
+            raise Overloaded(self.refusal(nbytes))
+
+    def count(self, nbytes: int) -> None:
+        """So many bytes are under way, whatever is left."""
+        with self._lock:
+            self._add(nbytes)
+
+    def give_back(self, nbytes: int) -> None:
+        """They are not under way any more."""
+        with self._lock:
+            self._taken -= nbytes
+
+    def refusal(self, nbytes: int) -> str:
+        """What to say where so many bytes were not granted."""
+        return (
+            f"this request needs {nbytes:,} bytes of memory, and of the {self.most:,} for requests and answers only "
+            f"{max(self.left, 0):,} are free: ask again in a moment, for less at a time, and read what is answered; a "
+            "lower --memory, or a higher limit of the container's memory, leaves more"
+        )
+
+    async def watch(self) -> None:
+        """Give the kernel back what malloc kept of much that was under way, until cancelled."""
+        much = False
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            peak = self._take_peak()
+            if much and peak < LITTLE_BYTES:
+                await asyncio.to_thread(give_freed_memory_back)
+                much = False
+            much = much or peak > MUCH_BYTES
+
+    def _add(self, nbytes: int) -> None:
+        self._taken += nbytes
+        self._peak = max(self._peak, self._taken)
+
+    def _take_peak(self) -> int:
+        """The most since it was asked before."""
+        with self._lock:
+            peak, self._peak = self._peak, self._taken
+            return peak
