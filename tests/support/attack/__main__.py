@@ -107,12 +107,16 @@ class Attacks:
             "pids": self._members.pids(),
         }
         attacker = start("attacker", json.dumps(window))
-        timer = threading.Timer(seconds + PATIENCE, attacker.terminate)
+        timer = threading.Timer(START_SECONDS, attacker.kill)
         timer.start()
         ended: Counter[str] = Counter()
         assert attacker.stdout
         for line in attacker.stdout:
-            if line == "restart controller\n":
+            if line == "begun\n":
+                timer.cancel()
+                timer = threading.Timer(seconds + PATIENCE, attacker.terminate)
+                timer.start()
+            elif line == "restart controller\n":
                 self._members.restart(CONTROLLER)
             else:
                 ended.update(json.loads(line))

@@ -54,6 +54,7 @@ def main(given: dict[str, Any]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, most), most))
     name = given.pop("name")
+    print("begun", flush=True)
     window = Window(
         values=random.Random(f"{given.pop('seed')} {name}"),
         until=time.monotonic() + given.pop("seconds"),
