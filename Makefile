@@ -64,7 +64,8 @@ SEED ?= 1
 chaos: setup
 	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED)
 
-# Every class of attack on a running service, with values drawn from SEED, in 5 minutes at most. CLASSES="a,b": those alone.
+# Every class of attack on a running service, with values drawn from SEED, in 5 minutes at most.
+# CLASSES="a,b": those alone; CLASSES=worker: those on a model worker, which takes a minute to start.
 CLASSES ?=
 attack: setup
 	PYTHONPATH=tests $(BIN)/python -m support.attack --seed $(SEED) --only "$(CLASSES)"

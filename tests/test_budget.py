@@ -79,8 +79,8 @@ def test_limits_of_the_container_are_found(
 def test_a_container_leaves_memory_for_requests_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     for limit, rows, processes, expected in (
-        (2 * gib, gib, 1, 768 * MIB),
-        (2 * gib, gib, 2, 256 * MIB),
+        (2 * gib, gib, 1, 576 * MIB),
+        (2 * gib, gib, 2, 192 * MIB),
         (64 * gib, gib, 1, gib),
         (gib, gib, 1, 128 * MIB),
     ):

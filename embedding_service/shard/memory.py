@@ -26,12 +26,12 @@ def available_memory() -> int:
 def memory_for_requests(rows: int, processes: int) -> int:
     """Bytes of requests and answers that may be under way in one of a shard's processes.
 
-    An equal share of what the machine or the container leaves besides `rows` bytes of rows and the processes
-    themselves, within bounds.
+    An equal share of three quarters of what the machine or the container leaves besides `rows` bytes of rows and the
+    processes themselves, within bounds. The rest is for what is not counted: small messages, and those not yet whole.
     """
     limit = min([_machine("MemTotal"), *(limit for limit, _ in containers())])
     left = limit - rows - processes * _PROCESS
-    return min(max(left // processes, _LEAST_UNDER_WAY), _MOST_UNDER_WAY)
+    return min(max(left * 3 // 4 // processes, _LEAST_UNDER_WAY), _MOST_UNDER_WAY)
 
 
 def _machine(field: str) -> int:

@@ -179,11 +179,15 @@ def run(
 def main(
     seconds: Annotated[float, typer.Option(min=30, help="For everything, start and end included.")] = 290.0,
     seed: Annotated[int, typer.Option(help="Of all values.")] = 1,
-    only: Annotated[str, typer.Option(help="Names of classes, separated by commas; default: all.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(help="Names of classes, or worker: those on a model worker. Default: all others."),
+    ] = "",
 ) -> None:
     """Attack a service, show the figures, and end with code 1 where it did not hold."""
     known = [*ATTACKS, *WORKER_ATTACKS]
-    names = [name.strip() for name in only.split(",")] if only else known
+    groups = {"": [*ATTACKS], "worker": [*WORKER_ATTACKS]}
+    names = groups.get(only) or [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"no class of attack {unknown}: there are {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
