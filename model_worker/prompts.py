@@ -7,14 +7,14 @@ from typing import Any
 
 from model_worker.protocol import BadRequest, Message, Prompt, clipped, shortened
 
-# NFC makes one character of at most so many.
-_COMPOSED = 3
+# Characters of a token, more than of almost any text's mean.
+_CHARACTERS = 8
 
 
 class Prompts:
     """Reads prompts for one model. From any thread; Python's lock is free while a text is tokenized.
 
-    What cannot fit the model's context is refused before anything is done with it, as far as that can be known.
+    Of a text that is far too long for the model's context only the beginning is tokenized, to know it.
 
     name: the served model id.
     tokenizer: a fast transformers tokenizer.
@@ -33,7 +33,6 @@ class Prompts:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = tokenizer.split_special_tokens
-        self._longest = _longest_text(self._backend)
 
     def tokens(self, prompt: Prompt, where: str) -> list[int]:
         """The tokens of a text, or of a list of ids as it came. where: its place in the request."""
@@ -55,7 +54,6 @@ class Prompts:
         if not self._tokenizer.chat_template:
             raise BadRequest(f"{self._name!r} has no chat template: use /v1/completions", "messages")
         turns = [message.for_template() for message in messages]
-        self._check_length(sum(len(turn["content"]) for turn in turns), "messages", "the conversation")
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # A template is a program of the checkpoint's.
@@ -67,7 +65,8 @@ class Prompts:
         return self._encode(text, "messages", "the conversation", special=False)
 
     def _encode(self, text: str, param: str, where: str, special: bool = True) -> list[int]:
-        self._check_length(len(text), param, where)
+        self._check_beginnings(text, param, where)
+        # A batch, as `encode` does not let go of Python's lock.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=special)
         if len(encoding) > self._context_length:
             raise self._too_long(f"{where} has {len(encoding)} tokens", param)
@@ -78,24 +77,19 @@ class Prompts:
             raise BadRequest(f"{told}, but its model has tokens in [0, {self._vocab_size}): leave it out", param)
         return tokens
 
-    def _check_length(self, characters: int, param: str, where: str) -> None:
-        if self._longest is not None and characters > self._longest * self._context_length:
-            raise self._too_long(
-                f"{where} has {characters} characters, at least {-(-characters // self._longest)} tokens", param
-            )
+    def _check_beginnings(self, text: str, param: str, where: str) -> None:
+        """Refuse a text whose beginning is too long already: first a small one, then each twice as long."""
+        size = _CHARACTERS * self._context_length
+        while size < len(text):
+            [encoding] = self._backend.encode_batch_fast([text[:size]], add_special_tokens=False)
+            # The last tokens of a beginning may be others in the whole, but not a quarter of them.
+            if len(encoding) > 16 + self._context_length * 5 // 4:
+                raise self._too_long(
+                    f"{where} has {len(text)} characters, {len(encoding)} tokens in the first {size}", param
+                )
+            size *= 2
 
     def _too_long(self, told: str, param: str) -> BadRequest:
         return BadRequest(
             f"{told}, but the model's context is {self._context_length}: shorten it", param, "context_length_exceeded"
         )
-
-
-def _longest_text(backend: Any) -> int | None:
-    """The most characters of a text that one token stands for; None where it may be any number of them."""
-    # Tokenizers of bytes keep all of a text; others drop blanks, or make one token of any unknown word.
-    lossless = any(kind in repr(backend.decoder) for kind in ("ByteLevel", "ByteFallback"))
-    normalizer = repr(backend.normalizer)
-    if not lossless or (backend.normalizer is not None and not normalizer.startswith("NFC(")):
-        return None
-    longest = max(map(len, backend.get_vocab()), default=1)
-    return longest if backend.normalizer is None else longest * _COMPOSED
