@@ -21,24 +21,20 @@ class Budget:
     What is asked for where nothing else is under way is always granted, so that everything within the limits of a
     request is answered at some time.
 
-    Args:
+    Attributes:
         most: Bytes.
+        left: Of those, how many may still be taken.
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self._taken = self._peak = 0
+        self.most = self.left = most
+        self._peak = 0
         self._lock = threading.Lock()
-
-    @property
-    def left(self) -> int:
-        """Bytes that may still be taken."""
-        return self.most - self._taken
 
     def take(self, nbytes: int) -> bool:
         """Whether so many bytes may come under way: then they count until they are given back."""
         with self._lock:
-            if self._taken and self._taken + nbytes > self.most:
+            if nbytes > self.left < self.most:
                 return False
             self._add(nbytes)
             return True
@@ -56,7 +52,7 @@ class Budget:
     def give_back(self, nbytes: int) -> None:
         """They are not under way any more."""
         with self._lock:
-            self._taken -= nbytes
+            self.left += nbytes
 
     def refusal(self, nbytes: int) -> str:
         """What to say where so many bytes were not granted."""
@@ -78,11 +74,11 @@ class Budget:
             much = much or peak > MUCH_BYTES
 
     def _add(self, nbytes: int) -> None:
-        self._taken += nbytes
-        self._peak = max(self._peak, self._taken)
+        self.left -= nbytes
+        self._peak = max(self._peak, self.most - self.left)
 
     def _take_peak(self) -> int:
         """The most since it was asked before."""
         with self._lock:
-            peak, self._peak = self._peak, self._taken
+            peak, self._peak = self._peak, self.most - self.left
             return peak
