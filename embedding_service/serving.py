@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
@@ -101,6 +102,8 @@ class Server:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Called by generated code."""
         for name, handler in handlers.items():
+            if not _is_written(handler):
+                continue
             streams = handler.request_streaming or handler.response_streaming
             self.offer(f"{service}/{name}", Method(handler, places=self._streams if streams else None))
 
@@ -140,6 +143,16 @@ class Server:
     def _on_death(self, error: BaseException) -> None:
         if not self._died.done():
             self._died.set_exception(Unavailable(f"calls are not answered any more: {error!r}"))
+
+
+def _is_written(handler: Any) -> bool:
+    """Whether a method is this service's: those of generated code, which only say that they are not, are no coroutines.
+
+    A controller has none of the lookups that its service declares.
+    """
+    behaviours = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    written = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return any(is_kind(behaviour) for behaviour in behaviours if behaviour for is_kind in written)
 
 
 class RoutingService:

@@ -133,6 +133,13 @@ def test_a_method_that_is_none_is_refused_at_once(toy: ToyServer, channel: grpc.
     assert ask(channel, "Echo", "after").startswith("after")
 
 
+def test_a_method_that_nobody_wrote_is_refused_as_one_that_is_not_there(
+    channel: grpc.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert code_of(lambda: ask(channel, "Absent")) == "UNIMPLEMENTED"
+    assert not caplog.records
+
+
 def test_private_methods_are_none_at_other_addresses(toy: ToyServer, channel: grpc.Channel) -> None:
     """Only there is it believed whose a call is."""
     assert code_of(lambda: ask(channel, "Private")) == "UNIMPLEMENTED"

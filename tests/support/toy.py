@@ -34,6 +34,7 @@ class Toy:
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait, read, write),
             "Repeat": grpc.unary_stream_rpc_method_handler(self.repeat, read, write),
             "Join": grpc.stream_unary_rpc_method_handler(self.join, read, write),
+            "Absent": grpc.unary_unary_rpc_method_handler(self.absent, read, write),
             "Chat": grpc.stream_stream_rpc_method_handler(self.chat, read, write),
         }
         server.add_registered_method_handlers(TOY, handlers)
@@ -52,6 +53,10 @@ class Toy:
 
     async def echo(self, request: Any, context: Context) -> Any:
         return Request(service=f"{request.service}, {context.peer()}")
+
+    def absent(self, request: Any, context: Any) -> Any:
+        """As generated code has it for a method that nobody wrote."""
+        raise NotImplementedError
 
     async def fail(self, request: Any, context: Context) -> Any:
         if request.service == "raise":

@@ -34,7 +34,7 @@ SHARDS = ("a", "b", "c")
 FILES = 1024
 CALM_SECONDS = 2.0
 # A class gets no less, and no more.
-SHORTEST, LONGEST = 2.0, 10.0
+SHORTEST, LONGEST = 1.0, 10.0
 # Of a class, besides its window: calm before, and until everything answers and is whole again.
 AROUND = 5.0
 # An attacker that does not end by itself is told to.
@@ -65,11 +65,12 @@ class Attacks:
         """Each class in turn, in equal shares of the time that is left."""
         results = []
         for index, name in enumerate(names):
-            share = (until - time.monotonic()) / (len(names) - index) - AROUND
-            if share < SHORTEST:
+            left = until - time.monotonic()
+            if left < SHORTEST + AROUND:
                 self._console.print(f"no time is left for {', '.join(names[index:])}")
-                results += [Result(left, len(self._members.names)) for left in names[index:]]
+                results += [Result(name, len(self._members.names)) for name in names[index:]]
                 break
+            share = max(left / (len(names) - index) - AROUND, SHORTEST)
             results.append(self._attack(name, min(share, self._longest)))
         return results
 

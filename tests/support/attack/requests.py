@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grpc
-import numpy as np
 
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
@@ -18,29 +17,34 @@ def refused_requests(window: Window) -> None:
     while window.open:
         address = values.choice(window.shards)
         with grpc.insecure_channel(address, OPTIONS) as channel:
-            stub = EmbeddingServiceStub(channel)
-            calls = [stub.Lookup.future(_long_list(window), timeout=20) for _ in range(12)]
-            calls += [stub.Lookup.future(_small(window), timeout=20) for _ in range(20)]
+            lookup = channel.unary_unary("/embedding.v1.EmbeddingService/Lookup")
+            calls = [lookup.future(_long_list(window), timeout=20) for _ in range(12)]
+            calls += [lookup.future(_small(window).SerializeToString(), timeout=20) for _ in range(20)]
             window.wait(calls)
-            stream = stub.StreamLookup(
-                iter([wire.StreamLookupRequest(request_id=n, lookup=_long_list(window)) for n in range(3)]), timeout=20
-            )
-            for _ in range(3):
+            asked = [b"\x12" + _length(message) + message for message in (_long_list(window) for _ in range(3))]
+            stream = channel.stream_stream("/embedding.v1.EmbeddingService/StreamLookup")(iter(asked), timeout=20)
+            for _ in asked:
                 with window.tried("an error on the stream"):
                     next(stream)
             stream.cancel()
 
 
-def _long_list(window: Window) -> wire.LookupRequest:
-    nbytes = window.values.choice((MIB, 4 * MIB, 15 * MIB, 15 * MIB))
-    large = window.values.randrange(1 << 20, 1 << 31)
-    if (kind := window.values.randrange(4)) == 0:
-        return wire.LookupRequest(model="m", table="ngram", ids=np.full(nbytes // 5, large, np.int64))
-    if kind == 1:
-        return wire.LookupRequest(model="m", table="ngram", ids_int64=np.full(nbytes // 8, large, "<i8").tobytes())
-    if kind == 2:
-        return wire.LookupRequest(model="m", table="ngram", ids=np.zeros(nbytes, np.int64))
-    return wire.LookupRequest(model="m", table="ngram", ids_uint32=bytes(nbytes))
+def _long_list(window: Window) -> bytes:
+    """A serialized request, whose ids are numbers of one byte, of five, or of a fixed width."""
+    nbytes = window.values.choice((MIB, 4 * MIB, 15 * MIB, 15 * MIB)) // 40 * 40
+    field, ids = window.values.choice(
+        ((3, b"\0" * nbytes), (3, b"\xff\xff\xff\xff\x07" * (nbytes // 5)), (4, b"\x07" * nbytes), (5, b"\0" * nbytes))
+    )
+    start = wire.LookupRequest(model="m", table="ngram").SerializeToString()
+    return start + bytes([field << 3 | 2]) + _length(ids) + ids
+
+
+def _length(text: bytes) -> bytes:
+    out, value = bytearray(), len(text)
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def _small(window: Window) -> wire.LookupRequest:
