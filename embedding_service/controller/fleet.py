@@ -150,10 +150,11 @@ class Fleet:
         self._refusals = {
             name: refusal for name, refusal in self._refusals.items() if now - refusal[1] < REFUSAL_SECONDS
         }
-        news = self._refusals.get(shard_id, ("", 0))[0] != str(why)
-        if len(self._refusals) < MOST_REFUSALS or shard_id in self._refusals:
-            self._refusals[shard_id] = (str(why), now)
-        return news
+        if len(self._refusals) >= MOST_REFUSALS and shard_id not in self._refusals:
+            return False
+        said, _ = self._refusals.get(shard_id, ("", now))
+        self._refusals[shard_id] = (str(why), now)
+        return said != str(why)
 
     def refusals(self) -> list[str]:
         """Why registrations were refused of late."""

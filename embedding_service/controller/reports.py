@@ -8,7 +8,7 @@ from embedding_service.placement.demand import CUDA, MOST_MEMORY
 from embedding_service.wire import control_pb2 as control
 
 MOST_ACCESSES = 1 << 60
-MOST_PARTS = 100_000
+MOST_PARTS = 1 << 18
 MOST_VERSIONS = 10_000
 # Of an address, an id, a topology; host names have at most 253 characters.
 MOST_CHARACTERS = 300

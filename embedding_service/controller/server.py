@@ -293,7 +293,9 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 # Whoever was told something takes it in before there is more: 1,000 shards get a routing a second.
                 await asyncio.sleep(SECONDS_A_SHARD * len(self._fleet.shards))
             try:
-                await asyncio.wait_for(self._dirty.wait(), TICK_SECONDS)
+                # Not wait_for: Python 3.11's drops a cancellation that comes as the event is set, as at the end.
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._dirty.wait()
             except TimeoutError:
                 continue
 

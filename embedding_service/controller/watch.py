@@ -90,7 +90,8 @@ class StoreWatch:
         if not self._store.is_local:
             return 0
         with contextlib.suppress(OSError, ValueError, TimeoutError):
-            text = await asyncio.wait_for(apart(self._read_term), TERM_SECONDS)
+            async with asyncio.timeout(TERM_SECONDS):
+                text = await apart(self._read_term)
             if 0 < int(text) <= MOST_TERM:
                 return int(text)
         return 0
@@ -100,7 +101,8 @@ class StoreWatch:
         if not self._store.is_local or await self.noted_term() > term:
             return False
         try:
-            await asyncio.wait_for(apart(self._write_term, term), TERM_SECONDS)
+            async with asyncio.timeout(TERM_SECONDS):
+                await apart(self._write_term, term)
         except (OSError, TimeoutError) as error:
             log.info("term %d is not noted in store %s: %s", term, self._store.url, error or "no answer")
             return False

@@ -125,7 +125,8 @@ class Holdings:
             while key in self._wanted and not await self._try_load(key):
                 self._room.clear()
                 try:
-                    await asyncio.wait_for(self._room.wait(), RETRY_SECONDS)
+                    async with asyncio.timeout(RETRY_SECONDS):
+                        await self._room.wait()
                 except TimeoutError:
                     continue
         finally:

@@ -142,7 +142,8 @@ class Registration:
                 )
             yield report
             try:
-                await asyncio.wait_for(self._holdings.changed.wait(), HEARTBEAT_SECONDS)
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self._holdings.changed.wait()
             except TimeoutError:
                 continue
 

@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 # What the wire (dim: uint32), the planner (sums of bytes: int64) and a process can carry, with room to spare.
 MOST_ROWS = 1 << 48
 MOST_DIM = 1 << 20
-MOST_PARTS = 1 << 20
+MOST_PARTS = 100_000
 MOST_BYTES = 1 << 56
 # Of the errors that pydantic finds in a manifest.
 _ERRORS_NAMED = 3

@@ -16,6 +16,8 @@ from embedding_service import EmbeddingClient
 from embedding_service.client.status import get_status
 from embedding_service.commands.cluster import Tier
 from embedding_service.rows import TIERS
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.wire import control_pb2 as control
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -160,3 +162,16 @@ def test_nobody_there() -> None:
     done = run_command("status", address)
     assert done.returncode == 1
     assert address in done.stderr
+
+
+def test_fewer_shards_than_copies_and_a_folder_that_is_no_models_are_said_and_stop_nothing(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    import_checkpoint(checkpoint, str(tmp_path / "store"), "m", dtype="int8", part_bytes=64 << 10)
+    (tmp_path / "store/old models").mkdir()
+    with up(tmp_path, tmp_path / "store", 1, "--replicas=3") as running:
+        said = " ".join(running.output().split())
+        assert "note: 3 copies of every part need 3 shards; 1 can hold any, so 1 are held: add shards" in said
+        assert "old models is skipped: 'old models' cannot be a name" in said
+        kinds = {problem.kind for problem in running.status().problems}
+        assert kinds == {control.Problem.KIND_COPIES, control.Problem.KIND_SKIPPED}

@@ -123,7 +123,7 @@ REFUSED = {
     "memory_limit must be at most": {"memory_limit": 2**64 - 1},
     "part_accesses must be at most": {"parts": [control.PartRef(model="m")], "part_accesses": [2**64 - 1]},
     "part_accesses must be one for each of": {"part_accesses": [1]},
-    "the number of parts": {"parts": [control.PartRef(model="m", part=index) for index in range(100_001)]},
+    "the number of parts": {"parts": [control.PartRef(model="m", part=index) for index in range((1 << 18) + 1)]},
     "term must be at most": {"term": 2**64 - 1},
     "epoch must be at most": {"epoch": 2**64 - 1},
     "shard_id must not be empty": {"shard_id": ""},
