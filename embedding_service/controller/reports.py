@@ -62,6 +62,9 @@ def _check_text(name: str, value: str) -> None:
 
 
 def _check_address(address: str) -> None:
-    host, port = split_address(address)
-    if not 0 < port < 1 << 16 or any(each in host for each in " /@") or not host.isascii():
-        raise InvalidRequest(f"address must be HOST:PORT with a port up to 65,535, got {address!r}")
+    try:
+        host, port = split_address(address)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"address: {error}") from error
+    if not port or any(each in host for each in " /@") or not host.isascii():
+        raise InvalidRequest(f"address must be the HOST:PORT that others reach this shard by, got {address!r}")

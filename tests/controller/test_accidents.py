@@ -130,8 +130,9 @@ REFUSED = {
     "shard_id must be at most 300 printable": {"shard_id": "x\n2026 ERROR forged"},
     "topology must be at most 300 printable": {"topology": "x" * 301},
     "device must be": {"device": "tpu"},
-    "an address must be HOST:PORT": {"address": "nowhere"},
-    "address must be HOST:PORT": {"address": "127.0.0.1:70000"},
+    "address: an address must be HOST:PORT": {"address": "nowhere"},
+    "address: ports go up to 65,535": {"address": "127.0.0.1:70000"},
+    "address must be the HOST:PORT": {"address": "127.0.0.1:0"},
     "table t has over": {"models": described(rows=2**62, rows_per_part=1)},
     "tables.0.rows: Input should be less than": {"models": described(rows=2**62, rows_per_part=2**62)},
 }
