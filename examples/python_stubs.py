@@ -25,7 +25,11 @@ def lookup(
     return [tuple(values[start : start + answer.dim]) for start in range(0, len(values), answer.dim)]
 
 
-def main(address: str, model: str, table: str, *ids: str) -> int:
+def main(*arguments: str) -> int:
+    if len(arguments) < 4 or not all(each.lstrip("-").isdigit() for each in arguments[3:]):
+        print("usage: python examples/python_stubs.py HOST:PORT MODEL TABLE ID [ID ...]", file=sys.stderr)
+        return 2
+    address, model, table, *ids = arguments
     with grpc.insecure_channel(address) as channel:
         try:
             for row in lookup(embedding_pb2_grpc.EmbeddingServiceStub(channel), model, table, list(map(int, ids))):

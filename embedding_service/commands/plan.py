@@ -30,7 +30,9 @@ def plan(
     rows: Annotated[int | None, typer.Option(min=1, help="Without --store: rows of a table yet to be made.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Values a row of that table.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of that table.")] = "int8",
-    part_size: Annotated[str, typer.Option(help="Largest size of a part of that table.")] = "256MiB",
+    part_size: Annotated[
+        str | None, typer.Option(help="Largest size of a part of that table. Default: as an import makes them.")
+    ] = None,
     replicas: ReplicasOption = 1,
     from_nodes: Annotated[
         list[str] | None, typer.Option(help="Show what coming from these nodes moves; equal MEMORY, same nodes.")
@@ -40,7 +42,7 @@ def plan(
     """What a set of nodes would hold; without servers. Exit code 1 if it does not fit, and what is missing."""
     after = _parse_nodes(nodes)
     before = _parse_nodes(from_nodes or [])
-    part_bytes = parse_bytes(part_size)
+    part_bytes = parse_bytes(part_size) if part_size is not None else None
     if store is not None and rows is None and dim is None:
         parts = _stored_parts(store, model)
     elif store is None and model is None and rows is not None and dim is not None:
@@ -181,15 +183,15 @@ def _stored_parts(url: str, name: str | None) -> list[PartDemand]:
     ]
 
 
-def _table_parts(rows: int, dim: int, dtype: str, part_bytes: int) -> list[PartDemand]:
+def _table_parts(rows: int, dim: int, dtype: str, part_bytes: int | None) -> list[PartDemand]:
     """The parts that an import would make of a table."""
     from embedding_service.formats import get_format
     from embedding_service.placement.demand import PartDemand
     from embedding_service.placement.parts import PartKey
-    from embedding_service.store import rows_per_part
+    from embedding_service.store import default_rows_per_part, rows_per_part
 
     row_bytes = get_format(dtype).row_bytes(dim)
-    step = rows_per_part(row_bytes, part_bytes)
+    step = default_rows_per_part(rows, row_bytes) if part_bytes is None else rows_per_part(row_bytes, part_bytes)
     return [
         PartDemand(PartKey("model", "1", "table", index), min(step, rows - first), row_bytes)
         for index, first in enumerate(range(0, rows, step))

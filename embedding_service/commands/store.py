@@ -27,7 +27,10 @@ def import_command(
     name: Annotated[str, typer.Option(help="Name the model is served under.")],
     dtype: Annotated[str, typer.Option(help="int8, int4, fp8, fp16, bf16, fp32 or keep.")] = "int8",
     version: Annotated[str, typer.Option(help="Version of the model; the highest one is served.")] = "1",
-    part_size: Annotated[str, typer.Option(help="Largest size of a part.")] = "256MiB",
+    part_size: Annotated[
+        str | None,
+        typer.Option(help="Largest size of a part. Default: a 16th of each table, at most 256MiB."),
+    ] = None,
     generic: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,7 +40,7 @@ def import_command(
     ] = None,
 ) -> None:
     """Import a checkpoint's tables into a store. Run again to go on after an interruption."""
-    part_bytes = parse_bytes(part_size)
+    part_bytes = parse_bytes(part_size) if part_size is not None else None
     wanted = _tables_by_tensor(generic) if generic else None
     from embedding_service.store.importing import import_checkpoint
     from embedding_service.store.store import Store, next_version

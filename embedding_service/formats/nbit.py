@@ -7,6 +7,9 @@ IntNBitTableBatchedEmbeddingBagsCodegen reads these bytes as they are (row_align
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +107,21 @@ def _compact(columns: torch.Tensor) -> torch.Tensor:
     return columns.clone(memory_format=torch.contiguous_format)
 
 
+@cache
+def _fbgemm() -> Any:
+    """FBGEMM's operators. Only servers have it.
+
+    Importing the package takes 2 s, for operators that a quantizer does not need; the library that has them takes 0.1.
+    """
+    spec = find_spec("fbgemm_gpu")
+    try:
+        torch.ops.load_library(str(Path(spec.origin).with_name("fbgemm_gpu_py.so")))  # type: ignore[union-attr,arg-type]
+        torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized.default  # noqa: B018, raises where it is not there
+    except (AttributeError, OSError):  # a release that lies otherwise, or none
+        import fbgemm_gpu  # noqa: F401, registers them
+    return torch.ops.fbgemm
+
+
 class Int8Format(NbitFormat):
     """One byte a value."""
 
@@ -114,10 +132,8 @@ class Int8Format(NbitFormat):
         return HEADER_BYTES + dim
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        import fbgemm_gpu  # noqa: F401 (registers torch.ops.fbgemm; heavy, and only servers have it)
-
         # FBGEMM's 8-bit rows end in a float32 scale and bias; its inference tables want fp16 ones in front.
-        fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows)
+        fused = _fbgemm().FloatToFused8BitRowwiseQuantized(rows)
         header = _compact(fused[:, -8:]).view(torch.float32).to(torch.float16)
         return fused[:, : rows.shape[1]], header
 
@@ -137,9 +153,7 @@ class Int4Format(NbitFormat):
         return HEADER_BYTES + dim // 2
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        import fbgemm_gpu  # noqa: F401 (registers torch.ops.fbgemm; heavy, and only servers have it)
-
-        fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+        fused = _fbgemm().FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
         return fused[:, :-HEADER_BYTES], _compact(fused[:, -HEADER_BYTES:]).view(torch.float16)
 
     def _unpack(self, codes: Any, values: Any) -> None:

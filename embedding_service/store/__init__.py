@@ -5,7 +5,14 @@ STORE/MODEL/VERSION/TABLE/part-00000.safetensors
 """
 
 from embedding_service.store.manifest import Manifest, Part, Table
-from embedding_service.store.parts import DEFAULT_PART_BYTES, part_layout, read_into, rows_per_part, verify
+from embedding_service.store.parts import (
+    DEFAULT_PART_BYTES,
+    default_rows_per_part,
+    part_layout,
+    read_into,
+    rows_per_part,
+    verify,
+)
 from embedding_service.store.store import Store
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "Part",
     "Store",
     "Table",
+    "default_rows_per_part",
     "part_layout",
     "read_into",
     "rows_per_part",

@@ -95,10 +95,14 @@ class Draft:
     def abandon_if_empty(self) -> None:
         """Leave no trace where nothing was finished."""
         if self.folder.exists() and len(_lines(self.folder / _JOURNAL)) < 2:
-            shutil.rmtree(self.folder)
-            if self.store.is_local:
-                with contextlib.suppress(OSError):  # not empty: the model has other versions
-                    self.folder.parent.rmdir()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leave no trace: no later import can go on from here."""
+        shutil.rmtree(self.folder)
+        if self.store.is_local:
+            with contextlib.suppress(OSError):  # not empty: the model has other versions
+                self.folder.parent.rmdir()
 
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return sum(part_bytes)

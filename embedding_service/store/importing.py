@@ -26,7 +26,7 @@ from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_fo
 from embedding_service.store.draft import Draft, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
 from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table, part_file
-from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, rows_per_part
+from embedding_service.store.parts import PartWriter, default_rows_per_part, rows_per_part
 from embedding_service.store.progress import Meter, Progress
 from embedding_service.store.store import Store
 from embedding_service.tensorfile import PAGE_BYTES
@@ -43,13 +43,14 @@ def import_checkpoint(
     *,
     version: str = "1",
     dtype: str = "int8",
-    part_bytes: int = DEFAULT_PART_BYTES,
+    part_bytes: int | None = None,
     progress: Progress | None = None,
     generic: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
 
     dtype: "int8", "int4", "fp8", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
+    part_bytes: most bytes of a part; None for a 16th of each table in whole pages, at most 256 MiB.
     generic: tensor -> table, to take these matrices as tables without a family, whatever model they are of; then
     `checkpoint` may also be a safetensors file, or a folder of them without a config.
     Goes on where an earlier call with the same checkpoint and options was interrupted, be it while it published.
@@ -68,7 +69,11 @@ def import_checkpoint(
         slots = [slot for plan in plans for slot in plan.slots()]
         draft.check_space([slot.bytes + PAGE_BYTES for slot in slots if not draft.finished(slot.file)])
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
-        tables = tuple(_write_table(plan, draft, meter) for plan in plans)
+        try:
+            tables = tuple(_write_table(plan, draft, meter) for plan in plans)
+        except ImportRefused:  # a row that cannot be held: the same import would end there again
+            draft.abandon()
+            raise
         manifest = _manifest(name, version, source, importer, plans, tables)
         draft.publish(manifest)
     return manifest
@@ -111,12 +116,16 @@ class _TablePlan:
         return slots
 
 
-def _plan(source: TableSource, dtype: str, part_bytes: int) -> _TablePlan:
+def _plan(source: TableSource, dtype: str, part_bytes: int | None) -> _TablePlan:
     if dtype not in (*FORMATS, KEEP):
         raise InvalidRequest(f"unknown dtype {dtype!r}; known: {', '.join((*FORMATS, KEEP))}")
     row_format = get_format(source.stored_as if dtype == KEEP else dtype)
     row_bytes = row_format.row_bytes(source.dim)
-    return _TablePlan(source, row_format, row_bytes, rows_per_part(row_bytes, part_bytes))
+    if part_bytes is None:
+        part_rows = default_rows_per_part(source.rows, row_bytes)
+    else:
+        part_rows = rows_per_part(row_bytes, part_bytes)
+    return _TablePlan(source, row_format, row_bytes, part_rows)
 
 
 def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan]) -> str:

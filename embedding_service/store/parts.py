@@ -24,6 +24,8 @@ from embedding_service.store.manifest import Part, part_file
 from embedding_service.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
 
 DEFAULT_PART_BYTES = 256 << 20
+# By default a table has at least so many, where it has the rows: a small one would lie on one shard.
+DEFAULT_PARTS = 16
 CHUNK_BYTES = 4 << 20
 TENSOR_NAME = "rows"
 
@@ -37,6 +39,13 @@ def rows_per_part(row_bytes: int, part_bytes: int = DEFAULT_PART_BYTES) -> int:
             f"only every {step * row_bytes:,} bytes"
         )
     return part_bytes // (step * row_bytes) * step
+
+
+def default_rows_per_part(rows: int, row_bytes: int) -> int:
+    """Rows of a part where nobody says: most that give DEFAULT_PARTS parts and are at most DEFAULT_PART_BYTES."""
+    least = PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes) * row_bytes
+    share = (rows - 1) // (DEFAULT_PARTS - 1) * row_bytes
+    return rows_per_part(row_bytes, max(least, min(share, DEFAULT_PART_BYTES)))
 
 
 class PartLayout(NamedTuple):

@@ -307,6 +307,9 @@ def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
 def test_the_page_on_other_models_does_what_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "other-models.md").read_text()
     save_file({"users": torch.randn(5000, DIM), "items": torch.randn(2000, DIM)}, tmp_path / "model.safetensors")
+    for name in re.findall(r'EmbeddingBagConfig\(name="(\w+)"', page):  # a name that TorchRec itself takes
+        config = EmbeddingBagConfig(name=name, num_embeddings=4, embedding_dim=4, feature_names=["a"])
+        EmbeddingBagCollection(tables=[config])
     [command] = re.findall(r"^    embedding-service (import .*)$", page, re.MULTILINE)
     arguments = command.replace("STORE", "store").split()
     subprocess.run([sys.executable, "-m", "embedding_service", *arguments], cwd=tmp_path, check=True, timeout=120)

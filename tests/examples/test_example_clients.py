@@ -52,6 +52,13 @@ def test_python_stubs_say_what_the_service_says(service: Up) -> None:
     assert "ngram" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["localhost:1"], ["localhost:1", "m", "t"], ["localhost:1", "m", "t", "x"]])
+def test_python_stubs_say_how_they_are_used(arguments: list[str]) -> None:
+    done = run(sys.executable, EXAMPLES / "python_stubs.py", *arguments)
+    assert done.returncode == 2
+    assert done.stderr == "usage: python examples/python_stubs.py HOST:PORT MODEL TABLE ID [ID ...]\n"
+
+
 @pytest.fixture(scope="module")
 def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """client.js with its packages as the lock file pins them, beside a copy of the protos."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.store import Part, part_layout, read_into, rows_per_part, verify
-from embedding_service.store.parts import PartWriter
+from embedding_service.store.parts import PartWriter, default_rows_per_part
 
 PAGE = 4096
 
@@ -169,3 +169,22 @@ def test_a_part_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
         writer.write(row_format.encode(torch.ones(5, 8)))
         raise KeyboardInterrupt
     assert list((tmp_path / "t").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "parts"),
+    [
+        (1_000_000, 260, 16),
+        (2_000, 64, 16),
+        (1_024, 64, 16),
+        (64, 64, 1),  # a page
+        (1, 260, 1),
+        (1_500, 260, 2),  # rows of 260 bytes fill whole pages every 1,024 rows
+        (122_683_536, 260, 119),  # LongCat-Flash-Lite: parts of at most 256 MiB
+    ],
+)
+def test_a_small_table_is_spread_and_a_large_one_in_parts_of_256_mib(rows: int, row_bytes: int, parts: int) -> None:
+    part_rows = default_rows_per_part(rows, row_bytes)
+    assert part_rows * row_bytes % 4096 == 0
+    assert part_rows * row_bytes <= 256 << 20
+    assert -(-rows // part_rows) == parts
