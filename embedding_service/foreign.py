@@ -24,6 +24,11 @@ def shown(value: object) -> str:
     return printable(_SHORT.repr(value))
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return printable(" ".join(str(error).split()))
+
+
 class LineFormatter(logging.Formatter):
     """Keeps a record on one line whatever is in it; lines of a traceback after it are indented."""
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from embedding_service.checkpoint import read_config, read_json, tensor_files
 from embedding_service.errors import StoreError
-from embedding_service.foreign import printable
+from embedding_service.foreign import one_line, printable
 
 GENERATION = "generation_config.json"
 
@@ -35,6 +35,12 @@ class Checkpoint:
         """The names of all tensors."""
         return set(self._files)
 
+    @property
+    def architectures(self) -> list[str]:
+        """What models its config says it is of."""
+        named = self.config.get("architectures")
+        return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
     def generation_config(self) -> GenerationConfig | None:
         """How the model is to generate, and what ends a sequence; None where the checkpoint leaves that to its config.
 
@@ -46,7 +52,7 @@ class Checkpoint:
         try:
             return GenerationConfig.from_dict(keys)
         except Exception as error:
-            raise StoreError(f"cannot use {GENERATION} in {self.folder} ({error}): correct it") from error
+            raise StoreError(f"cannot use {GENERATION} in {self.folder} ({one_line(error)}): correct it") from error
 
     def slice(self, name: str) -> Any:
         """A tensor not read yet (safetensors' slice): `[...]` reads it, `get_shape()` tells its shape.

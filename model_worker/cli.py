@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,8 @@ import typer
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import printable
+from embedding_service.machine import check_free, join_address
+from model_worker.progress import Say, StartProgress
 
 if TYPE_CHECKING:
     from model_worker.serving import Scaling
@@ -92,40 +93,45 @@ def serve(
         )
     if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
         raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
+    host = host.strip("[]")
     if ray_address is None:
-        _check_port_is_free(host, port)
+        check_free(join_address(host, port), "--port")
         if metrics_port:
-            _check_port_is_free("127.0.0.1", metrics_port, "--metrics-port")
+            check_free(f"127.0.0.1:{metrics_port}", "--metrics-port")
         os.environ.update(_LOCAL_RAY)
-    config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, parse_bytes(cache_bytes))
-    from model_worker.serving import Scaling
-
+    rows = parse_bytes(cache_bytes)
+    progress = StartProgress()
+    with progress:
+        config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, rows, progress.say)
+        progress.say("loading ray")
+        from model_worker.serving import Scaling
     scaling = Scaling(
         replicas, min_replicas, max_replicas, num_cpus, num_gpus, upscale_delay, downscale_delay, drain_seconds
     )
-    _run(config, scaling, host, port, ray_address, metrics_port)
-
-
-def _check_port_is_free(host: str, port: int, option: str = "--port") -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise InvalidRequest(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
+    _run(config, scaling, host, port, ray_address, metrics_port, progress)
 
 
 def resolve_model(
-    checkpoint: Path, embeddings: str, name: str | None, max_batch: int, max_queue: int, cache_bytes: int
+    checkpoint: Path,
+    embeddings: str,
+    name: str | None,
+    max_batch: int,
+    max_queue: int,
+    cache_bytes: int,
+    say: Say = lambda waiting: None,
 ) -> WorkerConfig:
-    """Find the model in the service, before anything is started."""
+    """Check the checkpoint and find the model in the service, before anything is started."""
+    say("loading torch and transformers")
     from embedding_service import EmbeddingClient
-    from model_worker.checkpoint import Checkpoint
+    from model_worker import families
     from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
 
-    folder = Checkpoint(checkpoint).folder.resolve()
+    say(f"checking {checkpoint}")
+    families.check(checkpoint)
+    say(f"asking the embedding service at {embeddings} for its models")
     with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes) as client:
         model, version = _pick(name, [(each.name, each.version) for each in client.models()])
-    return WorkerConfig(str(folder), embeddings, model, version, max_batch, max_queue, cache_bytes)
+    return WorkerConfig(str(checkpoint.resolve()), embeddings, model, version, max_batch, max_queue, cache_bytes)
 
 
 def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
@@ -143,22 +149,31 @@ def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
 
 
 def _run(
-    config: WorkerConfig, scaling: Scaling, host: str, port: int, ray_address: str | None, metrics_port: int | None
+    config: WorkerConfig,
+    scaling: Scaling,
+    host: str,
+    port: int,
+    ray_address: str | None,
+    metrics_port: int | None,
+    progress: StartProgress,
 ) -> None:
     from model_worker import serving
 
     _on_signals(_exit)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        if ray_address is None:
-            serving.start_local_ray(scaling, metrics_port)
-        else:
-            serving.join_ray(ray_address)
-        # Ray takes SIGTERM for itself when it starts.
-        _on_signals(_exit)
-        serving.deploy(config, scaling, host, port)
+        with progress:
+            if ray_address is None:
+                progress.say("starting Ray")
+                serving.start_local_ray(scaling, metrics_port)
+            else:
+                progress.say(f"joining the Ray cluster at {ray_address}")
+                serving.join_ray(ray_address)
+            # Ray takes SIGTERM for itself when it starts.
+            _on_signals(_exit)
+            serving.deploy(config, scaling, host, port, progress.say)
         typer.echo(
-            f"model-worker: {config.name} ready at http://{host}:{port}/v1 "
+            f"model-worker: {config.name} ready at http://{join_address(host, port)}/v1 "
             f"(up to {scaling.most} replicas, embeddings from {config.embeddings}; "
             f"metrics at {', '.join(serving.metrics_addresses())})"
         )

@@ -1,4 +1,7 @@
-"""The model families the worker knows, each a module with ARCHITECTURES, MODELS, `load_model` and `attach`."""
+"""The model families the worker knows.
+
+Each is a module with ARCHITECTURES, MODELS, `read_config`, `dense_tensors`, `load_model` and `attach`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,36 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, StoreError
+from embedding_service.foreign import one_line, shown
 from model_worker import longcat, qwen4_exp
 from model_worker.checkpoint import Checkpoint
+from model_worker.ends import end_tokens
 from model_worker.rows import Lookups
+from model_worker.text import load_tokenizer
 
 FAMILIES: tuple[ModuleType, ...] = (longcat, qwen4_exp)
 
 
+def check(checkpoint: str | Path) -> None:
+    """Whether a worker can load a checkpoint, as far as that shows without reading a weight: in a second or so.
+
+    Raises InvalidRequest: another architecture, or quantized.
+    StoreError: a file is missing or damaged, or they do not fit each other.
+    """
+    files = Checkpoint(checkpoint)
+    family, config = _family_and_config(files)
+    family.dense_tensors(files, config)
+    generation = files.generation_config() or GenerationConfig.from_model_config(config)
+    end_tokens(config, generation, load_tokenizer(files.folder))
+
+
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """See `model_worker.load_model`."""
-    architectures = Checkpoint(checkpoint).config.get("architectures") or []
-    for family in FAMILIES:
-        if not set(family.ARCHITECTURES).isdisjoint(architectures):
-            return family.load_model(checkpoint, dtype)
-    known = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
-    raise InvalidRequest(f"{checkpoint} is a checkpoint of {architectures}; this worker serves {known}")
+    family, _ = _family_and_config(Checkpoint(checkpoint))
+    return family.load_model(checkpoint, dtype)
 
 
 def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
@@ -34,3 +49,34 @@ def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
             return family.attach(hf_model, client, name)
     known = ", ".join(family.MODELS.__name__ for family in FAMILIES)
     raise InvalidRequest(f"cannot attach to a {type(hf_model).__name__}: only to {known}")
+
+
+def _family_and_config(files: Checkpoint) -> tuple[ModuleType, PreTrainedConfig]:
+    family = _family(files)
+    if files.config.get("quantization_config"):
+        raise InvalidRequest(
+            f"{files.folder} is quantized (quantization_config in its config.json), which this worker does not read: "
+            "give the checkpoint in bfloat16, float16 or float32"
+        )
+    try:
+        config: PreTrainedConfig = family.read_config(files)
+    except EmbeddingServiceError:
+        raise
+    except Exception as error:
+        raise StoreError(f"transformers refuses the config.json of {files.folder}: {one_line(error)}") from error
+    layers = config.get_text_config().num_hidden_layers
+    if layers > len(files.names):
+        raise StoreError(
+            f"{files.folder} does not fit its config.json: that has {layers:,} layers, for {len(files.names)} tensors"
+        )
+    return family, config
+
+
+def _family(files: Checkpoint) -> ModuleType:
+    for family in FAMILIES:
+        if not set(family.ARCHITECTURES).isdisjoint(files.architectures):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
+    raise InvalidRequest(
+        f"{files.folder} is a checkpoint of {shown(files.config.get('architectures'))}; this worker serves {known}"
+    )

@@ -126,6 +126,30 @@ class NgramEmbedding(nn.Module):
         return (words + self.projection(rows)) / (1 + self.rows.hasher.num_heads)
 
 
+def read_config(files: Checkpoint) -> LongcatFlashConfig:
+    """The config transformers has for the dense part; the n-gram keys stay on it as plain attributes."""
+    flash = {key: value for key, value in files.config.items() if key not in _OWN_CONFIG_KEYS}
+    if "num_layers" in flash:
+        # Each layer holds two attention sublayers; published configs do not agree which of the two this key counts.
+        flash.pop("num_hidden_layers", None)
+    return LongcatFlashConfig.from_dict(flash)
+
+
+def dense_tensors(files: Checkpoint, config: LongcatFlashConfig) -> dict[str, Any]:
+    """The tensors of the dense part, under transformers' names, not read yet.
+
+    Raises StoreError: some are not there.
+    """
+    experts = config.num_layers * config.n_routed_experts
+    if experts > len(files.names):
+        raise StoreError(
+            f"{files.folder} does not fit its config.json: that has {experts:,} experts, for {len(files.names)} tensors"
+        )
+    tensors = {name: files.slice(name) for name in _transformer_names(files, config)}
+    refuse_tensors(files.folder, "missing", _expert_names(config) - tensors.keys())
+    return tensors | {WORDS[0]: files.slice(_words_name(files))}
+
+
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> LongcatFlashForCausalLM:
     """The dense part of a LongCat n-gram checkpoint as a transformers model, ready for `attach`.
 
@@ -137,14 +161,10 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
     files = Checkpoint(checkpoint)
-    architectures = files.config.get("architectures") or []
-    if ARCHITECTURE not in architectures:
-        raise InvalidRequest(f"{checkpoint} is a checkpoint of {architectures}; this worker serves {ARCHITECTURE}")
-    config = _flash_config(files.config)
-    words = files.slice(_words_name(files))
-    tensors: dict[str, Any] = {name: files.slice(name) for name in _transformer_names(files, config)}
-    refuse_tensors(checkpoint, "missing", _expert_names(config) - tensors.keys())
-    tensors[WORDS[0]] = words
+    if ARCHITECTURE not in files.architectures:
+        raise InvalidRequest(f"{checkpoint} is a checkpoint of {files.architectures}; expected {ARCHITECTURE}")
+    config = read_config(files)
+    tensors = dense_tensors(files, config)
     try:
         # Other shapes are let through only to be named below: transformers' own refusal does not name them.
         loaded: Any = _FlashWithoutZeroExperts.from_pretrained(
@@ -152,7 +172,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
             generation_config=files.generation_config(),
             config=config,
             state_dict=tensors,
-            dtype=dtype or words[:1].dtype,
+            dtype=dtype or tensors[WORDS[0]][:1].dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -238,15 +258,6 @@ class _FlashWithoutZeroExperts(LongcatFlashForCausalLM):
             experts = layer.mlp.experts
             if experts.gate_up_proj is not None:
                 experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[: config.n_routed_experts].clone())
-
-
-def _flash_config(keys: dict[str, Any]) -> LongcatFlashConfig:
-    """The config transformers has for the dense part; the n-gram keys stay on it as plain attributes."""
-    flash = {key: value for key, value in keys.items() if key not in _OWN_CONFIG_KEYS}
-    if "num_layers" in flash:
-        # Each layer holds two attention sublayers; published configs do not agree which of the two this key counts.
-        flash.pop("num_hidden_layers", None)
-    return LongcatFlashConfig.from_dict(flash)
 
 
 def _transformer_names(files: Checkpoint, config: LongcatFlashConfig) -> list[str]:

@@ -28,6 +28,7 @@ from model_worker.rows import Lookups, RowSource, check_same_hash
 _TABLE_TENSOR = re.compile(r"\.ple_embedding\.ngram_embedding\.")
 # The published model's draft layers for speculative decoding, which transformers' class leaves out too.
 _DRAFT_TENSORS = "mtp."
+_WORDS = "embed_tokens.weight"
 # Where the model's PLE layers keep the last tokens, among the states of a cache layer.
 _TOKENS_STATE = 2
 # Of Qwen4ExpTextModel.forward, in their order.
@@ -156,6 +157,29 @@ ARCHITECTURES = tuple(_CLASSES)
 MODELS = published.Qwen4ExpPreTrainedModel
 
 
+def read_config(files: Checkpoint) -> Any:
+    """The config that transformers has. Raises InvalidRequest: another architecture."""
+    _, config_class = _classes(files)
+    return config_class.from_dict(files.config)
+
+
+def dense_tensors(files: Checkpoint, config: Any) -> dict[str, Any]:
+    """All tensors but the tables and the draft layers, not read yet. Raises StoreError: some are not there."""
+    names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
+    refuse_tensors(files.folder, "missing", set() if any(name.endswith(_WORDS) for name in names) else {_WORDS})
+    return {name: files.slice(name) for name in names}
+
+
+def _classes(files: Checkpoint) -> tuple[Any, Any]:
+    """The model's class and its config's."""
+    known = [name for name in files.architectures if name in _CLASSES]
+    if not known:
+        raise InvalidRequest(
+            f"{files.folder} is a checkpoint of {files.architectures}; expected {' or '.join(_CLASSES)}"
+        )
+    return _CLASSES[known[0]]
+
+
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The dense part of a Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
 
@@ -167,21 +191,16 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
     files = Checkpoint(checkpoint)
-    known = [name for name in files.config.get("architectures") or [] if name in _CLASSES]
-    if not known:
-        raise InvalidRequest(
-            f"{checkpoint} is a checkpoint of {files.config.get('architectures')}; expected {' or '.join(_CLASSES)}"
-        )
-    model_class, config_class = _CLASSES[known[0]]
-    names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
-    words = next((name for name in names if name.endswith("embed_tokens.weight")), None)
-    refuse_tensors(checkpoint, "missing", set() if words else {"embed_tokens.weight"})
+    model_class, _ = _classes(files)
+    config = read_config(files)
+    tensors = dense_tensors(files, config)
+    words = next(tensor for name, tensor in tensors.items() if name.endswith(_WORDS))
     loaded: Any = model_class.from_pretrained(
         None,
         generation_config=files.generation_config(),
-        config=config_class.from_dict(files.config),
-        state_dict={name: files.slice(name) for name in names},
-        dtype=dtype or files.slice(str(words))[:1].dtype,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype or words[:1].dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

@@ -17,15 +17,19 @@ from ray import serve
 from ray._common.network_utils import is_localhost
 from ray.exceptions import RayActorError
 from ray.serve._private import replica
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.foreign import one_line, printable
 from embedding_service.machine import LOCAL_RAY
 from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
+from model_worker.progress import Say
 from model_worker.worker import Worker, WorkerConfig
 
 APP = "model-worker"
+_POLL_SECONDS = 0.1
 # A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
 _ABOVE_QUEUE = 64
 _LOOPBACK = "127.0.0.1"
@@ -105,8 +109,11 @@ class Scaling:
 
 
 def join_ray(address: str) -> None:
-    """Become a driver of a running Ray cluster."""
-    ray.init(address=address, namespace=APP, logging_level=logging.ERROR, log_to_driver=False)
+    """Become a driver of a running Ray cluster. Raises EmbeddingServiceError: there is none."""
+    try:
+        ray.init(address=address, namespace=APP, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EmbeddingServiceError(f"cannot join the Ray cluster at {address}: {one_line(error)}") from error
 
 
 def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
@@ -130,13 +137,17 @@ def metrics_addresses() -> list[str]:
     return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
 
 
-def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None:
-    """Serve; returns when all replicas answer. Raises EmbeddingServiceError, with their reason, when they do not."""
+def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int, say: Say) -> None:
+    """Serve; returns when all replicas answer. Raises EmbeddingServiceError, with their reason, when they do not.
+
+    say: told what it waits for, again and again.
+    """
     quiet = {"log_level": "WARNING", "enable_access_log": False}
+    say("starting Ray Serve and its HTTP server")
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     except RayActorError as error:
-        raise EmbeddingServiceError(f"Ray Serve's proxy does not come up: {error}") from error
+        raise EmbeddingServiceError(f"Ray Serve's proxy does not come up: {one_line(error)}") from error
     deployment: Any = serve.deployment(
         WorkerReplica,
         name=APP,
@@ -145,17 +156,36 @@ def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int) -> None
         graceful_shutdown_wait_loop_s=0.2,
         **scaling.options(config),
     )
-    try:
-        serve.run(deployment.bind(config), name=APP, route_prefix="/")
-    except RuntimeError as error:
-        message = serve.status().applications[APP].deployments[APP].message
-        raise EmbeddingServiceError(f"the replicas do not come up: {_reason(message)}") from error
+    application = serve.RunTarget(deployment.bind(config), name=APP, route_prefix="/")
+    serve.run_many([application], wait_for_applications_running=False)
+    _wait_for_replicas(config, scaling, say)
+
+
+def _wait_for_replicas(config: WorkerConfig, scaling: Scaling, say: Say) -> None:
+    """Until Ray Serve says that the application runs."""
+    wanted = scaling.replicas if scaling.maximum is None else scaling.minimum
+    while True:
+        application = serve.status().applications[APP]
+        replicas = application.deployments.get(APP)
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            message = replicas.message if replicas else application.message
+            raise EmbeddingServiceError(f"the replicas do not come up: {_reason(message)}")
+        ready = replicas.replica_states.get(ReplicaState.RUNNING, 0) if replicas else 0
+        say(
+            f"waiting for replicas, {ready} of {wanted} ready: each starts a process, loads {config.checkpoint} and "
+            f"connects to {config.embeddings}"
+        )
+        time.sleep(_POLL_SECONDS)
 
 
 def _reason(message: str) -> str:
-    """Of a replica's traceback only the message, where the error is one of those raised on purpose."""
-    last = message.strip().splitlines()[-1]
-    return last.partition(": ")[2] if last.startswith(EmbeddingServiceError.__module__) else message
+    """The last line of a replica's traceback; of errors raised on purpose what they say."""
+    last = printable(message.strip().splitlines()[-1])
+    if last.startswith(EmbeddingServiceError.__module__):
+        return last.partition(": ")[2]
+    return f"{last} (the traceback is in the replica's log, by default in /tmp/ray/session_latest/logs/serve)"
 
 
 def _keep_on_loopback() -> None:

@@ -11,16 +11,33 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from embedding_service.errors import StoreError
+from embedding_service.foreign import one_line
+
+TOKENIZER = "tokenizer.json"
 # What decoders put for bytes that are not, or not yet, a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 # All characters of what transformers' clean_up_tokenization_spaces replaces: no replacement goes across another one.
 _CLEANED_UP = " .?!,'ntmsver"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder. Raises StoreError: it is not there, or cannot be read."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what is wrong in a tokenizer.json comes as just that
+        if not (folder / TOKENIZER).exists():
+            message = f"{folder} has no {TOKENIZER}: copy the files of the model's tokenizer into it"
+        else:
+            message = f"cannot read the tokenizer in {folder} ({one_line(error)}): fetch {TOKENIZER} and its companions"
+        raise StoreError(message) from error
 
 
 class Spelling:

@@ -10,18 +10,18 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import Unavailable
 from model_worker import families
 from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
-from model_worker.text import Spelling
+from model_worker.text import Spelling, load_tokenizer
 
 # Seconds a step waits for its rows, retries included, before its requests fail with 503. Where a shard is cut off,
 # a try takes 2 s and the routing names it for 5 s (the controller's --lost-after): more than both and another try.
@@ -153,7 +153,7 @@ class Worker:
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.vocab_size: int = model.config.get_text_config().vocab_size
         """Token ids are below it."""
-        self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(config.checkpoint)
+        self.tokenizer: Any = load_tokenizer(Path(config.checkpoint))
         self._engine = Engine(
             model,
             self.tokenizer,

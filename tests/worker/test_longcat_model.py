@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_model import CONFIG, DIM, HEADS, HIDDEN, NGRAM_CONFIG, VOCAB, all_tensors, write_checkpoint, write_shards
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LongcatFlashForCausalLM
 
@@ -85,6 +85,20 @@ def test_the_dense_half_of_a_split_is_enough(
     half = load_model(tmp_path / "out" / "dense")
     attach(half, LocalTables(tmp_path / "out" / "tables"), "local")
     ids = prompts(2, 9)
+    assert torch.equal(half(ids).logits, model(ids).logits)
+
+
+def test_an_older_index_beside_the_single_file_changes_nothing(
+    model_folder: Path, model: LongcatFlashForCausalLM, tmp_path: Path
+) -> None:
+    """Imports, `split` and workers take each tensor from the same file, as transformers does."""
+    folder = change(model_folder, tmp_path / "m", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
+    save_file(all_tensors(model_folder), folder / "model.safetensors", {"format": "pt"})
+    split_checkpoint(folder, tmp_path / "out")
+    half = load_model(tmp_path / "out" / "dense")
+    attach(half, LocalTables(tmp_path / "out" / "tables"), "local")
+    ids = prompts(2, 9)
+    assert torch.equal(local(folder)(ids).logits, model(ids).logits)
     assert torch.equal(half(ids).logits, model(ids).logits)
 
 

@@ -24,6 +24,8 @@ from support.cluster import Up, free_port, until
 from test_engine import without_a_cache
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
+from embedding_service.machine import join_address
+
 PROMPT = "The import statement, naïvely"
 MAX_BATCH, MAX_QUEUE = 2, 3
 
@@ -31,14 +33,14 @@ MAX_BATCH, MAX_QUEUE = 2, 3
 class Server:
     """`model-worker serve` in a process of its own."""
 
-    def __init__(self, log: Path, checkpoint: Path, embeddings: str, *options: str) -> None:
+    def __init__(self, log: Path, checkpoint: Path, embeddings: str, *options: str, host: str = "127.0.0.1") -> None:
         self.log = log
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{join_address(host, self.port)}"
         command = [str(Path(sys.executable).with_name("model-worker")), "serve", str(checkpoint)]
         with log.open("wb") as output:
             self.popen = psutil.Popen(
-                [*command, f"--embeddings={embeddings}", f"--port={self.port}", *options],
+                [*command, f"--embeddings={embeddings}", f"--host={host}", f"--port={self.port}", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -405,6 +407,23 @@ def test_a_client_that_goes_cancels(server: Server, stream: bool) -> None:
 # The process
 
 
+def test_its_start_told_what_it_waited_for(server: Server, model_folder: Path, embeddings: str) -> None:
+    lines = server.log.read_text().splitlines()
+    phases = (
+        "loading torch and transformers",
+        f"checking {model_folder}",
+        f"asking the embedding service at {embeddings}",
+        "loading ray",
+        "starting Ray",
+        "starting Ray Serve and its HTTP server",
+        f"loads {model_folder} and connects to {embeddings}",
+        " ready at ",
+    )
+    assert all(line.startswith("model-worker: ") for line in lines)
+    said = iter(lines)
+    assert [phase for phase in phases if not any(phase in line for line in said)] == []
+
+
 def test_it_holds_no_tables(server: Server, client: openai.OpenAI, model_folder: Path) -> None:
     client.completions.create(model="small", prompt=PROMPT, max_tokens=5)
     info = server.info()
@@ -488,8 +507,11 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
 
 
 def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, tmp_path: Path) -> None:
-    """Its counts are told and exported; while the service is away they still answer, and its health is not theirs."""
-    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB")
+    """Its counts are told and exported; while the service is away they still answer, and its health is not theirs.
+
+    On IPv6, to have a server there as well.
+    """
+    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB", host="::1")
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
     def ask() -> str:
@@ -503,6 +525,7 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, 
 
     try:
         server.wait_until_ready()
+        assert f"ready at http://[::1]:{server.port}/v1" in server.log.read_text()
         first, before = ask(), server.info()
         assert ask() == first
         after = server.info()

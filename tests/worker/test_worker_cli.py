@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+import ray
 from small_model import write_tokenizer
 
-from model_worker import cli
+from model_worker import cli, serving
 from model_worker.http_app import build_app
+from model_worker.progress import StartProgress
 from model_worker.worker import Worker, WorkerConfig
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of `model-worker` with these arguments."""
+    """Exit code and stderr of `model-worker` with these arguments, but for the lines that tell what it waits for."""
     monkeypatch.setattr(sys, "argv", ["model-worker", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    return int(ended.value.code or 0), capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    return int(ended.value.code or 0), "".join(line for line in lines if not line.startswith("model-worker: "))
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -31,13 +37,71 @@ def test_help_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_not_a_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, embeddings: str
+def config(**keys: object) -> Callable[[Path], object]:
+    """Changes a checkpoint's config.json."""
+
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    """Writes a file of a checkpoint."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(pattern: str) -> Callable[[Path], object]:
+    """Removes files of a checkpoint."""
+    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
+
+
+DENSE = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("*"), "it has no config.json"),
+        (remove("config.json"), "it has no config.json"),
+        (write("config.json", b"[]"), "config.json is not a JSON object"),
+        (remove("*token*"), "has no tokenizer.json: copy"),
+        (remove("tokenizer.json"), "has no tokenizer.json: copy"),
+        (write("tokenizer.json", b"{}"), "cannot read the tokenizer"),
+        (write("tokenizer.json", b"\xff\n"), "cannot read the tokenizer"),
+        (write("tokenizer_config.json", b"[1]"), "cannot read the tokenizer"),
+        (config(quantization_config={"quant_method": "fp8"}), "is quantized"),
+        (config(architectures=5), "is a checkpoint of 5; this worker serves"),
+        (config(architectures=["Llama\nForCausalLM"]), "this worker serves"),
+        (config(vocab_size="500"), "transformers refuses the config.json"),
+        (config(eos_token_id=2**70), "eos_token_id of config.json"),
+        (config(num_layers=10**9), "2,000,000,000 layers"),
+        (config(n_routed_experts=10**9), "experts"),
+        (write("model.safetensors.index.json", b'{"weight_map": null}'), "has no weight_map"),
+        (write("generation_config.json", b"[]"), "generation_config.json is not a JSON object"),
+        (write("generation_config.json", b'{"eos_token_id": [2, 500]}'), "generation_config.json holds 500"),
+        (write("generation_config.json", b'{"watermarking_config": {"x": 1}}'), "cannot use generation_config.json"),
+        (remove(DENSE), f"{DENSE}; fetch the checkpoint again"),
+        (lambda folder: os.truncate(folder / DENSE, 1000), "fetch the checkpoint again"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_served_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    message: str,
 ) -> None:
-    code, error = run(monkeypatch, capsys, "serve", str(tmp_path), f"--embeddings={embeddings}")
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    damage(folder)
+    code, error = run(monkeypatch, capsys, "serve", str(folder), "--embeddings=127.0.0.1:1")
     assert code == 1
-    assert "config.json" in error
+    assert message in error
+    assert error.startswith("error: ")
     assert error.count("\n") == 1
+    assert not ray.is_initialized()
 
 
 def test_an_unknown_model(
@@ -57,14 +121,59 @@ def test_no_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "127.0.0.1:1" in error
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]"])
 def test_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, host: str
+) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host.strip("[]"), 0), family=family) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["serve", str(model_folder), "--embeddings=x:1", f"--host={host}", f"--port={port}"]
+        code, error = run(monkeypatch, capsys, *arguments)
+    assert code == 1
+    shown = "[::1]" if ":" in host else host
+    assert f"{shown}:{port} (Address already in use): give another --port" in error
+
+
+def test_a_host_that_is_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        code, error = run(monkeypatch, capsys, "serve", str(model_folder), "--embeddings=x:1", f"--port={port}")
+    code, error = run(monkeypatch, capsys, "serve", str(model_folder), "--embeddings=x:1", "--host=192.0.2.1")
     assert code == 1
-    assert f"127.0.0.1:{port}" in error
+    assert "the host must be an address of this machine" in error
+
+
+@pytest.mark.parametrize("option", ["--port=0", "--port=65536", "--port=70000", "--metrics-port=65536"])
+def test_ports_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path, option: str
+) -> None:
+    code, error = run(monkeypatch, capsys, "serve", str(model_folder), "--embeddings=x:1", option)
+    assert code == 2
+    assert option.partition("=")[0] in error
+
+
+def test_it_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(StartProgress, "REPEAT_SECONDS", float("inf"))
+    with StartProgress() as progress:
+        for line in ("checking /a [b]/c", "starting Ray", "starting Ray", "waiting\x1b[2J"):
+            progress.say(line)
+        monkeypatch.setattr(StartProgress, "REPEAT_SECONDS", 0.0)
+        progress.say("waiting\x1b[2J")
+    lines = [line.rpartition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    waiting = "model-worker: waiting\\x1b[2J"
+    assert lines == ["model-worker: checking /a [b]/c", "model-worker: starting Ray", waiting, waiting]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("Traceback\n  File\nembedding_service.errors.StoreError: /c has no tensor 'x'\n", "/c has no tensor 'x'"),
+        ("Traceback\n  File\nembedding_service.errors.NotFound: no model: 'a'", "no model: 'a'"),
+        ("died\nMemoryError: of\x1b[0m", "MemoryError: of\\x1b[0m (the traceback is in the replica's log"),
+    ],
+)
+def test_why_a_replica_does_not_start_is_one_line(message: str, reason: str) -> None:
+    assert serving._reason(message).startswith(reason)
 
 
 def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
