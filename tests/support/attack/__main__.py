@@ -40,6 +40,8 @@ AROUND = 5.0
 # An attacker that does not end by itself is told to.
 PATIENCE = 5.0
 BACK_SECONDS = 5.0
+# Until everything has ended.
+END_SECONDS = 20.0
 
 
 class Attacks:
@@ -166,7 +168,7 @@ def run(
             stack.callback(neighbour.kill)
             neighbour.wait_until_ready()
         attacks = Attacks(members, neighbours, worker.address if worker else "", seed, console, longest)
-        results = attacks.run(names, began + seconds)
+        results = attacks.run(names, began + seconds - END_SECONDS)
         ends = {kind: neighbour.end() for kind, neighbour in neighbours.items()}
     for result in results:
         kinds = (WORKER,) if result.name in WORKER_ATTACKS else (PYTHON, THIN)
