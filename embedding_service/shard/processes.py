@@ -144,7 +144,10 @@ class Processes:
         self._stopping.set()
         with self._lock:
             for process in list(self._running):
-                self._tell(process, _Stop())
+                if process.ready:
+                    self._tell(process, _Stop())
+                else:
+                    process.popen.kill()  # it answers nobody yet
         for thread in self._threads:
             thread.join()
 

@@ -114,9 +114,10 @@ async def _serve(options: ShardOptions) -> None:
     if options.processes > 1:
         holdings.sharing = others
     addresses = [front.address for front in fronts]
-    # Who may enter this folder may say whose a call is: nobody else.
-    folder = tempfile.TemporaryDirectory(prefix="embedding-")
+    folder = None
     if options.processes > 1:
+        # Who may enter this folder may say whose a call is: nobody else.
+        folder = tempfile.TemporaryDirectory(prefix="embedding-")
         main_process = await server.listen(f"unix:{folder.name}/main", private=True)
         others.start(
             Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads, budget.most)
@@ -155,7 +156,8 @@ async def _serve(options: ShardOptions) -> None:
         log.info("ending")
         await asyncio.gather(asyncio.to_thread(others.stop), *(front.stop() for front in fronts))
         await server.stop()  # what the others passed on ended before
-        folder.cleanup()
+        if folder:
+            folder.cleanup()
         await cancel([registering])
         transport.close()
         metrics.close()
