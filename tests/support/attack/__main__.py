@@ -121,6 +121,7 @@ class Attacks:
                 timer.start()
             elif line == "restart controller\n":
                 self._members.restart(CONTROLLER)
+                self._members.wait_for_controller()
             else:
                 ended.update(json.loads(line))
         attacker.wait()

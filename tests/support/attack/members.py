@@ -84,6 +84,14 @@ class Members:
         else:
             self.start_shard(name)
 
+    def wait_for_controller(self) -> None:
+        """Until one that was started answers, or ended, or takes too long: `lost` then tells."""
+        with suppress(AssertionError):
+            until(self._controller_came, "", SECONDS_TO_MEND)
+
+    def _controller_came(self) -> bool:
+        return not self.cluster.processes[CONTROLLER].runs or self.cluster.status().term > 0
+
     def start_shard(self, name: str) -> None:
         """One shard."""
         self.cluster.start_shard(name, *SHARD_OPTIONS)
