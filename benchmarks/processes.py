@@ -25,9 +25,9 @@ from rich.table import Table
 from benchmarks.data import HEADS, READY, TABLE, Data, make_data
 from benchmarks.peers.base import START_SECONDS, child, receive, service
 from benchmarks.rounds import cpu_seconds
+from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
 from embedding_service.client.streams import Ended, open_stream
-from embedding_service.client.transport import CHANNEL_OPTIONS
 from embedding_service.placement.routing import Routing
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub

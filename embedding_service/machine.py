@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
 import signal
 import socket
@@ -32,19 +33,37 @@ _PR_SET_PDEATHSIG = 1
 # Files that a process may need besides its connections: parts that are loaded, other shards, the store.
 _OWN_FILES = 256
 _TCP = (socket.AF_INET, socket.AF_INET6)
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_*][A-Za-z0-9_.-]*):([0-9]+)")
+# What is wrong with what is no address, by the first pattern that it has.
+_HINTS = (
+    (r"^\s*$", "it is empty; one is localhost:7070"),
+    (r"^unix", "the service listens on ports, not on socket files"),
+    (r"^\w+://", "leave out the scheme, and what follows the port"),
+    (r"/", "leave out what follows the port"),
+    (r"^\s|\s$", "leave out the blanks around it"),
+    (r",", "give several addresses as a list"),
+    (r"^[^\[]*:[^\[]*:", "an IPv6 host goes in brackets, as [::1]:7070"),
+    (r"^(\[.*\]|[^:]*):?$", "the port is missing, as in localhost:7070"),
+)
 _libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host, an IPv6 one in brackets, and port of an address. Raises InvalidRequest."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()):
-        raise InvalidRequest(f"an address must be HOST:PORT, got {shown(address)}")
-    if (":" in host or "[" in host) and not (host.startswith("[") and host.endswith("]")):
-        raise InvalidRequest(f"an IPv6 host goes in brackets, as [::1]:7070, got {shown(address)}")
-    if len(port) > 5 or int(port) > MOST_PORT:
-        raise InvalidRequest(f"ports go up to {MOST_PORT:,}, got {shown(address)}")
-    return host, int(port)
+def split_address(address: str, *, least: int = 0) -> tuple[str, int]:
+    """Host, an IPv6 one in brackets, and port of an address, which is at least so much: 0 is for who listens.
+
+    Raises InvalidRequest, which says in one line what would be right.
+    """
+    form = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if form is None:
+        raise InvalidRequest(f"an address must be HOST:PORT, got {shown(address)}{_hint(address)}")
+    if len(form[2]) > 20 or not least <= int(form[2]) <= MOST_PORT:
+        raise InvalidRequest(f"ports go from {least} up to {MOST_PORT:,}, got {shown(address)}")
+    return form[1], int(form[2])
+
+
+def _hint(address: object) -> str:
+    found = (hint for pattern, hint in _HINTS if isinstance(address, str) and re.search(pattern, address))
+    return "".join(f": {hint}" for hint in list(found)[:1])
 
 
 def join_address(host: str, port: int) -> str:

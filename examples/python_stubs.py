@@ -30,7 +30,7 @@ def main(*arguments: str) -> int:
         print("usage: python examples/python_stubs.py HOST:PORT MODEL TABLE ID [ID ...]", file=sys.stderr)
         return 2
     address, model, table, *ids = arguments
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             for row in lookup(embedding_pb2_grpc.EmbeddingServiceStub(channel), model, table, list(map(int, ids))):
                 print(*row)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import longcat_checkpoint
-from support.cluster import Up, up
+from support.cluster import Up, dead_proxies, up
 
 from embedding_service import EmbeddingClient
 from embedding_service.store.importing import import_checkpoint
@@ -44,8 +45,11 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`up` with three shards over `store`, for tests that change nothing."""
-    with up(tmp_path_factory.mktemp("service"), store, 3) as running:
+    """`up` with three shards over `store`, for tests that change nothing. Its proxies answer nobody."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:
+            dead_proxies(environment)
+            running = stack.enter_context(up(tmp_path_factory.mktemp("service"), store, 3))
         yield running
 
 

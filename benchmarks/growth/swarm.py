@@ -18,8 +18,8 @@ import grpc
 
 from benchmarks.peers.base import START_SECONDS, child, command, free_port, receive, says
 from benchmarks.rounds import cpu_seconds
+from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
-from embedding_service.client.transport import CHANNEL_OPTIONS
 from embedding_service.placement.routing import Routing
 from embedding_service.shard.registration import HEARTBEAT_SECONDS
 from embedding_service.store.manifest import Manifest, Part, Table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedding_service.machine import split_address
 from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
 from embedding_service.client.router import Router, Steps, Want, run, run_async
@@ -69,9 +69,11 @@ class EmbeddingClient:
     def __init__(
         self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False, cache_bytes: int = 0
     ) -> None:
-        seeds = [address] if isinstance(address, str) else list(address)
-        if not seeds or not all(re.fullmatch(r"[^/]+:\d+", seed) for seed in seeds):
-            raise InvalidRequest(f"address must be HOST:PORT, got {address!r}")
+        seeds = list(address) if isinstance(address, (list, tuple)) else [address]
+        if not seeds:
+            raise InvalidRequest("address must be HOST:PORT, or several of them: got none")
+        for seed in seeds:
+            split_address(seed, least=1)
         self._timeout = timeout
         self._transport: Transport = HedgingTransport(GrpcTransport()) if hedge else GrpcTransport()
         self._router = Router(seeds, alternatives=hedge)

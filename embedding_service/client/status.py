@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from embedding_service.machine import split_address
+from embedding_service.client.channels import open_channel
 from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.status import error_of
 from embedding_service.wire import control_pb2 as control
@@ -15,15 +17,16 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 def get_status(address: str, timeout: float = 5.0) -> control.Status:
     """The controller's view. `address` is the controller's or any shard's, which names the controller.
 
-    Raises ServiceError where neither can be reached.
+    Raises ServiceError where neither can be reached, InvalidRequest where it is no address.
     """
+    split_address(address, least=1)
     try:
         return _ask(address, timeout)
     except grpc.RpcError as error:
         if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
             raise _unreachable(address, error) from None
     try:
-        with grpc.insecure_channel(address) as channel:
+        with open_channel(address) as channel:
             routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=timeout)
     except grpc.RpcError as error:
         raise error_of(error.code(), error.details() or "") from None
@@ -34,7 +37,7 @@ def get_status(address: str, timeout: float = 5.0) -> control.Status:
 
 
 def _ask(address: str, timeout: float) -> control.Status:
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         return ControlServiceStub(channel).GetStatus(control.GetStatusRequest(), timeout=timeout)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from embedding_service.client.channels import open_channel
 from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.streams import Ended, Stream, Watchdog, open_stream
 from embedding_service.errors import Unavailable
@@ -24,20 +25,6 @@ _METHODS: dict[type[Message] | type[rows.Request], str] = {
     wire.GetRoutingRequest: "/embedding.v1.EmbeddingService/GetRouting",
 }
 
-# Rows come in messages larger than gRPC's 4 MB default; the server's own limits bound them. Addresses may change behind
-# a name (a restarted pod), so connecting again must not back off for minutes.
-CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # also how long an attempt to connect may take
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    # A pod that was replaced has its old name and a new address: look it up again at once, not every 30 s.
-    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # A peer that hangs or was cut off does not close its connection: pings while calls wait find out.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 # The largest block from which glibc learns how much freed memory to keep, less what it adds to a block.
 _LARGEST_LEARNT = (32 << 20) - (64 << 10)
 # Streams to one address; a shard takes 256 calls on a connection. Threads beyond these make unary calls.
@@ -162,7 +149,7 @@ class GrpcTransport(Transport):
             if self._closed:
                 raise Unavailable(_CLOSED)
             if address not in self._channels:
-                self._channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+                self._channels[address] = open_channel(address)
             return self._channels[address]
 
     def _method(self, address: str, kind: type[Message] | type[rows.Request]) -> Callable[..., Any]:

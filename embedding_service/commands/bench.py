@@ -100,8 +100,10 @@ def health_p50(address: str) -> float:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from embedding_service.client.channels import open_channel
+
     times = []
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
+from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
-from embedding_service.client.transport import CHANNEL_OPTIONS
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Routing
 from embedding_service.shard.held import Counters
@@ -71,7 +71,7 @@ class Registration:
         pause = FIRST_PAUSE
         while True:
             try:
-                async with grpc.aio.insecure_channel(self._controller, options=CHANNEL_OPTIONS) as channel:
+                async with open_channel_async(self._controller) as channel:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
                         self._connected, self._refused = True, ""

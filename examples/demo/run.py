@@ -111,7 +111,7 @@ def stream_completion(url: str) -> None:
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     console.print(f"[bold]{PROMPT}[/]", end="")
     began = time.monotonic()
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
@@ -139,7 +139,7 @@ def show_shards(service: str) -> None:
 
 def show_worker(url: str, checkpoint: Path) -> None:
     """The worker's memory: parameters, and no tables."""
-    info: dict[str, Any] = httpx.get(f"{url}/v1/worker", timeout=30).json()
+    info: dict[str, Any] = httpx.get(f"{url}/v1/worker", timeout=30, trust_env=False).json()
     table = Table(
         "worker", "memory: anonymous + mapped files", "parameters", "of them tables", "tables it uses", "lookups"
     )

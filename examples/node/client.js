@@ -26,7 +26,8 @@ const { EmbeddingService } = grpc.loadPackageDefinition(definition).embedding.v1
 class Embeddings {
   constructor(address) {
     // Rows of many ids are more than the 4 MiB that grpc-js takes by default; the service has a limit of its own.
-    const options = { 'grpc.max_receive_message_length': -1 };
+    // The service is reached directly, whatever http_proxy says.
+    const options = { 'grpc.max_receive_message_length': -1, 'grpc.enable_http_proxy': 0 };
     this.stub = new EmbeddingService(address, grpc.credentials.createInsecure(), options);
   }
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from embedding_service import EmbeddingClient
-from embedding_service.client.transport import CHANNEL_OPTIONS
+from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire

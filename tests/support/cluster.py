@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import grpc
 import psutil
+import pytest
 
 from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
@@ -34,6 +35,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def dead_proxies(environment: pytest.MonkeyPatch) -> None:
+    """Set what names proxies for the web to a port at which nobody is."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        environment.setenv(name, f"http://127.0.0.1:{free_port()}")
+        environment.setenv(name.upper(), f"http://127.0.0.1:{free_port()}")
+    environment.delenv("no_proxy", raising=False)
+    environment.delenv("NO_PROXY", raising=False)
 
 
 def until(condition: Callable[[], T | None], what: str, seconds: float = START_SECONDS) -> T:
