@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedding_service.client import forks
 from embedding_service.machine import split_address
 from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
@@ -69,17 +70,48 @@ class EmbeddingClient:
     def __init__(
         self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False, cache_bytes: int = 0
     ) -> None:
-        seeds = list(address) if isinstance(address, (list, tuple)) else [address]
+        seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
         if not seeds:
             raise InvalidRequest("address must be HOST:PORT, or several of them: got none")
         for seed in seeds:
             split_address(seed, least=1)
-        self._timeout = timeout
-        self._transport: Transport = HedgingTransport(GrpcTransport()) if hedge else GrpcTransport()
-        self._router = Router(seeds, alternatives=hedge)
+        self._seeds, self._timeout, self._hedge, self._cache_bytes = seeds, timeout, hedge, cache_bytes
         self._hashers: dict[str, NgramHasher] = {}
-        self._kept = _KeptRows(RowCache(cache_bytes)) if cache_bytes else None
+        self._closed = False
+        self._begin_anew(None)
+        forks.watch(self)
+
+    def _begin_anew(self, routing: Routing | None) -> None:
+        """Connections, threads and locks of this process; none is used yet."""
+        self._transport: Transport = HedgingTransport(GrpcTransport()) if self._hedge else GrpcTransport()
+        self._router = Router(self._seeds, routing, alternatives=self._hedge)
+        self._kept = _KeptRows(RowCache(self._cache_bytes)) if self._cache_bytes else None
         self._ahead = ThreadPoolExecutor(MOST_AHEAD, "embedding-prefetch")  # has no thread before it is used
+
+    def before_fork(self, deadline: float) -> None:
+        """See `forks.Forkable`."""
+        self._transport.pause(deadline)
+
+    def after_fork_in_parent(self) -> None:
+        """See `forks.Forkable`."""
+        self._transport.resume()
+
+    def after_fork_in_child(self) -> None:
+        """See `forks.Forkable`. Kept rows are not: a thread that is not here may have been about to change them."""
+        if not self._closed:
+            self._begin_anew(self._router.current)
+
+    def __copy__(self) -> EmbeddingClient:
+        """Copies of what holds a client share it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingClient:
+        """Copies of what holds a client share it."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: a client of the same service, which connects when it is first used."""
+        return _client, (self._seeds, self._timeout, self._hedge, self._cache_bytes)
 
     @property
     def cache(self) -> RowCache | None:
@@ -94,6 +126,7 @@ class EmbeddingClient:
 
     def close(self) -> None:
         """Drop all connections; calls under way fail with Unavailable."""
+        self._closed = True
         self._ahead.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
         self._ahead.shutdown()
@@ -279,6 +312,11 @@ class EmbeddingClient:
             return [each.values() for each in asked]
         merged = kept.merge(founds, began)
         return [each.decoder.decode(rows, each.inverse) for each, rows in zip(asked, merged, strict=True)]
+
+
+def _client(seeds: list[str], timeout: float, hedge: bool, cache_bytes: int) -> EmbeddingClient:
+    """One that was pickled."""
+    return EmbeddingClient(seeds, timeout=timeout, hedge=hedge, cache_bytes=cache_bytes)
 
 
 class _Found(NamedTuple):

@@ -58,6 +58,14 @@ class HedgingTransport(Transport):
         first.add_done_callback(partial(self._settle, result, asked))
         return result
 
+    def pause(self, deadline: float) -> None:
+        """See `Transport.pause`."""
+        self._inner.pause(deadline)
+
+    def resume(self) -> None:
+        """See `Transport.resume`."""
+        self._inner.resume()
+
     def close(self) -> None:
         """Drop all connections; calls under way end as failures."""
         with self._wake:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from embedding_service.client import forks
 from embedding_service.client.channels import open_channel
 from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.streams import Ended, Stream, Watchdog, open_stream
@@ -75,6 +76,15 @@ class Transport(ABC):
     def close(self) -> None:  # noqa: B027 - a transport without connections has nothing to close
         """Drop all connections; calls under way end as failures."""
 
+    def pause(self, deadline: float) -> None:  # noqa: B027 - as above
+        """Drop all connections, which is waited for until `deadline` on time.monotonic's clock.
+
+        Calls that are under way may end before; those that do not, end as failures. Others wait for `resume`.
+        """
+
+    def resume(self) -> None:  # noqa: B027 - as above
+        """Make calls again; after several `pause`s it takes as many."""
+
 
 class GrpcTransport(Transport):
     """One channel an address, opened when first used, shared by all threads.
@@ -89,25 +99,24 @@ class GrpcTransport(Transport):
         self._streams: dict[str, _Streams] = {}
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        # What was begun and has not ended: exchanges, and the results of unary calls.
+        self._under_way: set[object] = set()
         self._closed = False
+        self._pauses = 0
+        self._dropped = False
 
     def send(self, call: Call) -> Future[Any]:
         """Start a unary call. Raises Unavailable once closed."""
-        if self._closed:
-            raise Unavailable(_CLOSED)
-        kind = type(call.request)
-        method = self._methods.get((call.address, kind)) or self._method(call.address, kind)
         result: Future[Any] = Future()
-        try:
-            rpc = method(call.request, timeout=call.timeout)
-        except ValueError:  # closed since we looked
-            raise Unavailable(_CLOSED) from None
-        rpc.add_done_callback(lambda rpc: result.set_result(_outcome(rpc, call)))
-        return result
+        self._enter(result)
+        return self._send(call, result)
 
     def exchange(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
         """See `Transport.exchange`. Raises Unavailable once closed."""
         trips: list[_Trip | Future[Any]] = []
+        this = object()
+        self._enter(this)
         try:
             for call in calls:
                 trips.append(self._begin(call))
@@ -117,35 +126,99 @@ class GrpcTransport(Transport):
             for trip in trips:
                 if isinstance(trip, _Trip):
                     trip.close()
+            self._under_way.discard(this)
 
     def close(self) -> None:
         """Drop all connections."""
-        self._closed = True
-        with self._lock:
-            channels, self._channels, self._methods = list(self._channels.values()), {}, {}
-            streams, self._streams = list(self._streams.values()), {}
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._watchdog.close()
-        for each in streams:
-            each.close()
-        for channel in channels:
+        self._drop(_CLOSED)
+
+    def pause(self, deadline: float) -> None:
+        """See `Transport.pause`."""
+        with self._lock:
+            self._pauses += 1
+        self._wait_for_ends(deadline)
+        with self._lock:
+            self._dropped = True
+        self._drop(_PAUSED)
+        self._wait_for_ends(time.monotonic() + _LEAVING)
+
+    def resume(self) -> None:
+        """See `Transport.resume`."""
+        with self._changed:
+            self._pauses -= 1
+            self._dropped = self._pauses > 0
+            self._changed.notify_all()
+
+    def _enter(self, this: object) -> None:
+        """Count what begins, which waits while paused: `pause` looks at what is counted after it has said so."""
+        self._under_way.add(this)
+        while self._pauses and not self._closed:
+            self._under_way.discard(this)
+            with self._changed:
+                while self._pauses and not self._closed:
+                    self._changed.wait()
+            self._under_way.add(this)
+
+    def _wait_for_ends(self, deadline: float) -> None:
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+
+    def _drop(self, why: str) -> None:
+        with self._lock:
+            channels, self._channels, self._methods = self._channels, {}, {}
+            streams, self._streams = self._streams, {}
+        for each in streams.values():
+            each.close(why)
+        for channel in channels.values():
             channel.close()
+
+    def _send(self, call: Call, result: Future[Any]) -> Future[Any]:
+        kind = type(call.request)
+        try:
+            method = self._methods.get((call.address, kind)) or self._method(call.address, kind)
+            rpc = method(call.request, timeout=call.timeout)
+        except ValueError:  # dropped since we looked
+            return self._send(call, result)
+        except BaseException:
+            self._under_way.discard(result)
+            raise
+        rpc.add_done_callback(lambda rpc: self._answered(result, _outcome(rpc, call)))
+        return result
+
+    def _answered(self, result: Future[Any], outcome: Any) -> None:
+        self._under_way.discard(result)
+        result.set_result(outcome)
 
     def _begin(self, call: Call) -> _Trip | Future[Any]:
         if call.shape is None:
-            return self.send(call)
-        streams = self._streams.get(call.address) or self._open_streams(call.address)
-        stream = streams.take()
-        return self.send(call) if stream is None else _Trip(call, stream, streams, self._watchdog)
+            return self._send(call, Future())
+        while True:
+            streams = self._streams.get(call.address) or self._open_streams(call.address)
+            try:
+                stream = streams.take()
+            except _Refused:
+                continue  # dropped since we looked
+            if stream is None:
+                return self._send(call, Future())
+            return _Trip(call, stream, streams, self._watchdog)
 
     def _open_streams(self, address: str) -> _Streams:
-        channel = self._channel(address)
-        with self._lock:
-            if self._closed:
-                raise Unavailable(_CLOSED)
-            return self._streams.setdefault(address, _Streams(channel))
+        while True:
+            channel = self._channel(address)
+            with self._lock:
+                if self._channels.get(address) is channel:
+                    return self._streams.setdefault(address, _Streams(channel))
 
     def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
+        """Opened when there is none; waits where all were dropped for a while. Raises Unavailable once closed."""
+        forks.check_grpc()
+        with self._changed:
+            while self._dropped and not self._closed:
+                self._changed.wait()
             if self._closed:
                 raise Unavailable(_CLOSED)
             if address not in self._channels:
@@ -154,11 +227,22 @@ class GrpcTransport(Transport):
 
     def _method(self, address: str, kind: type[Message] | type[rows.Request]) -> Callable[..., Any]:
         serializer = rows.Request.message if kind is rows.Request else kind.SerializeToString  # type: ignore[union-attr]
-        multi = self._channel(address).unary_unary(_METHODS[kind], serializer)
-        return self._methods.setdefault((address, kind), multi.future)
+        channel = self._channel(address)
+        method: Callable[..., Any] = channel.unary_unary(_METHODS[kind], serializer).future
+        with self._lock:
+            if self._channels.get(address) is channel:
+                self._methods[address, kind] = method
+        return method
 
 
 _CLOSED = "this client is closed"
+_PAUSED = "cancelled, for this process forks"
+# Seconds: how often is looked whether calls have ended, and how long cancelled ones may take for it.
+_LOOK, _LEAVING = 0.0005, 0.2
+
+
+class _Refused(Exception):
+    """These streams are closed."""
 
 
 def _let_malloc_keep_answers() -> None:
@@ -185,7 +269,7 @@ class _Streams:
         """A stream, and whether it was used before; None where there are too many."""
         with self._lock:
             if self._closed:
-                raise Unavailable(_CLOSED)
+                raise _Refused
             if self._idle:
                 stream = self._idle.pop()
                 self._taken.add(stream)
@@ -217,14 +301,15 @@ class _Streams:
         with self._lock:
             self._taken.discard(stream)
 
-    def close(self) -> None:
+    def close(self, why: str) -> None:
+        """End all streams; whoever waits for one is told why."""
         with self._lock:
             self._closed = True
             idle, taken = self._idle, list(self._taken)
             self._idle = []
         _end(idle)
-        for stream in taken:  # whoever waits for it is told, and sees it end
-            stream.cancel(grpc.StatusCode.CANCELLED, _CLOSED)
+        for stream in taken:
+            stream.cancel(grpc.StatusCode.CANCELLED, why)
 
     def _fresh(self) -> Stream:
         stream = open_stream(self._channel)
