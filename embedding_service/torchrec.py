@@ -32,7 +32,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embedding_service.client.client import EmbeddingClient, ModelDescription
-from embedding_service.client.remote import RemoteModule
+from embedding_service.client.remote import RemoteModule, not_compiled
 from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
 
 __all__ = ["RemoteEmbeddingBagCollection", "RemoteEmbeddingCollection"]
@@ -85,7 +85,7 @@ class _RemoteTables(RemoteModule):
         return features, jagged
 
     def _rows(self, jagged: Mapping[str, JaggedTensor]) -> list[list[Tensor]]:
-        """For each table and each of its features the rows float32 [ids, dim], all of one version of the model."""
+        """For each table and each of its features the rows [ids, dim], all of one version of the model."""
         ids = [[jagged[name].values() for name in config.feature_names] for config in self._configs]
         flat = [torch.cat(each) for each in ids]
         rows = [self._in_graph(each if self._device is None else each.to(self._device)) for each in self._fetch(flat)]
@@ -106,12 +106,12 @@ class _RemoteTables(RemoteModule):
     def _lookup(self, served: str, ids: list[Tensor]) -> list[Tensor]:
         names = [f"{served}/{config.name}" for config in self._configs]
         # The last one on this thread, which would only wait: with one table there is no other.
-        ahead = [self._client.prefetch(*each) for each in zip(names[:-1], ids[:-1], strict=True)]
-        last = partial(self._client.lookup, names[-1], ids[-1])
+        ahead = [self._client.prefetch(*each, dtype=self._sent) for each in zip(names[:-1], ids[:-1], strict=True)]
+        last = partial(self._client.lookup, names[-1], ids[-1], dtype=self._sent)
         waits: list[Callable[[], Tensor]] = [last, *(each.result for each in ahead)]
         configs = [self._configs[-1], *self._configs[:-1]]
         found = [_wait(config, wait) for config, wait in zip(configs, waits, strict=True)]
-        return [*found[1:], found[0]]
+        return [rows.to(self.dtype) for rows in [*found[1:], found[0]]]
 
     def _served_version(self) -> str:
         """`name@version` of what is served now. Raises InvalidRequest where it is not what the configs say."""
@@ -168,6 +168,7 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
             raise InvalidRequest(f"all tables of a collection must have the same embedding_dim, got {dims}")
         self._embedding_configs, self._need_indices = tables, need_indices
 
+    @not_compiled
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Rows of every id, unpooled.
 
@@ -175,8 +176,8 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
             features: [F, B, lengths]; any integer dtype.
 
         Returns:
-            For each feature a JaggedTensor of float32 [ids, dim] with the feature's lengths; `feature@table` where
-            several tables have that feature.
+            For each feature a JaggedTensor of [ids, dim] with its lengths; `feature@table` where several tables
+            have that feature. Of float32, until the module is converted.
 
         Raises:
             InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
@@ -242,6 +243,7 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
                 raise InvalidRequest(f"pooling of table {config.name} must be {kinds}, got {config.pooling.name}")
         self._bag_configs, self._is_weighted = tables, is_weighted
 
+    @not_compiled
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """The bags of every feature, pooled; an empty bag gives zeros.
 
@@ -249,8 +251,8 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
             features: [F, B, lengths]; any integer dtype.
 
         Returns:
-            A KeyedTensor of float32 [B, sum of dims], a key for each feature; `feature@table` where several tables have
-            that feature.
+            A KeyedTensor of [B, sum of dims], a key for each feature; `feature@table` where several tables have that
+            feature. Of float32, until the module is converted.
 
         Raises:
             InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.

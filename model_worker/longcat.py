@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
 
-from embedding_service.client.remote import RemoteModule
+from embedding_service.client.remote import RemoteModule, not_compiled
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -81,6 +81,7 @@ class NgramRows(RemoteModule):
         self.hasher = source.hasher(name)
         self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
 
+    @not_compiled
     def forward(self, tokens: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """int64 [B, S] tokens after [B, C] others -> [B, S, heads * dim], of the dtype and device of `like`."""
         before = time.perf_counter()
@@ -206,6 +207,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
     return embedding.rows.lookups
 
 
+@not_compiled
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Before LongcatFlashModel.forward: token ids become fused embeddings, and the cache learns the tokens."""
     kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}

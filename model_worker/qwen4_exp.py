@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as published
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
 
-from embedding_service.client.remote import RemoteModule
+from embedding_service.client.remote import RemoteModule, not_compiled
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -108,10 +108,18 @@ class RemoteTable(RemoteModule):
         super().__init__()
         self.prefetch, self.layer = prefetch, layer
         self.weight = _NOWHERE
+        self.dtype = prefetch.dtype
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The rows of all layers are asked for together, and all layers are converted together."""
+        converted = super()._apply(fn, recurse)
+        self.prefetch.dtype = self._sent
+        return converted
+
+    @not_compiled
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, S, H] -> [B, S, H, dim]."""
-        return self._in_graph(self.prefetch.rows(self.layer, ids))
+        return self._in_graph(self.prefetch.rows(self.layer, ids).to(self.dtype))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -227,6 +235,7 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
     for embedding in embeddings:
         embedding.ngram_embedding = RemoteTable(prefetch, embedding.ple_layer_index)
 
+    @not_compiled
     def before_forward(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _prefetch(prefetch, embeddings[0].layer_idx, {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs})
 

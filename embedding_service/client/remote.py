@@ -6,9 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from embedding_service.client.client import EmbeddingClient
 from embedding_service.errors import NoGradients
+
+# What the service sends; other dtypes are made of float32 here.
+_SENT = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def not_compiled(forward: Any) -> Any:
+    """A method that torch.compile leaves as it is: the graph ends before it, and the next one begins after it.
+
+    As torch.compiler.disable, which would load the whole compiler for those who do not compile.
+    """
+    return _disable_dynamo(forward)
 
 
 class RemoteModule(nn.Module):
@@ -18,9 +30,23 @@ class RemoteModule(nn.Module):
     which would have changed the weights fails in `backward` instead of leaving them as they were without a word. Freeze
     it with `requires_grad_(False)` to train the rest of a model. That must be said to this module: a model's own
     `requires_grad_` speaks to parameters only.
+
+    Attributes:
+        dtype: Of the rows; follows `to`, `half`, `bfloat16` and the like, as a weight would.
     """
 
     frozen = False
+    dtype = torch.float32
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where nn.Module converts weights: what becomes of one that is not here."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    @property
+    def _sent(self) -> torch.dtype:
+        """What to ask the service for."""
+        return self.dtype if self.dtype in _SENT else torch.float32
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze it with False; raises NoGradients with True."""
@@ -64,7 +90,7 @@ class RemoteEmbedding(RemoteModule):
     Args:
         client: Shared, not owned: close it yourself.
         table: `model/table` or `model@version/table`.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16, until the module is converted to another.
     """
 
     def __init__(self, client: EmbeddingClient, table: str, dtype: torch.dtype = torch.float32) -> None:
@@ -73,9 +99,10 @@ class RemoteEmbedding(RemoteModule):
         self.table = table
         self.dtype = dtype
 
+    @not_compiled
     def forward(self, ids: Tensor) -> Tensor:
         """Integer Tensor[*] -> Tensor[*, dim]; raises what `EmbeddingClient.lookup` raises."""
-        return self._in_graph(self._client.lookup(self.table, ids, dtype=self.dtype))
+        return self._in_graph(self._client.lookup(self.table, ids, dtype=self._sent).to(self.dtype))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
