@@ -33,6 +33,7 @@ _PR_SET_PDEATHSIG = 1
 # Files that a process may need besides its connections: parts that are loaded, other shards, the store.
 _OWN_FILES = 256
 _TCP = (socket.AF_INET, socket.AF_INET6)
+_PORTS = (f"ports go up to {MOST_PORT:,}", f"ports go up to {MOST_PORT:,} and begin at 1")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_*][A-Za-z0-9_.-]*):([0-9]+)")
 # What is wrong with what is no address, by the first pattern that it has.
 _HINTS = (
@@ -57,7 +58,7 @@ def split_address(address: str, *, least: int = 0) -> tuple[str, int]:
     if form is None:
         raise InvalidRequest(f"an address must be HOST:PORT, got {shown(address)}{_hint(address)}")
     if len(form[2]) > 20 or not least <= int(form[2]) <= MOST_PORT:
-        raise InvalidRequest(f"ports go from {least} up to {MOST_PORT:,}, got {shown(address)}")
+        raise InvalidRequest(f"{_PORTS[least]}, got {shown(address)}")
     return form[1], int(form[2])
 
 

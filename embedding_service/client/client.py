@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from embedding_service.client import forks
-from embedding_service.machine import split_address
 from embedding_service.client.cache import Group, RowCache
 from embedding_service.client.hedging import HedgingTransport
 from embedding_service.client.router import Router, Steps, Want, run, run_async
 from embedding_service.client.sinks import PLAIN, DecodedRows, Decoder, StoredRows
 from embedding_service.client.transport import GrpcTransport, Transport
 from embedding_service.errors import InvalidRequest, Unavailable
+from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import grpc
 
-from embedding_service.machine import split_address
 from embedding_service.client.channels import open_channel
 from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.machine import split_address
 from embedding_service.status import error_of
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire

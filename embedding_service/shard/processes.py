@@ -257,7 +257,11 @@ class _PassedOn:
     """Has the main process answer."""
 
     def __init__(self, address: str) -> None:
-        limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        limits = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.enable_http_proxy", 0),
+        ]
         self._channel = grpc.aio.insecure_channel(address, limits)
 
     def handler(self, path: str) -> Any:

@@ -20,7 +20,7 @@ from embedding_service.torchrec import RemoteEmbeddingBagCollection, RemoteEmbed
 
 ROWS = len(longcat_table())
 IDS = torch.tensor([[5, 7], [19_000, 5]])
-FEATURES = KeyedJaggedTensor(["ngram"], torch.tensor([5, 7, 19_000, 5]), torch.tensor([2, 0, 2]))
+FEATURES = KeyedJaggedTensor.from_lengths_sync(["ngram"], torch.tensor([5, 7, 19_000, 5]), torch.tensor([2, 0, 2]))
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
 
@@ -42,10 +42,9 @@ def remote(client: EmbeddingClient) -> Model:
 
 
 def local() -> Model:
+    embedding = nn.Embedding.from_pretrained(longcat_table().clone())
     torch.manual_seed(0)
-    model = Model(nn.Embedding(1, DIM))
-    model.embedding = nn.Embedding.from_pretrained(longcat_table().clone())
-    return model
+    return Model(embedding)
 
 
 def config(kind: type) -> object:
@@ -91,7 +90,8 @@ def test_compiled_torchrec_modules(client: EmbeddingClient, compiled, make: Call
     with torch.no_grad():
         fast, graphs = compiled(module, "aot_eager")
         for count in (4, 9, 17, 33):
-            features = KeyedJaggedTensor(["ngram"], torch.randint(0, ROWS, (count,)), torch.tensor([count - 1, 0, 1]))
+            ids, lengths = torch.randint(0, ROWS, (count,)), torch.tensor([count - 1, 0, 1])
+            features = KeyedJaggedTensor.from_lengths_sync(["ngram"], ids, lengths)
             assert torch.equal(fast(features), module(features))
     assert graphs.frame_count <= 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import socketserver
 import threading
@@ -16,10 +17,10 @@ from support.cluster import Up, dead_proxies
 from typer.testing import CliRunner
 
 from embedding_service import EmbeddingClient, InvalidRequest
-from embedding_service.machine import complete_address, join_address, split_address
 from embedding_service.cli import app
 from embedding_service.client.channels import open_channel_async
 from embedding_service.client.status import get_status
+from embedding_service.machine import complete_address, join_address, split_address
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
@@ -51,10 +52,15 @@ WRONG = {
 
 @pytest.mark.parametrize(("address", "remedy"), WRONG.items(), ids=[each[:20] for each in WRONG])
 def test_what_is_no_address_is_told_its_remedy(address: str, remedy: str) -> None:
-    for take in (lambda each: split_address(each, least=1), EmbeddingClient, get_status, lambda each: EmbeddingClient(["localhost:7070", each])):
+    for take in (
+        lambda each: split_address(each, least=1),
+        EmbeddingClient,
+        get_status,
+        lambda each: EmbeddingClient(["localhost:7070", each]),
+    ):
         with pytest.raises(InvalidRequest, match=remedy) as raised:
             take(address)
-        assert repr(address) in str(raised.value)
+        assert repr(address)[:20] in str(raised.value)
         assert "\n" not in str(raised.value)
 
 
@@ -96,8 +102,9 @@ class _Relay(socketserver.BaseRequestHandler):
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
-    while data := source.recv(65536):
-        sink.sendall(data)
+    with contextlib.suppress(OSError):  # either may hang up
+        while data := source.recv(65536):
+            sink.sendall(data)
 
 
 @pytest.fixture
