@@ -36,7 +36,7 @@ CALM_SECONDS = 2.0
 # A class gets no less, and no more.
 SHORTEST, LONGEST = 1.0, 10.0
 # Of a class, besides its window: calm before, and until everything answers and is whole again.
-AROUND = 5.0
+AROUND = 7.0
 # An attacker that does not end by itself is told to.
 PATIENCE = 5.0
 BACK_SECONDS = 5.0
