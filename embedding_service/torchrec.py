@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,14 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embedding_service.client.client import EmbeddingClient, ModelDescription
-from embedding_service.client.remote import RemoteModule, not_compiled
+from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
 
 __all__ = ["RemoteEmbeddingBagCollection", "RemoteEmbeddingCollection"]
 # Versions that may replace each other while a batch is looked up, before that is an error.
 _VERSIONS = 3
+# A batch is asked for on several threads, and again where its version was replaced: graphs of torch.compile end here.
+_outside_graphs = partial(torch.compiler.disable, reason="the tables lie in the service")
 
 
 class _RemoteTables(RemoteModule):
@@ -50,9 +53,10 @@ class _RemoteTables(RemoteModule):
         tables: Sequence[BaseEmbeddingConfig],
         device: torch.device | str | None,
     ) -> None:
-        super().__init__()
+        wanted = None if device is None else torch.device(device)
+        super().__init__(device=wanted)
         self._client, self._model, self._configs = client, model, tables
-        self._device = None if device is None else torch.device(device)
+        self._device = wanted
         names = [config.name for config in tables]
         if not names or len(set(names)) < len(names):
             raise InvalidRequest(
@@ -63,10 +67,18 @@ class _RemoteTables(RemoteModule):
         self._output_names = get_embedding_names_by_table(list(tables))
         self._served = self._served_version()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Outputs follow the module to another device. They stay float32, as TorchRec's do, made of converted rows."""
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            self._device = self.device
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where outputs lie; the CPU where they lie where the features do."""
-        return self._device or torch.device("cpu")
+        return self._stand_in.device
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -106,12 +118,14 @@ class _RemoteTables(RemoteModule):
     def _lookup(self, served: str, ids: list[Tensor]) -> list[Tensor]:
         names = [f"{served}/{config.name}" for config in self._configs]
         # The last one on this thread, which would only wait: with one table there is no other.
-        ahead = [self._client.prefetch(*each, dtype=self._sent) for each in zip(names[:-1], ids[:-1], strict=True)]
-        last = partial(self._client.lookup, names[-1], ids[-1], dtype=self._sent)
+        dtype = self._stand_in.dtype
+        sent = wire_dtype(dtype)
+        ahead = [self._client.prefetch(*each, dtype=sent) for each in zip(names[:-1], ids[:-1], strict=True)]
+        last = partial(self._client.lookup, names[-1], ids[-1], dtype=sent)
         waits: list[Callable[[], Tensor]] = [last, *(each.result for each in ahead)]
         configs = [self._configs[-1], *self._configs[:-1]]
         found = [_wait(config, wait) for config, wait in zip(configs, waits, strict=True)]
-        return [rows.to(self.dtype) for rows in [*found[1:], found[0]]]
+        return [rows.to(dtype) for rows in (*found[1:], found[0])]
 
     def _served_version(self) -> str:
         """`name@version` of what is served now. Raises InvalidRequest where it is not what the configs say."""
@@ -138,6 +152,8 @@ def _wait(config: BaseEmbeddingConfig, rows: Callable[[], Tensor]) -> Tensor:
 class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
     """In place of a `torchrec.EmbeddingCollection`. Values are float32 and equal to TorchRec's on the same weights.
 
+    After `half()`, `to(dtype)` and the like, too: rows are converted, and the outputs are float32 made of them.
+
     What TorchRec's takes for sharding (`use_gather_select`) has no meaning here. Gradients: none, as `RemoteModule`
     says.
 
@@ -146,7 +162,7 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
         model: `name` or `name@version`. Is `name` replaced by a newer version, that one is taken, if the configs fit.
         tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
             the served table, decoded.
-        device: Where outputs shall lie; None: where the features lie.
+        device: Where outputs shall lie; None: where the features lie. Moving the module changes it.
         need_indices: Give the ids as the outputs' weights.
 
     Raises:
@@ -168,7 +184,7 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
             raise InvalidRequest(f"all tables of a collection must have the same embedding_dim, got {dims}")
         self._embedding_configs, self._need_indices = tables, need_indices
 
-    @not_compiled
+    @_outside_graphs
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Rows of every id, unpooled.
 
@@ -176,8 +192,8 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
             features: [F, B, lengths]; any integer dtype.
 
         Returns:
-            For each feature a JaggedTensor of [ids, dim] with its lengths; `feature@table` where several tables
-            have that feature. Of float32, until the module is converted.
+            For each feature a JaggedTensor of float32 [ids, dim] with the feature's lengths; `feature@table` where
+            several tables have that feature.
 
         Raises:
             InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
@@ -188,7 +204,7 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
             for feature, name, values in zip(config.feature_names, names, rows, strict=True):
                 asked = jagged[feature].to(values.device)
                 outputs[name] = JaggedTensor(
-                    values, lengths=asked.lengths(), weights=asked.values() if self._need_indices else None
+                    values.float(), lengths=asked.lengths(), weights=asked.values() if self._need_indices else None
                 )
         return outputs
 
@@ -213,7 +229,8 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
     """In place of a `torchrec.EmbeddingBagCollection`. Rows are pooled here, by the kernel that TorchRec's uses.
 
     So on the CPU its float32 values equal TorchRec's on the same weights bit for bit; a float16 table is pooled in
-    float32 here and in float16 there. Gradients: none, as `RemoteModule` says.
+    float32 here and in float16 there. After `half()`, `to(dtype)` and the like rows are pooled in that dtype, and the
+    outputs are float32, as TorchRec's are. Gradients: none, as `RemoteModule` says.
 
     Args:
         client: Shared, not owned: close it yourself.
@@ -221,7 +238,7 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
         tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
             the served table, decoded.
         is_weighted: Whether features come with weights; only for sum pooling.
-        device: Where outputs shall lie; None: where the features lie.
+        device: Where outputs shall lie; None: where the features lie. Moving the module changes it.
 
     Raises:
         InvalidRequest: a config differs in rows or dim from the served table, or asks for weighted means.
@@ -243,7 +260,7 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
                 raise InvalidRequest(f"pooling of table {config.name} must be {kinds}, got {config.pooling.name}")
         self._bag_configs, self._is_weighted = tables, is_weighted
 
-    @not_compiled
+    @_outside_graphs
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """The bags of every feature, pooled; an empty bag gives zeros.
 
@@ -251,15 +268,15 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
             features: [F, B, lengths]; any integer dtype.
 
         Returns:
-            A KeyedTensor of [B, sum of dims], a key for each feature; `feature@table` where several tables have that
-            feature. Of float32, until the module is converted.
+            A KeyedTensor of float32 [B, sum of dims], a key for each feature; `feature@table` where several tables have
+            that feature.
 
         Raises:
             InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
         """
         features, jagged = self._features(features)
         pooled = [
-            self._pool_bags(config, jagged[feature].to(rows.device), rows)
+            self._pool_bags(config, jagged[feature].to(rows.device), rows).float()
             for config, of_table in zip(self._bag_configs, self._rows(jagged), strict=True)
             for feature, rows in zip(config.feature_names, of_table, strict=True)
         ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
 
-from embedding_service.client.remote import RemoteModule, not_compiled
+from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -79,18 +79,24 @@ class NgramRows(RemoteModule):
         self.source = source
         self.name = name
         self.hasher = source.hasher(name)
+        self._dim = dim
         self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
 
-    @not_compiled
     def forward(self, tokens: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """int64 [B, S] tokens after [B, C] others -> [B, S, heads * dim], of the dtype and device of `like`."""
+        return self._look_up(tokens.to(like.device), context, like.dtype)
+
+    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
         before = time.perf_counter()
         rows = self.source.lookup_ngrams(
-            self.name, tokens.cpu(), None if context is None else context.cpu(), dtype=like.dtype
+            self.name, ids.cpu(), None if context is None else context.cpu(), dtype=wire_dtype(dtype)
         )
-        self.lookups.asked(tokens.numel())
+        self.lookups.asked(ids.numel())
         self.lookups.waited(time.perf_counter() - before)
-        return self._in_graph(rows.to(like.device).flatten(-3))
+        return rows.to(ids.device, dtype).flatten(-3)
+
+    def _width(self) -> int:
+        return self._dim * self.hasher.num_tables * self.hasher.num_heads
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -207,7 +213,6 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
     return embedding.rows.lookups
 
 
-@not_compiled
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Before LongcatFlashModel.forward: token ids become fused embeddings, and the cache learns the tokens."""
     kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as published
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
 
-from embedding_service.client.remote import RemoteModule, not_compiled
+from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
@@ -65,26 +66,30 @@ class Prefetch:
     name: the model's name in the source.
     """
 
-    def __init__(self, source: TableSource, name: str, dim: int, dtype: torch.dtype) -> None:
-        self.source, self.name, self.dtype = source, name, dtype
+    def __init__(self, source: TableSource, name: str, dim: int) -> None:
+        self.source, self.name = source, name
         self.hasher = source.hasher(name)
         self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
         # The row ids [B, S, L, H] that were asked for, and their rows [B, S, L, H, dim] to come.
         self._asked: tuple[Tensor, Future[Tensor]] | None = None
 
-    def start(self, tokens: Tensor, context: Tensor | None) -> None:
-        """Ask for the rows of int64 [B, S] tokens after [B, C] others; NO_TOKEN is padding."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Of what is under way a copy knows nothing: it looks rows up."""
+        return {**self.__dict__, "_asked": None}
+
+    def start(self, tokens: Tensor, context: Tensor | None, dtype: torch.dtype) -> None:
+        """Ask for the rows of int64 [B, S] tokens after [B, C] others, as `dtype`; NO_TOKEN is padding."""
         tokens, context = tokens.cpu(), None if context is None else context.cpu()
         self.lookups.asked(tokens.numel())
-        rows = self.source.prefetch_ngrams(self.name, tokens, context, dtype=self.dtype)
+        rows = self.source.prefetch_ngrams(self.name, tokens, context, dtype=wire_dtype(dtype))
         self._asked = self.hasher.row_ids(tokens, context), rows
 
     def forget(self) -> None:
         """Another forward pass begins."""
         self._asked = None
 
-    def rows(self, layer: int, ids: Tensor) -> Tensor:
-        """The rows of int64 [B, S, H] ids of the table of PLE layer 0, 1, ..., on their device.
+    def rows(self, layer: int, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of int64 [B, S, H] ids of the table of PLE layer 0, 1, ..., on their device, as `dtype`.
 
         The ids are the model's own. Were others asked for, they are not used: these are looked up now.
         Raises EmbeddingServiceError: whatever the source raises.
@@ -96,30 +101,33 @@ class Prefetch:
             rows = asked[1].result()[:, :, layer]
         else:
             self.lookups.asked(ids.shape[0] * ids.shape[1])
-            rows = self.source.lookup(f"{self.name}/{self.hasher.tables[layer].name}", ids, dtype=self.dtype)
+            rows = self.source.lookup(f"{self.name}/{self.hasher.tables[layer].name}", ids, dtype=wire_dtype(dtype))
         self.lookups.waited(time.perf_counter() - before)
-        return rows.to(device)
+        return rows.to(device, dtype)
 
 
 class RemoteTable(RemoteModule):
     """In place of the nn.Embedding that held one PLE layer's table. Gradients: none, as `RemoteModule` says."""
 
-    def __init__(self, prefetch: Prefetch, layer: int) -> None:
-        super().__init__()
-        self.prefetch, self.layer = prefetch, layer
+    def __init__(self, prefetch: Prefetch, layer: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.prefetch, self.layer, self._dim = prefetch, layer, dim
         self.weight = _NOWHERE
-        self.dtype = prefetch.dtype
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """The rows of all layers are asked for together, and all layers are converted together."""
-        converted = super()._apply(fn, recurse)
-        self.prefetch.dtype = self._sent
-        return converted
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows: the table's stand-in is converted with the model."""
+        return self._stand_in.dtype
 
-    @not_compiled
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, S, H] -> [B, S, H, dim]."""
-        return self._in_graph(self.prefetch.rows(self.layer, ids).to(self.dtype))
+        return self._look_up(ids, None, self.dtype)
+
+    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.prefetch.rows(self.layer, ids, dtype)
+
+    def _width(self) -> int:
+        return self._dim
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -230,21 +238,25 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
     body: Any = bodies[0]
     check_same_hash(NgramHasher.from_config(body.config), client.hasher(name), name)
     dim = embeddings[0].ngram_embedding.embedding_dim
-    prefetch = Prefetch(client, name, dim, body.embed_tokens.weight.dtype)
+    prefetch = Prefetch(client, name, dim)
     _check_dim(prefetch, dim)
     for embedding in embeddings:
-        embedding.ngram_embedding = RemoteTable(prefetch, embedding.ple_layer_index)
-
-    @not_compiled
-    def before_forward(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _prefetch(prefetch, embeddings[0].layer_idx, {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs})
-
-    body.register_forward_pre_hook(before_forward, with_kwargs=True)
+        dtype = body.embed_tokens.weight.dtype
+        embedding.ngram_embedding = RemoteTable(prefetch, embedding.ple_layer_index, dim, dtype)
+    # Of a module, not of this call: a copied model asks for itself.
+    body.register_forward_pre_hook(partial(_prefetch, embeddings[0]), with_kwargs=True)
     return prefetch.lookups
 
 
-def _prefetch(prefetch: Prefetch, layer: int, arguments: dict[str, Any]) -> None:
-    """Before Qwen4ExpTextModel.forward: ask for the rows it will need. Where it is not clear which, ask for none."""
+@torch.compiler.disable
+def _prefetch(embedding: Any, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before Qwen4ExpTextModel.forward: ask for the rows it will need. Where it is not clear which, ask for none.
+
+    embedding: the model's first PLE embedding.
+    """
+    arguments = {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs}
+    table: RemoteTable = embedding.ngram_embedding
+    prefetch, layer = table.prefetch, embedding.layer_idx
     prefetch.forget()
     tokens, mask = arguments.get("ple_input_ids"), arguments.get("attention_mask")
     tokens = arguments.get("input_ids") if tokens is None else tokens
@@ -253,7 +265,8 @@ def _prefetch(prefetch: Prefetch, layer: int, arguments: dict[str, Any]) -> None
     if isinstance(mask, Tensor) and mask.dim() == 2 and tokens.shape[1] > 1:
         tokens = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, NO_TOKEN)
     cache = arguments.get("past_key_values")
-    prefetch.start(tokens.long(), None if cache is None else cache.get_conv_state(layer, state_idx=_TOKENS_STATE))
+    context = None if cache is None else cache.get_conv_state(layer, state_idx=_TOKENS_STATE)
+    prefetch.start(tokens.long(), context, table.dtype)
 
 
 def _ple_embeddings(model: Any) -> list[Any]:
@@ -263,6 +276,6 @@ def _ple_embeddings(model: Any) -> list[Any]:
 
 def _check_dim(prefetch: Prefetch, dim: int) -> None:
     """Look one token up: proves that the source answers, with rows that fit."""
-    rows = prefetch.source.lookup_ngrams(prefetch.name, torch.zeros(1, 1, dtype=torch.int64), dtype=prefetch.dtype)
+    rows = prefetch.source.lookup_ngrams(prefetch.name, torch.zeros(1, 1, dtype=torch.int64))
     if rows.shape[-1] != dim:
         raise InvalidRequest(f"rows of {prefetch.name!r} are {rows.shape[-1]} values wide; this model takes {dim}")

@@ -25,6 +25,10 @@ class RowSource(Protocol):
         """How the source turns the model's tokens into rows."""
 
 
+def _nothing(seconds: float) -> None:
+    """Of a name, so that models can be pickled."""
+
+
 @dataclass
 class Lookups:
     """What a model asked of its row source, counted as it happens.
@@ -39,7 +43,7 @@ class Lookups:
     count: int = 0
     tokens: int = 0
     wait_seconds: float = 0.0
-    on_wait: Callable[[float], object] = lambda seconds: None
+    on_wait: Callable[[float], object] = _nothing
 
     def waited(self, seconds: float) -> None:
         """A forward pass got its rows."""

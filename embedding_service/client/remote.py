@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from embedding_service.client.client import EmbeddingClient
-from embedding_service.errors import NoGradients
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NoGradients
+from embedding_service.formats.plain import PLAIN_DTYPES
 
-# What the service sends; other dtypes are made of float32 here.
-_SENT = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def not_compiled(forward: Any) -> Any:
-    """A method that torch.compile leaves as it is: the graph ends before it, and the next one begins after it.
-
-    As torch.compiler.disable, which would load the whole compiler for those who do not compile.
-    """
-    return _disable_dynamo(forward)
+# Of a handle: all of it fits a float64.
+_HANDLE_BITS = 53
+_SENT = frozenset(PLAIN_DTYPES.values())
 
 
 class RemoteModule(nn.Module):
@@ -31,37 +28,101 @@ class RemoteModule(nn.Module):
     it with `requires_grad_(False)` to train the rest of a model. That must be said to this module: a model's own
     `requires_grad_` speaks to parameters only.
 
-    Attributes:
-        dtype: Of the rows; follows `to`, `half`, `bfloat16` and the like, as a weight would.
+    Copies in this process share the client; a module that was pickled connects when it is first used. `state_dict`
+    holds nothing of it.
     """
 
-    frozen = False
-    dtype = torch.float32
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        super().__init__()
+        # Where weights would lie, and as what: conversions of the model convert it. Not a buffer, for DDP and the like
+        # would send it about.
+        self._stand_in = torch.empty(0, dtype=dtype, device=device or "cpu")
+        self._handle = _handle(self, requires_grad=True)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Where nn.Module converts weights: what becomes of one that is not here."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `half`, `cuda` and their kin do to parameters."""
+        self._stand_in = fn(self._stand_in)
         return super()._apply(fn, recurse)
 
-    @property
-    def _sent(self) -> torch.dtype:
-        """What to ask the service for."""
-        return self.dtype if self.dtype in _SENT else torch.float32
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": self._handle.requires_grad}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = _handle(self, requires_grad=state["_handle"])
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze it with False; raises NoGradients with True."""
         if requires_grad:
             raise NoGradients(f"{self} cannot be trained: the service's tables only change by an import")
-        self.frozen = True
+        self._handle.requires_grad_(False)
         return self
+
+    def _look_up(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`_ask`, in eager mode and in graphs of torch.compile."""
+        if torch.compiler.is_compiling():
+            from embedding_service.client import graphs  # needs torch's compiler, which takes seconds to load
+
+            width = self._width()
+            if width is None:
+                return graphs.look_up_between_graphs(self, ids, context, dtype)
+            return graphs.look_up(ids, context, self._handle, width, dtype)
+        return self._in_graph(self._ask(ids, context, dtype))
+
+    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Ask the service: integer ids [*] -> `dtype` [*, width] on their device."""
+        raise NotImplementedError
+
+    def _width(self) -> int | None:
+        """Of what `_ask` returns, where that is known."""
+        raise NotImplementedError
 
     def _in_graph(self, rows: Tensor) -> Tensor:
         """`rows` [*, dim] as this module's weights would have given them to autograd."""
-        if self.frozen or not torch.is_grad_enabled():
+        if not (self._handle.requires_grad and torch.is_grad_enabled()):
             return rows
-        # Autograd records only what hangs on something that requires gradients.
-        handle = torch.empty(0, dtype=rows.dtype, device=rows.device, requires_grad=True)
-        return _FromService.apply(rows, handle, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _FromService.apply(rows, self._handle, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def no_gradients(self) -> NoGradients:
+        """What `backward` raises."""
+        return NoGradients(
+            f"{self} was asked for gradients, which it does not have: its rows lie in the service and stay as they "
+            "are. Call requires_grad_(False) on this module to train the rest of the model, or torch.no_grad() where "
+            "nothing is trained"
+        )
+
+
+# By the values of their handles.
+_modules: WeakValueDictionary[float, RemoteModule] = WeakValueDictionary()
+
+
+def _handle(module: RemoteModule, *, requires_grad: bool) -> Tensor:
+    """A tensor [1] that stands for the module in graphs.
+
+    Autograd records only what hangs on something that requires gradients, and a graph of torch.compile serves all
+    modules, as they are data to it. Nobody else's graph, read from a file, finds a module by chance.
+    Not of shape []: the compiler takes that for a number and analyses every graph twice.
+    """
+    number = float(secrets.randbits(_HANDLE_BITS))
+    _modules[number] = module
+    with torch.inference_mode(False):
+        return torch.tensor([number], dtype=torch.float64, device="cpu", requires_grad=requires_grad)
+
+
+def module_of(handle: Tensor) -> RemoteModule:
+    """Raises InvalidRequest where there is none."""
+    module = _modules.get(handle.item())
+    if module is None:
+        raise InvalidRequest(
+            "this compiled graph looks up rows for a module of another process, or one that is gone: compile the model "
+            "in the process that uses it"
+        )
+    return module
+
+
+def wire_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows are asked for as that shall be `dtype`: float32 where that is none the service sends."""
+    return dtype if dtype in _SENT else torch.float32
 
 
 class _FromService(torch.autograd.Function):
@@ -75,35 +136,63 @@ class _FromService(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NoGradients(
-            f"{ctx.module} was asked for gradients, which it does not have: its rows lie in the service and stay as "
-            "they are. Call requires_grad_(False) on this module to train the rest of the model, or torch.no_grad() "
-            "where nothing is trained"
-        )
+        raise ctx.module.no_gradients()
 
 
 class RemoteEmbedding(RemoteModule):
     """In place of an `nn.Embedding` whose weight lies in the service.
+
+    Rows are of `dtype` until the module or its model is converted (`half()`, `to(torch.bfloat16)`, ...), as with an
+    nn.Embedding; a dtype that the service does not send is converted from float32 here. They lie where the ids do.
 
     Gradients: as `RemoteModule` says, none; `backward` through what it returns raises NoGradients unless it is frozen.
 
     Args:
         client: Shared, not owned: close it yourself.
         table: `model/table` or `model@version/table`.
-        dtype: float32, float16 or bfloat16, until the module is converted to another.
+        dtype: A floating point one; None for torch's default, which is float32 unless it was set.
+
+    Raises:
+        InvalidRequest: `dtype` is none of floating point.
     """
 
-    def __init__(self, client: EmbeddingClient, table: str, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+    def __init__(self, client: EmbeddingClient, table: str, dtype: torch.dtype | None = None) -> None:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise InvalidRequest(f"dtype must be one of floating point, such as torch.bfloat16, got {dtype}")
+        super().__init__(dtype)
         self._client = client
         self.table = table
-        self.dtype = dtype
+        self._dim: int | None = None  # where a graph wanted to know
 
-    @not_compiled
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self._stand_in.dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         """Integer Tensor[*] -> Tensor[*, dim]; raises what `EmbeddingClient.lookup` raises."""
-        return self._in_graph(self._client.lookup(self.table, ids, dtype=self._sent).to(self.dtype))
+        return self._look_up(ids, None, self.dtype)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.table!r}, dtype={self.dtype}"
+
+    def learn_dim(self) -> None:
+        """Ask how wide the table is, which a graph is made for; and those of others, that they need none of their own.
+
+        Not known afterwards where the service did not say so. A lookup will raise why.
+        """
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        for each in (self, *list(_modules.values())):
+            if isinstance(each, RemoteEmbedding) and each._client is self._client and each._dim is None:
+                with suppress(EmbeddingServiceError):
+                    each._dim = each._client.lookup(each.table, none).shape[1]
+
+    def _width(self) -> int | None:
+        self.learn_dim()
+        return self._dim
+
+    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        rows = self._client.lookup(self.table, ids, dtype=wire_dtype(dtype))
+        return rows if rows.dtype == dtype else rows.to(dtype)  # `to` takes microseconds to do nothing

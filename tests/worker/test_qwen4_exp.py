@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import io
 import json
 import shutil
 import threading
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_model import VOCAB, write_tokenizer
 from support.cluster import Up, up
 from test_engine import Job, greedy, prompts
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -379,6 +382,39 @@ def test_a_failed_lookup_is_told_and_leaves_the_model_usable(watched: tuple[Any,
 
 
 # Refusals
+
+
+def test_copies_and_conversions_of_an_attached_model(there: Any, client: EmbeddingClient) -> None:
+    ids = some_ids()
+    expected = there(ids).logits
+    twin, saved = copy.deepcopy(there), io.BytesIO()
+    torch.save(there, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for copied, shares in ((twin, True), (loaded, False)):
+        tables = [module for module in copied.modules() if isinstance(module, RemoteTable)]
+        prefetch = tables[0].prefetch
+        assert all(table.prefetch is prefetch for table in tables)
+        assert (prefetch.source is client) == shares
+        asked = prefetch.lookups.count
+        assert torch.equal(copied(ids).logits, expected)
+        assert prefetch.lookups.count == asked + 1  # its own hook asked for what its own tables need
+    prefetch.source.close()
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = twin.to(dtype)(ids).logits
+        assert (logits.dtype, bool(torch.isfinite(logits).all())) == (dtype, True)
+
+
+def test_compiled_rows_are_in_one_graph(there: Any, here: Any) -> None:
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    ours, theirs = (model.model.layers[1].ple.ple_embedding for model in (there, here))
+    compiled = torch.compile(ours, backend=counted, fullgraph=True)
+    for length in (24, 9, 13):
+        ids = some_ids()[:, :length]
+        assert torch.equal(compiled(ids, None), theirs(ids, None))
+    assert counted.frame_count == 2  # of the first length, of any length
+    torch.compiler.reset()
 
 
 def test_training_fails_until_the_tables_are_frozen(folder: Path, client: EmbeddingClient) -> None:

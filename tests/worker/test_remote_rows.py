@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from small_model import VOCAB, write_checkpoint
 from support.cluster import up
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from transformers import LongcatFlashForCausalLM
 
 from embedding_service import EmbeddingClient
@@ -121,3 +125,55 @@ def test_attach_says_what_is_wrong_with_the_service(model_folder: Path, remote: 
         attach(load_model(model_folder), remote, "large")
     with EmbeddingClient("127.0.0.1:1", timeout=1) as nobody, pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         attach(load_model(model_folder), nobody, "small")
+
+
+def test_a_compiled_model_gives_the_same_logits(model: LongcatFlashForCausalLM, remote_model) -> None:
+    """The graphs are those of the model's own code, which breaks them where it asks which experts were hit."""
+    torch.compiler.reset()
+    counters.clear()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled, graphs = torch.compile(remote_model, backend=counted), []
+    for length in (6, 9, 13, 11):
+        ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        graphs.append(counted.frame_count)
+    assert graphs[-1] == graphs[1]  # of the first length, of any length
+    breaks = counters["graph_break"]
+    assert all("nonzero" in reason or "item()" in reason for reason in breaks), list(breaks)
+    torch.compiler.reset()
+
+
+def test_a_compiled_models_rows_are_in_one_graph(
+    remote_model: LongcatFlashForCausalLM, remote: EmbeddingClient
+) -> None:
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("inductor")
+    embedding = remote_model.model.ngram_embeddings
+    compiled = torch.compile(embedding, backend=counted, fullgraph=True)
+    for length, context in ((5, None), (7, None), (1, 3), (4, 3)):
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(3, VOCAB, (2, length), generator=generator)
+        before = None if context is None else torch.randint(3, VOCAB, (2, context), generator=generator)
+        words = remote_model.model.embed_tokens(ids)
+        torch.testing.assert_close(compiled(words, ids, before), embedding(words, ids, before))
+    assert counted.frame_count <= 5
+    torch.compiler.reset()
+
+
+def test_copies_and_conversions_of_an_attached_model(
+    remote_model: LongcatFlashForCausalLM, remote: EmbeddingClient
+) -> None:
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(4))
+    expected = remote_model(ids).logits
+    twin = copy.deepcopy(remote_model)
+    assert twin.model.ngram_embeddings.rows.source is remote
+    assert torch.equal(twin(ids).logits, expected)
+    saved = io.BytesIO()
+    torch.save(remote_model, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    with loaded.model.ngram_embeddings.rows.source as again:
+        assert again is not remote
+        assert torch.equal(loaded(ids).logits, expected)
+    assert twin.bfloat16()(ids).logits.dtype == torch.bfloat16
+    assert twin.double()(ids).logits.dtype == torch.float64

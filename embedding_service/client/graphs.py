@@ -1,0 +1,80 @@
+"""What remote modules are in graphs of torch.compile: operators that ask the service, and have no gradients.
+
+A graph holds neither a module nor its client. It gets the module's handle as it gets its ids, so that one graph serves
+all modules whose rows are alike, and none is compiled again for a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedding_service.client.remote import RemoteEmbedding, RemoteModule, module_of
+from embedding_service.errors import InvalidRequest
+
+# The service is asked while a graph is made, not by it.
+torch.compiler.assume_constant_result(RemoteEmbedding.learn_dim)
+
+
+@torch.compiler.disable(reason="the service did not say how wide the rows are")
+def look_up_between_graphs(module: RemoteModule, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Integer ids [*] -> `dtype` [*, width], as in eager mode. Raises what the module does."""
+    rows = module._in_graph(module._ask(ids, context, dtype))
+    module._width()  # known now, so that the next call is compiled
+    return rows
+
+
+@torch.library.custom_op(
+    "embedding_service::look_up",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor? context, Tensor handle, int width, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def look_up(ids: Tensor, context: Tensor | None, handle: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Integer ids [*] -> `dtype` [*, width] on their device, as the module of `handle` looks them up.
+
+    Raises what the module does; InvalidRequest where its rows have another width by now.
+    """
+    module = module_of(handle)
+    rows = module._ask(ids, context, dtype)
+    if rows.shape[-1] != width:
+        raise InvalidRequest(
+            f"{module} has rows of {rows.shape[-1]} values now, {width} when the model was compiled: call "
+            "torch.compiler.reset() to have it compiled again"
+        )
+    return rows.contiguous()
+
+
+@look_up.register_fake
+def _(ids: Tensor, context: Tensor | None, handle: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, width), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "embedding_service::no_gradients",
+    mutates_args=(),
+    schema="(Tensor handle, Tensor gradients) -> Tensor",
+)
+def no_gradients(handle: Tensor, gradients: Tensor) -> Tensor:
+    """Raises NoGradients."""
+    raise module_of(handle).no_gradients()
+
+
+@no_gradients.register_fake
+def _(handle: Tensor, gradients: Tensor) -> Tensor:
+    return torch.empty_like(handle)
+
+
+def _save_handle(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _backward(ctx: Any, gradients: Tensor) -> tuple[None, None, Tensor, None, None]:
+    """An operator, for a graph's backward half is traced when the graph is made and shall raise when it runs."""
+    [handle] = ctx.saved_tensors
+    return None, None, no_gradients(handle, gradients), None, None
+
+
+look_up.register_autograd(_backward, setup_context=_save_handle)
