@@ -145,6 +145,20 @@ def _sockets() -> Iterator[tuple[int, socket.socket]]:
             os.close(copy)
 
 
+def pass_web_proxies_by() -> None:
+    """Have processes that are started from here, a local Ray's, reach this machine's addresses directly.
+
+    Ray's processes speak gRPC and HTTP with each other, and both would ask the proxies that http_proxy and others name.
+    """
+    import psutil
+
+    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family in _TCP}
+    for variable in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC looks at the last one first
+        given = os.environ.get(variable, "")
+        if given or variable != "no_grpc_proxy":
+            os.environ[variable] = ",".join(filter(None, (given, "localhost", *sorted(own))))
+
+
 def give_freed_memory_back() -> None:
     """Have malloc give the kernel all pages that nothing lies in. Where the C library is not glibc nothing changes."""
     with contextlib.suppress(AttributeError):

@@ -17,7 +17,7 @@ import typer
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import printable
-from embedding_service.machine import check_free, join_address
+from embedding_service.machine import check_free, join_address, pass_web_proxies_by
 from model_worker.progress import Say, StartProgress
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def serve(
         if metrics_port:
             check_free(f"127.0.0.1:{metrics_port}", "--metrics-port")
         os.environ.update(_LOCAL_RAY)
+        pass_web_proxies_by()
     rows = parse_bytes(cache_bytes)
     progress = StartProgress()
     with progress:

@@ -12,7 +12,7 @@ import typer
 
 from embedding_service.commands.text import check_address, parse_bytes
 from embedding_service.errors import InvalidRequest
-from embedding_service.machine import complete_address
+from embedding_service.machine import complete_address, pass_web_proxies_by
 
 if TYPE_CHECKING:
     from embedding_service.commands.up import UpOptions
@@ -114,6 +114,7 @@ def _run_on_ray(options: UpOptions, address: str) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every shard's words
     if address == "local":
         os.environ.update(LOCAL_RAY)
+        pass_web_proxies_by()
     try:
         from embedding_service.commands import ray_up
     except ModuleNotFoundError as error:

@@ -37,13 +37,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def proxies_of_nobody() -> dict[str, str]:
+    """Variables that name proxies for the web, at ports at which nobody is."""
+    names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    dead = {case(name): f"http://127.0.0.1:{free_port()}" for name in names for case in (str.lower, str.upper)}
+    return {"no_proxy": "", "NO_PROXY": "", **dead}
+
+
 def dead_proxies(environment: pytest.MonkeyPatch) -> None:
-    """Set what names proxies for the web to a port at which nobody is."""
-    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
-        environment.setenv(name, f"http://127.0.0.1:{free_port()}")
-        environment.setenv(name.upper(), f"http://127.0.0.1:{free_port()}")
-    environment.delenv("no_proxy", raising=False)
-    environment.delenv("NO_PROXY", raising=False)
+    """Set them for this process and those it starts."""
+    for name, value in proxies_of_nobody().items():
+        environment.setenv(name, value)
 
 
 def until(condition: Callable[[], T | None], what: str, seconds: float = START_SECONDS) -> T:

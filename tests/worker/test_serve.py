@@ -20,7 +20,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from small_model import CONTEXT, VOCAB
-from support.cluster import Up, free_port, until
+from support.cluster import Up, free_port, proxies_of_nobody, until
 from test_engine import without_a_cache
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
@@ -31,7 +31,7 @@ MAX_BATCH, MAX_QUEUE = 2, 3
 
 
 class Server:
-    """`model-worker serve` in a process of its own."""
+    """`model-worker serve` in a process of its own, with proxies for the web that are not there."""
 
     def __init__(self, log: Path, checkpoint: Path, embeddings: str, *options: str, host: str = "127.0.0.1") -> None:
         self.log = log
@@ -44,8 +44,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ray's own pace of metrics is ten seconds.
-                env=os.environ | {"RAY_metrics_report_interval_ms": "1000"},
+                # Ray's own pace of metrics is ten seconds. Nobody is at these proxies: Ray must not ask them either.
+                env=os.environ | proxies_of_nobody() | {"RAY_metrics_report_interval_ms": "1000"},
             )
 
     def wait_until_ready(self) -> None:
