@@ -10,7 +10,7 @@ from types import TracebackType
 
 import psutil
 
-from support.cluster import Up, free_port, until
+from support.cluster import READY, Up, free_port, until
 
 
 class WorkerService:
@@ -34,6 +34,7 @@ class WorkerService:
         import_checkpoint(checkpoint, str(store), "small", dtype="fp32")
         tables = Up(self._folder / "small.log", store, 1, "--memory=64MiB")
         self._stack.callback(tables.end)
+        tables.wait_for(READY)
         command = [sys.executable, "-m", "model_worker", "serve", str(checkpoint), f"--embeddings={tables.address}"]
         with self._log.open("wb") as output:
             self._popen = psutil.Popen(
@@ -60,6 +61,8 @@ class WorkerService:
         until(printed, "the worker")
 
     def _end(self) -> None:
+        if not self._popen.is_running():
+            return
         family = [self._popen, *self._popen.children(recursive=True)]
         self._popen.terminate()
         for process in psutil.wait_procs(family, timeout=20)[1]:
