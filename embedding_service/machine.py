@@ -145,13 +145,16 @@ def _sockets() -> Iterator[tuple[int, socket.socket]]:
             os.close(copy)
 
 
-def pass_web_proxies_by() -> None:
-    """Have processes that are started from here, a local Ray's, reach this machine's addresses directly.
+def prepare_local_ray() -> None:
+    """Set the environment of a Ray that starts here, before ray is imported.
 
-    Ray's processes speak gRPC and HTTP with each other, and both would ask the proxies that http_proxy and others name.
+    It stays off the network: it takes the loopback address as its node's, which Ray does by itself on macOS and Windows
+    only. Its processes reach each other directly: they speak gRPC and HTTP, and both would ask the proxies that
+    http_proxy and others name.
     """
     import psutil
 
+    os.environ.update({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"})
     own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family in _TCP}
     for variable in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC looks at the last one first
         given = os.environ.get(variable, "")

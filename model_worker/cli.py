@@ -17,22 +17,16 @@ import typer
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import printable
-from embedding_service.machine import check_free, join_address, pass_web_proxies_by
+from embedding_service.machine import check_free, join_address, prepare_local_ray
 from model_worker.progress import Say, StartProgress
 
 if TYPE_CHECKING:
     from model_worker.serving import Scaling
     from model_worker.worker import WorkerConfig
 
-# Read when ray is imported. The first is what keeps a local Ray off the network: it takes the loopback address as the
-# node's, which Ray does of itself on macOS and Windows only (_node_ip_address is resolved to the outside address).
-# The last has Serve's proxy stream answers from replicas over gRPC: Ray's own way makes an object of each write, which
-# takes the proxy nearly twice the processor time.
-_LOCAL_RAY = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-}
+# Read when ray is imported: Serve's proxy streams answers from replicas over gRPC. Ray's own way makes an object of
+# each write, which takes the proxy nearly twice the processor time.
+_SERVE_OVER_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 
 app = typer.Typer(
     help="Serve a language model whose n-gram tables live elsewhere.",
@@ -98,8 +92,8 @@ def serve(
         check_free(join_address(host, port), "--port")
         if metrics_port:
             check_free(f"127.0.0.1:{metrics_port}", "--metrics-port")
-        os.environ.update(_LOCAL_RAY)
-        pass_web_proxies_by()
+        prepare_local_ray()
+        os.environ.update(_SERVE_OVER_GRPC)
     rows = parse_bytes(cache_bytes)
     progress = StartProgress()
     with progress:

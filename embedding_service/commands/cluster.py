@@ -12,15 +12,12 @@ import typer
 
 from embedding_service.commands.text import check_address, parse_bytes
 from embedding_service.errors import InvalidRequest
-from embedding_service.machine import complete_address, pass_web_proxies_by
+from embedding_service.machine import complete_address, prepare_local_ray
 
 if TYPE_CHECKING:
     from embedding_service.commands.up import UpOptions
 
 LOOPBACK = "127.0.0.1"
-# Read when ray is imported, like RAY_DEDUP_LOGS. The first keeps a Ray that starts here off the network: it takes the
-# loopback address as the node's, which Ray does of itself on macOS and Windows only.
-LOCAL_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
 # The names of rows.TIERS, which comes with torch.
@@ -113,8 +110,7 @@ def _rows_memory(given: str | None) -> int | None:
 def _run_on_ray(options: UpOptions, address: str) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every shard's words
     if address == "local":
-        os.environ.update(LOCAL_RAY)
-        pass_web_proxies_by()
+        prepare_local_ray()
     try:
         from embedding_service.commands import ray_up
     except ModuleNotFoundError as error:

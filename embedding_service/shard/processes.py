@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from embedding_service.budget import Budget
+from embedding_service.client.channels import open_channel_async
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.front import PEER
 from embedding_service.machine import end_with_parent
@@ -257,12 +258,7 @@ class _PassedOn:
     """Has the main process answer."""
 
     def __init__(self, address: str) -> None:
-        limits = [
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        self._channel = grpc.aio.insecure_channel(address, limits)
+        self._channel = open_channel_async(address)
 
     def handler(self, path: str) -> Any:
         """Passes the calls of a method on, as the bytes they came in."""

@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from embedding_service.errors import NotFound, StoreError
-from embedding_service.foreign import printable
+from embedding_service.foreign import one_line, printable
 from embedding_service.store.manifest import Manifest, Part, check_name
 from embedding_service.store.parts import verify
 
@@ -210,8 +210,8 @@ def _naming(found: Catalogue, model: str, version: str, location: str) -> Iterat
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        found.problems[model, version] = printable(f"{location} is skipped: {reason}")
+        reason = one_line(error) or type(error).__name__
+        found.problems[model, version] = f"{printable(location)} is skipped: {reason}"
 
 
 def _below(cache: Path, *names: str) -> Path:
