@@ -90,15 +90,27 @@ class Router:
         seeds: Addresses that are asked for the first routing.
         routing: What is known already.
         alternatives: Give each call another owner to ask, for a `HedgingTransport`; that makes more and smaller calls.
+        clock: Seconds now; deadlines are on it.
+        chance: Draws turns, pauses and whom to ask; None: one of its own.
     """
 
-    def __init__(self, seeds: Sequence[str], routing: Routing | None = None, *, alternatives: bool = False) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[str],
+        routing: Routing | None = None,
+        *,
+        alternatives: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
+    ) -> None:
         self._seeds = list(seeds)
         self._routing = routing
         self._alternatives = alternatives
-        self._breaker = Breaker()
-        self._turn = itertools.count(random.randrange(1 << 16))
-        self._looks_at = _next_look()
+        self._clock = clock
+        self._chance = chance or random.Random()
+        self._breaker = Breaker(clock)
+        self._turn = itertools.count(self._chance.randrange(1 << 16))
+        self._looks_at = self._next_look()
         self._doubted: tuple[float, float] | None = None  # since when, and when last, nobody knew this routing
 
     @property
@@ -113,7 +125,7 @@ class Router:
             self._breaker.forget_others(routing.addresses)
 
     def routing(self, deadline: float) -> Steps[Routing]:
-        """The routing, asked for if there is none yet. `deadline` is on time.monotonic's clock, in seconds."""
+        """The routing, asked for if there is none yet. `deadline` is on its clock, in seconds."""
         if self._routing is None:
             yield from self._learn(deadline)
         assert self._routing is not None
@@ -130,9 +142,10 @@ class Router:
             Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
         """
         while True:
-            if self._routing and self._routing.addresses and time.monotonic() >= self._looks_at:
-                self._looks_at = _next_look()
-                yield Aside(_ask(random.choice(self._routing.addresses), self._routing, ROUTING_TIMEOUT), self._looked)
+            if self._routing and self._routing.addresses and self._clock() >= self._looks_at:
+                self._looks_at = self._next_look()
+                address = self._chance.choice(self._routing.addresses)
+                yield Aside(_ask(address, self._routing, ROUTING_TIMEOUT), self._looked)
             known = self._routing and self._routing.find(name)
             model = known or (yield from self.model(name, deadline))
             wants = list(wants_of(model))
@@ -178,7 +191,7 @@ class Router:
                 raise _StartedOver
             newest = routing.age
             current = routing.model(model.full_name)
-            timeout = _attempt_timeout(attempt, current, deadline)
+            timeout = _attempt_timeout(attempt, current, deadline - self._clock())
             legs, nowhere = self._legs(routing, current, wants, missing, avoid, timeout)
             answers = yield [leg.call for leg in legs]
             failures: list[tuple[_Leg, Failure]] = []
@@ -193,8 +206,8 @@ class Router:
                 return
             redirects = self._judge(failures, avoid)
             missing = _still_missing(failures, nowhere)
-            pause = _pause(attempt)
-            if time.monotonic() + pause >= deadline:
+            pause = self._pause(attempt)
+            if self._clock() + pause >= deadline:
                 raise _gave_up(model, wants, missing, failures, routing)
             yield from self._refresh(redirects, deadline, avoid)
             if self._routing is routing:
@@ -264,13 +277,13 @@ class Router:
         known = self._routing
         addresses = [*(known.addresses if known else ())]
         asked = [
-            *random.sample(addresses, min(ASKED_AT_RANDOM, len(addresses))),
-            *random.sample(senders, min(1, len(senders))),
+            *self._chance.sample(addresses, min(ASKED_AT_RANDOM, len(addresses))),
+            *self._chance.sample(senders, min(1, len(senders))),
             *self._seeds,
         ]
         behind = []
         for address in sorted(dict.fromkeys(asked), key=lambda address: address in avoid):
-            timeout = min(ROUTING_TIMEOUT, deadline - time.monotonic())
+            timeout = min(ROUTING_TIMEOUT, deadline - self._clock())
             if timeout <= 0:
                 return
             [answer] = yield [_ask(address, known, timeout)]
@@ -294,7 +307,7 @@ class Router:
 
     def _doubt(self) -> bool:
         """Nobody who answered knows this routing; returns whether that has been so for long enough."""
-        now = time.monotonic()
+        now = self._clock()
         since, last = self._doubted or (now, now)
         since = since if now - last < DOUBT_ENDS_SECONDS else now
         self._doubted = since, now
@@ -305,8 +318,8 @@ class Router:
 
         They are the service now, and who is gone is not.
         """
-        timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
-        others = random.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
+        timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
+        others = self._chance.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
         for answer in (yield [_ask(address, known, timeout) for address in others]):
             if isinstance(answer, wire.Routing) and self._hear(answer):
                 return
@@ -320,14 +333,14 @@ class Router:
     def _learn(self, deadline: float) -> Steps[None]:
         """The first routing, from the seeds, until one answers."""
         for attempt in itertools.count():
-            failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), _pause(attempt)
+            failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), self._pause(attempt)
             for address in self._seeds:
-                timeout = min(ROUTING_TIMEOUT, max(deadline - time.monotonic(), 0.001))
+                timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
                 [answer] = yield [_ask(address, None, timeout)]
                 if isinstance(answer, wire.Routing):
                     return self.adopt(Routing(answer))
                 failure = answer
-            if time.monotonic() + pause >= deadline:
+            if self._clock() + pause >= deadline:
                 raise Unavailable(
                     f"no embedding service answers at {', '.join(self._seeds)} "
                     f"({failure.code.name}: {failure.message}); check the address, and `embedding-service status` there"
@@ -335,13 +348,16 @@ class Router:
             yield pause
         return None
 
+    def _next_look(self) -> float:
+        """When to look: spread, so that clients do not come in step."""
+        return self._clock() + LOOK_SECONDS * self._chance.uniform(0.75, 1.25)
+
+    def _pause(self, attempt: int) -> float:
+        """Seconds to wait before the next try: doubling to a bound, spread so that clients do not come in step."""
+        return min(FIRST_PAUSE * 2.0**attempt, LONGEST_PAUSE) * self._chance.uniform(0.5, 1.5)
+
 
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-def _next_look() -> float:
-    """When to look, on time.monotonic's clock: spread, so that clients do not come in step."""
-    return time.monotonic() + LOOK_SECONDS * random.uniform(0.75, 1.25)
 
 
 def _ask(address: str, known: Routing | None, timeout: float) -> Call:
@@ -350,13 +366,13 @@ def _ask(address: str, known: Routing | None, timeout: float) -> Call:
     return Call(address, wire.GetRoutingRequest(term=term, epoch=epoch), timeout)
 
 
-def _attempt_timeout(attempt: int, model: Model, deadline: float) -> float:
-    """Seconds that this round's calls may take.
+def _attempt_timeout(attempt: int, model: Model, left: float) -> float:
+    """Seconds that this round's calls may take, of those that are left.
 
     With copies elsewhere a hanging shard is given up early. With one copy it gets half of the time that is left: by
     then the controller may have had its parts loaded elsewhere.
     """
-    left = max(deadline - time.monotonic(), 0.001)
+    left = max(left, 0.001)
     patience = ATTEMPT_TIMEOUT * 2**attempt
     return min(left, patience if model.replicated else max(patience, left / 2))
 
@@ -471,11 +487,6 @@ def _gave_up(
     if grpc.StatusCode.DEADLINE_EXCEEDED in codes:
         return DeadlineExceeded(message)
     return Overloaded(message) if codes == {grpc.StatusCode.RESOURCE_EXHAUSTED} else Unavailable(message)
-
-
-def _pause(attempt: int) -> float:
-    """Seconds to wait before the next try: doubling to a bound, spread so that clients do not come in step."""
-    return min(FIRST_PAUSE * 2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.5)
 
 
 def run(steps: Steps[T], transport: Transport) -> T:

@@ -1,7 +1,6 @@
 """The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -10,7 +9,7 @@ import pytest
 
 from embedding_service import errors
 from embedding_service.client import router as router_module
-from embedding_service.client.breaker import FIRST_REST, Breaker
+from embedding_service.client.breaker import FIRST_REST
 from embedding_service.client.router import LOOK_SECONDS, START_OVER_SECONDS, Aside, Router, Want
 from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Call, Failure
@@ -91,7 +90,7 @@ def fetch(
         sink.works = works
         return [Want(model.table("t"), np.array(ids, np.int64), wire.ROW_ENCODING_STORED, 8, sink)]
 
-    [want] = shards.run(router.fetch(name, wants_of, time.monotonic() + seconds))
+    [want] = shards.run(router.fetch(name, wants_of, router._clock() + seconds))
     return want.sink.rows.view(np.float32)
 
 
@@ -168,7 +167,8 @@ def test_a_few_are_asked_for_a_newer_routing_and_not_always_who_sends_away() -> 
         assert (asked.request.term, asked.request.epoch) == (1, 1)  # a routing that is no newer need not be sent
         asked_after_a_flip.append(asked.address)
         shards = Shards(old)
-        shards.run(Router(["h:2"], Routing(old))._refresh(["h:0", "h:1"], time.monotonic() + 60, set()))
+        router = Router(["h:2"], Routing(old))
+        shards.run(router._refresh(["h:0", "h:1"], router._clock() + 60, set()))
         asked_in_vain.append(len(shards.asked))
     assert all(asked_after_a_flip.count(f"h:{index}") > 20 for index in range(3))
     assert max(asked_in_vain) <= 4
@@ -188,7 +188,7 @@ def test_one_group_answers_a_lookup_of_several_tables() -> None:
 
     for _ in range(4):
         shards.asked.clear()
-        shards.run(router.fetch("m", wants_of, time.monotonic() + 60))
+        shards.run(router.fetch("m", wants_of, router._clock() + 60))
         assert len({call.address for call in shards.asked}) == 1
 
 
@@ -210,24 +210,34 @@ def test_who_failed_this_lookup_is_asked_last_even_where_the_other_replica_faile
         assert [call.address for call in shards.asked].count("h:0") == 1
 
 
+class Clock:
+    """Stands still unless it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time the breaker goes by, in its one place."""
-    now = [0.0]
-    monkeypatch.setattr(router_module, "Breaker", lambda: Breaker(lambda: now[0]))
-    yield now
+def clock() -> Clock:
+    return Clock()
 
 
-def test_a_shard_that_rested_is_tried_by_the_first_lookup_it_has_rows_of(clock: list[float]) -> None:
+def test_a_shard_that_rested_is_tried_by_the_first_lookup_it_has_rows_of(clock: Clock) -> None:
     """Whosever turn it would be, and however many lookups of other rows come before."""
     for others in range(4):
         shards = Shards(routing([[0, 1], [2, 1], [0, 2], [0, 2]]))
-        router = Router(["h:0"], Routing(shards.now))
+        router = Router(["h:0"], Routing(shards.now), clock=clock)
         shards.dead = {"h:1"}
         for _ in range(2):  # one of the two turns meets it
             fetch(router, shards, [5])
         shards.dead = set()
-        clock[0] += FIRST_REST
+        clock.now += FIRST_REST
         for _ in range(others):
             fetch(router, shards, [25])
         shards.asked.clear()
@@ -235,14 +245,14 @@ def test_a_shard_that_rested_is_tried_by_the_first_lookup_it_has_rows_of(clock: 
         assert [call.address for call in shards.asked] == ["h:1"]
 
 
-def test_a_shard_that_sends_away_is_alive(clock: list[float]) -> None:
+def test_a_shard_that_sends_away_is_alive(clock: Clock) -> None:
     shards = Shards(routing([[0, 1]] * 4))
-    router = Router(["h:0"], Routing(shards.now))
+    router = Router(["h:0"], Routing(shards.now), clock=clock)
     shards.dead = {"h:1"}
     for _ in range(2):
         fetch(router, shards, [5])
     shards.dead, shards.now = set(), routing([[0], [0, 1], [0, 1], [0, 1]], epoch=2)
-    clock[0] += FIRST_REST
+    clock.now += FIRST_REST
     fetch(router, shards, [5])
     shards.asked.clear()
     for _ in range(2):
@@ -250,9 +260,9 @@ def test_a_shard_that_sends_away_is_alive(clock: list[float]) -> None:
     assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
 
 
-def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: list[float]) -> None:
+def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: Clock) -> None:
     shards = Shards(routing([[0, 1]] * 4))
-    router = Router(["h:0"], Routing(shards.now))
+    router = Router(["h:0"], Routing(shards.now), clock=clock)
     shards.dead = {"h:1"}
     for _ in range(2):
         fetch(router, shards, [5])
@@ -267,17 +277,16 @@ def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: list[floa
     assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
 
 
-def test_copies_of_which_no_answer_tells_are_used_once_somebody_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_which_no_answer_tells_are_used_once_somebody_was_asked(clock: Clock) -> None:
     shards = Shards(routing([[0]] * 4))
-    router = Router(["h:0"])
+    router = Router(["h:0"], clock=clock)
     fetch(router, shards, [5])
     shards.now = routing([[0, 1]] * 4, epoch=2)
     shards.asked.clear()
     for _ in range(4):
         fetch(router, shards, [5])
     assert [call.address for call in shards.asked] == ["h:0"] * 4
-    now = time.monotonic()
-    monkeypatch.setattr(router_module.time, "monotonic", lambda: now + 1.25 * LOOK_SECONDS)
+    clock.now += 1.25 * LOOK_SECONDS
     shards.asked.clear()
     for _ in range(4):
         fetch(router, shards, [5])
@@ -375,24 +384,12 @@ def moved(message: wire.Routing, term: int) -> wire.Routing:
     return other
 
 
-@pytest.fixture
-def passing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets time.monotonic pass."""
-    now = [time.monotonic()]
-
-    def pass_time(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(router_module.time, "monotonic", lambda: now[0])
-    return pass_time
-
-
 class Restarted(Shards):
     """A whole service that was restarted elsewhere, with its clock set back: `before` is gone, but for some shards."""
 
-    def __init__(self, now: wire.Routing, before: wire.Routing, pass_time: Callable[[float], None]) -> None:
+    def __init__(self, now: wire.Routing, before: wire.Routing, clock: Clock) -> None:
         super().__init__(now)
-        self.before, self.pass_time = before, pass_time
+        self.before, self.pass_time = before, clock.pass_time
         self.left: set[str] = set()
         self.answered_before = 0
 
@@ -411,39 +408,39 @@ class Restarted(Shards):
         return rows
 
 
-def test_a_client_starts_over_where_nobody_who_answers_knows_its_routing(passing: Callable[[float], None]) -> None:
+def test_a_client_starts_over_where_nobody_who_answers_knows_its_routing(clock: Clock) -> None:
     now = routing([[0], [1], [2], [0]])
     before = moved(now, term=9)
-    shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
-    began = time.monotonic()
+    shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
+    began = clock.now
     assert fetch(router, shards, IDS, seconds=30)[:, 0].tolist() == IDS
     assert router.current is not None and router.current.age == (1, 1)
-    assert START_OVER_SECONDS <= time.monotonic() - began < 2 * START_OVER_SECONDS
+    assert START_OVER_SECONDS <= clock.now - began < 2 * START_OVER_SECONDS
     shards.asked.clear()
     fetch(router, shards, IDS)
     assert len(shards.asked) == len(lookups_of(shards)) == 3
 
 
-def test_a_client_does_not_go_back_while_somebody_knows_its_routing(passing: Callable[[float], None]) -> None:
+def test_a_client_does_not_go_back_while_somebody_knows_its_routing(clock: Clock) -> None:
     now = routing([[0], [1], [2], [0]])
     before = moved(now, term=9)
-    shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+    shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
     shards.left = {"h:10", "h:11"}  # the third is dead, and the seed lags behind
     with pytest.raises(errors.Unavailable, match="1 of 6 rows of m@1/t"):
         fetch(router, shards, IDS, seconds=4 * START_OVER_SECONDS)
     assert router.current is not None and router.current.age == (9, 1)
 
 
-def test_those_who_lag_behind_for_a_moment_send_nobody_back(passing: Callable[[float], None]) -> None:
+def test_those_who_lag_behind_for_a_moment_send_nobody_back(clock: Clock) -> None:
     """Also where that was seen before: what is long ago does not count."""
     now = routing([[0]] * 4)
     before = moved(now, term=9)
     for _ in range(3):
-        shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+        shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
         for _ in range(3):
             with pytest.raises(errors.Unavailable):
                 fetch(router, shards, IDS, seconds=START_OVER_SECONDS / 2)
-            passing(60)
+            clock.pass_time(60)
         assert router.current is not None and router.current.age == (9, 1)
         shards.now = routing([[1]] * 4)
         shards.now.term = 10
@@ -451,7 +448,7 @@ def test_those_who_lag_behind_for_a_moment_send_nobody_back(passing: Callable[[f
         assert router.current.age == (10, 1)
 
 
-def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(passing: Callable[[float], None]) -> None:
+def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(clock: Clock) -> None:
     now = routing([[0], [1], [2], [0]])
     before = moved(now, term=9)
 
@@ -462,7 +459,7 @@ def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(passing: Calla
             lookup = isinstance(call.request, Request)
             return super().answer(call) if lookup or call.address not in self.left else self.now
 
-    shards, router = Lagging(now, before, passing), Router(["h:1"], Routing(before))
+    shards, router = Lagging(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
     shards.left = {"h:10"}
     rows = fetch(router, shards, IDS)
     assert shards.answered_before > 0
@@ -470,11 +467,11 @@ def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(passing: Calla
     assert set(rows[:, 1]) == {1.0}
 
 
-def test_a_version_that_the_older_service_does_not_have_is_not_found(passing: Callable[[float], None]) -> None:
+def test_a_version_that_the_older_service_does_not_have_is_not_found(clock: Clock) -> None:
     now = routing([[0]] * 4, version="1")
     before = moved(routing([[0]] * 4, version="2"), term=9)
     for name in ("m", "m@2"):
-        shards, router = Restarted(now, before, passing), Router(["h:1"], Routing(before))
+        shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
         if name == "m":
             assert set(fetch(router, shards, IDS)[:, 1]) == {1.0}
         else:
