@@ -21,9 +21,9 @@ from support.cluster import until
 from support.hostile import Raw
 from support.toy import TOY, Request, ToyServer, toy_server
 
-from embedding_service import serving
-from embedding_service.front import PEER
-from embedding_service.methods import Places
+from embedding_service import front, serving
+from embedding_service.front import PEER, REQUEST_AT_ONCE_BYTES
+from embedding_service.methods import Method, Places
 
 ECHO = f"/{TOY}/Echo".encode()
 STATUS = health_pb2.HealthCheckResponse.ServingStatus
@@ -180,6 +180,28 @@ def test_a_call_without_a_message(channel: grpc.Channel, method: str) -> None:
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_large_messages_are_read_one_at_a_time_off_the_polling_thread(toy: ToyServer, channel: grpc.Channel) -> None:
+    readers: set[str] = set()
+    at_once, most = 0, 0
+
+    def read(message: bytes) -> object:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        readers.add(threading.current_thread().name.partition("_")[0])
+        time.sleep(0.01)  # long enough for a second reader to come
+        at_once -= 1
+        return Request.FromString(message)
+
+    handler = grpc.unary_unary_rpc_method_handler(toy.toy.echo, read, Request.SerializeToString)
+    toy.server.offer(f"{TOY}/Large", Method(handler))
+    large = Request(service="x" * (REQUEST_AT_ONCE_BYTES + 1)).SerializeToString()
+    call = channel.unary_unary(f"/{TOY}/Large", None, Request.FromString)
+    calls = [call.future(large, timeout=60) for _ in range(20)]
+    assert all(each.result().service.startswith("xxx") for each in calls)
+    assert (readers, most) == ({"reading"}, 1)
+
+
 def test_compressed_messages_are_refused_before_they_are_unpacked(channel: grpc.Channel) -> None:
     bomb = Request(service="\0" * (1 << 20))
     for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
@@ -226,6 +248,29 @@ def test_headers_over_the_limit_end_their_call_alone(channel: grpc.Channel) -> N
     ask(channel, "Echo", "a", metadata=(("x", "a" * 4000),))
     assert code_of(lambda: ask(channel, "Echo", "a", metadata=(("x", "a" * 17_000),))) == "RESOURCE_EXHAUSTED"
     assert ask(channel, "Echo", "after").startswith("after")
+
+
+def test_connections_beyond_the_files_for_them_are_closed_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "room_for_connections", lambda: 3)
+    with toy_server(str(tmp_path / "private")) as few:
+        connections = [Raw(few.address) for _ in range(3)]
+        for each in connections:
+            assert each.socket.recv(9)  # the server's settings: it took the connection
+        with suppress(OSError):  # it may be closed before anything is sent
+            assert Raw(few.address).socket.recv(9) == b""
+        connections.pop().close()
+
+        def taken_in() -> bool:
+            with suppress(OSError):
+                connections.append(Raw(few.address))
+                return connections[-1].socket.recv(9) != b""
+            return False
+
+        until(taken_in, "the place of the one that hung up", 30)
+        for each in connections:
+            each.close()
 
 
 # Streams that stay open

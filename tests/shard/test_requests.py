@@ -215,6 +215,17 @@ def test_a_sender_that_routes_by_itself_is_sent_away_where_the_rows_are_not(serv
     assert (int(trailers["embedding-term"]), int(trailers["embedding-epoch"])) == (routing.term, routing.epoch)
 
 
+def test_rows_that_are_held_are_answered_whatever_epoch_led_there(service: Up) -> None:
+    routing = EmbeddingServiceStub(grpc.insecure_channel(service.address)).GetRouting(wire.GetRoutingRequest())
+    [model] = [model for model in routing.models if model.model.name == "fp32"]
+    part = next(index for index, owners in enumerate(model.tables[0].parts) if 0 in owners.shards)
+    row = part * model.model.tables[0].rows_per_part
+    with grpc.insecure_channel(routing.shards[0].address) as channel:
+        for age in ({"epoch": 1}, {"term": routing.term, "epoch": routing.epoch + 5}, {"term": 2**50, "epoch": 1}):
+            answer = EmbeddingServiceStub(channel).Lookup(request(model="fp32@1", ids=[row], **age))
+            assert torch.equal(values(answer), longcat_table()[[row]])
+
+
 def test_a_stream_answers_each_request_once_and_outlives_bad_ones(stub: EmbeddingServiceStub) -> None:
     def requests() -> Iterator[wire.StreamLookupRequest]:
         for number in range(200):
