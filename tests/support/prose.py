@@ -1,4 +1,6 @@
-"""How hard a text is to read: the words of its sentences. `python -m support.prose FILE...` prints a line for each file.
+"""How hard a text is to read: the words of its sentences.
+
+`python -m support.prose FILE...`, in tests/, prints a line for each file and its sentences that are too long.
 
 Of Markdown all running text counts, but no code, table or heading. Of Python its docstrings and comments count.
 """
@@ -59,7 +61,7 @@ def _of_markdown(text: str) -> Iterator[str]:
     code = False
     for line in [*re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).splitlines(), ""]:
         blank = not line.strip()
-        code = not paragraph and line.startswith("    ") or (code and blank)
+        code = (not paragraph and line.startswith("    ")) or (code and blank)
         skipped = code or line.startswith(("|", "#", "<", "![")) or line.strip().startswith("Test: [")
         if blank or _ITEM.match(line) or skipped:
             if paragraph:
