@@ -62,7 +62,7 @@ def _of_markdown(text: str) -> Iterator[str]:
     for line in [*re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).splitlines(), ""]:
         blank = not line.strip()
         code = (not paragraph and line.startswith("    ")) or (code and blank)
-        skipped = code or line.startswith(("|", "#", "<", "![")) or line.strip().startswith("Test: [")
+        skipped = code or line.startswith(("#", "<", "![")) or line.strip().startswith(("|", "Test: ["))
         if blank or _ITEM.match(line) or skipped:
             if paragraph:
                 yield " ".join(paragraph)
