@@ -1,8 +1,10 @@
 """Generate embedding_service/wire/ from protos/embedding/v1/ (`make proto`).
 
-The files are registered under their own names (embedding/v1/*.proto), as reflection and other languages see them; only
-Python's import lines are pointed at the package they lie in. grpcio-tools is held at 1.74 (protobuf 6.31) on purpose:
-generated code runs with its own and the next major version of the runtime, and model stacks carry both.
+The files are registered under their own names (embedding/v1/*.proto), as reflection and other languages see them. Only
+Python's import lines are pointed at the package that they lie in.
+
+grpcio-tools is held at 1.74 (protobuf 6.31) on purpose. Generated code runs with its own major version of the runtime
+and the next one, and model stacks carry both.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class ControlServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Register(self, request_iterator, context):
-        """A shard's life: it reports what it is and holds (first at once, then when something changes and as a heartbeat), the
-        controller answers with what it shall hold. Both sides send whole states, never differences, so that any message may
-        be lost with its connection and the next one mends it.
+        """A shard's life. It reports what it is and holds: first at once, then when something changes and as a heartbeat. The
+        controller answers with what it is to hold. Both sides send whole states, never differences. So a message may be
+        lost with its connection, and the next one repairs that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

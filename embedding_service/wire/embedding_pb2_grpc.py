@@ -72,10 +72,10 @@ class EmbeddingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamLookup(self, request_iterator, context):
-        """The same for a decode loop: many requests on one stream, each answered once, in any order, under its own
-        request_id. A bad request is answered with an error message; the stream goes on. Bytes that are no message end it
-        with INVALID_ARGUMENT. A server that ends closes the stream with OK: requests without an answer are to be sent
-        again, as for UNAVAILABLE.
+        """The same for a decode loop: many requests on one stream. Each is answered once, in any order, under its own
+        request_id. The answer to a bad request is an error message, and the stream goes on. Bytes that are no message end
+        it with INVALID_ARGUMENT. A server that ends closes the stream with UNAVAILABLE. Send requests without an answer
+        again then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
