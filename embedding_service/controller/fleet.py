@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from embedding_service.controller import decisions
+from embedding_service.controller.events import Stream
 from embedding_service.controller.reports import FAILURE_CHARACTERS, MOST_FAILURES
 from embedding_service.errors import Unavailable
 from embedding_service.placement.parts import PartKey
@@ -34,26 +34,23 @@ class Shard:
     """One shard: its last report, and what it was last told.
 
     Attributes:
+        stream: Its registration.
         heard: When it last reported, by the fleet's clock.
-        outbox: Set when there is something new to tell it.
         described: The versions it served when it registered.
-        dismissed: Why its stream ends, where that is for it to mend.
         assigned: What it shall hold; None before the first decision.
         sent: Age of the routing that it was last sent on this connection.
         released: It is draining and may end.
-        grace: Parts it holds and shall hold no longer, and until when (monotonic seconds) it keeps them for clients who
-            do not know yet.
+        grace: Parts it holds and shall hold no longer, and until when it keeps them for clients who do not know yet.
     """
 
+    stream: Stream
     report: control.ShardReport
     connected: bool = True
     heard: float = 0.0
     held: set[PartKey] = field(default_factory=set)
     accesses: dict[PartKey, int] = field(default_factory=dict)
     failures: dict[PartKey, str] = field(default_factory=dict)
-    outbox: asyncio.Event = field(default_factory=asyncio.Event)
     described: dict[tuple[str, str], Manifest] = field(default_factory=dict)
-    dismissed: Exception | None = None
     assigned: frozenset[PartKey] | None = None
     sent: tuple[int, int] = (0, 0)
     released: bool = False
@@ -86,15 +83,26 @@ class Fleet:
     Args:
         lost_after: Seconds without a word after which a shard counts as gone. They are counted by a clock that stands
             still while this process does not listen: a controller that was held up hears first what came meanwhile.
+        clock: Seconds now.
+
+    Attributes:
+        shards: By their ids.
+        joined: When a shard came that was not there before.
     """
 
-    def __init__(self, lost_after: float) -> None:
+    def __init__(self, lost_after: float, clock: Callable[[], float]) -> None:
         self.shards: dict[str, Shard] = {}
-        self.joined = time.monotonic()
+        self.joined = clock()
+        self._clock = clock
+        self._streams: dict[Stream, Shard] = {}
         self._lost_after = lost_after
         self._listened = 0.0
-        self._looked = time.monotonic()
+        self._looked = clock()
         self._refusals: dict[str, tuple[str, float]] = {}
+
+    def shard_of(self, stream: Stream) -> Shard | None:
+        """Whose stream that is; None for one that counts no more."""
+        return self._streams.get(stream)
 
     @property
     def newest_term(self) -> int:
@@ -113,8 +121,8 @@ class Fleet:
         described = {name: each for shard in self.shards.values() for name, each in shard.described.items()}
         return {name: described[name] for name in self.last_served() if name in described}
 
-    def join(self, report: control.ShardReport) -> Shard:
-        """A shard registers, for the first time or again.
+    def join(self, stream: Stream, report: control.ShardReport) -> Shard | None:
+        """A shard registers, for the first time or again; returns what was known by its id before.
 
         Of two processes with one id the first stays, and the other is refused, for as long as the first is heard of. A
         process that was restarted while its old connection hangs has to wait for that silence.
@@ -128,25 +136,24 @@ class Fleet:
                 f"shard id {report.shard_id} of {report.address} is taken by the shard at {known.report.address}, "
                 "which is alive: give each shard an --id of its own"
             )
-        shard = Shard(report, described={(info.name, info.version): _described(info) for info in report.models})
+        shard = Shard(stream, report, described={(info.name, info.version): _described(info) for info in report.models})
         if known is None or another:
-            self.joined = time.monotonic()
+            self.joined = self._clock()
         if known:
-            self.dismiss(known, IdTaken(f"shard id {known.name} was taken over by {report.address} after a silence"))
-        self.shards[shard.name] = shard
+            self.remove(known)
+        self.shards[shard.name] = self._streams[stream] = shard
         self.hear(shard, report)
-        return shard
+        return known
 
-    def dismiss(self, shard: Shard, why: Exception) -> None:
-        """End a shard's stream, and say why."""
-        shard.dismissed = why
-        shard.outbox.set()
+    def remove(self, shard: Shard) -> None:
+        """It is no member any more, nor is anything heard from its stream."""
+        self._streams.pop(shard.stream, None)
         if self.shards.get(shard.name) is shard:
             del self.shards[shard.name]
 
     def refuse(self, shard_id: str, why: Exception) -> bool:
         """Remember that somebody was refused; returns whether that is news."""
-        now = time.monotonic()
+        now = self._clock()
         self._refusals = {
             name: refusal for name, refusal in self._refusals.items() if now - refusal[1] < REFUSAL_SECONDS
         }
@@ -158,7 +165,7 @@ class Fleet:
 
     def refusals(self) -> list[str]:
         """Why registrations were refused of late."""
-        now = time.monotonic()
+        now = self._clock()
         return [why for _, (why, when) in sorted(self._refusals.items()) if now - when < REFUSAL_SECONDS]
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
@@ -179,18 +186,19 @@ class Fleet:
     def leave(self, shard: Shard) -> None:
         """Its stream ended. It may be back in a moment, unless it was released."""
         shard.connected = False
-        if shard.released and self.shards.get(shard.name) is shard:
-            del self.shards[shard.name]
+        self._streams.pop(shard.stream, None)
+        if shard.released:
+            self.remove(shard)
 
-    def forget_lost(self) -> list[str]:
-        """Look who was not heard of for too long, and drop them; returns their names."""
-        now = time.monotonic()
+    def forget_lost(self) -> list[Shard]:
+        """Look who was not heard of for too long, and drop them; returns them."""
+        now = self._clock()
         self._listened += min(now - self._looked, LONGEST_LOOK)
         self._looked = now
         oldest = self._listened - self._lost_after
-        lost = [shard.name for shard in self.shards.values() if shard.heard < oldest]
-        for name in lost:
-            self.shards.pop(name).outbox.set()  # ends its stream, should it still be open: it must register again
+        lost = [shard for shard in self.shards.values() if shard.heard < oldest]
+        for shard in lost:
+            self.remove(shard)
         return lost
 
     def accesses(self) -> Counter[PartKey]:

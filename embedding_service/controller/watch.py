@@ -28,18 +28,17 @@ class StoreWatch:
     """Looks at a store every SCAN_SECONDS, once at a time.
 
     Args:
-        changed: Called when what was found changed, or the store went or came back.
+        changed: Called after the first look, or STALL_SECONDS without one, and whenever what was found changed, or the
+            store went or came back.
 
     Attributes:
         found: What was found last; None while the store cannot be read.
         problem: Why it cannot be read, in one line.
-        looked: Set after the first look, and after STALL_SECONDS without one.
     """
 
     def __init__(self, store: Store, changed: Callable[[], None]) -> None:
         self.found: Catalogue | None = None
         self.problem = ""
-        self.looked = asyncio.Event()
         self._store, self._changed = store, changed
         self._last = Catalogue()
 
@@ -60,7 +59,6 @@ class StoreWatch:
         except Exception as error:  # filesystems raise what their libraries do
             reason = " ".join(str(error).split()) or type(error).__name__
             self._is_away(f"store {self._store.url} cannot be read: {reason}")
-        self.looked.set()
 
     def _found(self, found: Catalogue) -> None:
         for name, problem in found.problems.items():
@@ -78,7 +76,6 @@ class StoreWatch:
             log.error("%s", problem)
             self.found, self.problem = None, problem
             self._changed()
-        self.looked.set()
 
     # The term
 

@@ -7,6 +7,7 @@ states.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -16,8 +17,7 @@ import grpc
 
 from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
-from embedding_service.placement.parts import PartKey
-from embedding_service.placement.routing import Routing
+from embedding_service.shard.duties import Duties
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import resident_bytes
@@ -27,8 +27,6 @@ from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-# How often the controller is told which parts are asked for how much, should nothing else change.
-ACCESSES_SECONDS = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
 # A second SIGTERM ends it at once.
@@ -55,16 +53,12 @@ class Registration:
         set_serving: Callable[[bool], Awaitable[None]],
     ) -> None:
         self._controller = controller
-        self._about = about
+        self._duties = Duties(about, holdings, router, time.monotonic)
         self._holdings = holdings
-        self._router = router
         self._set_serving = set_serving
         self._stats = _Stats(counters, holdings)
-        self._term = 0
         self._connected = False
         self._refused = ""
-        self._draining = False
-        self._released = asyncio.Event()
 
     async def run(self) -> None:
         """Register, again after each loss of the connection, until cancelled."""
@@ -75,7 +69,8 @@ class Registration:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
                         self._connected, self._refused = True, ""
-                        await self._obey(assignment)
+                        if self._duties.obey(assignment):
+                            await self._set_serving(True)
                 log.warning("the controller at %s ended the registration", self._controller)
             except grpc.aio.AioRpcError as error:
                 said = f"controller at {self._controller}: {error.code().name} {error.details()}"
@@ -96,11 +91,11 @@ class Registration:
         if not self._holdings.held or not seconds:
             return
         log.info("draining: %d parts are to be held elsewhere first", len(self._holdings.held))
-        self._draining = True
+        self._duties.draining = True
         self._holdings.changed.set()
         deadline = time.monotonic() + seconds
         asked = time.monotonic()
-        while not self._released.is_set() and time.monotonic() < deadline:
+        while not self._duties.released and time.monotonic() < deadline:
             if self._refused:
                 log.warning("the controller refuses this shard: nothing can be handed over")
                 return
@@ -109,56 +104,16 @@ class Registration:
                 log.warning("no controller to drain with")
                 return
             await asyncio.sleep(0.05)
-        log.info("drained" if self._released.is_set() else f"not drained after {seconds:g} s")
+        log.info("drained" if self._duties.released else f"not drained after {seconds:g} s")
 
     async def _reports(self) -> AsyncIterator[control.ShardReport]:
-        """Everything first, then heartbeats, with the parts whenever they changed."""
-        self._holdings.changed.set()
-        counted = time.monotonic()
-        routing = self._router.current
-        models = [placement.model for placement in routing.message.models] if routing else []
+        """Everything first, then heartbeats, at once where something changed."""
+        yield self._duties.first_report(self._stats.take())
         while True:
-            if time.monotonic() - counted > ACCESSES_SECONDS:
-                self._holdings.changed.set()
-                counted = time.monotonic()
-            report = control.ShardReport()
-            report.CopyFrom(self._about)
-            report.stats.CopyFrom(self._stats.take())
-            report.draining = self._draining
-            if self._router.current:
-                report.term, report.epoch = self._router.current.age
-                report.served.extend(model.full_name for model in self._router.current.models)
-            report.models.extend(models)
-            models = []
-            if self._holdings.changed.is_set():
-                self._holdings.changed.clear()
-                report.has_parts = True
-                held = sorted(self._holdings.held)
-                report.parts.extend(key.to_wire() for key in held)
-                report.part_accesses.extend(self._holdings.accesses(key) for key in held)
-                report.failures.extend(
-                    control.PartFailure(part=key.to_wire(), message=message)
-                    for key, message in self._holdings.failures.items()
-                )
-            yield report
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._holdings.changed.wait()
-            except TimeoutError:
-                continue
-
-    async def _obey(self, assignment: control.Assignment) -> None:
-        if assignment.term < self._term:
-            log.warning("ignored an assignment of term %d, below term %d", assignment.term, self._term)
-            return
-        self._term = assignment.term
-        if assignment.released:
-            self._released.set()
-        if assignment.has_parts:
-            self._holdings.assign(PartKey.from_wire(part) for part in assignment.parts)
-        if assignment.HasField("routing"):
-            self._router.adopt(Routing(assignment.routing))
-            await self._set_serving(True)
+            yield self._duties.report(self._stats.take())
 
 
 class _Stats:

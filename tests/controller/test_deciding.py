@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_service.controller import planning, server
+from embedding_service.controller import placing, planning
+from embedding_service.controller.events import Joined
 from embedding_service.controller.server import Controller, ControllerOptions
 from embedding_service.serving import cancel
 from embedding_service.store.store import Store
@@ -18,7 +19,8 @@ def decide(store: Path, memory: int, check: Callable[[Controller], Awaitable[Non
 
     async def use() -> None:
         controller = Controller(ControllerOptions(str(store), settle=0.0, lost_after=600.0), "127.0.0.1:9")
-        controller._fleet.join(control.ShardReport(shard_id="a", address="127.0.0.1:8", memory_limit=memory))
+        report = control.ShardReport(shard_id="a", address="127.0.0.1:8", device="cpu", memory_limit=memory)
+        controller._handle(Joined("stream", report))
         deciding = asyncio.create_task(controller.run())
         try:
             async with asyncio.timeout(120):
@@ -32,30 +34,30 @@ def decide(store: Path, memory: int, check: Callable[[Controller], Awaitable[Non
 
 
 async def placement_problem(controller: Controller, *words: str) -> None:
-    while not all(word in controller._plan_problem for word in words):
+    while not all(word in controller.state.placing.problem for word in words):
         await asyncio.sleep(0.02)
 
 
 def assigned(controller: Controller) -> set[str]:
     """Models that the shard was told to hold."""
-    return {key.model for key in controller._fleet.shards["a"].assigned or ()}
+    return {key.model for key in controller.state.fleet.shards["a"].assigned or ()}
 
 
 def test_a_planner_that_does_not_come_back_is_replaced_and_asked_again(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "REPLAN_SECONDS", 0.2)
+    monkeypatch.setattr(placing, "REPLAN_SECONDS", 0.2)
 
     async def check(controller: Controller) -> None:
         monkeypatch.setattr(planning, "PLAN_SECONDS", 0.01)
         await placement_problem(controller, "planning failed, and is tried again", "give it memory and time")
-        assert controller._routing and not controller._routing.models
+        assert controller.state.routing and not controller.state.routing.models
         monkeypatch.setattr(planning, "PLAN_SECONDS", 120.0)
-        controller._dirty.set()
+        controller.state._dirty = True
         while not assigned(controller):
             await asyncio.sleep(0.02)
-            controller._dirty.set()
-        assert not controller._plan_problem
+            controller.state._dirty = True
+        assert not controller.state.placing.problem
 
     decide(store, 1 << 30, check)
 

@@ -1,49 +1,15 @@
 """What the controller decides, from given states."""
 
 import pytest
-from support.checkpoints import DIM
+from support.manifests import manifest
 
 from embedding_service.controller import decisions
-from embedding_service.controller.fleet import ALIVE_SECONDS, REFUSAL_SECONDS, Fleet, IdTaken
+from embedding_service.controller.fleet import ALIVE_SECONDS, REFUSAL_SECONDS, Fleet, IdTaken, Shard
 from embedding_service.errors import InvalidRequest
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Manifest, Part, Provenance, Table
+from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
-
-
-def manifest(version: str, model: str = "m", parts: int = 3, imported_at: str = "") -> Manifest:
-    row_bytes, rows = DIM * 4, 64
-    return Manifest(
-        model=model,
-        version=version,
-        family="",
-        hash_params={},
-        provenance=Provenance(
-            checkpoint="", files={}, source_dtype="", source_bytes=0, imported_at=imported_at, importer=""
-        ),
-        tables=(
-            Table(
-                name="t",
-                rows=rows * parts,
-                dim=DIM,
-                dtype="fp32",
-                row_bytes=row_bytes,
-                rows_per_part=rows,
-                parts=tuple(
-                    Part(
-                        index=index,
-                        first_row=index * rows,
-                        rows=rows,
-                        file=f"t/part-{index:05d}.safetensors",
-                        bytes=rows * row_bytes,
-                        checksum="xxh3-128:" + "0" * 32,
-                    )
-                    for index in range(parts)
-                ),
-            ),
-        ),
-    )
 
 
 def held(*manifests: Manifest, by: str = "a") -> dict[PartKey, list[str]]:
@@ -111,6 +77,12 @@ def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_the
     assert owners(target=[], holders=["b"]) == ["b"]
 
 
+def join(fleet: Fleet, report: control.ShardReport) -> Shard:
+    """On a stream of its own."""
+    fleet.join(object(), report)
+    return fleet.shards[report.shard_id]
+
+
 def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     keys = decisions.part_keys(manifest("1"))
 
@@ -118,9 +90,9 @@ def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
         parts = [key.to_wire() for key in held]
         return control.ShardReport(shard_id=name, has_parts=True, parts=parts, part_accesses=accesses, **fields)
 
-    fleet = Fleet(lost_after=60)
-    first = fleet.join(report("a", keys[:2], [5, 7]))
-    fleet.join(report("b", keys[1:], [3, 4]))
+    fleet = Fleet(60, lambda: 0.0)
+    first = join(fleet, report("a", keys[:2], [5, 7]))
+    join(fleet, report("b", keys[1:], [3, 4]))
     assert fleet.holders() == {keys[0]: ["a"], keys[1]: ["a", "b"], keys[2]: ["b"]}
     assert fleet.accesses() == {keys[0]: 5, keys[1]: 10, keys[2]: 4}
     assert not fleet.hear(first, report("a", keys[:2], [50, 7]))  # more accesses alone call for nothing
@@ -129,24 +101,23 @@ def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     assert fleet.hear(first, report("a", keys[:1], [50], draining=True))
 
 
-def test_silence_counts_only_while_the_controller_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_counts_only_while_the_controller_listens() -> None:
     now = 100.0
-    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
-    fleet = Fleet(lost_after=5)
-    talking, silent = (fleet.join(control.ShardReport(shard_id=name)) for name in ("talking", "silent"))
+    fleet = Fleet(5, lambda: now)
+    talking, silent = (join(fleet, control.ShardReport(shard_id=name)) for name in ("talking", "silent"))
     now += 60  # held up: what both said meanwhile waits to be read
     assert fleet.forget_lost() == []
     for _ in range(5):
         now += 0.9
         fleet.hear(talking, talking.report)
         lost = fleet.forget_lost()
-    assert lost == ["silent"]
-    assert silent.outbox.is_set()
+    assert lost == [silent]
+    assert fleet.shard_of(silent.stream) is None
     assert list(fleet.shards) == ["talking"]
 
 
 def test_a_routing_is_sent_once_to_who_has_not_seen_it() -> None:
-    shard = Fleet(lost_after=5).join(control.ShardReport(shard_id="a", term=7, epoch=2))
+    shard = join(Fleet(5, lambda: 0.0), control.ShardReport(shard_id="a", term=7, epoch=2))
     assert shard.knows == (7, 2)
     shard.sent = (7, 3)
     assert shard.knows == (7, 3)
@@ -155,10 +126,10 @@ def test_a_routing_is_sent_once_to_who_has_not_seen_it() -> None:
 
 
 def test_the_first_holders_of_all_parts_are_of_one_topology() -> None:
-    keys, fleet = decisions.part_keys(manifest("1")), Fleet(lost_after=5)
+    keys, fleet = decisions.part_keys(manifest("1")), Fleet(5, lambda: 0.0)
     for name, topology, held in (("a", "y", keys), ("b", "x", keys[:2]), ("c", "x", keys[2:])):
         parts = [key.to_wire() for key in held]
-        fleet.join(control.ShardReport(shard_id=name, topology=topology, has_parts=True, parts=parts))
+        join(fleet, control.ShardReport(shard_id=name, topology=topology, has_parts=True, parts=parts))
     assert fleet.holders() == {keys[0]: ["b", "a"], keys[1]: ["b", "a"], keys[2]: ["c", "a"]}
 
 
@@ -229,13 +200,12 @@ def test_settling(shards: int, expected: int, waited: float, quiet: float, retur
     assert decisions.settled(shards, expected, waited, quiet, returning, settle=2, patience=60) is enough
 
 
-def test_a_shard_that_registers_again_and_again_does_not_look_like_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_registers_again_and_again_does_not_look_like_new_ones() -> None:
     now = 100.0
-    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
-    fleet = Fleet(lost_after=5)
+    fleet = Fleet(5, lambda: now)
     for _ in range(10):
         now += 0.5
-        fleet.join(control.ShardReport(shard_id="a", incarnation=1))
+        join(fleet, control.ShardReport(shard_id="a", incarnation=1))
     assert fleet.joined == 100.5
 
 
@@ -244,10 +214,9 @@ def test_what_is_served_is_placed_first_and_then_the_smallest() -> None:
     assert decisions.by_importance([large, small, served], {("s", "1")}) == [served, small, large]
 
 
-def test_of_two_shards_with_one_id_the_first_stays_while_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_shards_with_one_id_the_first_stays_while_it_is_heard_of() -> None:
     now = 100.0
-    monkeypatch.setattr("embedding_service.controller.fleet.time.monotonic", lambda: now)
-    fleet = Fleet(lost_after=60)
+    fleet = Fleet(60, lambda: now)
 
     def report(incarnation: int) -> control.ShardReport:
         return control.ShardReport(shard_id="a", address=f"h:{incarnation}", incarnation=incarnation)
@@ -258,25 +227,25 @@ def test_of_two_shards_with_one_id_the_first_stays_while_it_is_heard_of(monkeypa
             now += 0.25
             fleet.forget_lost()
 
-    first = fleet.join(report(1))
+    first = join(fleet, report(1))
     for _ in range(20):  # both live, and neither gives up
         pass_time(1)
         fleet.hear(first, report(1))
         with pytest.raises(IdTaken, match=r"a of h:2 is taken by the shard at h:1.*--id of its own") as refusal:
-            fleet.join(report(2))
+            join(fleet, report(2))
         is_news = not fleet.refusals()
         assert fleet.refuse("a", refusal.value) is is_news  # said once
     assert fleet.shards == {"a": first}
-    again = fleet.join(report(1))  # a connection that broke
+    again = join(fleet, report(1))  # a connection that broke
     assert fleet.shards == {"a": again}
-    assert first.outbox.is_set()
+    assert fleet.shard_of(first.stream) is None
     pass_time(ALIVE_SECONDS)  # its connection hangs: the machine is gone
-    second = fleet.join(report(2))
+    second = join(fleet, report(2))
     assert fleet.shards == {"a": second}
-    assert again.outbox.is_set() and "taken over by h:2" in str(again.dismissed)
+    assert fleet.shard_of(again.stream) is None
     with pytest.raises(IdTaken):  # it was only held up, and is back
-        fleet.join(report(1))
+        join(fleet, report(1))
     fleet.leave(second)
-    assert fleet.join(report(3)) is fleet.shards["a"]  # a restart: its connection ended with it
+    assert join(fleet, report(3)) is fleet.shards["a"]  # a restart: its connection ended with it
     pass_time(REFUSAL_SECONDS)
     assert fleet.refusals() == []

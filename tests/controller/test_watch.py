@@ -48,7 +48,7 @@ def test_a_store_that_stalls_is_away_until_it_answers_and_keeps_nobody(
     async def use() -> None:
         watch = StoreWatch(stalling, lambda: changes.append(watch.problem))
         task = asyncio.create_task(watch.run())
-        await until(watch.looked.is_set)
+        await until(lambda: bool(changes))
         assert watch.found is None and "has not answered for 0.05 s" in watch.problem
         await asyncio.sleep(0.3)
         assert stalling.looks == 1  # no second thread waits beside the first

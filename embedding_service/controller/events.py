@@ -1,0 +1,132 @@
+"""What the controller's state is told, and what it has done about it: all that passes between `state` and the world."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from embedding_service.errors import EmbeddingServiceError
+from embedding_service.placement.demand import Node, PartDemand, Placement
+from embedding_service.placement.routing import Routing
+from embedding_service.store.store import Catalogue
+from embedding_service.wire import control_pb2 as control
+
+# A shard's registration, as the world names it; the state only compares it.
+Stream = Hashable
+
+# Events
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A stream began; the first report on it."""
+
+    stream: Stream
+    report: control.ShardReport
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A later report on a stream."""
+
+    stream: Stream
+    report: control.ShardReport
+
+
+@dataclass(frozen=True)
+class Left:
+    """A stream ended."""
+
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look at the store found. None: it is away, and `problem` says why."""
+
+    found: Catalogue | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TermRead:
+    """Answers `ReadTerm`: the highest term noted in the store, 0 for none, and the clock in milliseconds."""
+
+    noted: int
+    clock: int
+
+
+@dataclass(frozen=True)
+class TermNoted:
+    """Answers `NoteTerm`, whether the store took it or not."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Answers `Plan`: a placement, or why there is none. PlacementError: what was asked for does not fit."""
+
+    outcome: Placement | Exception
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed. Nothing is decided but at a tick, or where an answer lets a decision go on."""
+
+
+Event = Joined | Reported | Left | Looked | TermRead | TermNoted | Planned | Tick
+
+# Instructions
+
+
+@dataclass(frozen=True)
+class Tell:
+    """There is news for a shard: take `ControllerState.message` as soon as its stream can carry one."""
+
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """End a stream. `why`: the error that it ends with; None: as a stream ends."""
+
+    stream: Stream
+    why: EmbeddingServiceError | None = None
+
+
+@dataclass(frozen=True)
+class Publish:
+    """This is the routing from now on."""
+
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class ReadTerm:
+    """Answer with `TermRead`."""
+
+
+@dataclass(frozen=True)
+class NoteTerm:
+    """Write the term into the store, unless a higher one is there; answer with `TermNoted`."""
+
+    term: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Place `replicas` copies of the parts on the nodes; answer with `Planned`."""
+
+    parts: Sequence[PartDemand]
+    nodes: Sequence[Node]
+    replicas: int
+
+
+@dataclass(frozen=True)
+class End:
+    """Another controller is there: end, and say so."""
+
+    why: EmbeddingServiceError
+
+
+Question = ReadTerm | NoteTerm | Plan
+Instruction = Tell | Dismiss | Publish | End | Question

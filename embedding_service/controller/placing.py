@@ -1,0 +1,139 @@
+"""Where the copies of all parts shall lie: when to plan anew, and for which of the versions there is room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Container, Generator, Sequence
+from dataclasses import replace
+
+from embedding_service.controller import decisions
+from embedding_service.controller.events import Plan, Planned, Question
+from embedding_service.controller.fleet import Fleet, Shard
+from embedding_service.errors import PlacementError
+from embedding_service.placement.demand import CUDA, Node, PartDemand, Placement
+from embedding_service.placement.parts import PartKey
+from embedding_service.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+HEAT_SECONDS = 60.0
+# A planner that failed is not asked the same again before.
+REPLAN_SECONDS = 30.0
+
+
+class Placing:
+    """The newest plan, and what it was made for. Does no planning itself: it asks for plans.
+
+    Args:
+        replicas: Copies that are wanted of every part.
+        fleet: The shards.
+        clock: Seconds now.
+
+    Attributes:
+        target: For each part the shards that shall hold it.
+        problem: Why not everything is placed, or "".
+        replicas_problem: Why there are fewer copies than wanted, or "".
+    """
+
+    def __init__(self, replicas: int, fleet: Fleet, clock: Callable[[], float]) -> None:
+        self.target: dict[PartKey, list[str]] = {}
+        self.problem = ""
+        self.replicas_problem = ""
+        self._replicas, self._fleet, self._clock = replicas, fleet, clock
+        self._planned_for: tuple[list[Node], set[tuple[str, str]]] = ([], set())
+        self._planned_at = 0.0
+        self._replan_at = 0.0
+        self._left_out: set[tuple[str, str]] = set()
+
+    def is_due(self) -> bool:
+        """Whether `update` is wanted though nothing changed: a planner failed a while ago, or parts may be hot now."""
+        return self._is_retry_due() or self._is_heat_due()
+
+    def _is_retry_due(self) -> bool:
+        return 0 < self._replan_at <= self._clock()
+
+    def _is_heat_due(self) -> bool:
+        """Which parts belong into GPU memory changes with what is asked for: look again now and then."""
+        gpus = any(shard.report.device == CUDA for shard in self._fleet.shards.values())
+        return gpus and self._clock() - self._planned_at > HEAT_SECONDS
+
+    def update(
+        self, wanted: Sequence[Manifest], served: Sequence[tuple[str, str]]
+    ) -> Generator[Question, Planned, None]:
+        """Place anew when a copy is missing, or when shards or versions came, went or changed."""
+        names = {(each.model, each.version): each for each in wanted}
+        nodes = [_node(shard, names) for _, shard in sorted(self._fleet.shards.items())]
+        staying = {node.shard for node in nodes if not node.draining}
+        replicas = min(self._replicas, len(staying))
+        about = ([replace(node, held=frozenset()) for node in nodes], set(names))
+        changed = about != self._planned_for
+        if self._is_retry_due():
+            self._replan_at = 0.0
+        if not staying or (not changed and self._replan_at):
+            return
+        placed = [each for name, each in names.items() if name not in self._left_out]
+        missing = decisions.needs_plan(placed, self.target, staying, replicas)
+        if missing or changed or self._is_heat_due():
+            self._planned_for, self._planned_at = about, self._clock()
+            self.replicas_problem = decisions.too_few_shards(self._replicas, replicas)
+            yield from self._plan(decisions.by_importance(wanted, served), served, nodes, replicas)
+
+    def _plan(
+        self, manifests: Sequence[Manifest], served: Sequence[tuple[str, str]], nodes: list[Node], replicas: int
+    ) -> Generator[Question, Planned, None]:
+        """Place what is served, and as many further versions as fit."""
+        fits, fails = sum((each.model, each.version) in served for each in manifests) - 1, len(manifests) + 1
+        placement: Placement | None = None
+        problem, self._replan_at, count = "", 0.0, len(manifests)
+        while fails - fits > 1:  # so many fit, and so many do not
+            answer = yield Plan(self._demands(manifests[:count]), nodes, replicas)
+            if isinstance(answer.outcome, Placement):
+                placement, fits = answer.outcome, count
+            elif isinstance(answer.outcome, PlacementError):
+                problem, fails = str(answer.outcome), count
+            else:
+                error = answer.outcome
+                problem = f"planning failed, and is tried again: {type(error).__name__}: {error}"
+                self._replan_at = self._clock() + REPLAN_SECONDS
+                break
+            count = (fits + fails) // 2
+        if placement:
+            left_out = manifests[fits:]
+            self.target, self._left_out = placement.shards_of, {(each.model, each.version) for each in left_out}
+            names = ", ".join(f"{each.model}@{each.version}" for each in left_out)
+            problem = f"not placed: {names}: {problem}" if left_out else problem
+            log.info("planned %d versions on %d shards", fits, len(nodes))
+        if problem and problem != self.problem:
+            log.error("cannot place the models: %s", problem)
+        self.problem = problem
+
+    def reachable(self) -> dict[PartKey, list[str]]:
+        """The target without shards that are gone or cannot load their part: nobody who leaves waits for those."""
+        shards = self._fleet.shards
+        return {
+            key: [name for name in names if name in shards and key not in shards[name].failures]
+            for key, names in self.target.items()
+        }
+
+    def _demands(self, manifests: Sequence[Manifest]) -> list[PartDemand]:
+        accesses = self._fleet.accesses()
+        return [
+            PartDemand(key, part.rows, table.row_bytes, float(accesses[key]))
+            for manifest in manifests
+            for table in manifest.tables
+            for part in table.parts
+            for key in [PartKey(manifest.model, manifest.version, table.name, part.index)]
+        ]
+
+
+def _node(shard: Shard, wanted: Container[tuple[str, str]]) -> Node:
+    """A shard as the planner sees it, which knows nothing of versions that are not wanted."""
+    report = shard.report
+    return Node(
+        shard.name,
+        report.memory_limit,
+        frozenset(key for key in shard.held | (shard.assigned or frozenset()) if key[:2] in wanted),
+        device=report.device,
+        topology=report.topology,
+        draining=report.draining,
+    )

@@ -1,0 +1,360 @@
+"""The controller as a state machine: what it is told goes in, what it has done about it comes out. No I/O, no waiting.
+
+| state    | what it does                                                | left by                          |
+| -------- | ----------------------------------------------------------- | -------------------------------- |
+| settling | waits for shards                                            | enough are there, or time passed |
+| looking  | waits for the first look at the store                       | `Looked`                         |
+| quiet    | waits for a change, and a moment after the last decision    | a `Tick` that finds one          |
+| deciding | waits for an answer: the term that the store notes, a plan  | `TermRead`, `TermNoted`, `Planned` |
+| ended    | nothing                                                     |                                  |
+
+In every state it hears shards and looks who is lost. A decision takes its term, places what is missing, publishes the
+routing, and tells each shard what to hold. The rules are in ARCHITECTURE.md ("Rules of the protocol").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from embedding_service.controller import decisions
+from embedding_service.controller.events import (
+    Dismiss,
+    End,
+    Event,
+    Instruction,
+    Joined,
+    Left,
+    Looked,
+    NoteTerm,
+    Planned,
+    Publish,
+    Question,
+    ReadTerm,
+    Reported,
+    Stream,
+    Tell,
+    TermNoted,
+    TermRead,
+    Tick,
+)
+from embedding_service.controller.fleet import Fleet, IdTaken
+from embedding_service.controller.placing import Placing
+from embedding_service.controller.reports import check_report
+from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.placement.parts import PartKey
+from embedding_service.placement.routing import Routing
+from embedding_service.store.manifest import Manifest
+from embedding_service.store.store import Catalogue
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
+# Between two decisions: telling a shard takes about so long. 1,000 shards get a routing a second.
+SECONDS_A_SHARD = 0.001
+
+
+class Phase(Enum):
+    """The states of the table above."""
+
+    SETTLING = "settling"
+    LOOKING = "looking"
+    QUIET = "quiet"
+    DECIDING = "deciding"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controller is to keep.
+
+    Attributes:
+        address: Where clients and shards reach it; the routing says so.
+        replicas: Copies of every part, each on another shard.
+        expect_shards: The first plan waits for so many shards (at most `patience` seconds); 0: until none has come for
+            `settle` seconds.
+        lost_after: Seconds without a word after which a shard counts as gone.
+        grace: Seconds a shard keeps a part after the routing stopped naming it.
+        limits: What one lookup may ask for; clients learn it from the routing.
+    """
+
+    address: str
+    replicas: int = 1
+    expect_shards: int = 0
+    settle: float = 2.0
+    patience: float = 60.0
+    lost_after: float = 5.0
+    grace: float = 5.0
+    limits: wire.Limits = field(default_factory=wire.Limits)
+
+
+class ControllerState:
+    """Keeps (routing, assignments) in step with (store, shards).
+
+    Args:
+        clock: Seconds now.
+
+    Attributes:
+        phase: Where it is.
+        fleet: The shards.
+        placing: What shall be where.
+        catalog: The versions that are known.
+        wanted: Those that shall be held.
+        found, store_problem: The last look at the store.
+        routing: The one that was last published.
+        term: The controller's own; 0 before the first decision.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+        self.settings = settings
+        self.phase = Phase.SETTLING
+        self.fleet = Fleet(settings.lost_after, clock)
+        self.placing = Placing(settings.replicas, self.fleet, clock)
+        self.catalog: decisions.Catalog = {}
+        self.wanted: list[Manifest] = []
+        self.found: Catalogue | None = None
+        self.store_problem = ""
+        self.routing: Routing | None = None
+        self.term = 0
+        self._clock = clock
+        self._began = clock()
+        self._looked = False
+        self._noted = False
+        self._dirty = True
+        self._decides_at = 0.0
+        self._decision: Generator[Question, Any, None] | None = None
+        self._out: list[Instruction] = []
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Take an event in; returns what is to be done about it, in that order."""
+        if self.phase is Phase.ENDED:
+            return []
+        match event:
+            case Joined(stream, report):
+                self._join(stream, report)
+            case Reported(stream, report):
+                self._hear(stream, report)
+            case Left(stream):
+                self._leave(stream)
+            case Looked(found, problem):
+                self.found, self.store_problem = found, problem
+                self._looked = self._dirty = True
+            case Tick():
+                self._tick()
+            case TermRead() | TermNoted() | Planned():
+                self._go_on(event)
+        out, self._out = self._out, []
+        return out
+
+    def tick_in(self) -> float:
+        """Seconds until the next `Tick` is wanted, at the latest."""
+        if self.phase is Phase.SETTLING:
+            return SETTLING_TICK_SECONDS
+        if self.phase is Phase.QUIET and self._dirty:
+            return min(max(self._decides_at - self._clock(), 0.0), TICK_SECONDS)
+        return TICK_SECONDS
+
+    def message(self, stream: Stream) -> control.Assignment | None:
+        """What a shard is to be told now; None where nothing is, yet. It counts as told."""
+        shard = self.fleet.shard_of(stream)
+        if shard is None or shard.assigned is None:
+            return None
+        assignment = control.Assignment(
+            term=self.term,
+            has_parts=True,
+            parts=[key.to_wire() for key in sorted(shard.assigned)],
+            released=shard.released,
+        )
+        if self.routing and shard.knows < self.routing.age:
+            shard.sent = self.routing.age
+            assignment.routing.CopyFrom(self.routing.message)
+        return assignment
+
+    # Shards
+
+    def _join(self, stream: Stream, report: control.ShardReport) -> None:
+        try:
+            check_report(report, self.term)
+            known = self.fleet.join(stream, report)
+        except EmbeddingServiceError as error:
+            self._refuse(stream, report, error)
+            return
+        log.info("shard %s registered: %s, holds %d parts", report.shard_id, report.address, len(report.parts))
+        self._dirty = True
+        if known and known.report.incarnation != report.incarnation:
+            why = IdTaken(f"shard id {known.name} was taken over by {report.address} after a silence")
+            self._refuse(known.stream, known.report, why)
+        elif known:
+            self._out.append(Dismiss(known.stream))
+
+    def _hear(self, stream: Stream, report: control.ShardReport) -> None:
+        shard = self.fleet.shard_of(stream)
+        if shard is None:
+            return
+        try:
+            check_report(report, self.term, shard.report)
+        except EmbeddingServiceError as error:
+            self.fleet.remove(shard)
+            self._dirty = True
+            self._refuse(stream, shard.report, error)
+            return
+        self._dirty |= self.fleet.hear(shard, report)
+
+    def _leave(self, stream: Stream) -> None:
+        shard = self.fleet.shard_of(stream)
+        if shard is not None:
+            self.fleet.leave(shard)
+            self._dirty = True
+            self._out.append(Dismiss(stream))
+
+    def _refuse(self, stream: Stream, report: control.ShardReport, why: EmbeddingServiceError) -> None:
+        """End a registration with the reason, which status tells as well."""
+        if self.fleet.refuse(report.shard_id, why):
+            log.error("refused shard %r at %r: %s", report.shard_id[:100], report.address[:100], why)
+        self._out.append(Dismiss(stream, why))
+
+    # Deciding
+
+    def _tick(self) -> None:
+        for shard in self.fleet.forget_lost():
+            log.warning("shard %s was not heard of for %g s: gone", shard.name, self.settings.lost_after)
+            self._dirty = True
+            self._out.append(Dismiss(shard.stream))  # should its stream still be open: it must register again
+        if self.phase is Phase.SETTLING and self._is_settled():
+            self.phase = Phase.LOOKING
+        if self.phase is Phase.LOOKING and self._looked:
+            self.phase = Phase.QUIET
+        changed = self._dirty or self._graces_end() or self.placing.is_due()
+        if self.phase is Phase.QUIET and changed and self._clock() >= self._decides_at:
+            self.phase, self._dirty = Phase.DECIDING, False
+            self._decision = self._decide()
+            self._go_on(None)
+
+    def _go_on(self, answer: TermRead | TermNoted | Planned | None) -> None:
+        """Go on with the decision to its next question or its end."""
+        if self._decision is None:
+            return
+        try:
+            self._out.append(self._decision.send(answer))
+        except StopIteration:
+            self._decision = None
+            # What was told is taken in before there is more.
+            self._decides_at = self._clock() + SECONDS_A_SHARD * len(self.fleet.shards)
+            if self.phase is Phase.DECIDING:
+                self.phase = Phase.QUIET
+
+    def _is_settled(self) -> bool:
+        """Wait for the shards: the first to come must not get everything, nor a restart move what is still held."""
+        now, settings = self._clock(), self.settings
+        return decisions.settled(
+            len(self.fleet.shards),
+            settings.expect_shards,
+            now - self._began,
+            now - max(self._began, self.fleet.joined),
+            returning=self.fleet.newest_term > 0,
+            settle=settings.settle,
+            patience=settings.patience,
+        )
+
+    def _graces_end(self) -> bool:
+        now = self._clock()
+        return any(
+            now >= until and key in (shard.assigned or ())
+            for shard in self.fleet.shards.values()
+            for key, until in shard.grace.items()
+        )
+
+    def _decide(self) -> Generator[Question, Any, None]:
+        """One decision: yields questions, and is sent the answers."""
+        if not (yield from self._take_term()):
+            return
+        if self.routing:
+            served = [(model.name, model.version) for model in self.routing.models]
+        else:
+            served = self.fleet.last_served()
+        described = {} if self.routing else self.fleet.served_now()
+        self.catalog = decisions.known_versions(self.found, self.catalog, described)
+        self.wanted, _ = decisions.choose_versions(self.catalog, served, self.fleet.holders())
+        yield from self.placing.update(self.wanted, served)
+        shards, holders = self.fleet.shards, self.fleet.holders()  # planning took time
+        self.wanted, serving = decisions.choose_versions(self.catalog, served, holders)
+        addresses = {name: shard.report.address for name, shard in shards.items()}
+        self._publish(decisions.build_routing(serving, self.placing.reachable(), holders, addresses))
+        self._assign()
+
+    def _take_term(self) -> Generator[Question, Any, bool]:
+        """At the first decision: above every term that a shard has seen, and above those of controllers before.
+
+        For the latter there is the term noted in the store, and the clock. Ends when another controller took a term
+        above ours: it started later, and there shall be one. Where the store says that ours is the last controller's, a
+        higher term is a report's alone, and ends nobody. Returns whether it stays.
+        """
+        if not self.term:
+            read: TermRead = yield ReadTerm()
+            self.term = max(self.fleet.newest_term + 1, read.noted + 1, read.clock)
+        if not self._noted and self.found and self.found.manifests:  # else it may be no store
+            self._noted = True
+            yield NoteTerm(self.term)
+        newest = self.fleet.newest_term
+        if newest <= self.term:
+            return True
+        if (yield ReadTerm()).noted != self.term:
+            self.phase = Phase.ENDED
+            self._out.append(
+                End(Unavailable(f"a controller of term {newest} is there, above this one's {self.term}: ending"))
+            )
+            return False
+        log.warning(
+            "a shard knows term %d, which no controller noted after this one's %d: going above", newest, self.term
+        )
+        self.term = newest + 1
+        yield NoteTerm(self.term)
+        return True
+
+    def _publish(self, routing: wire.Routing) -> None:
+        routing.controller = self.settings.address
+        routing.limits.CopyFrom(self.settings.limits)
+        term, epoch = self.routing.age if self.routing else (0, 0)
+        routing.term, routing.epoch = term, epoch
+        if self.routing and term == self.term and routing == self.routing.message:
+            return
+        routing.term, routing.epoch = self.term, epoch + 1 if term == self.term else 1
+        self.routing = Routing(routing)
+        self._out.append(Publish(self.routing))
+        log.info("published routing (%d, %d): %d models", routing.term, routing.epoch, len(routing.models))
+
+    def _assign(self) -> None:
+        """Tell each shard what to hold: what was planned for it, and for a grace time what clients may still ask."""
+        assert self.routing
+        routed = decisions.routed_parts(self.routing.message)
+        planned: dict[str, set[PartKey]] = {}
+        wanted = {key for manifest in self.wanted for key in decisions.part_keys(manifest)}
+        for key, names in self.placing.target.items():
+            for name in names if key in wanted else ():
+                planned.setdefault(name, set()).add(key)
+        known = {(each.model, each.version) for versions in self.catalog.values() for each in versions}
+        now = self._clock()
+        for name, shard in self.fleet.shards.items():
+            keep = planned.get(name, set()) | routed.get(name, set())
+            keep |= {key for key in shard.held if key[:2] not in known and self._may_be_there(key)}
+            leaving = shard.held - keep
+            shard.grace = {key: shard.grace.get(key, now + self.settings.grace) for key in leaving}
+            assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
+            released = shard.report.draining and (not assigned or self._all_drain())
+            behind = shard.knows < self.routing.age
+            if (assigned, released) != (shard.assigned, shard.released) or behind:
+                shard.assigned, shard.released = assigned, released
+                self._out.append(Tell(shard.stream))
+
+    def _may_be_there(self, key: PartKey) -> bool:
+        """Whether the store may have the part's version, for all that could be read of it."""
+        return self.found is None or self.found.cannot_tell(key.model, key.version)
+
+    def _all_drain(self) -> bool:
+        """Nobody is left to take anything over."""
+        return all(shard.report.draining for shard in self.fleet.shards.values())

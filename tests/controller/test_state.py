@@ -1,0 +1,356 @@
+"""The controller's state machine by itself: events in, instructions out, at a time that the test says."""
+
+from collections.abc import Iterable
+
+import pytest
+from support.manifests import manifest
+from support.planner import plan
+
+from embedding_service.controller import decisions
+from embedding_service.controller.events import (
+    Dismiss,
+    End,
+    Event,
+    Instruction,
+    Joined,
+    Left,
+    Looked,
+    NoteTerm,
+    Plan,
+    Planned,
+    Publish,
+    ReadTerm,
+    Reported,
+    Tell,
+    TermNoted,
+    TermRead,
+    Tick,
+)
+from embedding_service.controller.fleet import IdTaken
+from embedding_service.controller.placing import REPLAN_SECONDS
+from embedding_service.controller.presenter import problems_of
+from embedding_service.controller.state import ControllerState, Phase, Settings
+from embedding_service.errors import InvalidRequest, PlacementError
+from embedding_service.placement.parts import PartKey
+from embedding_service.store.manifest import Manifest
+from embedding_service.store.store import Catalogue
+from embedding_service.wire import control_pb2 as control
+
+CLOCK_MS = 5_000
+
+
+class World:
+    """Answers what a state asks, and lets shards obey at once; `noted` is the term in the store."""
+
+    def __init__(self, answers: bool = True, **settings: float) -> None:
+        self.now = 100.0
+        self.answers = answers
+        self.noted = 0
+        self.settings = Settings("h:9", **{"settle": 1.0, "lost_after": 5.0, "grace": 2.0, **settings})  # type: ignore[arg-type]
+        self.state = ControllerState(self.settings, lambda: self.now)
+        self.done: list[Instruction] = []
+        self.reports: dict[str, control.ShardReport] = {}
+
+    def feed(self, event: Event) -> list[Instruction]:
+        """What the state has done, with what follows from the answers."""
+        done: list[Instruction] = []
+        events = [event]
+        while events:
+            for instruction in self.state.handle(events.pop(0)):
+                done.append(instruction)
+                answer = self.answer(instruction) if self.answers else None
+                events += [answer] if answer else []
+        self.done += done
+        return done
+
+    def answer(self, instruction: Instruction) -> Event | None:
+        match instruction:
+            case ReadTerm():
+                return TermRead(self.noted, CLOCK_MS)
+            case NoteTerm(term):
+                self.noted = max(self.noted, term)
+                return TermNoted()
+            case Plan(parts, nodes, replicas):
+                try:
+                    return Planned(plan(parts, nodes, replicas))
+                except PlacementError as error:
+                    return Planned(error)
+        return None
+
+    def join(self, name: str, held: Iterable[PartKey] = (), **fields: object) -> list[Instruction]:
+        """A shard registers on a stream of its name."""
+        fields = {"memory_limit": 1 << 30, "device": "cpu", "address": f"h:{ord(name[0])}", **fields}
+        parts = [key.to_wire() for key in held]
+        self.reports[name] = control.ShardReport(shard_id=name, has_parts=True, parts=parts, **fields)
+        return self.feed(Joined(name, self.reports[name]))
+
+    def report(self, name: str, **fields: object) -> list[Instruction]:
+        report = control.ShardReport()
+        report.CopyFrom(self.reports[name])
+        report.MergeFrom(control.ShardReport(**fields))
+        return self.feed(Reported(name, report))
+
+    def obey(self, name: str) -> None:
+        """A shard holds what it was told to hold, and says so."""
+        message = self.state.message(name)
+        assert message is not None
+        del self.reports[name].parts[:]
+        self.reports[name].parts.extend(message.parts)
+        self.report(name)
+
+    def pass_time(self, seconds: float, step: float = 0.25) -> list[Instruction]:
+        """With a tick each quarter of a second, and a heartbeat of each shard each second."""
+        done: list[Instruction] = []
+        for number in range(round(seconds / step)):
+            self.now += step
+            if number % 4 == 0:
+                for name in self.state.fleet.shards:
+                    done += self.report(name)
+            done += self.feed(Tick())
+        return done
+
+    def serve(self, *versions: Manifest, shards: str = "ab") -> None:
+        """Until these shards hold what they shall."""
+        for name in shards:
+            self.join(name)
+        self.feed(Looked(Catalogue({"m": list(versions)})))
+        self.pass_time(2)
+        for name in shards:
+            self.obey(name)
+        self.pass_time(1)
+
+    def owners(self) -> list[list[str]]:
+        assert self.state.routing
+        message = self.state.routing.message
+        [table] = message.models[0].tables
+        return [[message.shards[index].id for index in part.shards] for part in table.parts]
+
+    def assigned(self, name: str) -> set[PartKey]:
+        message = self.state.message(name)
+        assert message is not None
+        return {PartKey.from_wire(part) for part in message.parts}
+
+
+ONE, TWO = manifest("1"), manifest("2")
+KEYS = decisions.part_keys(ONE)
+
+
+def kinds(instructions: Iterable[Instruction]) -> list[str]:
+    return [type(each).__name__ for each in instructions]
+
+
+def test_from_its_first_shards_to_a_served_model() -> None:
+    world = World(answers=False)
+    assert world.join("a") == [] == world.join("b")
+    assert world.state.phase is Phase.SETTLING
+    assert world.pass_time(2) == []
+    assert world.state.phase is Phase.LOOKING and world.state.message("a") is None
+    assert world.feed(Looked(Catalogue({"m": [ONE]}))) == []
+    assert world.feed(Tick()) == [ReadTerm()]
+    assert world.pass_time(1) == [] and world.state.phase is Phase.DECIDING
+    assert world.feed(TermRead(7, CLOCK_MS)) == [NoteTerm(CLOCK_MS)]
+    [question] = world.feed(TermNoted())
+    assert isinstance(question, Plan) and len(question.parts) == 3 and question.replicas == 1
+    done = world.feed(Planned(plan(question.parts, question.nodes, question.replicas)))
+    assert kinds(done) == ["Publish", "Tell", "Tell"]
+    assert world.state.routing and world.state.routing.age == (CLOCK_MS, 1) and not world.state.routing.models
+    assert world.assigned("a") | world.assigned("b") == set(KEYS)
+    assert not world.assigned("a") & world.assigned("b")
+    for name in "ab":
+        world.obey(name)
+    assert kinds(world.pass_time(0.25)) == ["Publish", "Tell", "Tell"]
+    assert world.state.routing.age == (CLOCK_MS, 2)
+    assert sorted(name for [name] in world.owners()) in (["a", "a", "b"], ["a", "b", "b"])
+
+
+def test_a_routing_travels_once_to_each_shard() -> None:
+    world = World()
+    world.serve(ONE)
+    messages = [world.state.message("a") for _ in range(2)]
+    assert [message.HasField("routing") for message in messages if message] == [True, False]
+    world.join("a")  # on a connection that knows nothing of what was sent on the one before
+    world.pass_time(1)
+    message = world.state.message("a")
+    assert message and message.HasField("routing")
+
+
+def test_it_stays_quiet_where_nothing_changes() -> None:
+    world = World()
+    world.serve(ONE)
+    assert world.pass_time(30) == []
+
+
+@pytest.mark.parametrize("noted", [0, CLOCK_MS + 1000])
+def test_its_term_is_above_the_clock_the_note_and_what_shards_know(noted: int) -> None:
+    for known in (0, CLOCK_MS + 2000):
+        world = World()
+        world.noted = noted
+        world.join("a", term=known, epoch=3)
+        world.feed(Looked(Catalogue({"m": [ONE]})))
+        world.pass_time(3)
+        assert world.state.term == max(CLOCK_MS, noted + 1 if noted else 0, known + 1 if known else 0)
+        assert world.noted == world.state.term
+
+
+def test_a_controller_that_came_later_ends_it() -> None:
+    world = World()
+    world.serve(ONE)
+    world.noted = world.state.term + 5
+    world.reports["a"].term = world.noted
+    assert world.report("a") == []
+    [end] = [each for each in world.pass_time(0.5) if isinstance(each, End)]
+    assert f"a controller of term {world.noted} is there" in str(end.why)
+    assert world.state.phase is Phase.ENDED
+    assert world.feed(Tick()) == world.join("c") == []
+
+
+def test_a_term_that_no_controller_noted_ends_nobody() -> None:
+    world = World()
+    world.serve(ONE)
+    higher = world.state.term + 5
+    world.reports["a"].term = higher
+    world.report("a")
+    assert kinds(world.pass_time(0.5)) == ["ReadTerm", "NoteTerm", "Publish", "Tell", "Tell"]
+    assert world.state.term == world.noted == higher + 1
+
+
+def test_a_shard_that_is_lost_while_a_plan_is_made_is_not_in_the_routing_after_it() -> None:
+    world = World(replicas=2)
+    world.serve(ONE)
+    assert world.owners() == [["a", "b"]] * 3
+    world.answers = False
+    world.join("c")
+    world.now += 0.25
+    [question] = world.feed(Tick())
+    assert isinstance(question, Plan)
+    for _ in range(24):  # a says no more
+        world.now += 0.25
+        for name in "bc":
+            world.report(name)
+        lost = world.feed(Tick())
+        if lost:
+            break
+    assert lost == [Dismiss("a")]
+    assert kinds(world.feed(Planned(plan(question.parts, question.nodes, 2)))) == ["Publish", "Tell", "Tell"]
+    assert world.owners() == [["b"]] * 3
+    world.answers = True
+    assert "Plan" in kinds(world.pass_time(1))
+    assert world.assigned("c") == set(KEYS)
+
+
+def test_what_a_shard_leaves_is_kept_for_the_grace_time_after_all_new_copies_are_there() -> None:
+    world = World()
+    world.serve(ONE, shards="a")
+    world.report("a", draining=True)
+    world.reports["a"].draining = True
+    world.join("b")
+    world.pass_time(1)
+    assert world.owners() == [["a"]] * 3 and world.assigned("a") == set(KEYS)
+    world.obey("b")
+    world.pass_time(0.25)
+    assert world.owners() == [["b"]] * 3
+    assert world.assigned("a") == set(KEYS)
+    world.pass_time(1.5)
+    assert world.assigned("a") == set(KEYS)
+    world.pass_time(1)
+    message = world.state.message("a")
+    assert message and not message.parts and message.released
+    assert world.feed(Left("a")) == [Dismiss("a")]
+    assert "a" not in world.state.fleet.shards
+
+
+def test_a_new_version_takes_over_whole_and_in_one_routing() -> None:
+    world = World()
+    world.serve(ONE)
+    world.feed(Looked(Catalogue({"m": [ONE, TWO]})))
+    world.pass_time(0.5)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+    world.obey("a")
+    world.pass_time(0.5)
+    assert [each.full_name for each in world.state.routing.models] == ["m@1"]
+    world.obey("b")
+    world.pass_time(0.5)
+    assert [each.full_name for each in world.state.routing.models] == ["m@2"]
+    assert {key.version for name in "ab" for key in world.assigned(name)} == {"1", "2"}  # the grace time
+    world.pass_time(3)
+    assert {key.version for name in "ab" for key in world.assigned(name)} == {"2"}
+
+
+def test_a_store_that_goes_away_changes_nothing() -> None:
+    world = World()
+    world.serve(ONE)
+    before = world.state.routing
+    for found in (None, Catalogue(is_empty=True)):
+        world.feed(Looked(found, "" if found else "gone"))
+        world.pass_time(5)
+        assert world.state.routing is before
+        assert world.assigned("a") | world.assigned("b") == set(KEYS)
+    world.feed(Looked(Catalogue({"n": [manifest("1", "n")]})))  # there, and without m
+    world.pass_time(5)
+    assert world.state.routing and not world.state.routing.models
+
+
+def test_a_planner_that_failed_is_asked_again_later() -> None:
+    world = World(answers=False)
+    world.join("a")
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    world.pass_time(2)
+    world.feed(TermRead(0, CLOCK_MS))
+    world.feed(TermNoted())
+    assert world.state.phase is Phase.DECIDING
+    world.now += 100  # it took that long to fail
+    world.feed(Planned(RuntimeError("died")))
+    assert "planning failed, and is tried again: RuntimeError: died" in world.state.placing.problem
+    assert "died" in "".join(problem.message for problem in problems_of(world.state, "store"))
+    assert "Plan" not in kinds(world.pass_time(REPLAN_SECONDS - 1))
+    world.pass_time(2)  # though nothing changed
+    assert kinds(world.done)[-1] == "Plan"
+
+
+def test_a_stranger_of_the_same_name_is_refused_and_later_takes_over() -> None:
+    world = World()
+    world.join("a", incarnation=1)
+    second = control.ShardReport()
+    second.CopyFrom(world.reports["a"])
+    second.incarnation = 2
+    [refusal] = world.feed(Joined("second", second))
+    assert isinstance(refusal, Dismiss) and refusal.stream == "second" and isinstance(refusal.why, IdTaken)
+    for _ in range(16):
+        world.now += 0.25
+        world.feed(Tick())
+    [taken_over] = world.feed(Joined("second", second))
+    assert isinstance(taken_over, Dismiss) and taken_over.stream == "a" and isinstance(taken_over.why, IdTaken)
+    assert world.feed(Reported("a", world.reports["a"])) == []
+    assert world.state.fleet.shards["a"].stream == "second"
+
+
+def test_a_connection_that_broke_is_replaced_without_a_word() -> None:
+    world = World()
+    world.join("a", incarnation=1)
+    assert world.feed(Joined("again", world.reports["a"])) == [Dismiss("a")]
+    assert world.feed(Left("a")) == []
+    assert world.state.fleet.shards["a"].connected
+
+
+def test_a_report_that_contradicts_the_first_ends_the_stream() -> None:
+    world = World()
+    world.join("a")
+    [dismissed] = world.report("a", address="h:1")
+    assert isinstance(dismissed, Dismiss) and isinstance(dismissed.why, InvalidRequest)
+    assert "address must stay" in str(dismissed.why)
+    assert not world.state.fleet.shards
+
+
+def test_decisions_are_a_while_apart_where_there_are_many_shards() -> None:
+    world = World(expect_shards=1)
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    for number in range(200):
+        world.join(f"s{number}")
+    assert isinstance(world.feed(Tick())[-1], Tell)
+    world.report("s3", failures=[control.PartFailure(part=KEYS[0].to_wire(), message="torn")])
+    assert 0 < world.state.tick_in() <= 0.2001
+    assert world.feed(Tick()) == []
+    world.now += 0.21
+    assert world.state.tick_in() == 0
+    assert kinds(world.feed(Tick())) != []
+    assert isinstance(world.done[-1], Tell | Publish)
