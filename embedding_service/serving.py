@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
 from embedding_service.foreign import LineFormatter
-from embedding_service.front import Front, Options
+from embedding_service.front import Front, Options, open_front
 from embedding_service.health import Health
 from embedding_service.machine import allow_many_files, complete_address, join_address, split_address
 from embedding_service.methods import Context, Method, Places
@@ -115,9 +115,8 @@ class Server:
             await self.set_serving(False)
             await self.health.set(ALIVE, True)
             self._watching = asyncio.create_task(self._budget.watch())
-        front = Front(address, self._options, shared=shared, private=private)
+        front = await open_front(address, self._options, shared=shared, private=private)
         self._fronts.append(front)
-        front.start()
         return front
 
     async def set_serving(self, serving: bool) -> None:

@@ -124,9 +124,6 @@ def test_an_exchange_that_is_given_up_leaves_no_stream_taken(one_shard: Cluster,
 
 
 def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, monkeypatch: pytest.MonkeyPatch) -> None:
-    def differs(channel: grpc.Channel) -> Stream:
-        raise AttributeError("_channel")
-
     opened: list[Stream] = []
 
     class Seen(streams._PublicStream):
@@ -134,7 +131,7 @@ def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, mon
             super().__init__(channel)
             opened.append(self)
 
-    monkeypatch.setattr(streams, "_PollingStream", differs)
+    monkeypatch.setattr(streams.grpc_core, "why_public", lambda: "its internals differ")
     monkeypatch.setattr(streams, "_PublicStream", Seen)
     with EmbeddingClient(service.address) as client:
         ids = torch.tensor([0, 7, len(longcat_table()) - 1])

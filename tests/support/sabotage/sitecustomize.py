@@ -4,12 +4,12 @@ import signal
 
 
 def break_front(*_: object) -> None:
-    from embedding_service.front import Front
+    from embedding_service.front.polling import PollingFront
 
-    def fail(self: Front, event: object) -> None:
+    def fail(self: PollingFront, event: object) -> None:
         raise RuntimeError("sabotage")
 
-    Front._handle = fail  # type: ignore[method-assign]
+    PollingFront._handle = fail  # type: ignore[method-assign]
 
 
 signal.signal(signal.SIGUSR2, break_front)

@@ -1,0 +1,31 @@
+"""What clients connect to: a port, and how its calls are answered.
+
+A call that can be answered at once is, where it came in. All else goes to a coroutine on the process's event loop, by
+one table of methods. A method that is not in the table is refused, whatever bytes its name has.
+
+`polling` is the port and its thread, `kinds` has the kinds of calls.
+"""
+
+from __future__ import annotations
+
+from embedding_service.front.base import PEER, REQUEST_COPIES, UNREAD_BYTES, Front, Options
+from embedding_service.front.polling import PollingFront
+
+__all__ = ["PEER", "REQUEST_COPIES", "UNREAD_BYTES", "Front", "Options", "open_front"]
+
+
+async def open_front(address: str, options: Options, *, shared: bool = False, private: bool = False) -> Front:
+    """Listen at an address.
+
+    Args:
+        address: host:port, port 0 takes a free one; or unix:path.
+        options: What all fronts of the process have in common.
+        shared: Several processes listen on this same port, and the kernel spreads connections over them.
+        private: Only processes of this service can reach the address: they pass calls on and are believed whose.
+
+    Raises:
+        InvalidRequest: Names an address that cannot be had.
+    """
+    front = PollingFront(address, options, shared=shared, private=private)
+    await front.start()
+    return front

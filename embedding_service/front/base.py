@@ -1,0 +1,202 @@
+"""What every front has: its limits, what it is told, and the way to its calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+
+from embedding_service.budget import Budget
+from embedding_service.errors import InvalidRequest
+from embedding_service.machine import room_for_connections, split_address
+from embedding_service.methods import Method
+
+# How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
+STOP_GRACE = 1.0
+# Calls open at a time on a connection, each with its request in memory; clients queue further ones.
+CALLS = 256
+# Answers up to this are made where the request came in: gathering 1,024 tokens takes about 2 ms.
+AT_ONCE_BYTES = 8 << 20
+# So are answers to requests up to this. Reading a larger one may take milliseconds, which are spent one at a time.
+REQUEST_AT_ONCE_BYTES = 128 << 10
+# Bytes of answers that one connection may leave unread before it must wait with its next large lookup. Two of the
+# largest answers fit.
+UNREAD_BYTES = 128 << 20
+# Memory that a message takes: a request as it came, cut up, and as numbers; an answer here and in gRPC.
+REQUEST_COPIES, ANSWER_COPIES = 3, 2
+# Requests of one stream that are under way at a time, where each is answered by itself.
+STREAM_WINDOW = 8
+# Bytes of a call's headers: beyond the first some calls are refused, beyond the second all are.
+METADATA_BYTES, MOST_METADATA_BYTES = 8 << 10, 16 << 10
+# Between the last answer and the end: until it has left this machine.
+LAST_ANSWER_SECONDS = 0.25
+# How often a front that ends looks whether its calls have ended.
+ENDING_TICK = 0.01
+# Bytes of a method's name that an error repeats.
+SHOWN_BYTES = 100
+# What a process passes a call on to another one with, on a private address: whose call it is.
+PEER = "embedding-peer"
+
+ENDS = "this server is ending: ask another one, or this address again in a moment"
+MALFORMED = "the message is malformed: it is no valid protobuf of this method's request"
+FAILED = "the server failed; its log says how"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all fronts of a process have in common.
+
+    Attributes:
+        methods: By their path, as "/package.Service/Method".
+        budget: Of bytes under way.
+        request_bytes: Larger messages are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
+        refused: Told of each call that was refused before a handler saw it. Any thread.
+        died: Told what ended a front that was not told to end, on the event loop.
+    """
+
+    methods: Mapping[bytes, Method]
+    budget: Budget
+    request_bytes: int
+    refused: Callable[[], None] = lambda: None
+    died: Callable[[BaseException], None] = lambda error: None
+    # Reads large messages, one at a time: Python's lock is held for as long as protobuf takes.
+    reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reading"))
+
+
+class Rpc(Protocol):
+    """A call as a front hands it on: `grpc_core.ServerCall`, and what `public` makes of grpc's own.
+
+    Each `tag` is called once, where the front's calls are answered. One message may be on its way each way at a time.
+
+    Attributes:
+        path: Of the method, as "/package.Service/Method". Any bytes.
+        peer: Whose connection it is.
+        due: The client's deadline on time.time's clock; far in the future without one.
+        metadata: What the client sent with it.
+    """
+
+    path: bytes
+    peer: str
+    due: float
+    metadata: Sequence[tuple[str, str | bytes]]
+
+    def await_close(self, tag: Callable[[bool], None]) -> None:
+        """Have it told that the client's side has ended: True where the client gave up, or its deadline passed."""
+
+    def receive(self, tag: Callable[[bytes | None], None]) -> None:
+        """Ask for a message; None: no more will come."""
+
+    def send(self, message: bytes, tag: Callable[[None], None]) -> None:
+        """Send a message; the tag is called when the connection took it. From any thread."""
+
+    def exchange(self, message: bytes, tag: Callable[[bytes | None], None]) -> None:
+        """`send`, then `receive`."""
+
+    def end(
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        trailing: Iterable[tuple[str, str]],
+        message: bytes | None,
+        tag: Callable[[None], None],
+    ) -> None:
+        """Send the call's status, after a last message if there is one. From any thread."""
+
+
+class Ending(Protocol):
+    """A call, as a front that ends sees it."""
+
+    refused: bool
+
+    def end_stream(self) -> None:
+        """The process ends: let go of a call that would not end by itself."""
+
+
+class Front(ABC):
+    """A port where calls are answered. To be made on the event loop whose coroutines answer.
+
+    Args:
+        address: host:port to listen on, port 0 takes a free one; or unix:path.
+        private: Only processes of this service can reach the address: they pass calls on and are believed whose.
+
+    Attributes:
+        calls: Those that have not ended.
+        unread: Bytes of answers that were not taken yet, by connection.
+        ending: New calls are answered with UNAVAILABLE.
+    """
+
+    def __init__(self, address: str, options: Options, *, private: bool = False) -> None:
+        self.address = address
+        self.options = options
+        self.private = private
+        self.loop = asyncio.get_running_loop()
+        self.calls: set[Ending] = set()
+        self.unread: Counter[str] = Counter()
+        self.ending = False
+        self._ends_since = self._busy = 0.0
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Listen. Raises InvalidRequest naming an address that cannot be had."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds; then hang up."""
+
+    def to_loop(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Have work done on the event loop, unless that has ended."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(work, *arguments)
+
+    def begin_to_end(self) -> None:
+        """Let go of calls that would not end by themselves. Where calls are answered, like `has_ended`."""
+        self._ends_since = self._busy = time.monotonic()
+        for call in list(self.calls):
+            call.end_stream()
+
+    def has_ended(self) -> bool:
+        """Whether to cut connections: a moment after the last answer, for which calls have STOP_GRACE seconds."""
+        now = time.monotonic()
+        if any(not call.refused for call in list(self.calls)):
+            self._busy = now
+        return now > min(self._busy + LAST_ANSWER_SECONDS, self._ends_since + STOP_GRACE)
+
+
+def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, int]]:
+    """What gRPC is told about a port. `shared`: several processes listen on it; the kernel spreads connections."""
+    return [
+        # Room for what a request holds besides its ids.
+        ("grpc.max_receive_message_length", request_bytes + 65536),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", CALLS),
+        # The next ones are closed as they come.
+        ("grpc.max_allowed_incoming_connections", room_for_connections()),
+        ("grpc.so_reuseport", 1 if shared else 0),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MOST_METADATA_BYTES),
+        # None: a few compressed bytes may be a thousand times as many, and ids hardly get fewer by it.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def with_port(address: str, port: int) -> str:
+    """An address with the port that was taken."""
+    return address if address.startswith("unix:") else f"{split_address(address)[0]}:{port}"
+
+
+def cannot_listen(address: str) -> InvalidRequest:
+    """The error of an address that cannot be had."""
+    return InvalidRequest(f"cannot listen on {address}: is another process there? Give another port")
