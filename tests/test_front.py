@@ -21,8 +21,9 @@ from support.cluster import until
 from support.hostile import Raw
 from support.toy import TOY, Request, ToyServer, toy_server
 
-from embedding_service import front, serving
-from embedding_service.front import PEER, REQUEST_AT_ONCE_BYTES
+from embedding_service import serving
+from embedding_service.front import PEER, base
+from embedding_service.front.base import REQUEST_AT_ONCE_BYTES
 from embedding_service.methods import Method, Places
 
 ECHO = f"/{TOY}/Echo".encode()
@@ -253,7 +254,7 @@ def test_headers_over_the_limit_end_their_call_alone(channel: grpc.Channel) -> N
 def test_connections_beyond_the_files_for_them_are_closed_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "room_for_connections", lambda: 3)
+    monkeypatch.setattr(base, "room_for_connections", lambda: 3)
     with toy_server(str(tmp_path / "private")) as few:
         connections = [Raw(few.address) for _ in range(3)]
         for each in connections:
