@@ -1,1 +1,1 @@
-"""Benchmarks, a file a subject; `python -m benchmarks` runs them all."""
+"""Benchmarks, a file for each subject. `python -m benchmarks` runs them all."""

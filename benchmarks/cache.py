@@ -2,12 +2,13 @@
 
     python -m benchmarks.cache --out FOLDER
 
-Three streams of tokens: a long document (Python's language reference), chats (short dialogues of real questions and
-answers, the same system prompt in each) and code (sources of Python's library). Against `up` with one shard and one
-client a cache size, in turns: first the whole stream in prefill chunks of 512 tokens, the caches beginning empty; then
-its last tokens one by one, as decoding asks for them, after caches that saw the stream before those. Hit rates by
-n-gram order are those of the cache on its own with heads of LongCat-Flash-Lite's size, token by token: the small
-table of the first part lets different n-grams share a row.
+There are three streams of tokens: a long document (Python's language reference), chats (short dialogues of real
+questions and answers, with one system prompt) and code (sources of Python's library). `up` with one shard serves one
+client for each cache size, in turns. First comes the whole stream in prefill chunks of 512 tokens, into empty caches.
+Then come its last tokens one by one, as decoding asks for them. The caches have seen the stream before those.
+
+Hit rates by n-gram order are those of the cache on its own, token by token. Its heads have LongCat-Flash-Lite's size,
+because the small table of the first part lets different n-grams share a row.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ MIB = 1 << 20
 SIZES = (0, 4, 16, 64, 256)
 CHUNK, EOS = 512, 2
 MODEL, STORED_BYTES = "int8", 260
-# A token's n-grams of so many tokens have four heads each.
+# Lengths of a token's n-grams. Each has four heads.
 ORDERS = (2, 3, 4)
 SYSTEM = topics.topics["naming"][:1500]
 
 
 def streams(tokens: int) -> dict[str, list[int]]:
-    """Token ids of each kind of text, at most so many."""
+    """Token ids of each kind of text, at most `tokens`."""
     texts = {"document": [*topics.topics.values()], "code": list(_code()), "chat": []}
     tokenizer = text_tokenizer([*texts["document"], *texts["code"]])
     texts["chat"] = _chats([*texts["document"], *texts["code"]])
@@ -82,7 +83,7 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def full_size_hasher() -> NgramHasher:
-    """Of heads with about 10.2 M rows each, as LongCat-Flash-Lite's, over our tokenizer's tokens."""
+    """A hasher of heads with about 10.2 M rows each, as LongCat-Flash-Lite has, over our tokenizer's tokens."""
     return NgramHasher.from_config(
         {
             "architectures": ["LongcatFlashNgramForCausalLM"],
@@ -97,7 +98,7 @@ def full_size_hasher() -> NgramHasher:
 
 
 def hits_by_order(tokens: list[int], cache_bytes: int) -> list[float]:
-    """The hit rate of 2-, 3- and 4-grams' rows, one token a lookup, the cache beginning empty."""
+    """The hit rate of 2-, 3- and 4-grams' rows, one token a lookup, from an empty cache on."""
     ids = full_size_hasher().row_ids(torch.tensor([tokens])).view(-1, HEADS).numpy()
     cache, group = RowCache(cache_bytes), Group("m@1", "ngram", 0, STORED_BYTES)
     hits, nothing = np.zeros(HEADS), np.zeros((HEADS, STORED_BYTES), np.uint8)
@@ -137,7 +138,7 @@ def through_service(address: str, tokens: list[int], decoded: int) -> dict[int, 
 def _in_turns(
     clients: dict[int, EmbeddingClient], tokens: list[int], chunk: int, before: list[int] | None = None
 ) -> dict[int, tuple[float, float, float]]:
-    """Every piece of the stream through every client, which comes first going round.
+    """Send every piece of the stream through every client. Another client comes first each time.
 
     For each client: seconds, hit rate of rows, and the share of lookups that did no RPC.
     """

@@ -1,4 +1,4 @@
-"""What every peer serves: one table whose rows say which they are, and the ids that are asked of it."""
+"""What every peer serves: one table whose rows name themselves, and the ids that clients ask for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW_BYTES = 2 * DIM
 TABLE = "ngram"
 # Many parts, so that four shards have something to share.
 PART_BYTES = 8 << 20
-# Requests that are made ready before a slice, by tokens; a slice that is through with them begins again.
+# Requests that are made ready before a slice, by tokens. A slice that used them all begins again.
 READY = {1: 4096, 64: 512, 1024: 64}
 
 Ids = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ _FACTORS = np.random.default_rng(1).integers(1, 1 << 31, DIM, dtype=np.uint32) |
 def named_rows(ids: Ids) -> Rows:
     """float16 [n, 256] of whole numbers from 0 to 255: 0, 255, the id in three digits, then bytes of its own.
 
-    With both ends of that range in every row the scale of its int8 row is 1 and its bias 0: all dtypes hold it exactly.
+    Both ends of that range are in every row. So its int8 scale is 1 and its bias 0, and all dtypes hold it exactly.
     """
     short = ids.astype(np.uint32)
     values = (short[:, None] * _FACTORS) >> np.uint32(24)
@@ -69,13 +69,13 @@ class Data:
         return self.folder / "store"
 
     def table(self) -> Rows:
-        """All rows, mapped read-only; the pages are all there, so that no first touch is measured."""
+        """All rows, mapped read-only. All pages are in memory, so that no first touch is measured."""
         with (self.folder / "rows.bin").open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
         return np.frombuffer(pages, np.float16).reshape(self.rows, DIM)
 
     def tensor(self) -> torch.Tensor:
-        """`table` for torch, in the same memory; not to be written to."""
+        """`table` for torch, in the same memory. Do not write to it."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(self.table())
@@ -97,7 +97,7 @@ class Data:
 
 
 def make_data(folder: Path, rows: int) -> Data:
-    """Fill a folder. The table gets about `rows` rows, in heads as LongCat's."""
+    """Fill a folder. The table gets about `rows` rows, in heads as LongCat has them."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True)
     config: dict[str, Any] = {

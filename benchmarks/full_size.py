@@ -1,8 +1,8 @@
 """Tables of real size on this machine: `python -m benchmarks.full_size longcat` or `qwen4`.
 
-A store with the model's real geometry is written first (--folder; 16.2 or 26.9 GB, kept for the next run with --keep),
-as int4 rows whose codes say which row they are; then it is served by `up`, from a cold page cache and from a warm one,
-and asked for rows, each of which is checked.
+It first writes a store with the model's real geometry, in int4 rows whose codes name the row. (--folder says where. It
+takes 16.2 or 26.9 GB, and --keep keeps it for the next run.) Then `up` serves it, from a cold page cache and from a
+warm one. A client asks for rows and checks each of them.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def memory(address: str, payload: int) -> dict[str, float]:
 def lookups(
     client: EmbeddingClient, manifest: Manifest, requests: Callable[[], Ids], tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """A closed loop; every row of every answer is compared, outside of what is timed."""
+    """Look up in a closed loop. Every row of every answer is compared, outside of what is timed."""
     [table] = manifest.tables
     times, wrong, end = [], 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -187,7 +187,7 @@ def lookups(
 
 
 def sources(hasher: NgramHasher, rows: int) -> dict[str, Callable[[int], Ids]]:
-    """Row ids of so many tokens: a text's, in order; or at random in the whole table."""
+    """For each kind, a function of a number of tokens that gives row ids: a text's in order, or random ones."""
     heads = hasher.num_heads
     text = hasher.row_ids(torch.tensor([text_tokens()]))[0, :, 0].numpy() % rows
     random, position = np.random.default_rng(0), 0

@@ -1,7 +1,7 @@
 """Rows from a GPU's memory, against what its memory and its bus can do: `python -m benchmarks.gpu`.
 
 The floors: a copy within the device's memory (bytes read and written), and a copy from it to page-locked memory.
-FBGEMM's CUDA kernel decodes the same rows beside, with the share of its values that are not those of its CPU kernel.
+FBGEMM's CUDA kernel decodes the same rows beside. The share of its values that differ from its CPU kernel's is shown.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def make_table(folder: Path, dtype: str, part_bytes: int, parts: int) -> tuple[T
 
 
 def measure(rows: CudaTable, floor: float, skewed: bool) -> Iterator[tuple[str, ...]]:
-    """Cells of a line a batch and encoding; `floor` is bytes a second to the host."""
+    """Cells of a line for each batch and encoding. `floor` is bytes a second to the host."""
     generator = np.random.default_rng(1)
     for batch in BATCHES:
         ids = generator.integers(0, rows.table.rows, batch)
@@ -72,7 +72,7 @@ def measure(rows: CudaTable, floor: float, skewed: bool) -> Iterator[tuple[str, 
 
 
 def selecting(rows: CudaTable, floor: float) -> str:
-    """index_select alone, which leaves the rows on the device, against a copy there; both read and write."""
+    """index_select alone, which leaves the rows on the device, against a copy there. Both read and write."""
     where = torch.randint(len(rows._rows), (1 << 20,), device=rows._rows.device)
 
     def run() -> None:
@@ -135,7 +135,7 @@ def copying(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def run(device: str, cached: bool, part_bytes: int, parts: int, console: Console) -> None:
-    """Measure and print everything. On the device "cpu" the figures say nothing: it shows that this runs."""
+    """Measure and print everything. On the device "cpu" the figures mean nothing. It shows that this runs."""
     source = torch.empty(part_bytes, dtype=torch.uint8, device=device)
     copies = 2 * copying(source, torch.empty_like(source))
     bus = copying(source, torch.empty(part_bytes, dtype=torch.uint8, pin_memory=device != "cpu"))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.import_memory --gib 4
 
-Makes a checkpoint with LongCat-Flash-Lite's tensor names and row width whose tables have at least that size in bf16,
-imports it in a process of its own and watches that process. Memory is what the import adds to a process that has loaded
-all its libraries: anonymous memory is sampled, resident memory in all (anonymous and mapped files) is the kernel's own
-peak. Deletes everything after.
+Makes a checkpoint with LongCat-Flash-Lite's tensor names and row width, whose tables have at least that size in bf16.
+Imports it in a process of its own and watches that process. Memory is what the import adds to a process that has loaded
+all its libraries. Anonymous memory is sampled. Resident memory in all (anonymous and mapped files) is the kernel's own
+peak. Deletes everything afterwards.
 """
 
 from __future__ import annotations

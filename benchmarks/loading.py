@@ -1,7 +1,7 @@
 """What lookups feel while their shard loads parts, at several --load-rate: `python -m benchmarks.loading`.
 
-A shard for each rate serves one small model; a new version of a big one is published to it and measured until all its
-parts are held. Rates take turns within a round, and each round compares a shard with itself before the load.
+A shard for each rate serves one small model. A new version of a big model is published to it, and lookups are measured
+until all its parts are held. Rates take turns within a round, and each round compares a shard with itself before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOAD_SECONDS = 60.0
 
 @dataclass
 class Shard:
-    """One shard with a store and a controller of its own; latencies in seconds, a list a round."""
+    """One shard with a store and a controller of its own. Latencies are in seconds, a list for each round."""
 
     rate: str
     store: Path
@@ -51,7 +51,7 @@ class Shard:
     seconds: list[float] = field(default_factory=list)
 
     def state(self) -> tuple[str, bool]:
-        """The version of the big model that is served, and whether all is held that shall be."""
+        """The version of the big model that is served, and whether all assigned parts are held."""
         status = get_status(self.controller)
         [version] = [model.model.version for model in status.models if model.model.name == BIG and model.serving]
         return version, not any(shard.parts_missing for shard in status.shards)
@@ -123,7 +123,7 @@ def _look_up(shard: Shard, requests: list[Ids], ended: Callable[[], bool]) -> li
 
 
 def ratio(shard: Shard, share: float) -> float:
-    """Of a percentile while loading to the same round's before; the rounds' median."""
+    """A percentile while loading over the same round's before: the rounds' median."""
     return float(
         np.median(
             [

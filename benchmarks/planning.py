@@ -1,6 +1,6 @@
 """Planning: how long it takes, and the bytes it moves: `python -m benchmarks.planning`.
 
-The least possible is the newcomer's fair share when a shard joins, and what the leaving one held when one leaves.
+When a shard joins, the least possible is its fair share. When one leaves, it is what that one held.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """What more processes bring to one shard: `python -m benchmarks.processes`.
 
-A shard of 1, 2 and 4 processes each (`--processes`), asked by clients that do as little as they can: requests made
-beforehand, answers not looked at, several under way. They share this machine's cores with the shard, so a shard cannot
-gain more than what they leave.
+Clients ask shards of 1, 2 and 4 processes (`--processes`), and do as little as they can: requests are made beforehand,
+answers are not looked at, several are under way. They share this machine's cores with the shard, so a shard cannot gain
+more than what they leave.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODEL = "fp16"
 
 
 def client(pipe: Connection, data: Data, shard: str) -> None:
-    """Told (tokens, seconds) it keeps a lookup under way on each connection; says how many were answered."""
+    """For each (tokens, seconds) from the pipe, keep a lookup under way on each connection. Send back the count."""
     routing = Routing(EmbeddingServiceStub(grpc.insecure_channel(shard)).GetRouting(wire.GetRoutingRequest()))
     options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.insecure_channel(shard, options) for _ in range(CONNECTIONS)]

@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 def records(outcomes: Outcomes, **more: Any) -> list[Record]:
-    """One a peer and slice. Ratios are medians of the rounds' ratios to the floor; CPU is of one lookup."""
+    """One for each peer and slice. Ratios are medians of the rounds' ratios to the floor. CPU is that of one lookup."""
     return [_record(name, what, rounds, outcomes.get((FLOOR, what)), more) for (name, what), rounds in outcomes.items()]
 
 

@@ -1,7 +1,7 @@
 """Measuring: clients in processes of their own, and rounds in which every peer has a short slice.
 
-Peers are compared within a round, a second or so in which the machine is as busy for one as for the other; a ratio is
-the median of the rounds' ratios.
+Peers are compared within a round of a second or so, in which the machine is as busy for one as for the other. A ratio
+is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAD_SECONDS = 0.03
 
 @dataclass(frozen=True)
 class Slice:
-    """A short load: `tokens` a lookup with ids of one kind; with `rate` (lookups a second) from that many threads."""
+    """A short load of `tokens` a lookup, with `ids` of one kind. `rate` is lookups a second, from `threads` threads."""
 
     tokens: int
     seconds: float
@@ -38,14 +38,14 @@ class Slice:
 
 @dataclass
 class Outcome:
-    """What a slice gave; CPU seconds of all clients and of all servers."""
+    """What a slice gave, with CPU seconds of all clients and of all servers."""
 
     load: Load
     client_cpu: float
     server_cpu: float
 
 
-# By a peer's name and what it was given, an outcome a round.
+# By a peer's name and slice: an outcome for each round.
 Outcomes = dict[tuple[str, Slice], list[Outcome]]
 
 
@@ -60,7 +60,7 @@ class Running:
 
 @contextmanager
 def running(peer: Peer, server: Server, data: Data, clients: int = 1) -> Iterator[Running]:
-    """Clients of a served peer, each of which got right rows. Raises Unusable."""
+    """Clients of a served peer. Each got right rows. Raises Unusable."""
     with ExitStack() as stack:
         started = [child(_client, peer, data, server.target) for _ in range(clients)]
         pipes = [stack.enter_context(each)[1] for each in started]
@@ -70,7 +70,7 @@ def running(peer: Peer, server: Server, data: Data, clients: int = 1) -> Iterato
 
 
 def _client(pipe: Connection, peer: Peer, data: Data, target: Any) -> None:
-    """A client's process: for a Slice and a seed, and then a time to begin, its Load and CPU seconds."""
+    """A client's process. It gets a Slice and a seed, then a time to begin. It answers with Load and CPU seconds."""
     with ExitStack() as stack:
         lookups = [stack.enter_context(peer.connect(data, target))]
         _check(lookups[0], data)
@@ -82,7 +82,7 @@ def _client(pipe: Connection, peer: Peer, data: Data, target: Any) -> None:
                 while len(lookups) < what.threads:
                     lookups.append(stack.enter_context(peer.connect(data, target)))
                 calls = [_call(lookup, requests[index :: what.threads]) for index, lookup in enumerate(lookups)]
-                calls[0](0)  # whatever a first time costs after a pause is nobody's latency
+                calls[0](0)  # the first call after a pause is slow, and nobody's latency
                 pipe.send("ready")
                 begin = pipe.recv()
                 before = time.process_time()
@@ -91,7 +91,7 @@ def _client(pipe: Connection, peer: Peer, data: Data, target: Any) -> None:
 
 
 def _check(lookup: Lookup, data: Data) -> None:
-    """Raise Unusable unless rows are what their ids say: a benchmark that reads wrong rows is void."""
+    """Raise Unusable unless each row is that of its id. A benchmark that reads wrong rows is void."""
     for ids in [*data.requests("uniform", 64, seed=7)[:2], *data.requests("text", 64, seed=7)[:2]]:
         rows = np.asarray(lookup(ids))
         if rows.shape != (len(ids), DIM) or not np.array_equal(rows, named_rows(ids)):
@@ -125,7 +125,7 @@ def run_slice(peer: Running, what: Slice, seed: int) -> Outcome:
 def run_rounds(
     peers: Sequence[Running], slices: Sequence[Slice], rounds: int, progress: Callable[[], object] = lambda: None
 ) -> Outcomes:
-    """Every slice on every peer in every round; which peer comes first goes round."""
+    """Run every slice on every peer in every round. Another peer comes first each time."""
     outcomes: Outcomes = {}
     for turn in range(rounds):
         for what in slices:

@@ -1,9 +1,9 @@
-"""Many tasks of one event loop that look tokens up: joined to few requests, and each by itself.
+"""Many tasks of one event loop look tokens up: joined to few requests, and each by itself.
 
     python -m benchmarks.tasks
 
-One client and one shard, a token (12 rows) a lookup, 1 to 64 tasks in a closed loop. "alone" is the same client with
-joining switched off. They take turns; ratios are medians over the rounds.
+One client, one shard, a token (12 rows) a lookup, 1 to 64 tasks in a closed loop. "alone" is the same client with
+joining switched off. They take turns, and ratios are medians over the rounds.
 """
 
 from __future__ import annotations

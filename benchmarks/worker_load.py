@@ -3,10 +3,10 @@
     python -m benchmarks.worker_load --checkpoint FOLDER --out FOLDER
     python -m benchmarks.worker_load --url http://HOST:PORT --out FOLDER
 
-The first imports the checkpoint's tables as int8, runs two shards and a worker of one replica, measures and ends them;
-`python examples/demo/make_checkpoint.py FOLDER` makes a checkpoint. The second asks a worker that runs already. Each
-user streams answers of a fixed number of tokens one after the other, each to another prompt. Clients, worker and shards
-share this machine. Leaves worker_load.json and worker_load.png in --out.
+The first imports the checkpoint's tables as int8, runs two shards and a worker of one replica, measures and ends them.
+(`python examples/demo/make_checkpoint.py FOLDER` makes a checkpoint.) The second asks a worker that runs already. Each
+user streams answers of a fixed number of tokens, one after the other, each to another prompt. Clients, worker and
+shards share this machine. Leaves worker_load.json and worker_load.png in --out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WORDS = " ".join(topics.topics.values()).split()
 
 @dataclass(frozen=True)
 class Level:
-    """What so many users saw together. Seconds of the first token: from sending the request."""
+    """What all users saw together. Seconds to the first token count from sending the request."""
 
     users: int
     answers: int
@@ -62,7 +62,7 @@ class Users:
         self.refused = 0
 
     async def level(self, users: int, seconds: float) -> Level:
-        """So many users, each asking anew until the time is over."""
+        """Run `users` users. Each asks again and again until the time is over."""
         self.first_tokens, self.refused = [], 0
         begun = perf_counter()
         limits = httpx.Limits(max_connections=users)
@@ -122,7 +122,7 @@ def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
 
 
 def measure(url: str, tokens: int, seconds: float) -> list[Level]:
-    """Every number of users, after a few answers to warm up."""
+    """Measure every number of users, after a few answers to warm up."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     users = Users(url, model, tokens)
     asyncio.run(users.level(2, 2))

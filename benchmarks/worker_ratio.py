@@ -2,11 +2,11 @@
 
     python -m benchmarks.worker_ratio --out FOLDER
 
-For each family a model of more than 100 M parameters beside its tables is made at random, and run by two of the
-worker's engines in this process: one looks rows up in `up` with two shards, the other has the tables here (LongCat's as
-one tensor, Qwen4-Exp's as transformers' own modules). They take turns, the same prompts and seeds for both, and must
-generate the same tokens. "decode" is short prompts and long answers, `batch` of them at once; "prefill" is one long
-prompt and one token. Lookup ms is what the model waited for rows, a step.
+For each family it makes a random model of more than 100 M parameters beside its tables. Two of the worker's engines run
+it in this process. One looks rows up in `up` with two shards. The other has the tables here: LongCat's as one tensor,
+Qwen4-Exp's as transformers' own modules. They take turns with the same prompts and seeds, and must generate the same
+tokens. "decode" is short prompts and long answers, `batch` of them at once. "prefill" is one long prompt and one token.
+Lookup ms is what the model waited for rows, a step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from model_worker.sampling import SamplingParams
 SHARDS = 2
 WAIT_SECONDS = 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# As in LongCat-Flash-Lite 12 rows of 256 a token, in Qwen3.8-Flash-Next 16 rows; the transformers are smaller.
+# 12 rows of 256 a token as in LongCat-Flash-Lite, 16 rows as in Qwen3.8-Flash-Next. The transformers are smaller.
 LONGCAT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 3072,
@@ -94,7 +94,7 @@ QWEN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Work:
-    """So many requests at once, of so many tokens each."""
+    """`batch` requests at once, each with a prompt of `prompt` tokens and an answer of `tokens`."""
 
     name: str
     batch: int
@@ -107,7 +107,7 @@ WORKS = (Work("decode", 1, 16, 32), Work("decode", 8, 16, 32), Work("prefill", 1
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a turn: seconds, CPU seconds of this process and of the service, what was waited for rows, and the tokens."""
+    """A turn's seconds, CPU seconds of this process and of the service, the wait for rows, and the tokens."""
 
     seconds: float
     worker_cpu: float
@@ -117,14 +117,14 @@ class Seen:
 
 
 class Side:
-    """An engine over a model, its tables here or there."""
+    """An engine over a model. Its tables are here or in the service."""
 
     def __init__(self, model: Any, tokenizer: Any, lookups: Lookups | None, pids: list[int]) -> None:
         self._engine = Engine(model, tokenizer, max_batch=max(work.batch for work in WORKS))
         self._lookups, self._pids = lookups, pids
 
     def run(self, work: Work, prompts: list[list[int]]) -> Seen:
-        """All requests of a turn, from the first one's arrival to the last one's end."""
+        """Run all requests of a turn, from the first one's arrival to the last one's end."""
         service, worker, waited = cpu_seconds(self._pids), time.process_time(), self._waited
         ends = [threading.Event() for _ in prompts]
         errors: list[Exception] = []
@@ -163,7 +163,7 @@ def _heed(event: Event, end: threading.Event, errors: list[Exception]) -> None:
 
 
 def make_checkpoint(family: str, folder: Path, dtype: torch.dtype, tokenizer: Any) -> int:
-    """A model at random in a folder. Returns its parameters without the tables."""
+    """Put a random model into a folder. Returns its parameters without the tables."""
     torch.manual_seed(1)
     with torch.device("cpu"):
         model: Any = (
@@ -227,7 +227,7 @@ def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: An
 
 
 def _turn(here: Side, there: Side, work: Work, text: list[int], turn: int) -> tuple[Seen, Seen]:
-    """Both sides at the same prompts, now the one first and now the other."""
+    """Run both sides with the same prompts, now the one first and now the other."""
     begins = np.random.default_rng(turn).integers(0, len(text) - work.prompt, work.batch)
     prompts = [text[begin : begin + work.prompt] for begin in begins]
     sides = (here, there) if turn % 2 else (there, here)
@@ -241,7 +241,7 @@ def _record(family: str, dtype: str, parameters: int, work: Work, pairs: list[tu
     ratios = [here.seconds / there.seconds for here, there in pairs]
     low, middle, high = np.percentile(ratios, (25, 50, 75))
     tokens = work.batch * (work.tokens if work.name == "decode" else work.prompt)
-    # A prompt is a step, and then a token of all is; the first tokens come of the prompts.
+    # A prompt is a step, and so is a token of all requests. The first tokens come from the prompts.
     steps = work.tokens + work.batch - 1
     theirs, ours = [list(side) for side in zip(*pairs, strict=True)]
     return {

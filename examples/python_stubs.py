@@ -17,7 +17,7 @@ from embedding_service.wire import embedding_pb2, embedding_pb2_grpc
 def lookup(
     stub: embedding_pb2_grpc.EmbeddingServiceStub, model: str, table: str, ids: list[int]
 ) -> list[tuple[float, ...]]:
-    """Rows in the order of the ids. Raises grpc.RpcError, whose details say what is wrong with the request."""
+    """Rows in the order of the ids. Raises grpc.RpcError. Its details say what is wrong with the request."""
     answer = stub.Lookup(embedding_pb2.LookupRequest(model=model, table=table, ids=ids), timeout=10)
     values = array.array("f", answer.rows)  # row-major float32, little-endian
     if sys.byteorder == "big":

@@ -2,13 +2,13 @@
 
     python -m benchmarks.growth --quick         three sizes of service, smaller fleets; under three minutes
 
-1. Lookups: `up` with 1 to 16 shards, asked by 1 to 16 clients; CPU of clients and shards for each lookup. A few of the
-   points fit a model (`benchmarks/growth/model.py` has its formula), which predicts the others.
+1. Lookups: 1 to 16 clients ask `up` with 1 to 16 shards. CPU of clients and shards is counted for each lookup. A model
+   (`benchmarks/growth/model.py` has its formula) is fitted to a few of the points, and predicts the others.
 2. Connections: one shard with up to 1,000.
 3. Controller: a real one, with up to 1,000 registrations of shards that hold nothing.
 4. Extrapolation: the model at 1,000 shards and 10,000 workers.
 
-Every slice of a point stands beside one of a yardstick, the 12-row lookup of one shard, and counts in its units: what
+Every slice of a point runs beside one of a yardstick, the 12-row lookup of one shard, and counts in its units. What
 makes the machine slow for one does so for the other. Writes growth.md, growth.json and plots into --out.
 """
 

@@ -1,6 +1,6 @@
 """What connections cost a shard: its memory, and its time while nobody asks and while one asks.
 
-Each is a connection of its own with an open stream that was used once, as a worker's is between two tokens.
+Each connection has an open stream that was used once, as a worker's has between two tokens.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.min_r
 
 @dataclass
 class Held:
-    """A shard with so many connections; `per_lookup` is its CPU seconds of a 12-row lookup, `idle` those of a second.
+    """A shard with `connections` connections. `per_lookup` is its CPU seconds of a 12-row lookup, `idle` of a second.
 
-    `turns` is `per_lookup` where each lookup comes on another connection; `client_bytes` is what one takes there.
+    `turns` is `per_lookup` if each lookup comes on another connection. `client_bytes` is what a connection takes there.
     """
 
     connections: int
@@ -52,7 +52,7 @@ class Held:
 
 
 def _open(pipe: Connection, address: str, count: int) -> None:
-    """A client's process: so many connections to a shard, then lookups in turn on as many of them as it is told."""
+    """A client's process. It opens connections to a shard, then looks up in turn on as many as the pipe says."""
     stub = EmbeddingServiceStub(grpc.insecure_channel(address))
     routing = Routing(stub.GetRouting(wire.GetRoutingRequest()))
     model = routing.model("wide")
@@ -83,7 +83,7 @@ def _ask(stream: Stream, request: bytes) -> None:
 
 
 def measure(store: Path, folder: Path, counts: Sequence[int], seconds: float) -> list[Held]:
-    """One shard with ever more connections: `counts` in growing order; nobody asks for so many seconds."""
+    """One shard with ever more connections, `counts` in growing order. `seconds` pass without a lookup."""
     found = []
     with ExitStack() as stack:
         shared, _ = stack.enter_context(service(store, folder / "up-connections.log", "--shards=1"))

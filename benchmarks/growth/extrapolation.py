@@ -1,4 +1,4 @@
-"""The model at 1,000 shards and 10,000 workers, where every process has a core."""
+"""The model at 1,000 shards and 10,000 workers. Every process has a core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHARDS, WORKERS = 1000, 10_000
 STEPS = 30
 # Name: heads, bytes of an int8 row, parts of 256 MiB.
 GEOMETRIES = {"LongCat-Flash-Lite": (12, 260, 119), "Qwen3.8-Flash-Next": (16, 164, 196)}
-# A prefill is not 30 times a second but this often.
+# Prefills a second of a worker.
 PREFILLS = 1
 WORKLOADS = {"decode 1": (1, STEPS), "decode 8": (8, STEPS), "decode 64": (64, STEPS), "prefill 2048": (2048, PREFILLS)}
 
@@ -22,8 +22,8 @@ WORKLOADS = {"decode 1": (1, STEPS), "decode 8": (8, STEPS), "decode 64": (64, S
 class Future:
     """One lookup of a workload, and 10,000 workers with it.
 
-    `groups` is how many shards hold the rows that a lookup may meet; all 1,000 are used, by copies of those. Seconds
-    are CPU. `rate` is requests a second a shard, `cores` what they take of it.
+    `groups` is the number of shards that hold the rows a lookup may meet. Copies of those use all 1,000. Seconds are
+    CPU seconds. `rate` is requests a second for each shard, and `cores` is what they take of it.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Future:
 
 
 def table(model: Model) -> list[Future]:
-    """Every workload, where a model lies on 16 shards, on as many as it has parts by default, and on all 1,000."""
+    """Every workload, with a model on 16 shards, on as many as it has parts by default, and on all 1,000."""
     return [
         _future(model, name, workload, groups)
         for name, (_, _, parts) in GEOMETRIES.items()

@@ -1,4 +1,4 @@
-"""What lookups cost over 1 to 16 shard processes: real `up`s, asked by clients in processes of their own."""
+"""What lookups cost over 1 to 16 shard processes. Clients in processes of their own ask real `up`s."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
 CORES = os.cpu_count() or 1
 ROWS = 1 << 18
-# A token of LongCat's asks for so many rows.
+# Rows that a token of LongCat's asks for.
 HEADS = 12
-# Of each model of one table: values a row, and bytes of a part.
+# For each model of one table: values of a row, and bytes of a part.
 MATRICES = {"wide": (256, 1 << 20), "narrow": (64, 1 << 18), "coarse": (256, 8 << 20)}
 LAYERS, LAYER_HEADS, LAYER_DIM, VOCAB = 4, 16, 160, 248_320
 MODELS = (*MATRICES, "layers")
-# Values that are drawn once; requests made ready of them.
+# Values that are drawn once, and requests made of them.
 READY_ROWS, MOST_READY = 1 << 18, 1024
 
 
 @dataclass(frozen=True)
 class Point:
-    """One lookup after the other of `tokens` tokens of a model, by so many clients at the same time."""
+    """`clients` clients look up `tokens` tokens of a model at a time, one lookup after the other."""
 
     model: str
     tokens: int
@@ -60,9 +60,9 @@ class Point:
 
 @dataclass
 class Seen:
-    """Of one point: seconds of CPU a lookup, of its client and of all shards; median latency; lookups a second.
+    """A point's CPU seconds of a lookup (of its client and of all shards), median latency and lookups a second.
 
-    `hashing` is the part of the client's that makes row ids of tokens. `cores` is how many cores worked on it.
+    `hashing` is the client's share that makes row ids of tokens. `cores` is the number of cores that worked.
     """
 
     client: float
@@ -76,7 +76,7 @@ class Seen:
 
 
 def make_store(folder: Path) -> Path:
-    """A store of four models, int8: three of one table, and one with a table for each of four layers, 16 heads each."""
+    """A store of four int8 models: three of one table, and one with a table of 16 heads for each of four layers."""
     checkpoint, store = folder / "checkpoint", folder / "store"
     checkpoint.mkdir()
     random = torch.Generator().manual_seed(1)
@@ -111,7 +111,7 @@ def make_store(folder: Path) -> Path:
 
 
 def _client(pipe: Connection, address: str) -> None:
-    """A client's process: for a Point, seconds and a seed, and then a time to begin, what it measured."""
+    """A client's process. It gets a Point, seconds and a seed, then a time to begin. It answers with its figures."""
     with EmbeddingClient(address, timeout=60) as client, contextlib.suppress(EOFError):
         while True:
             point, seconds, seed = pipe.recv()
@@ -139,7 +139,7 @@ def _calls(client: EmbeddingClient, point: Point, seed: int) -> list[Callable[[]
 
 
 def _counted(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
-    """Requests and bytes of rows a lookup, as they are sent; not while anything is measured."""
+    """Requests and bytes of rows of a lookup, as they are sent. Nothing is measured then."""
     sent: list[int] = []
     plain = GrpcTransport.exchange
 
@@ -205,7 +205,7 @@ class Service:
         )
 
     def expected(self, point: Point) -> Load:
-        """What the point's lookup is by the routing."""
+        """What the point's lookup needs by the routing."""
         tables = list(self.routing.model(point.model).tables.values())
         if point.model == "layers":
             heads = [list(table.head_rows) for table in self.routing.model("layers").hasher().tables]
@@ -230,7 +230,7 @@ class Service:
 
 @contextmanager
 def running(store: Path, folder: Path, shards: int, clients: int) -> Iterator[Service]:
-    """`up` with so many shards meanwhile, and clients that are connected."""
+    """`up` with `shards` shards and connected clients, within the `with`."""
     with ExitStack() as stack:
         address, up = stack.enter_context(service(store, folder / f"up-{shards}.log", f"--shards={shards}"))
         pids = [shard.stats.pid for shard in get_status(address).shards]

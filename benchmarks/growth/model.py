@@ -6,15 +6,15 @@
     shards    seconds = request * requests + crowded request * crowd(shards) * requests + row * rows
                         + byte * bytes + several * bytes if there are several answers a table
 
-Each head gives a token one row, at random; n ids at random of one table are one head and n tokens, and over S equal
-shards f is S * (1 - (1 - 1/S)^n). A shard is asked once, or more often for more than 2 MiB; a lookup of several tables
-sends the requests of each. Rows of several answers are put in their places, those of one lie in them. crowd(n) is
-1 - cores / n, not below 0: of n processes so many find that another one ran on their core, and its caches are that
-one's. Where every process has a core it is 0.
+Each head gives a token one row, at random. n random ids of one table are one head and n tokens. Over S equal shards f
+is then S * (1 - (1 - 1/S)^n). A shard is asked once, or more often for more than 2 MiB. A lookup of several tables
+sends the requests of each. Rows of several answers are copied to their places, and those of one answer lie there
+already. crowd(n) is 1 - cores / n, not below 0. It is the share of n processes whose core ran another one, so that its
+caches hold that one's data. If every process has a core, it is 0.
 
-What is predicted is CPU seconds, by the processes' own clocks. They add up over processes, hardly depend on what else
-runs and say how many lookups a core can do. A latency is those of them that follow on each other, plus waiting for
-cores and a network, which are another machine's.
+CPU seconds are predicted, by the processes' own clocks. They add up over processes, hardly depend on what else runs and
+say how many lookups a core can do. A latency is the sum of those that follow on each other, plus waits for cores and a
+network. On another machine those waits differ.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Floats = npt.NDArray[np.float64]
 
 
 def fan_out(shares: npt.ArrayLike, tokens: int) -> float:
-    """Shards that hold the rows of `tokens` tokens, expected.
+    """The expected number of shards that hold the rows of `tokens` tokens.
 
-    shares: [heads, shards], which share of a head's rows each shard holds; a row adds up to 1.
+    shares: [heads, shards], the share of a head's rows that each shard holds. A row adds up to 1.
     """
     missed = np.prod((1 - np.asarray(shares, np.float64)) ** tokens, axis=0)
     return float((1 - missed).sum())
 
 
 def requests_of(shares: npt.ArrayLike, tokens: int, row_bytes: int) -> float:
-    """Requests to those shards, expected: a client asks for at most PIECE_BYTES at a time."""
+    """The expected number of requests to those shards. A client asks for at most PIECE_BYTES at a time."""
     shares = np.asarray(shares, np.float64)
     pieces = np.ceil(shares.sum(0) * tokens * row_bytes / PIECE_BYTES)
     return float(((1 - np.prod((1 - shares) ** tokens, axis=0)) * np.maximum(pieces, 1)).sum())
@@ -64,7 +64,7 @@ SHARD_TERMS = ("request", "crowded request", "row", "byte", "byte of several ans
 
 @dataclass(frozen=True)
 class Load:
-    """What one lookup is: tables, expected requests, rows, bytes of rows; and how crowded its cores are (0 to 1)."""
+    """A lookup's tables, expected requests, rows and bytes of rows, and how crowded its cores are (0 to 1)."""
 
     tables: int
     requests: float
@@ -100,7 +100,7 @@ def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Floats:
     if len(matrix) < matrix.shape[1]:
         raise ValueError(f"{len(matrix)} points do not tell {matrix.shape[1]} coefficients")
     relative = matrix / seen[:, None]
-    kept = np.flatnonzero(matrix.any(axis=0))  # what no point has costs nothing
+    kept = np.flatnonzero(matrix.any(axis=0))  # a term that no point has costs nothing
     while True:
         scale = np.linalg.norm(relative[:, kept], axis=0)
         found = np.linalg.lstsq(relative[:, kept] / scale, np.ones(len(seen)), rcond=None)[0] / scale
@@ -114,15 +114,15 @@ def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Floats:
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds of CPU: `client` in the order of CLIENT_TERMS, `shards` in that of SHARD_TERMS."""
+    """CPU seconds: `client` in the order of CLIENT_TERMS, `shards` in that of SHARD_TERMS."""
 
     client: Floats
     shards: Floats
 
     def of_client(self, load: Load) -> float:
-        """Of the client, for one lookup."""
+        """The client's, for one lookup."""
         return float(np.dot(self.client, load.of_client()))
 
     def of_shards(self, load: Load) -> float:
-        """Of all shards together, for one lookup."""
+        """All shards' together, for one lookup."""
         return float(np.dot(self.shards, load.of_shards()))

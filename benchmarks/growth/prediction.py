@@ -11,7 +11,7 @@ from benchmarks.growth.lookups import Point, Seen, Service
 from benchmarks.growth.model import Load, Model, fit
 
 YARDSTICK = Point("wide", 1)
-# Shards of the services that the model is fitted to, and the points; all others are for it to predict.
+# Shards of the services that the model is fitted to, and the points. It predicts all others.
 FIT_SHARDS = (1, 8)
 FIT_POINTS = (
     Point("wide", 1),
@@ -33,7 +33,7 @@ GOAL = 0.25
 
 @dataclass
 class Result:
-    """A point on a service of so many shards: what a lookup is, what was seen; whether the model was fitted to it."""
+    """A point on a service of `shards` shards: its lookup, what was seen, and whether the model was fitted to it."""
 
     shards: int
     point: Point
@@ -57,9 +57,9 @@ class Result:
 def measure(
     service: Service, yardstick: Service, points: Sequence[Point], rounds: int, seconds: float
 ) -> list[tuple[Result, list[tuple[float, float]]]]:
-    """Every point in every round; results whose CPU seconds are still those of a yardstick of one, and the yardstick's.
+    """Measure every point in every round. Returns results in units of the yardstick, and the yardstick's CPU seconds.
 
-    A result's p50 and rate are medians as they were seen.
+    A result's p50 and rate are medians of what was seen.
     """
     slices: dict[Point, list[tuple[Seen, Seen]]] = {point: [] for point in points}
     for turn in range(rounds):
@@ -85,7 +85,7 @@ def measure(
 
 
 def in_seconds(measured: Sequence[tuple[Result, list[tuple[float, float]]]]) -> list[Result]:
-    """Results in seconds: by the yardstick's median over the whole run."""
+    """Results in seconds, by the yardstick's median over the whole run."""
     client, shards = np.median([unit for _, units in measured for unit in units], axis=0)
     return [
         replace(
@@ -102,7 +102,7 @@ def in_seconds(measured: Sequence[tuple[Result, list[tuple[float, float]]]]) -> 
 
 
 def predict(results: Sequence[Result]) -> Model:
-    """Fit the model to the results that are for it, and put what it predicts into all of them."""
+    """Fit the model to its results, and put its predictions into all of them."""
     chosen = [result for result in results if result.fitted]
     model = Model(
         fit([each.load.of_client() for each in chosen], [each.seen.client - each.seen.hashing for each in chosen]),

@@ -36,7 +36,7 @@ def _sheet(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _constants(model: Model) -> str:
-    """Microseconds; of a byte, nanoseconds."""
+    """Microseconds, or nanoseconds for a byte."""
     rows = [
         (who, term, f"{value * (1e9 if 'byte' in term else 1e6):.3g}", "ns" if "byte" in term else "µs")
         for who, terms, values in (("client", CLIENT_TERMS, model.client), ("shards", SHARD_TERMS, model.shards))
@@ -70,7 +70,7 @@ def _name(result: Result) -> str:
 
 
 def _by_shards(results: Sequence[Result]) -> str:
-    """Predicted over seen of what the model was not fitted to, by services."""
+    """Predicted over seen, by services, for points that the model was not fitted to."""
     rows = []
     for shards in sorted({result.shards for result in results}):
         ratios = np.array([each.ratios for each in results if each.shards == shards and not each.fitted])
@@ -229,7 +229,7 @@ def plots(results: Sequence[Result], model: Model, folder: Path) -> None:
 
 
 def _lines(results: Sequence[Result], name: str, over: Any) -> list[tuple[str, list[Result]]]:
-    """Results that differ in one thing only, in its order, by what they have in common; lines of one point are none."""
+    """Lines of results that differ in one thing only, in its order. Lines of one point are left out."""
     lines: dict[str, list[Result]] = {}
     for each in sorted(results, key=over):
         other = f"{each.shards} shards" if name == "clients" else each.point.model

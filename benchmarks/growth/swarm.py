@@ -1,7 +1,7 @@
-"""A controller with many shards: their registrations are real, only the rows are not there.
+"""A controller with many shards. Their registrations are real, but there are no rows.
 
-One process speaks for all shards. Each has a `Register` stream, reports every second, as a shard does, and says that it
-holds what it is told to hold as soon as it is told.
+One process speaks for all shards. Each has a `Register` stream and reports every second, as a shard does. It reports an
+assigned part as held at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
-# Streams a connection may have is 256.
+# A connection may have 256 streams.
 STREAMS = 200
-# Seconds that may pass until a controller has done what is waited for.
+# Seconds to wait for a controller.
 PATIENCE = 120.0
 # GetRouting calls that are measured.
 ASKED = 300
@@ -38,7 +38,7 @@ ROWS, ROW_BYTES, DIM = 4096, 260, 256
 
 
 def write_manifest(store: Path, parts: int) -> None:
-    """A model of so many parts without their files: a controller reads no rows."""
+    """A model of `parts` parts without their files. A controller reads no rows."""
     described = tuple(
         Part(
             index=index,
@@ -67,12 +67,13 @@ def write_manifest(store: Path, parts: int) -> None:
 
 @dataclass
 class Fleet:
-    """What a controller with so many shards does; CPU seconds are its own, without those of the process that plans.
+    """What a controller with `shards` shards does. CPU seconds are its own, without those of the process that plans.
 
-    `served` and `whole_again` are seconds: until everything is served, and after a hundredth of the shards died until
-    every part is held again. `lost` are shards that it took for dead while they reported; `routings` those it sent
-    until everything was served. `idle` is CPU a second while nothing changes. `get_routing` and `get_known` are CPU of
-    one GetRouting, of who has none and of who has the newest; `slowest_status` the longest that it took to answer.
+    `served` is the seconds until everything is served. `whole_again` is the seconds from the death of a hundredth of
+    the shards until every part is held again. `lost` counts shards that it took for dead while they reported.
+    `routings` counts those it sent until everything was served. `idle` is CPU a second while nothing changes.
+    `get_routing` and `get_known` are CPU of one GetRouting, for a caller that has none and for one that has the newest.
+    `slowest_status` is the longest that it took to answer.
     """
 
     shards: int
@@ -153,7 +154,7 @@ class _Shard:
 
 
 def speak(pipe: Connection, controller: str, count: int) -> None:
-    """A child: ends as many shards as it is told, and says what all were told. Ends with its pipe."""
+    """A child. It ends as many shards as the pipe says, and sends what all were told. It ends with its pipe."""
     asyncio.run(_speak(pipe, controller, count))
 
 
@@ -179,7 +180,7 @@ async def _speak(pipe: Connection, controller: str, count: int) -> None:
 
 
 def measure(folder: Path, shards: int, parts: int) -> Fleet:
-    """A controller and so many shards, from their start to the death of a hundredth of them."""
+    """Run a controller and `shards` shards, from their start to the death of a hundredth of them."""
     store, log, address = folder / f"store-{parts}", folder / "controller.log", f"127.0.0.1:{free_port()}"
     write_manifest(store, parts)
     arguments = [f"--store={store}", f"--listen={address}", f"--expect-shards={shards}"]
@@ -234,7 +235,7 @@ def _told(pipe: Connection, end: int) -> Told:
 
 
 def _until(address: str, waits: list[float], condition: Callable[[control.Status], bool]) -> float:
-    """Seconds until the status fulfils a condition; how long each status took is added to `waits`."""
+    """Seconds until the status fulfils a condition. The time of each status is added to `waits`."""
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE:
         asked = time.monotonic()
@@ -247,7 +248,7 @@ def _until(address: str, waits: list[float], condition: Callable[[control.Status
 
 
 def _ask_for_routing(address: str, pid: int, idle: float) -> tuple[wire.Routing, float, float]:
-    """The routing, and CPU seconds of sending it and of saying that there is no newer one."""
+    """The routing, and the CPU seconds of sending it and of answering that there is no newer one."""
     with grpc.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         stub = EmbeddingServiceStub(channel)
         routing = stub.GetRouting(wire.GetRoutingRequest())

@@ -1,1 +1,1 @@
-"""This service beside what people use instead, a file a peer: `python -m benchmarks.peers`. See BENCHMARKS.md."""
+"""This service beside what people use instead: `python -m benchmarks.peers`. BENCHMARKS.md has the figures."""

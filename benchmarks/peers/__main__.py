@@ -37,7 +37,7 @@ from benchmarks.rounds import Running, Slice, run_rounds, running
 TOKENS = (1, 64, 1024)
 FULL_ROWS, QUICK_ROWS = 1 << 20, 1 << 18
 SLICE_SECONDS = {1: 0.3, 64: 0.3, 1024: 0.5}
-# Set where the namespace of `--link` is this process's own.
+# Set in a process that has the namespace of `--link`.
 BEHIND_A_LINK = "BENCHMARK_BEHIND_A_LINK"
 
 
@@ -65,7 +65,7 @@ def ours(shards: int) -> list[Peer]:
 
 @contextmanager
 def started(peers: Sequence[Peer], data: Data, console: Console, clients: int = 1) -> Iterator[list[Running]]:
-    """All that can run here, with clients that got right rows; who cannot is named."""
+    """All peers that can run here, with clients that got right rows. The others are named."""
     with ExitStack() as stack:
         servers: dict[str, Server | Unusable] = {}
         ready: list[Running] = []
@@ -105,7 +105,7 @@ def peers_section(
 
 
 def open_slices(closed: Sequence[Record]) -> list[Slice]:
-    """Shares of what the floor does in a closed loop, sent by four threads."""
+    """Open loops at shares of the floor's closed-loop rate, sent by four threads."""
     floor = {record["tokens"]: 1e3 / record["p50_ms"] for record in closed if record["peer"] == FLOOR}
     due = [(1, 0.25), (64, 0.1), (64, 0.25), (64, 0.5)]
     return [Slice(tokens, 0.5, rate=round(share * floor[tokens]), threads=4) for tokens, share in due]
@@ -119,7 +119,7 @@ def clients_section(data: Data, console: Console) -> list[Record]:
 
 
 def shards_section(data: Data, console: Console) -> list[Record]:
-    """Our service with more shards; the floor is one process all along."""
+    """Our service with more shards. The floor is always one process."""
     slices = [Slice(tokens, SLICE_SECONDS[tokens], clients=clients) for tokens in TOKENS for clients in (1, 4)]
     found = []
     for shards in (1, 2, 4):
@@ -129,7 +129,7 @@ def shards_section(data: Data, console: Console) -> list[Record]:
 
 
 def behind_a_link(gbit: float) -> None:
-    """Begin anew in a network namespace whose loopback interface carries so much a second, once."""
+    """Start again, once, in a network namespace whose loopback interface carries `gbit` Gbit/s."""
     if os.environ.pop(BEHIND_A_LINK, None):
         return
     limit = f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit}gbit burst 512kb latency 20ms"

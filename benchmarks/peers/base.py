@@ -26,18 +26,18 @@ STOP_SECONDS = 10.0
 # Row ids int64 [n] -> rows [n, dim], a numpy array or a torch tensor.
 Lookup = Callable[[Ids], Any]
 
-# Processes begin as forks of one that has loaded torch and nothing that has threads: quick, and its memory is shared.
+# Processes begin as forks of one that has loaded torch and has no threads. That is quick, and its memory is shared.
 processes = get_context("forkserver")
 processes.set_forkserver_preload(["torch", "benchmarks.data"])
 
 
 class Unusable(Exception):
-    """The peer cannot run here; says why."""
+    """The peer cannot run here. The message says why."""
 
 
 @dataclass
 class Server:
-    """A running peer: what a client's process needs to reach it, and its processes, whose time is counted."""
+    """A running peer: what a client's process needs to reach it, and the processes whose CPU time is counted."""
 
     target: Any = None
     pids: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Peer(ABC):
 
     @abstractmethod
     def serve(self, data: Data, folder: Path) -> AbstractContextManager[Server]:
-        """Run its servers meanwhile; `folder` is for their files. Raises Unusable."""
+        """Run its servers within the `with`. `folder` is for their files. Raises Unusable."""
 
     @abstractmethod
     def connect(self, data: Data, target: Any) -> AbstractContextManager[Lookup]:
@@ -77,7 +77,7 @@ def free_port() -> int:
 def command(
     arguments: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float = START_SECONDS, **options: Any
 ) -> Iterator[subprocess.Popen]:
-    """A program that runs meanwhile; entered when `ready()`, ended with SIGTERM, or by force when that is ignored."""
+    """Run a program within the `with`, entered when `ready()`. SIGTERM ends it, or force if it ignores that."""
     with log.open("w") as output:
         running = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
     try:
@@ -97,7 +97,7 @@ def command(
 
 
 def says(log: Path, words: str) -> Callable[[], bool]:
-    """Whether a program's log holds these words by now."""
+    """Whether a program's log holds these words yet."""
     return lambda: words in log.read_text(errors="replace")
 
 
@@ -105,7 +105,7 @@ def says(log: Path, words: str) -> Callable[[], bool]:
 def service(
     store: Path, log: Path, *options: str, seconds: float = START_SECONDS
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`embedding-service up` over a store meanwhile, entered when it serves: its address, and the process."""
+    """Run `embedding-service up` over a store within the `with`. Gives its address once it serves, and the process."""
     port = free_port()
     up = [sys.executable, "-m", "embedding_service", "up", f"--store={store}", f"--port={port}", *options]
     with command(up, log, says(log, "ready: "), seconds) as running:
@@ -139,13 +139,13 @@ def _run_child(target: Callable[..., None], pipe: Connection, *arguments: Any) -
         os.dup2(silence.fileno(), 2)
     try:
         target(pipe, *arguments)
-    except Exception as error:  # whatever it is, who waits for an answer is told
+    except Exception as error:  # whatever it is, the caller who waits for an answer is told
         with contextlib.suppress(OSError):
             pipe.send(Unusable(f"{type(error).__name__}: {error}"))
 
 
 def end(process: Any) -> None:
-    """Wait for a process that was told to end; force it if it does not."""
+    """Wait for a process that was told to end, and force it if it does not."""
     process.join(STOP_SECONDS)
     if process.is_alive():
         process.kill()
@@ -153,7 +153,7 @@ def end(process: Any) -> None:
 
 
 def receive(pipe: Connection, seconds: float) -> Any:
-    """The next message; one that is an exception is raised. Raises Unusable if none comes in time."""
+    """The next message. An exception is raised. Raises Unusable if none comes in time."""
     try:
         message = pipe.recv() if pipe.poll(seconds) else Unusable(f"no answer within {seconds:.0f} s")
     except EOFError:
@@ -164,6 +164,6 @@ def receive(pipe: Connection, seconds: float) -> Any:
 
 
 def wait_for_end(pipe: Connection) -> None:
-    """In a `child`: until the process that started it closes the pipe."""
+    """In a `child`: wait until the process that started it closes the pipe."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()

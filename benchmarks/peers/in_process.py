@@ -1,4 +1,4 @@
-"""No service at all: the rows in the client's own memory. What any service is measured against in the end."""
+"""No service at all: the rows in the client's own memory. Every service is measured against that in the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fbgemm(IndexSelect):
 
     @contextmanager
     def connect(self, data: Data, target: Any) -> Iterator[Lookup]:
-        """The kernel, which is told that it has weights and never allocates any."""
+        """The kernel. It is told that it has weights, and never allocates any."""
         from fbgemm_gpu.split_embedding_configs import SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
         from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen

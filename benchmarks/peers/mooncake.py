@@ -1,6 +1,6 @@
 """Mooncake's EngramStore over TCP: a master, a process that owns the rows' segment, and clients that look up.
 
-It keeps one float32 table a head, and its answers are float32.
+It keeps one float32 table for each head, and its answers are float32.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _own(pipe: Connection, data: Data, folder: Path) -> None:
 
 
 def _enter_own_network() -> None:
-    """A network namespace that has a loopback interface only: Mooncake listens on every interface there is."""
+    """A network namespace with a loopback interface only, because Mooncake listens on every interface."""
     _check_call(_libc.unshare(_CLONE_NEWNET))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))

@@ -20,7 +20,7 @@ UNARY, STREAM = "/floor/Unary", "/floor/Stream"
 
 
 class RawGrpc(Peer):
-    """grpcio with identity serializers: a call a lookup, or one bidirectional stream."""
+    """grpcio with identity serializers: a call for each lookup, or one bidirectional stream."""
 
     def __init__(self, stream: bool) -> None:
         self.stream = stream

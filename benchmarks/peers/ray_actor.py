@@ -38,7 +38,7 @@ class RayActor(Peer):
 
     @contextmanager
     def connect(self, data: Data, target: tuple[str, str]) -> Iterator[Lookup]:
-        """The process becomes a driver; all its threads share that."""
+        """The process becomes a driver, and all its threads share that."""
         address, token = target
         ray = _import_ray(token)
         if not ray.is_initialized():

@@ -1,4 +1,4 @@
-"""Redis: a key a row, MGET of many, replies parsed by hiredis."""
+"""Redis: a key for each row, MGET of many, replies parsed by hiredis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.data import DIM, ROW_BYTES, Data, Ids, Rows
 from benchmarks.peers.base import Lookup, Peer, Server, Unusable, command, free_port, listening
 
 CHUNK_ROWS = 8192
-# SET key value, as it goes over the wire; all of one size, so that numpy writes many at once.
+# SET key value, as it goes over the wire. All have one size, so that numpy writes many at once.
 _SET = np.dtype([("set", "S17"), ("key", "<i8"), ("size", "S8"), ("value", f"V{ROW_BYTES}"), ("end", "S2")])
 
 

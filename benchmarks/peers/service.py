@@ -15,7 +15,7 @@ from embedding_service import EmbeddingClient
 
 
 class Service(Peer):
-    """`embedding-service up`; `stored` is the table's dtype, `dtype` what the client makes of it."""
+    """`embedding-service up`. `stored` is the table's dtype, and `dtype` what the client makes of it."""
 
     def __init__(self, stored: str, dtype: torch.dtype, shards: int = 1) -> None:
         short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -29,7 +29,7 @@ class Service(Peer):
 
     @contextmanager
     def serve(self, data: Data, folder: Path) -> Iterator[Server]:
-        """A controller and shards; all peers of one folder and number of shards share them."""
+        """A controller and shards. All peers of one folder and number of shards share them."""
         log = folder / f"up-{self.shards}.log"
         with service(data.store, log, f"--shards={self.shards}") as (address, running):
             children = psutil.Process(running.pid).children(recursive=True)

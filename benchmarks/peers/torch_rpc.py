@@ -34,7 +34,7 @@ _rows: Tensor | None = None
 class TorchRpc(Peer):
     """`rpc_sync` of an index_select.
 
-    Over TCP as between machines; or `one_host`, where TensorPipe copies tensors out of the other process's memory.
+    It goes over TCP as between machines. With `one_host`, TensorPipe copies tensors out of the other process's memory.
     """
 
     def __init__(self, one_host: bool = False) -> None:
@@ -53,7 +53,7 @@ class TorchRpc(Peer):
 
     @contextmanager
     def connect(self, data: Data, target: int) -> Iterator[Lookup]:
-        """The process joins the group; all its threads share that."""
+        """The process joins the group, and all its threads share that."""
         if not rpc.api._is_current_rpc_agent_set():
             _join(f"client-{os.getpid()}", None, target, self.channels)
         yield lambda ids: rpc.rpc_sync(OWNER, gather, args=(torch.from_numpy(ids),))
@@ -79,4 +79,4 @@ def _serve(pipe: Connection, data: Data, port: int, channels: list[str]) -> None
     _join(OWNER, 0, port, channels)
     pipe.send("ready")
     wait_for_end(pipe)
-    os._exit(0)  # who shuts down properly waits for callers that have gone
+    os._exit(0)  # a proper shutdown waits for callers that have gone

@@ -2,7 +2,7 @@
 
     python examples/demo/make_checkpoint.py OUT
 
-Nothing is downloaded: it learns from the language reference that Python ships (`pydoc_data.topics`), enough to continue
+Nothing is downloaded. It learns from the language reference that Python ships (`pydoc_data.topics`), enough to continue
 a prompt in recognizable English. Most of its parameters lie in twelve n-gram tables, as in the real model. Run again,
 it keeps what is there.
 """
@@ -32,7 +32,7 @@ SEED = 1234
 
 # The real tokenizer's special tokens, in the order of their ids from 0.
 UNKNOWN, BEGIN, END, PADDING = SPECIAL_TOKENS = ["<longcat_unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>"]
-# A message stands where a headline stands in the text the model has read.
+# A message takes the place of a headline in the text that the model has read.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 
 CONFIG: dict[str, Any] = {
@@ -103,7 +103,7 @@ class LongcatFlashNgramForCausalLM(LongcatFlashForCausalLM):
 
 
 def read_documents() -> list[str]:
-    """Python's language reference, a document a topic: its headline and its paragraphs, without code and grammar."""
+    """Python's language reference, a document for each topic: its headline and paragraphs, without code and grammar."""
     documents = []
     for _, topic in sorted(topics.topics.items()):
         headline, *blocks = re.split(r"\n\s*\n", topic.strip())
@@ -115,7 +115,7 @@ def read_documents() -> list[str]:
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the documents: any text can be encoded."""
+    """A byte-level BPE tokenizer of the documents. It encodes any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -139,7 +139,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def train(model: LongcatFlashNgramForCausalLM, stream: Tensor, steps: int) -> None:
-    """Trains on windows of the stream, int64 [tokens]; the tables by sparse gradients, as a step meets few rows."""
+    """Trains on windows of the stream, int64 [tokens]. Tables get sparse gradients, because a step meets few rows."""
     tables = list(model.model.ngram_embeddings.embedders.parameters())
     dense = [parameter for name, parameter in model.named_parameters() if ".embedders." not in name]
     optimizers = [torch.optim.SparseAdam(tables, lr=0.02), torch.optim.AdamW(dense, lr=0.006, betas=(0.9, 0.95))]
@@ -149,7 +149,7 @@ def train(model: LongcatFlashNgramForCausalLM, stream: Tensor, steps: int) -> No
         )
         for optimizer in optimizers
     ]
-    # A quarter of the windows begin where a document begins, as prompts do; a headline has no other place to be learnt.
+    # A quarter of the windows begin where a document begins, as prompts do. A headline is learnt nowhere else.
     ends = (stream == CONFIG["eos_token_id"]).nonzero().flatten()
     beginnings = torch.cat((torch.zeros(1, dtype=torch.int64), ends + 1))
     beginnings = beginnings[beginnings <= len(stream) - LENGTH]
@@ -171,10 +171,10 @@ def train(model: LongcatFlashNgramForCausalLM, stream: Tensor, steps: int) -> No
 
 
 def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
-    """Trains for so many steps (a step takes about 0.2 s) and saves the checkpoint to the folder `out`.
+    """Trains for `steps` steps (a step takes about 0.2 s) and saves the checkpoint to the folder `out`.
 
-    A checkpoint that is there is kept. `out` appears only when it is whole. Raises FileExistsError where `out` holds
-    something else. Draws from torch's global random generator, seeded here: the same machine gives the same weights.
+    A checkpoint that is there is kept. `out` appears only when it is whole. Raises FileExistsError if `out` holds
+    something else. Draws from torch's global random generator, seeded here, so the same machine gives the same weights.
     """
     if (out / "config.json").exists():
         return out
@@ -185,7 +185,7 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
     tokenizer = train_tokenizer(documents)
     encoded = tokenizer.backend_tokenizer.encode_batch([text + END for text in documents])
     model = LongcatFlashNgramForCausalLM(LongcatFlashConfig(**CONFIG))
-    # One thread: on a busy machine two wait for each other at every operation and take ten times as long.
+    # One thread. On a busy machine two wait for each other at every operation, and take ten times as long.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train(model, torch.tensor([token for document in encoded for token in document.ids]), steps)
@@ -195,7 +195,7 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size="32MB")
     tokenizer.save_pretrained(partial)
-    # Only now: saved under the base model's type, the experts' tensors get the names that the published ones have.
+    # Only now. Saved under the base model's type, the experts' tensors get the published names.
     config = json.loads((partial / "config.json").read_text())
     (partial / "config.json").write_text(json.dumps(config | {"model_type": "longcat_flash_ngram"}, indent=2) + "\n")
     return partial.rename(out)
@@ -203,7 +203,7 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
 
 @torch.no_grad()
 def continue_text(checkpoint: Path, prompt: str, tokens: int = 60) -> str:
-    """The prompt with its likeliest continuation, from the files of a checkpoint made here."""
+    """The prompt and its likeliest continuation, from the files of a checkpoint made here."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     model = LongcatFlashNgramForCausalLM.from_pretrained(checkpoint, config=LongcatFlashConfig(**CONFIG))
     ids = torch.tensor([tokenizer.encode(prompt)])

@@ -1,6 +1,6 @@
 """The main job end to end, as `make demo` runs it: import, serve on four shards, generate from a Ray worker, compare.
 
-    python examples/demo/run.py [FOLDER]      (default .demo; what was trained there before is used again)
+    python examples/demo/run.py [FOLDER]      (default .demo; a checkpoint that is there is used again)
 
 Everything runs in processes of its own on this machine, listens on loopback only, and has ended when this ends.
 """
@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 SHARDS = 4
 PROMPT = "A function definition"
 TOKENS = 60
-# Many parts, so that four shards have something to share: the default of 256 MiB suits tables a thousand times larger.
+# Many parts, so that four shards have something to share. The default of 256 MiB suits much larger tables.
 PART_SIZE = "4MiB"
 START_SECONDS = 120
 
@@ -36,7 +36,7 @@ console = Console(highlight=False)
 
 
 def main(folder: Path) -> None:
-    """Every step of the way, each shown."""
+    """Show every step of the way."""
     began = time.monotonic()
     checkpoint = folder / "checkpoint"
     step("1. A small LongCat-Flash-Lite, trained here on the language reference that Python ships")
@@ -89,7 +89,7 @@ def command(name: str, *arguments: str) -> None:
 
 @contextmanager
 def process(log: Path, ready: str, name: str, *arguments: str) -> Iterator[None]:
-    """A process that runs meanwhile; entered when it printed `ready`, ended with SIGTERM."""
+    """Run a process within the `with`, entered when it printed `ready`. SIGTERM ends it."""
     console.print(f"[dim]$ {' '.join((name, *arguments))}[/]", soft_wrap=True)
     with log.open("w") as output:
         running = subprocess.Popen([installed(name), *arguments], stdout=output, stderr=subprocess.STDOUT)
