@@ -1,7 +1,7 @@
 """The transformer worker: a language model whose n-gram tables stay in the embedding service.
 
-`load_model` loads a checkpoint without its tables and `attach` puts the service's rows into a transformers model in
-place; `model-worker serve` puts such a model behind an OpenAI-compatible HTTP server, as a Ray Serve application.
+`load_model` loads a checkpoint without its tables. `attach` puts the service's rows into a transformers model in place.
+`model-worker serve` puts such a model behind an OpenAI-compatible HTTP server, as a Ray Serve application.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["attach", "load_model"]
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The dense part of a LongCat or Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
 
-    The n-gram tables are never read nor allocated: tables of any size need no memory here.
+    The n-gram tables are never read nor allocated, so tables of any size need no memory here.
 
     checkpoint: the whole checkpoint's folder, or the "dense" half that `embedding-service split` makes.
-    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    dtype: of the weights. None takes the stored dtype of the word embeddings.
     Raises InvalidRequest: another architecture.
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
@@ -38,19 +38,21 @@ def attach(hf_model: PreTrainedModel, client: EmbeddingClient | RowSource, name:
     """Feed a transformers model from the n-gram tables that the embedding service holds, in place.
 
     Afterwards `hf_model(input_ids=...)` and `hf_model.generate(...)` work as before: with or without a KV cache, in
-    batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache. A call
-    that failed for want of rows leaves a Qwen4-Exp model's cache unusable: start with a new one. The tables cannot be
-    trained: `backward` raises NoGradients and says which module to freeze so that the rest of the model can be.
+    batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache. If a
+    call fails because rows did not come, a Qwen4-Exp model's cache is unusable: start with a new one. The tables cannot
+    be trained. `backward` raises NoGradients and says which module to freeze, so that the rest of the model can be
+    trained.
 
-    hf_model: a `LongcatFlashForCausalLM` loaded from a LongCat n-gram checkpoint by `load_model` or `from_pretrained`
-        (the projections are read from the folder it was loaded from); or any transformers Qwen4-Exp model, by
-        `load_model` or `from_pretrained` (tables it holds are given up).
+    hf_model: loaded by `load_model` or `from_pretrained`. It is a `LongcatFlashForCausalLM` of a LongCat n-gram
+        checkpoint (projections are read from the folder that it was loaded from), or any transformers Qwen4-Exp model
+        (tables that it holds are given up).
     client: an `EmbeddingClient`, or tables in this process with the same methods.
     name: the model's name in the service, `name` or `name@version`.
 
-    Raises InvalidRequest when the model is of another family or attached already, or when its hash parameters or
-    dimensions are not those of the service's tables; NotFound when the service has no such model; Unavailable when it
-    does not answer.
+    Raises InvalidRequest: the model is of another family or attached already, or its hash parameters or dimensions are
+        not those of the service's tables.
+    NotFound: the service has no such model.
+    Unavailable: it does not answer.
     """
     from model_worker import families
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install where only the client side is."""
+    """Run the command line. If only the client side is installed, say what to install."""
     try:
         from model_worker import cli
     except ModuleNotFoundError as error:

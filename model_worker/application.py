@@ -1,4 +1,4 @@
-"""The worker as an application of a Serve config file, which is how KubeRay's RayService and `serve deploy` start it.
+"""The worker as an application of a Serve config file. KubeRay's RayService and `serve deploy` start it so.
 
 import_path: model_worker.application:build
 args: {checkpoint: /checkpoint, embeddings: embedding:7070, name: model}
@@ -19,7 +19,7 @@ from model_worker.serving import APP, Scaling, WorkerReplica
 
 
 class Arguments(BaseModel):
-    """What the config file gives under `args`; the options of `model-worker serve` of the same names."""
+    """What the config file gives under `args`. The names are those of the options of `model-worker serve`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,8 +34,8 @@ class Arguments(BaseModel):
 def build(args: dict[str, Any]) -> Application:
     """The application. Replicas and their resources are the config file's, under `deployments`.
 
-    Raises pydantic's ValidationError naming a wrong argument, Unavailable while the embedding service cannot be
-    reached, and NotFound if it has no such model.
+    Raises pydantic's ValidationError, which names a wrong argument. Raises Unavailable while the embedding service
+    cannot be reached, and NotFound if it has no such model.
     """
     given = Arguments.model_validate(args)
     cache_bytes = parse_bytes(given.cache_bytes)

@@ -1,7 +1,7 @@
-"""Sequences join and leave a batch: what that does to a transformers cache, whatever its layers hold.
+"""Sequences join and leave a batch: what that does to a transformers cache, with any kind of layers.
 
-Rows of different lengths are left-padded to the longest. What has a place for each position (keys, values, an indexer's
-keys and positions, token ids) is padded; what a linear attention layer carries from one step to the next is not.
+Rows of different lengths are left-padded to the longest. Tensors with a place for each position are padded: keys,
+values, an indexer's keys and positions, token ids. The state that a linear attention layer carries is not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def join(first: DynamicCache | None, second: DynamicCache) -> DynamicCache:
 
 
 def keep(cache: DynamicCache, rows: list[int], width: int) -> None:
-    """Keep only these sequences of a cache, and of their positions the last `width`: the rest is padding to all."""
+    """Keep only these sequences of a cache, and their last `width` positions. The rest is padding in all of them."""
     # Beam search's way to pick rows, which every kind of layer has.
     cache.reorder_cache(torch.LongTensor(rows))
     for layer in _layers(cache):

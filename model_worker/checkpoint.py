@@ -1,4 +1,4 @@
-"""A checkpoint's tensors for a worker, read one at a time: what is not asked for is never read."""
+"""A checkpoint's tensors for a worker, read one at a time. A tensor that nobody asks for is never read."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Checkpoint:
 
     @property
     def architectures(self) -> list[str]:
-        """What models its config says it is of."""
+        """The model classes that its config names."""
         named = self.config.get("architectures")
         return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the model is to generate, and what ends a sequence; None where the checkpoint leaves that to its config.
+        """How the model is to generate, and what ends a sequence. None if the checkpoint leaves that to its config.
 
         Raises StoreError: the file is unreadable.
         """
@@ -78,7 +78,7 @@ class Checkpoint:
 
 
 def refuse_tensors(checkpoint: str | Path, kind: str, tensors: Collection[object]) -> None:
-    """Raises StoreError naming some of them, if there are any; kind: missing, unexpected or mismatched."""
+    """Raises StoreError naming some of them, if there are any. kind: missing, unexpected or mismatched."""
     if tensors:
         names = printable(", ".join(sorted(map(str, tensors))[:8]))
         raise StoreError(f"{checkpoint} does not fit its config.json: {len(tensors)} {kind} tensors: {names}")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from model_worker.serving import Scaling
     from model_worker.worker import WorkerConfig
 
-# Read when ray is imported: Serve's proxy streams answers from replicas over gRPC. Ray's own way makes an object of
-# each write, which takes the proxy nearly twice the processor time.
+# Read when ray is imported. Serve's proxy then streams answers from replicas over gRPC. Ray's own way makes an object
+# of each write, which takes the proxy nearly twice the processor time.
 _SERVE_OVER_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen for HTTP.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="How many replicas.")] = 1,
     min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: never fewer.")] = 1,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale with the load, up to so many.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale with the load, up to this many.")] = None,
     num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica (also its threads).")] = 1,
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 8,
@@ -64,10 +64,10 @@ def serve(
     cache_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
     ] = "0",
-    upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before a replica more.")] = 10,
+    upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before one more.")] = 10,
     downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="What a replica that goes has to finish its requests.")
+        float, typer.Option(min=0, help="Seconds that a leaving replica has to finish its requests.")
     ] = 60,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prometheus metrics of all replicas here; default: any free.")
@@ -78,8 +78,8 @@ def serve(
 ) -> None:
     """Serve a LongCat or Qwen4-Exp checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM.
 
-    Then it takes no more requests and ends when those that run have ended, at the latest after --drain-seconds, or at a
-    second signal.
+    Then it takes no more requests, and ends when those that run have ended. It ends at the latest after
+    --drain-seconds, or at a second signal.
     """
     if metrics_port and ray_address:
         raise typer.BadParameter(
@@ -188,12 +188,12 @@ def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], Non
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    """As an exception, so that whatever was started is taken down on the way out."""
+    """End by an exception, so that all that was started is taken down on the way out."""
     raise SystemExit(0)
 
 
 def main() -> None:
-    """Run the command line. What goes wrong is one red line and exit code 1; wrong usage is exit code 2."""
+    """Run the command line. A failure is one red line and exit code 1. Wrong usage is exit code 2."""
     try:
         app()
     except (EmbeddingServiceError, OSError) as error:

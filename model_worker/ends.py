@@ -10,22 +10,22 @@ from transformers import GenerationConfig, PreTrainedConfig
 from embedding_service.errors import StoreError
 
 _log = logging.getLogger(__name__)
-# What an answer is in a conversation that is rendered only to see what follows it.
+# The answer in a conversation that is rendered only to see what follows it.
 _ANSWER = "answer"
 
 
 def end_tokens(config: PreTrainedConfig, generation: GenerationConfig, tokenizer: Any) -> frozenset[int]:
-    """Every token that transformers stops at, the tokenizer's EOS and EOT, and what its chat template ends a turn with.
+    """Every token that transformers stops at, the tokenizer's EOS and EOT, and the end of a turn in its chat template.
 
-    config, generation: a model's; either may name one token or several.
+    config, generation: a model's. Either may name one token or several.
     tokenizer: the model's, a transformers tokenizer.
-    Raises StoreError: a config names something else than tokens of the model's vocabulary.
+    Raises StoreError: a config names something that is no token of the model's vocabulary.
     """
     text = config.get_text_config()
     named = _named(text.vocab_size, config, "config.json") | _named(text.vocab_size, text, "config.json")
     named |= _named(text.vocab_size, generation, "generation_config.json")
     declared = {tokenizer.eos_token_id, _declared_end_of_turn(tokenizer), _end_of_turn(tokenizer)}
-    # A tokenizer may know more tokens than its model, which never gives them.
+    # A tokenizer may know more tokens than its model. The model never gives them.
     return frozenset(named | {token for token in declared if token is not None and token < text.vocab_size})
 
 
@@ -42,20 +42,20 @@ def _named(vocab_size: int, config: PreTrainedConfig | GenerationConfig, file: s
 
 
 def _declared_end_of_turn(tokenizer: Any) -> int | None:
-    """What a tokenizer declares as `eot_token`, beside its EOS."""
+    """The `eot_token` that a tokenizer declares beside its EOS."""
     token = getattr(tokenizer, "eot_token", None)
     return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The token that the chat template writes after an answer, such as <|im_end|>; None where it writes none."""
+    """The token that the chat template writes after an answer, such as <|im_end|>. None if it writes none."""
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:
-        # Templates are programs; one that fails here may well take other conversations.
+        # Templates are programs. One that fails here may well take other conversations.
         _log.info("the chat template does not tell how a turn ends: %s", error)
         return None
     _, answered, after = rendered.rpartition(_ANSWER)

@@ -1,19 +1,19 @@
-"""The generation engine: many requests, one batch, one token each a step.
+"""The generation engine: many requests, one batch, one token for each in a step.
 
 Rules
-- A request joins and leaves the batch between two steps. It is prefilled alone, without padding; then its cache is
-  joined to the batch's, left-padded to the longest. Padding is masked, so a request's logits do not depend on who
-  shares its batch, but for float rounding.
-- At most one request joins a step, so that those who run are never held up by more than one prompt.
+- A request joins and leaves the batch between two steps. It is prefilled alone, without padding. Then its cache is
+  joined to the batch's, left-padded to the longest. Padding is masked, so a request's logits do not depend on the other
+  requests in its batch, but for float rounding.
+- At most one request joins in a step. So running requests never wait for more than one prompt.
 - The choices of one HTTP request are requests of their own, taken all or none.
-- What goes wrong in a prefill ends that request; what goes wrong in a step ends the requests of that batch. The engine
-  goes on.
+- A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
 
-Why not transformers' continuous batching (`generate_batch`, tried with 5.23): it lays all requests end to end in one
-row over a paged cache of keys and values of one width. An n-gram would look back into its neighbour's tokens, and the
-cache has no place for a request's own; LongCat's keys, wider than its values, do not fit it even without n-grams
-("index_copy_(): Source/destination tensor must have same slice shapes"), and Qwen4-Exp's linear attention is refused
-("Invalid layer type: linear_attention").
+transformers' continuous batching (`generate_batch`, tried with 5.23) does not fit. It lays all requests end to end in
+one row, over a paged cache of keys and values of one width.
+- An n-gram would look back into its neighbour's tokens, and the cache has no place for a request's own.
+- LongCat's keys, wider than its values, do not fit it even without n-grams: "index_copy_(): Source/destination tensor
+  must have same slice shapes".
+- Qwen4-Exp's linear attention is refused: "Invalid layer type: linear_attention".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class EngineBusy(Exception):
 class Event:
     """Something that happened to a request: new text, its end (finish_reason set), or its failure (error set).
 
-    logprobs: where asked for, of every token generated since the event before.
+    logprobs: if asked for, those of every token generated since the event before.
     """
 
     text: str = ""
@@ -81,7 +81,7 @@ class Request:
         return len(self.prompt) + len(self.completion) - 1
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: it leaves before the next step. From any thread."""
+        """Nobody waits for it any more, so it leaves before the next step. Call from any thread."""
         self.cancelled = True
 
     def advance(self, logits: Tensor, ends: frozenset[int]) -> bool:
@@ -112,11 +112,11 @@ class Engine:
     """Runs a causal language model on its own thread.
 
     model: a transformers model that `model_worker.attach` has fed.
-    tokenizer: its tokenizer; what ends a sequence is told by all of them, see `end_tokens`.
+    tokenizer: its tokenizer. `end_tokens` says what ends a sequence.
     max_batch: requests that run at once.
     max_queue: requests that may wait beside those.
     on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
-    Raises StoreError: what ends a sequence is no token of the model.
+    Raises StoreError: the end of a sequence is no token of the model.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._joining = 0
         self._running: list[Request] = []
-        # Row i is the sequence of self._running[i]; None while nobody runs.
+        # Row i is the sequence of self._running[i]. None while no request runs.
         self._cache: DynamicCache | None = None
         self._stopping = False
         self.requests = 0
@@ -181,9 +181,9 @@ class Engine:
     def submit_all(self, choices: Sequence[tuple[list[int], SamplingParams, Callable[[Event], None]]]) -> list[Request]:
         """Queue one request for each choice, all or none.
 
-        choices: the prompt, at least one token id and together with max_tokens at most `context_length`; how to
-            generate; and what is called on the engine's thread with each event, of which the last one has
-            finish_reason or error set.
+        choices: the prompt, how to generate, and a callback. The prompt has at least one token id, and with max_tokens
+            at most `context_length`. The engine's thread calls back with each event. The last one has finish_reason or
+            error set.
         Raises EngineBusy: there is no room for all of them.
         """
         requests = [Request(prompt, params, self.spelling, emit) for prompt, params, emit in choices]
@@ -204,7 +204,7 @@ class Engine:
         return len(self._waiting) + self._joining + len(self._running)
 
     def close(self) -> None:
-        """Stop after the step at hand; requests that run or wait get an error. Returns when the thread has ended."""
+        """Stop after the current step. Requests that run or wait get an error. Returns when the thread has ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -223,7 +223,7 @@ class Engine:
         self._fail([*self._running, *self._waiting], Unavailable("the worker is shutting down"))
 
     def _work_comes(self) -> bool:
-        """Wait until there is something to do; False when the engine is to stop."""
+        """Wait until there is something to do. False when the engine is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._running)
             return not self._stopping
@@ -255,7 +255,7 @@ class Engine:
             self._cache = join(self._cache, cache)
 
     def _step(self) -> None:
-        """One token for everyone who runs."""
+        """Generate one token for every running request."""
         if self._cache is None:
             return
         newest = [request.completion[-1:] for request in self._running]
@@ -289,10 +289,10 @@ class Engine:
             request.emit(Event(error=error))
 
     def _forward(self, tokens: list[list[int]], cached: list[int], cache: DynamicCache) -> Tensor:
-        """Run [B, S] tokens after what the cache holds of each sequence.
+        """Run [B, S] tokens after the cached positions of each sequence.
 
-        Returns float32 [B, V], the logits of the last, on the CPU.
-        cached: positions of each sequence in the cache, whose rows are left-padded to the longest.
+        Returns float32 [B, V], the logits of the last token, on the CPU.
+        cached: positions of each sequence in the cache. Its rows are left-padded to the longest.
         """
         new, device = len(tokens[0]), self._model.device
         before = torch.tensor(cached)[:, None]

@@ -24,10 +24,10 @@ FAMILIES: tuple[ModuleType, ...] = (longcat, qwen4_exp)
 
 
 def check(checkpoint: str | Path) -> None:
-    """Whether a worker can load a checkpoint, as far as that shows without reading a weight: in a second or so.
+    """Check that a worker can load a checkpoint, without reading a weight. This takes a second or so.
 
     Raises InvalidRequest: another architecture, or quantized.
-    StoreError: a file is missing or damaged, or they do not fit each other.
+    StoreError: a file is missing or damaged, or the files do not fit each other.
     """
     files = Checkpoint(checkpoint)
     family, config = _family_and_config(files)
@@ -43,7 +43,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
 
 
 def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
-    """See `model_worker.attach`. Returns what the model will have asked of the client."""
+    """See `model_worker.attach`. Returns the counters of the model's lookups."""
     for family in FAMILIES:
         if isinstance(hf_model, family.MODELS):
             return family.attach(hf_model, client, name)

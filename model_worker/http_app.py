@@ -36,7 +36,7 @@ from model_worker.worker import Events, Worker
 
 _log = logging.getLogger(__name__)
 
-# Longer ones are read one at a time, so that the short ones never wait for more than one of them.
+# Longer bodies are read one at a time, so that short ones never wait for more than one of them.
 _LONG_BODY_BYTES = 64 * 2**10
 _READERS = 2
 
@@ -100,14 +100,14 @@ def build_app(worker: Worker) -> FastAPI:
 
 
 class _Readers:
-    """Reads bodies on threads of its own, as parsing and tokenizing take long."""
+    """Reads bodies on threads of its own, because parsing and tokenizing take long."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(_READERS, "short-bodies")
         self._long = ThreadPoolExecutor(1, "long-bodies")
 
     async def __call__(self, request: Request, read: Callable[[bytes], _Read]) -> _Read:
-        """What `read` makes of the request's body. Raises BadRequest where that is not JSON, and what `read` raises."""
+        """The result of `read` for the body. Raises BadRequest if the body is not JSON, and what `read` raises."""
         _check_content_type(request)
         raw = await request.body()
         threads = self._long if len(raw) > _LONG_BODY_BYTES else self._short
@@ -118,7 +118,7 @@ def _check_content_type(request: Request) -> None:
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        # A browser sends other types to any site that a page names, without asking that site.
+        # A browser sends other types to any site that a page names, and does not ask that site first.
         raise BadRequest(
             f"the body's type is {clipped(given) if given else 'not told'}, and must be JSON: send the header "
             "Content-Type: application/json (curl: -H 'Content-Type: application/json')",
@@ -132,7 +132,7 @@ def _check_content_type(request: Request) -> None:
 
 
 def _check_places(worker: Worker, body: GenerationRequest, prompts: int) -> None:
-    """Before any work is done for it."""
+    """Refuse, before any work, a request with more choices than there are places."""
     _check_name(worker, body.model)
     if body.n * prompts > worker.capacity:
         told = f"{body.n}" if prompts == 1 else f"{prompts} prompts of {body.n} each"
@@ -158,11 +158,11 @@ def _sequence(worker: Worker, body: GenerationRequest, prompt: list[int], where:
 
 
 async def _answer(worker: Worker, body: GenerationRequest, sequences: list[_Sequence], reply: Reply) -> Response:
-    # Choices are numbered across the prompts, those of the first one first.
+    # Choices are numbered across the prompts, those of the first prompt first.
     wanted = [(prompt, params) for prompt, choices in sequences for params in choices]
     generation = worker.generate(wanted, streamed=body.stream)
     events = generation.events()
-    # Until the first event there is no status to send, so a failure before it can still have its own.
+    # Until the first event no status is sent. So a failure before it can still have its own status.
     first = await anext(events)
 
     def usage() -> dict[str, int]:
@@ -198,7 +198,7 @@ async def _server_sent_events(
                 chunks = [chunk for choice, event in together for chunk in reply.chunks(choice, event)]
                 yield "".join(map(_data, chunks))
         except Exception as error:
-            # The status is long sent; clients find the error in the stream.
+            # The status is long sent. Clients find the error in the stream.
             yield _data(_status_and_body(error)[1])
             return
     if usage:

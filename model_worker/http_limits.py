@@ -1,13 +1,13 @@
 """What an HTTP client may take of a worker: bytes, time and connections.
 
 Rules
-- A request reaches the application when its body is whole. It takes no place before.
-- Headers come within HEAD_SECONDS, a body within BODY_SECONDS after them, else the answer is 408.
-- A client that leaves what is sent to it unread for UNREAD_SECONDS is cut off.
-- With all connections taken, a new one takes the place of the one that waits longest for a whole request.
+- A request reaches the application when its body is whole. It takes no place before that.
+- Headers come within HEAD_SECONDS, and a body within BODY_SECONDS after them. Otherwise the answer is 408.
+- A client that reads nothing for UNREAD_SECONDS is cut off.
+- If all connections are taken, a new one replaces the one that waits longest for a whole request.
 
-`WholeBodies` is an ASGI middleware. Ray Serve's proxy, which holds the connections, calls `guard_proxy` when it starts
-(PROXY_ENVIRONMENT tells it to) and gets the rest, too. It imports this file, so nothing heavy may be imported here.
+`WholeBodies` is an ASGI middleware. Ray Serve's proxy holds the connections. It calls `guard_proxy` when it starts
+(PROXY_ENVIRONMENT tells it to) and so gets all limits. It imports this file, so nothing heavy may be imported here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_BODY_BYTES = 8 * 2**20
 # Of all requests together, from their first byte to the end of their answer.
 MAX_HELD_BYTES = 256 * 2**20
 MAX_HEAD_BYTES = 64 * 2**10
-# Of a refused body; a client that still sends it has its answer already.
+# Of a refused body. A client that still sends it has its answer already.
 _MAX_REFUSED_BYTES = 2 * MAX_BODY_BYTES
 MAX_CONNECTIONS = 1024
 HEAD_SECONDS = 10.0
@@ -71,8 +71,8 @@ class _Refused(Exception):
 class WholeBodies:
     """Gives the application requests with whole bodies, in one message each.
 
-    A body over MAX_BODY_BYTES gets 413: at once where its length is told, else as soon as it is seen. One that is not
-    whole after `seconds` gets 408. When all requests hold more than `held_bytes`, the next gets 429.
+    A body over MAX_BODY_BYTES gets 413: at once if its length is told, else as soon as it is seen. A body that is not
+    whole after `seconds` gets 408. When all requests hold more than `held_bytes`, the next one gets 429.
     """
 
     def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, held_bytes: int = MAX_HELD_BYTES) -> None:
@@ -130,7 +130,7 @@ class WholeBodies:
 
 
 def _passed_on(name: bytes, value: bytes) -> bool:
-    """Not what steers Ray Serve, nor what is no text: Serve takes all for UTF-8."""
+    """Whether a header is passed on. One that steers Ray Serve is not, nor one that is no UTF-8: Serve decodes all."""
     try:
         value.decode()
     except UnicodeDecodeError:
@@ -267,12 +267,12 @@ def _response(status: int, message: str) -> bytes:
 
 
 def guard_proxy() -> list[Middleware]:
-    """In a process of Ray Serve's proxy, before it makes its HTTP server: set the limits.
+    """Set the limits, in a process of Ray Serve's proxy, before it makes its HTTP server.
 
     Returns the middlewares it is to use.
     """
     GuardedHttp.most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
     guarded: Callable[..., uvicorn.Config] = partial(uvicorn.Config, http=GuardedHttp, ws="none")
-    # Serve's options have nothing of this.
+    # Serve has no options for this.
     uvicorn.Config = guarded  # type: ignore[assignment, misc]
     return [Middleware(WholeBodies)]

@@ -1,9 +1,9 @@
 """Family longcat: transformers' LongCat-Flash with its n-gram tables elsewhere.
 
-The input embedding of a token is (word + sum_i P_i e_i) / (1 + heads), e_i being the row that head i of the n-gram
-tables gives and P_i that head's projection. Source: "Scaling Embeddings Outperforms Scaling Experts in Language Models"
+The input embedding of a token is (word + sum_i P_i e_i) / (1 + heads). e_i is the row that head i of the n-gram tables
+gives, and P_i is that head's projection. Source: "Scaling Embeddings Outperforms Scaling Experts in Language Models"
 (arXiv 2601.21204) and the code published with LongCat-Flash-Lite. The words, the projections and the transformer live
-here; the rows come from a `RowSource`: the embedding service, or `LocalTables` as the reference.
+here. The rows come from a `RowSource`: the embedding service, or `LocalTables` as the reference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROJECTION = "model.ngram_embeddings.post_projs.{}.weight"
 _NGRAM_TENSORS = "model.ngram_embeddings."
 # The published model's draft layers for speculative decoding, which transformers' class leaves out too.
 _DRAFT_TENSORS = "model.mtp."
-# An expert's projection that a checkpoint may hold for the zero experts too, which compute nothing.
+# An expert's projection. A checkpoint may hold it for the zero experts too, which compute nothing.
 _EXPERT_GATE_OR_UP = re.compile(r"\.mlp\.experts\.(\d+)\.(?:gate|up)_proj\.weight$")
 # Keys of a published config that say what this file settles itself.
 _OWN_CONFIG_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
@@ -58,7 +58,7 @@ class LocalTables:
     def lookup_ngrams(
         self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """See `RowSource`; `model` is not looked at, there is only one."""
+        """See `RowSource`. There is only one model, so `model` is ignored."""
         return nn.functional.embedding(self._hasher.row_ids(token_ids, context), self._rows).to(dtype)
 
     def hasher(self, model: str) -> NgramHasher:
@@ -67,7 +67,7 @@ class LocalTables:
 
 
 class NgramRows(RemoteModule):
-    """In place of the tables: looks the rows of tokens up. Gradients: none, as `RemoteModule` says.
+    """Stands in place of the tables and looks up the rows of tokens. It has no gradients, as `RemoteModule` says.
 
     source: gives the rows.
     name: the model's name in the source.
@@ -104,7 +104,7 @@ class NgramRows(RemoteModule):
 
 
 class NgramEmbedding(nn.Module):
-    """The fused input embedding, but for the words: rows of a source, through the projections.
+    """The fused input embedding without the words: rows of a source, through the projections.
 
     projections: [heads, hidden, dim], P_i of each head.
     source: gives the rows.
@@ -134,10 +134,10 @@ class NgramEmbedding(nn.Module):
 
 
 def read_config(files: Checkpoint) -> LongcatFlashConfig:
-    """The config transformers has for the dense part; the n-gram keys stay on it as plain attributes."""
+    """The config that transformers has for the dense part. The n-gram keys stay on it as plain attributes."""
     flash = {key: value for key, value in files.config.items() if key not in _OWN_CONFIG_KEYS}
     if "num_layers" in flash:
-        # Each layer holds two attention sublayers; published configs do not agree which of the two this key counts.
+        # Each layer holds two attention sublayers. Published configs do not agree which of the two this key counts.
         flash.pop("num_hidden_layers", None)
     return LongcatFlashConfig.from_dict(flash)
 
@@ -160,10 +160,10 @@ def dense_tensors(files: Checkpoint, config: LongcatFlashConfig) -> dict[str, An
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> LongcatFlashForCausalLM:
     """The dense part of a LongCat n-gram checkpoint as a transformers model, ready for `attach`.
 
-    The n-gram tables are never read, nor is a file opened that holds nothing else.
+    The n-gram tables are never read. A file that holds nothing else is not opened.
 
     checkpoint: the whole checkpoint's folder, or its dense half.
-    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    dtype: of the weights. None takes the stored dtype of the word embeddings.
     Raises InvalidRequest: another architecture.
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
@@ -173,7 +173,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
     config = read_config(files)
     tensors = dense_tensors(files, config)
     try:
-        # Other shapes are let through only to be named below: transformers' own refusal does not name them.
+        # Other shapes are let through only to be named below. transformers' own refusal does not name them.
         loaded: Any = _FlashWithoutZeroExperts.from_pretrained(
             None,
             generation_config=files.generation_config(),
@@ -242,7 +242,7 @@ def _history(body: Any, kwargs: dict[str, Any]) -> TokenLayer | None:
 
 
 def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The token ids with NO_TOKEN where the mask says padding."""
+    """The token ids, with NO_TOKEN in place of padding."""
     if attention_mask is None:
         return input_ids
     if attention_mask.dim() != 2:
@@ -255,8 +255,8 @@ def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 class _FlashWithoutZeroExperts(LongcatFlashForCausalLM):
     """LongcatFlashForCausalLM with room for the experts that have weights only.
 
-    Published checkpoints hold no weights for the zero (identity) experts; transformers 5.23 asks for gate and up
-    projections of them, which its forward never reads, and refuses the checkpoint without.
+    Published checkpoints hold no weights for the zero (identity) experts. transformers 5.23 asks for their gate and up
+    projections, and refuses the checkpoint without them. Its forward never reads those.
     """
 
     def __init__(self, config: LongcatFlashConfig) -> None:
@@ -268,7 +268,7 @@ class _FlashWithoutZeroExperts(LongcatFlashForCausalLM):
 
 
 def _transformer_names(files: Checkpoint, config: LongcatFlashConfig) -> list[str]:
-    """All tensors but the n-gram embedding's, the words, the draft layers and what zero experts do not need."""
+    """All tensors except the n-gram embedding's, the words, the draft layers and those of zero experts."""
 
     def needed(name: str) -> bool:
         expert = _EXPERT_GATE_OR_UP.search(name)
@@ -282,7 +282,7 @@ def _transformer_names(files: Checkpoint, config: LongcatFlashConfig) -> list[st
 
 
 def _expert_names(config: LongcatFlashConfig) -> set[str]:
-    """The tensors of the experts, which transformers merges and, were one missing, would not name."""
+    """The tensors of the experts. transformers merges them, and would not name a missing one."""
     return {
         f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
         for layer in range(config.num_layers)
@@ -305,7 +305,7 @@ def _projections(files: Checkpoint) -> Tensor:
 
 
 def _check_words(files: Checkpoint, words: Tensor) -> None:
-    """Alone, transformers knows one of the two names: under the other it would have made the words up at random."""
+    """Only one of the two names is known to transformers. Under the other it would have made random words."""
     stored = files.slice(_words_name(files))[:1].to(words)
     if _words_name(files) != WORDS[0] and not torch.equal(stored, words[:1]):
         raise InvalidRequest(
@@ -315,7 +315,7 @@ def _check_words(files: Checkpoint, words: Tensor) -> None:
 
 
 def _check_dim(embedding: NgramEmbedding, words: Tensor) -> None:
-    """Look one token up: proves that the source answers, with rows the projections fit."""
+    """Look one token up. That proves that the source answers, with rows that fit the projections."""
     source, name = embedding.rows.source, embedding.rows.name
     rows = source.lookup_ngrams(name, torch.zeros(1, 1, dtype=torch.int64), dtype=words.dtype)
     width, hidden = rows[0, 0].numel(), words.shape[1]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-# Seconds between two readings of the counts; Ray's own way to the exporter takes longer.
+# Seconds between two readings of the counts. Ray's own way to the exporter takes longer.
 _INTERVAL = 1.0
 
 _GAUGES = {

@@ -1,4 +1,4 @@
-"""What a start waits for, told while it does."""
+"""Tells what a start waits for, while it waits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from embedding_service.foreign import printable
 
-# What is told what it is that a start waits for.
+# Called with what a start waits for.
 Say = Callable[[str], object]
 
 
 class StartProgress:
-    """On a terminal a line that changes; elsewhere a line for each thing, and again every REPEAT_SECONDS.
+    """A line that changes on a terminal. Elsewhere a line for each thing, and again every REPEAT_SECONDS.
 
-    On stderr, within a `with`.
+    It writes to stderr, within a `with`.
     """
 
     REPEAT_SECONDS = 10.0

@@ -7,14 +7,14 @@ from typing import Any
 
 from model_worker.protocol import BadRequest, Message, Prompt, clipped, shortened
 
-# Characters of a token, more than of almost any text's mean.
+# Characters of a token: more than the mean of almost any text.
 _CHARACTERS = 8
 
 
 class Prompts:
-    """Reads prompts for one model. From any thread; Python's lock is free while a text is tokenized.
+    """Reads prompts for one model. Call from any thread: Python's lock is free while a text is tokenized.
 
-    Of a text that is far too long for the model's context only the beginning is tokenized, to know it.
+    If a text is far too long for the model's context, only its beginning is tokenized. That is enough to know it.
 
     name: the served model id.
     tokenizer: a fast transformers tokenizer.
@@ -28,7 +28,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
-        # transformers' own `encode` keeps each token's text and offsets, ten times the text, and Python's lock.
+        # transformers' own `encode` keeps each token's text and offsets (ten times the text), and holds Python's lock.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -56,7 +56,7 @@ class Prompts:
         turns = [message.for_template() for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        # A template is a program of the checkpoint's.
+        # A template is a program from the checkpoint.
         except Exception as error:
             told = shortened(f"{type(error).__name__}: {error}")
             raise BadRequest(
@@ -66,7 +66,7 @@ class Prompts:
 
     def _encode(self, text: str, param: str, where: str, special: bool = True) -> list[int]:
         self._check_beginnings(text, param, where)
-        # A batch, as `encode` does not let go of Python's lock.
+        # A batch, because `encode` does not let go of Python's lock.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=special)
         if len(encoding) > self._context_length:
             raise self._too_long(f"{where} has {len(encoding)} tokens", param)
@@ -78,11 +78,11 @@ class Prompts:
         return tokens
 
     def _check_beginnings(self, text: str, param: str, where: str) -> None:
-        """Refuse a text whose beginning is too long already: first a small one, then each twice as long."""
+        """Refuse a text whose beginning is too long already. Each next beginning is twice as long."""
         size = _CHARACTERS * self._context_length
         while size < len(text):
             [encoding] = self._backend.encode_batch_fast([text[:size]], add_special_tokens=False)
-            # The last tokens of a beginning may be others in the whole, but not a quarter of them.
+            # The last tokens of a beginning may differ in the whole text, but not a quarter of them.
             if len(encoding) > 16 + self._context_length * 5 // 4:
                 raise self._too_long(
                     f"{where} has {len(text)} characters, {len(encoding)} tokens in the first {size}", param

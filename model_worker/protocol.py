@@ -1,6 +1,6 @@
 """OpenAI's HTTP bodies: what a request may say, and how replies look.
 
-A parameter this server does not have is refused by name, never ignored, unless its value changes nothing.
+A parameter that this server does not have is refused by name. It is ignored only if its value changes nothing.
 Source: https://platform.openai.com/docs/api-reference
 """
 
@@ -35,14 +35,14 @@ from model_worker.text import Spelling
 Prompt = str | list[Any]
 
 _COMPLETION_MAX_TOKENS = 16
-# The most likeliest tokens that OpenAI tells: of completions, and of chat completions.
+# The most likeliest tokens that OpenAI tells, for completions and for chat completions.
 _COMPLETION_LOGPROBS, _CHAT_LOGPROBS = 5, 20
-# More are no honest request's, and each costs time.
+# No honest request has more, and each costs time.
 _MOST_FIELDS, _MOST_MESSAGES, _MOST_PARTS, _MOST_STOP_CHARACTERS = 100, 4096, 1024, 1024
 _CLIPPED = 200
-# A parser makes an object of each, and holds Python's lock: 8 MiB of them take a second.
+# A parser makes an object of each and holds Python's lock. 8 MiB of them take a second.
 _MOST_BRACKETS, _MOST_COMMAS = 2**18, 2**21
-# What JSON calls what Python reads it as.
+# JSON's name for each Python type.
 _JSON: dict[type, str] = {
     int: "a number",
     float: "a number",
@@ -53,7 +53,7 @@ _JSON: dict[type, str] = {
     type(None): "null",
 }
 
-# What clients send by default, or tell a server for its own books: it changes nothing in the answer.
+# What clients send by default, or for a server's own books. It changes nothing in the answer.
 _ANYTHING = object()
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's.
@@ -104,7 +104,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class BadRequest(Exception):
-    """The request cannot be answered; the message tells what to change."""
+    """The request cannot be answered. The message tells what to change."""
 
     def __init__(self, message: str, param: str | None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -112,7 +112,7 @@ class BadRequest(Exception):
 
 
 class _Body(BaseModel):
-    """An object of a request. A null, or another value that changes nothing, is as good as none."""
+    """An object of a request. A null, or another value that changes nothing, counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -141,7 +141,7 @@ def shortened(text: str) -> str:
 
 
 def clipped(value: object) -> str:
-    """As it is written in Python, not too long for a message."""
+    """The value as Python writes it, not too long for a message."""
     if isinstance(value, str):
         return repr(shortened(value))
     return shortened(repr(value)) if isinstance(value, int | float) else _JSON[type(value)]
@@ -170,7 +170,7 @@ class GenerationRequest(_Body):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)
     ignore_eos: bool = False
-    """Not OpenAI's: for measuring with answers of one length, as vLLM has it."""
+    """vLLM's, not OpenAI's. It makes answers of one length, for measuring."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -193,15 +193,15 @@ class GenerationRequest(_Body):
     prompt_param: ClassVar[str]
 
     def wanted_tokens(self, room: int) -> int:
-        """The most tokens to generate, where the context leaves `room` of them."""
+        """The most tokens to generate, if the context leaves `room` of them."""
         raise NotImplementedError
 
     def wanted_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to tell beside each generated one; None to tell no log probabilities."""
+        """How many of the likeliest tokens to tell beside each generated one. None tells no log probabilities."""
         raise NotImplementedError
 
     def sampling(self, max_tokens: int) -> list[SamplingParams]:
-        """As the engine takes it, for each choice: choice i has the seed of the request plus i."""
+        """Parameters for the engine, for each choice. Choice i has the request's seed plus i."""
         seeds = [None if self.seed is None else _wrapped(self.seed + choice) for choice in range(self.n)]
         common = SamplingParams(
             max_tokens,
@@ -215,7 +215,7 @@ class GenerationRequest(_Body):
 
 
 def _prompts(given: Any) -> list[Prompt]:
-    """One prompt or several, as a list. The ids in lists of ids are not looked at: they may be millions."""
+    """One prompt or several, as a list. Ids in lists of ids are not checked here, because there may be millions."""
     kinds = set(map(type, given)) if isinstance(given, list) else {type(given)}
     if kinds == {str} or kinds == {list}:
         return [given] if isinstance(given, str) else given
@@ -239,7 +239,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=_COMPLETION_LOGPROBS)
 
     def wanted_tokens(self, room: int) -> int:
-        """See the base class; without max_tokens 16, as OpenAI has it, or what fits."""
+        """See the base class. Without max_tokens it is 16, as OpenAI has it, or what fits."""
         return self.max_tokens or min(_COMPLETION_MAX_TOKENS, max(room, 1))
 
     def wanted_logprobs(self) -> int | None:
@@ -283,7 +283,7 @@ class Message(_Body):
         return content
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates take it; what a template makes of a name or a reasoning is its own."""
+        """The message for chat templates. Each template decides what it makes of a name or a reasoning."""
         told = {"role": self.role, "content": "".join(part.text for part in self.content)}
         return told | self.model_dump(include={"name", "reasoning_content"}, exclude_none=True)
 
@@ -305,7 +305,7 @@ class ChatRequest(GenerationRequest):
         return self
 
     def wanted_tokens(self, room: int) -> int:
-        """See the base class; without a limit all that fits."""
+        """See the base class. Without a limit it is all that fits."""
         return self.max_completion_tokens or self.max_tokens or max(room, 1)
 
     def wanted_logprobs(self) -> int | None:
@@ -317,7 +317,7 @@ _Request = TypeVar("_Request", bound=GenerationRequest)
 
 
 def parse(kind: type[_Request], body: bytes) -> _Request:
-    """A request out of its HTTP body. Raises BadRequest naming the first thing wrong with it."""
+    """A request from its HTTP body. Raises BadRequest, which names the first fault."""
     if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS or body.count(b",") > _MOST_COMMAS:
         told = f"{_MOST_BRACKETS} brackets or {_MOST_COMMAS} commas, the most this server takes: send less at once"
         raise BadRequest(f"the body holds more than {told}", None, "json_too_large")
@@ -406,7 +406,7 @@ class Reply(ABC):
         return [self._chunk(body) for body in self._pieces(choice, event)]
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last chunk, where it was asked for."""
+        """The last chunk, if it was asked for."""
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage}
 
     def _chunk(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -451,8 +451,9 @@ class CompletionReply(Reply):
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """By the tokens' texts, as OpenAI has it; of those that spell alike (parts of a character), the less likely
-        ones are called token_id:N.
+        """Log probabilities by the tokens' texts, as OpenAI has it.
+
+        If tokens have one text (parts of a character), the less likely ones are called token_id:N.
         """
         top: dict[str, float] = {}
         for token, value in logprob.top:
@@ -493,7 +494,7 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        """`bytes` may be a part of a character; None for special tokens, which are no text."""
+        """`bytes` may be a part of a character. It is None for special tokens, which are no text."""
         utf8 = self._spelling.utf8(token)
         return {
             "token": self._spelling.spell(token),
@@ -509,7 +510,7 @@ def _delta(
 
 
 def _wrapped(seed: int) -> int:
-    """As a signed number of 64 bits."""
+    """The seed as a signed number of 64 bits."""
     return (seed + 2**63) % 2**64 - 2**63
 
 

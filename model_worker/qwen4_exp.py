@@ -1,8 +1,8 @@
 """Family qwen4_exp: transformers' Qwen4-Exp with the tables of its per-layer embeddings (PLE) elsewhere.
 
-The model's own code hashes the tokens and carries its look-back in its cache; only the modules that held the tables are
-replaced. A layer deep in the model needs rows that depend on nothing but the token ids, so the rows of all PLE layers
-are asked for, at once and in the background, before the first layer runs.
+The model's own code hashes the tokens and carries its look-back in its cache. Only the modules that held the tables are
+replaced. Rows depend on nothing but the token ids, even those of a layer deep in the model. So the rows of all PLE
+layers are asked for before the first layer runs, in one lookup in the background.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FORWARD_ARGUMENTS = (
     "ple_input_ids",
 )
 
-# The model's code asks where a table's weight lies.
+# The model's code asks for the device of a table's weight.
 _NOWHERE = torch.empty(0, device="meta")
 
 
@@ -56,11 +56,11 @@ class TableSource(RowSource, Protocol):
     def prefetch_ngrams(
         self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Future[Tensor]:
-        """Begin `lookup_ngrams` and go on. The caller may change the tokens meanwhile."""
+        """Begin `lookup_ngrams` and return at once. The caller may then change the tokens."""
 
 
 class Prefetch:
-    """The rows of all PLE layers for the forward pass at hand, asked for in the background.
+    """The rows of all PLE layers for the current forward pass, asked for in the background.
 
     source: gives the rows.
     name: the model's name in the source.
@@ -74,7 +74,7 @@ class Prefetch:
         self._asked: tuple[Tensor, Future[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of what is under way a copy knows nothing: it looks rows up."""
+        """A copy knows nothing of a lookup under way. It looks rows up itself."""
         return {**self.__dict__, "_asked": None}
 
     def start(self, tokens: Tensor, context: Tensor | None, dtype: torch.dtype) -> None:
@@ -91,7 +91,7 @@ class Prefetch:
     def rows(self, layer: int, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of int64 [B, S, H] ids of the table of PLE layer 0, 1, ..., on their device, as `dtype`.
 
-        The ids are the model's own. Were others asked for, they are not used: these are looked up now.
+        The ids are the model's own. If others were asked for, their rows are not used, and these are looked up now.
         Raises EmbeddingServiceError: whatever the source raises.
         """
         ids, device = ids.cpu(), ids.device
@@ -107,7 +107,7 @@ class Prefetch:
 
 
 class RemoteTable(RemoteModule):
-    """In place of the nn.Embedding that held one PLE layer's table. Gradients: none, as `RemoteModule` says."""
+    """Stands in place of the nn.Embedding that held one PLE layer's table. No gradients, as `RemoteModule` says."""
 
     def __init__(self, prefetch: Prefetch, layer: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -116,7 +116,7 @@ class RemoteTable(RemoteModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows: the table's stand-in is converted with the model."""
+        """The rows' dtype. The table's stand-in is converted with the model."""
         return self._stand_in.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class RemoteTable(RemoteModule):
 
 
 class _NoTable(nn.Module):
-    """Where a table will be attached."""
+    """The place where a table will be attached."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _TablesElsewhere:
             embedding.ngram_embedding = _NoTable(embedding.ngram_embedding.embedding_dim)
 
 
-# Of the published names, as transformers writes a class's name into what it saves.
+# They have the published names, because transformers writes a class's name into what it saves.
 class Qwen4ExpForCausalLM(_TablesElsewhere, published.Qwen4ExpForCausalLM):  # type: ignore[misc]
     """The text model, its tables elsewhere."""
 
@@ -199,10 +199,10 @@ def _classes(files: Checkpoint) -> tuple[Any, Any]:
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The dense part of a Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
 
-    The n-gram tables are never read nor allocated, nor is a file opened that holds nothing else.
+    The n-gram tables are never read nor allocated. A file that holds nothing else is not opened.
 
     checkpoint: the whole checkpoint's folder, or its dense half.
-    dtype: of the weights; None for the dtype the word embeddings are stored in.
+    dtype: of the weights. None takes the stored dtype of the word embeddings.
     Raises InvalidRequest: another architecture.
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
@@ -234,7 +234,7 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
     if len(bodies) != 1 or not embeddings:
         raise InvalidRequest(f"this {type(hf_model).__name__} has no PLE layer, so there is no table to attach")
     if any(isinstance(each.ngram_embedding, RemoteTable) for each in embeddings):
-        raise InvalidRequest("the model's tables are attached already: attach once, to a model that was loaded anew")
+        raise InvalidRequest("the model's tables are attached already: attach once, to a freshly loaded model")
     body: Any = bodies[0]
     check_same_hash(NgramHasher.from_config(body.config), client.hasher(name), name)
     dim = embeddings[0].ngram_embedding.embedding_dim
@@ -243,14 +243,14 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
     for embedding in embeddings:
         dtype = body.embed_tokens.weight.dtype
         embedding.ngram_embedding = RemoteTable(prefetch, embedding.ple_layer_index, dim, dtype)
-    # Of a module, not of this call: a copied model asks for itself.
+    # A module's hook, not this call's: a copied model asks for itself.
     body.register_forward_pre_hook(partial(_prefetch, embeddings[0]), with_kwargs=True)
     return prefetch.lookups
 
 
 @torch.compiler.disable
 def _prefetch(embedding: Any, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before Qwen4ExpTextModel.forward: ask for the rows it will need. Where it is not clear which, ask for none.
+    """Before Qwen4ExpTextModel.forward: ask for the rows that it will need. If it is not clear which, ask for none.
 
     embedding: the model's first PLE embedding.
     """
@@ -275,7 +275,7 @@ def _ple_embeddings(model: Any) -> list[Any]:
 
 
 def _check_dim(prefetch: Prefetch, dim: int) -> None:
-    """Look one token up: proves that the source answers, with rows that fit."""
+    """Look one token up. That proves that the source answers, with rows that fit."""
     rows = prefetch.source.lookup_ngrams(prefetch.name, torch.zeros(1, 1, dtype=torch.int64))
     if rows.shape[-1] != dim:
         raise InvalidRequest(f"rows of {prefetch.name!r} are {rows.shape[-1]} values wide; this model takes {dim}")

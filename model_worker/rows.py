@@ -1,4 +1,4 @@
-"""Where a model's rows come from, and what asking for them cost."""
+"""Where a model's rows come from, and what the lookups cost."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class RowSource(Protocol):
 
 
 def _nothing(seconds: float) -> None:
-    """Of a name, so that models can be pickled."""
+    """A function with a name, so that models can be pickled."""
 
 
 @dataclass
 class Lookups:
-    """What a model asked of its row source, counted as it happens.
+    """Counts what a model asks of its row source.
 
-    table_values: of the tables, all rows times their width.
-    tokens: whose rows were asked for, padding included.
-    wait_seconds: that forward passes waited for rows.
+    table_values: all rows of the tables times their width.
+    tokens: tokens whose rows were asked for, padding included.
+    wait_seconds: seconds that forward passes waited for rows.
     on_wait: called with the seconds of each wait.
     """
 
@@ -51,13 +51,13 @@ class Lookups:
         self.on_wait(seconds)
 
     def asked(self, tokens: int) -> None:
-        """Rows of so many tokens were asked for."""
+        """Rows of this many tokens were asked for."""
         self.count += 1
         self.tokens += tokens
 
 
 def check_same_hash(ours: NgramHasher, theirs: NgramHasher, name: str) -> None:
-    """Raises InvalidRequest when the tables `name` are hashed otherwise than the model says."""
+    """Raises InvalidRequest if the tables `name` have another hash than the model's."""
     if (ours.family, ours.params()) != (theirs.family, theirs.params()):
         raise InvalidRequest(
             f"the tables of {name!r} are hashed with {theirs.params()}, this checkpoint with {ours.params()}: "

@@ -14,13 +14,13 @@ _TINY = torch.finfo(torch.float32).tiny
 class SamplingParams:
     """What a request asks for.
 
-    max_tokens: at most so many new tokens, an EOS included.
-    temperature: 0 takes the likeliest token; 1 samples from the model's own distribution.
+    max_tokens: the most new tokens, an EOS included.
+    temperature: 0 takes the likeliest token. 1 samples from the model's own distribution.
     top_p: sample from the likeliest tokens that together reach this probability (nucleus sampling, arXiv 1904.09751).
-    seed: the same seed gives the same tokens, whoever shares the batch; None draws one.
+    seed: the same seed gives the same tokens in any batch. None draws one.
     stop: text ends before the first of these.
     ignore_eos: go on after an EOS, to max_tokens or a stop string.
-    logprobs: None, or tell each token's log probability beside those of so many likeliest tokens.
+    logprobs: how many likeliest tokens to tell with each token's log probability. None tells nothing.
     """
 
     max_tokens: int
@@ -51,7 +51,7 @@ class TokenLogprob:
 
 
 def log_probability(logits: Tensor, token: int, most: int) -> TokenLogprob:
-    """Of a token by float32 [V] logits: the model's own distribution, before temperature and top_p."""
+    """A token's log probability by float32 [V] logits: the model's own, before temperature and top_p."""
     logprobs = logits.log_softmax(-1)
     values, tokens = logprobs.topk(min(most, len(logprobs)))
     return TokenLogprob(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
@@ -61,7 +61,7 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     """The next token from float32 [V] logits on the CPU."""
     if params.temperature == 0:
         return int(logits.argmax())
-    # The greatest becomes 0 first, so that a tiny temperature cannot overflow; what float32 takes for 0 is none.
+    # The greatest becomes 0 first, so that a tiny temperature cannot overflow. It must not be 0 in float32.
     temperature = max(params.temperature, _TINY)
     probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     if params.top_p < 1:

@@ -30,18 +30,18 @@ from model_worker.worker import Worker, WorkerConfig
 
 APP = "model-worker"
 _POLL_SECONDS = 0.1
-# A replica's own queue refuses with 429; this many more requests than it takes reach it, to be told so.
+# A replica's own queue refuses with 429. So this many more requests than it takes may reach it.
 _ABOVE_QUEUE = 64
 _LOOPBACK = "127.0.0.1"
-# Ray Serve gives its proxy 5 s to start and then kills it, which on a busy machine goes on for ever.
+# Ray Serve gives its proxy 5 s to start and then kills it. On a busy machine that would go on for ever.
 _PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", **http_limits.PROXY_ENVIRONMENT}
-# What Ray may take to end a replica that runs nothing any more.
+# Seconds that Ray may take to end a replica that runs nothing any more.
 _DELETION_SECONDS = 10
 
 
 @serve.ingress()
 class WorkerReplica(Worker):
-    """One replica: Ray Serve constructs it, builds its ASGI app, asks for its health and, at the end, drops it."""
+    """One replica. Ray Serve constructs it, builds its ASGI app, asks for its health and drops it at the end."""
 
     def __init__(self, config: WorkerConfig) -> None:
         _keep_on_loopback()
@@ -53,7 +53,7 @@ class WorkerReplica(Worker):
         return build_app(self)
 
     async def check_health(self) -> None:
-        """Of the replica alone: a service that is away for a while is no reason to restart it."""
+        """Check the replica alone. A service that is away for a while is no reason to restart it."""
         self.check_engine()
 
     async def __del__(self) -> None:
@@ -65,10 +65,10 @@ class WorkerReplica(Worker):
 class Scaling:
     """How many replicas, and what each gets.
 
-    replicas is fixed, unless maximum is set: then Ray Serve keeps between minimum and maximum of them, so that each has
-    about as many requests as its batch holds. It adds one when there were too many requests for upscale_delay seconds,
-    and takes one away when there were too few for downscale_delay seconds. A replica that goes gets no new requests and
-    has drain_seconds to finish those it has.
+    replicas is fixed, unless maximum is set. Then Ray Serve keeps between minimum and maximum of them, so that each has
+    about as many requests as its batch holds. It adds one after upscale_delay seconds with too many requests. It takes
+    one away after downscale_delay seconds with too few. A replica that goes gets no new requests, and has drain_seconds
+    to finish those it has.
     """
 
     replicas: int = 1
@@ -96,7 +96,7 @@ class Scaling:
                 "target_ongoing_requests": config.max_batch,
                 "upscale_delay_s": self.upscale_delay,
                 "downscale_delay_s": self.downscale_delay,
-                # The load is a mean over this time, so it must not outlast the delays.
+                # The load is a mean over this time. It must not outlast the delays.
                 "look_back_period_s": min(30.0, max(2.0, self.upscale_delay)),
                 "metrics_interval_s": 1.0,
             }
@@ -117,7 +117,7 @@ def join_ray(address: str) -> None:
 
 
 def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
-    """Start Ray on this machine alone, with room for all replicas; None exports metrics on any free port."""
+    """Start Ray on this machine alone, with room for all replicas. None exports metrics on any free port."""
     os.environ.update(_PROXY_ENVIRONMENT | os.environ)
     ray.init(
         address="local",
@@ -138,9 +138,9 @@ def metrics_addresses() -> list[str]:
 
 
 def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int, say: Say) -> None:
-    """Serve; returns when all replicas answer. Raises EmbeddingServiceError, with their reason, when they do not.
+    """Serve. Returns when all replicas answer. Raises EmbeddingServiceError, with their reason, if they do not.
 
-    say: told what it waits for, again and again.
+    say: called with what it waits for, again and again.
     """
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     say("starting Ray Serve and its HTTP server")
@@ -162,7 +162,7 @@ def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int, say: Sa
 
 
 def _wait_for_replicas(config: WorkerConfig, scaling: Scaling, say: Say) -> None:
-    """Until Ray Serve says that the application runs."""
+    """Wait until Ray Serve says that the application runs."""
     wanted = scaling.replicas if scaling.maximum is None else scaling.minimum
     while True:
         application = serve.status().applications[APP]
@@ -181,7 +181,7 @@ def _wait_for_replicas(config: WorkerConfig, scaling: Scaling, say: Say) -> None
 
 
 def _reason(message: str) -> str:
-    """The last line of a replica's traceback; of errors raised on purpose what they say."""
+    """The last line of a replica's traceback. For an error raised on purpose, its message alone."""
     last = printable(message.strip().splitlines()[-1])
     if last.startswith(EmbeddingServiceError.__module__):
         return last.partition(": ")[2]
@@ -189,9 +189,9 @@ def _reason(message: str) -> str:
 
 
 def _keep_on_loopback() -> None:
-    """In a replica of a local Ray, before it opens its server for calls between deployments.
+    """Keep a replica of a local Ray on loopback. Called before it opens its server for calls between deployments.
 
-    Ray Serve 2.60 binds that server to every interface whatever the node's address, and it unpickles what it is sent.
+    Ray Serve 2.60 binds that server to every interface, with any node address. The server unpickles what it is sent.
     """
     if not is_localhost(ray.util.get_node_ip_address()):
         return
@@ -200,7 +200,7 @@ def _keep_on_loopback() -> None:
 
 
 def drain(scaling: Scaling) -> None:
-    """Take the application down: no new requests, those that run have drain_seconds to end."""
+    """Take the application down. It gets no new requests, and those that run have drain_seconds to end."""
     serve.delete(APP, _blocking=False)
     deadline = time.monotonic() + scaling.drain_seconds + _DELETION_SECONDS
     while APP in serve.status().applications and time.monotonic() < deadline:
@@ -208,7 +208,7 @@ def drain(scaling: Scaling) -> None:
 
 
 def stop(joined: bool) -> None:
-    """Take down what is left; in a cluster we joined, the application and nothing else."""
+    """Take down what is left. In a cluster that we joined, that is the application and nothing else."""
     if not ray.is_initialized():
         return
     # Ray prints, as an error, that Serve's controller was killed at its own shutdown.

@@ -1,7 +1,7 @@
-"""Tokens to text as they come: what is sent is what the tokenizer makes of all tokens, and nothing of a stop string.
+"""Tokens to text as they come. The text sent is what the tokenizer decodes all tokens to, without any of a stop string.
 
-`tokenizers` has a DecodeStream for this. It was tried with every kind of decoder (0.23): it loses an unfinished
-character at the end, and of byte tokens it sends characters that `decode` takes back.
+`tokenizers` has a DecodeStream for this. It was tried with every kind of decoder (0.23). It loses an unfinished
+character at the end. For byte tokens it sends characters that `decode` takes back.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from embedding_service.errors import StoreError
 from embedding_service.foreign import one_line
 
 TOKENIZER = "tokenizer.json"
-# What decoders put for bytes that are not, or not yet, a character.
+# Decoders write this for bytes that are not, or not yet, a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-# All characters of what transformers' clean_up_tokenization_spaces replaces: no replacement goes across another one.
+# All characters that transformers' clean_up_tokenization_spaces replaces. No replacement goes across another character.
 _CLEANED_UP = " .?!,'ntmsver"
 
 
@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder. Raises StoreError: it is not there, or cannot be read."""
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what is wrong in a tokenizer.json comes as just that
+    except Exception as error:  # a fault in a tokenizer.json comes as just that
         if not (folder / TOKENIZER).exists():
             message = f"{folder} has no {TOKENIZER}: copy the files of the model's tokenizer into it"
         else:
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 class Spelling:
-    """What the tokens of one tokenizer are as text.
+    """The text of one tokenizer's tokens.
 
     tokenizer: a transformers tokenizer, with any decoder that the `tokenizers` library has.
     """
@@ -55,17 +55,17 @@ class Spelling:
         self._is_byte_level = "ByteLevel" in kinds and kinds <= {"Sequence", "ByteLevel", "Fuse"}
         self._may_end_within_a_character = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
-        # Many decoders write a text's first token without the space that it has after others.
+        # Many decoders write a text's first token without the space that it gets after others.
         known = range(self._backend.get_vocab_size())
         firsts = ([token] for token in known if self.is_text(token) and self._byte(token) is None)
         self._first = next(filter(self.decode, firsts), [])
 
     def is_text(self, token: int) -> bool:
-        """False for special tokens, and for ids that the tokenizer does not know: decoding leaves both out."""
+        """False for special tokens and for ids that the tokenizer does not know. Decoding leaves both out."""
         return token not in self._special and self._backend.id_to_token(token) is not None
 
     def utf8(self, token: int) -> bytes | None:
-        """The bytes of one token, as it is after others; maybe a part of a character. None for what is no text."""
+        """The bytes of one token, as it is after others, maybe a part of a character. None for what is no text."""
         if not self.is_text(token):
             return None
         if self._may_end_within_a_character:
@@ -76,7 +76,7 @@ class Spelling:
         return self.decode([*self._first, token])[len(self.decode(self._first)) :].encode()
 
     def spell(self, token: int) -> str:
-        """One token as people read it: its text as it is after others, or a special token's name."""
+        """One token for people: its text as it is after others, or a special token's name."""
         utf8 = self.utf8(token)
         return (self._backend.id_to_token(token) or "") if utf8 is None else utf8.decode(errors="replace")
 
@@ -85,15 +85,15 @@ class Spelling:
         return self._backend.decode(tokens, skip_special_tokens=False)
 
     def is_byte(self, token: int) -> bool:
-        """Whether this is a token like <0xE6> and the decoder takes those for bytes."""
+        """Whether this is a token like <0xE6>, and the decoder reads those as bytes."""
         return self._byte(token) is not None
 
     def may_change(self, text: str) -> bool:
-        """Whether the next token may make another character of a text's end."""
+        """Whether the next token may change the last character of a text."""
         return self._may_end_within_a_character and text.endswith(REPLACEMENT)
 
     def pieces(self) -> Pieces:
-        """The text of a sequence to come."""
+        """A new sequence's text, piece by piece."""
         pieces: Pieces = _BytePieces(self) if self._is_byte_level else _DecodedPieces(self)
         return pieces if self._clean_up is None else _CleanPieces(pieces, self._clean_up)
 
@@ -103,19 +103,19 @@ class Spelling:
 
 
 class Pieces(ABC):
-    """The text of one growing sequence. All pieces put together are what the tokenizer makes of all tokens."""
+    """The text of one growing sequence. All pieces put together are what the tokenizer decodes all tokens to."""
 
     @abstractmethod
     def push(self, token: int) -> str:
-        """Add a token that is text; returns what is certain now."""
+        """Add a token that is text. Returns what is certain now."""
 
     @abstractmethod
     def finish(self) -> str:
-        """The rest: no token comes any more."""
+        """The rest. No token comes any more."""
 
 
 class _BytePieces(Pieces):
-    """Of a decoder that does nothing but put bytes together."""
+    """For a decoder that does nothing but put bytes together."""
 
     def __init__(self, spelling: Spelling) -> None:
         self._spelling = spelling
@@ -129,19 +129,19 @@ class _BytePieces(Pieces):
 
 
 class _DecodedPieces(Pieces):
-    """Of any other decoder: what is new is decoded after the tokens of the last piece."""
+    """For any other decoder. New tokens are decoded after the tokens of the last piece."""
 
     def __init__(self, spelling: Spelling) -> None:
         self._spelling = spelling
         self._new: list[int] = []
-        # The tokens of the last pieces, as few as have text of their own: what a decoder drops at a text's start is
-        # dropped there.
+        # The tokens of the last pieces, as few as have text of their own. What a decoder drops at a text's start is
+        # then dropped from these.
         self._before: list[list[int]] = []
         self._text_before = ""
 
     def push(self, token: int) -> str:
         self._new.append(token)
-        # Of a run of byte tokens, one that is wrong leaves no character: it is decoded as a whole, once it has ended.
+        # One wrong byte token spoils its whole run. So a run is decoded as a whole, once it has ended.
         return "" if self._spelling.is_byte(token) else self._decode()
 
     def finish(self) -> str:
@@ -163,7 +163,7 @@ class _DecodedPieces(Pieces):
 
 
 class _CleanPieces(Pieces):
-    """Cleaned up as transformers does it, which takes spaces away before punctuation."""
+    """Cleaned up as transformers does it: spaces before punctuation go."""
 
     def __init__(self, pieces: Pieces, clean_up: Callable[[str], str]) -> None:
         self._pieces = pieces
@@ -195,11 +195,11 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that is certain now, which may be none."""
+        """Add a token. Returns the text that is certain now, which may be none."""
         return self._release(self._pieces.push(token), final=False) if self._spelling.is_text(token) else ""
 
     def finish(self) -> str:
-        """The text still held back: the sequence is over."""
+        """The text still held back. The sequence is over."""
         return self._release(self._pieces.finish(), final=True)
 
     def _release(self, piece: str, final: bool) -> str:
@@ -223,10 +223,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _decoder_kinds(decoder: Any) -> set[str]:
-    """The types of a `tokenizers` decoder and of all that it is made of."""
+    """The types of a `tokenizers` decoder and of all its parts."""
     if decoder is None:
         return set()
-    # Decoders tell what they are made of in what they are pickled as, and nowhere else.
+    # A decoder's pickle is the only place that tells its parts.
     described = [json.loads(decoder.__getstate__())]
     for each in described:
         described.extend(each.get("decoders", ()))
@@ -234,7 +234,7 @@ def _decoder_kinds(decoder: Any) -> set[str]:
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether `tokenizer.decode` cleans up: after a BPE only where a second setting says so too."""
+    """Whether `tokenizer.decode` cleans up. After a BPE it does so only if a second setting says so too."""
     if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
         setting = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
         return tokenizer.clean_up_tokenization_spaces and getattr(tokenizer, setting, False)
@@ -242,7 +242,7 @@ def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """What byte each character of a byte-level token stands for: its own, or else the next that no character is."""
+    """The byte that each character of a byte-level token stands for: its own, or the next one that is left over."""
     alphabet = sorted(ByteLevel.alphabet())
     own = [ord(character) for character in alphabet if ord(character) < 256]
     return dict(zip(alphabet, [*own, *sorted(set(range(256)) - set(own))], strict=True))
@@ -252,7 +252,7 @@ _BYTES_OF_CHARACTERS = _bytes_of_characters()
 
 
 def _byte_level_bytes(spelled: str) -> bytes:
-    """Of a token as the vocabulary spells it. One with any other character, an added one, is taken as it is."""
+    """The bytes of a token as the vocabulary spells it. An added token, with other characters, is taken as it is."""
     try:
         return bytes([_BYTES_OF_CHARACTERS[character] for character in spelled])
     except KeyError:

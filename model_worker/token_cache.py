@@ -1,8 +1,7 @@
 """The KV cache carries the token ids it was made from, so that n-grams can look back over it.
 
-The ids lie in one more layer of transformers' `DynamicCache`. Whatever transformers does to a cache (reorder its beams,
-repeat, select, crop or copy it) it does to every layer, so the look-back can never come from another sequence than the
-keys and values do.
+The ids lie in one more layer of transformers' `DynamicCache`. transformers reorders beams of a cache, repeats, selects,
+crops and copies it. It does so to every layer. So look-back never comes from another sequence than the keys and values.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from embedding_service.errors import InvalidRequest
 
 
 class TokenLayer(DynamicLayer):
-    """A cache layer whose keys are token ids, [B, 1, S, 1] int64; its values are empty."""
+    """A cache layer whose keys are token ids, [B, 1, S, 1] int64. Its values are empty."""
 
     def append(self, tokens: Tensor) -> None:
         """Add LongTensor[B, S] at the end; NO_TOKEN marks padding."""
@@ -23,12 +22,12 @@ class TokenLayer(DynamicLayer):
         self.update(keys, keys[..., :0])
 
     def tokens(self) -> Tensor | None:
-        """LongTensor[B, S], all of them; None while there are none."""
+        """All token ids, LongTensor[B, S]. None while there are none."""
         return self.keys[:, 0, :, 0] if self.keys is not None and self.keys.numel() else None
 
 
 def token_layer(cache: object, model_layers: int) -> TokenLayer:
-    """The token ids of a cache; an empty cache gets its token layer here.
+    """The token ids of a cache. An empty cache gets its token layer here.
 
     cache: a `DynamicCache`, as `generate` makes by default.
     model_layers: key-value layers of the model.

@@ -23,15 +23,15 @@ from model_worker.engine import Engine, Event
 from model_worker.sampling import SamplingParams
 from model_worker.text import Spelling, load_tokenizer
 
-# Seconds a step waits for its rows, retries included, before its requests fail with 503. Where a shard is cut off,
-# a try takes 2 s and the routing names it for 5 s (the controller's --lost-after): more than both and another try.
+# Seconds a step waits for its rows, retries included, before its requests fail with 503. If a shard is cut off, a try
+# takes 2 s, and the routing names it for 5 s (the controller's --lost-after). This is both and another try.
 LOOKUP_TIMEOUT = 10.0
 # Seconds within which a healthy embedding service answers for one token.
 _HEALTH_TIMEOUT = 2.0
-# Of all streams together. A write costs Serve's replica and proxy about a millisecond of a core, whatever it holds.
+# For all streams together. A write of any size costs Serve's replica and proxy about a millisecond of a core.
 _WRITES_PER_SECOND = 300
 
-# Of a request, each with its choice.
+# Events of a request, each with its choice.
 Events = list[tuple[int, Event]]
 
 
@@ -60,7 +60,7 @@ class Generation:
     """The choices that answer one HTTP request, as its handler sees them.
 
     choices: the prompt of each, and how to generate it.
-    streamed: events are wanted as they come, else the last ones will do.
+    streamed: whether events are wanted as they come. If not, the last ones will do.
     Raises EngineBusy, which takes none of the choices.
     """
 
@@ -69,8 +69,8 @@ class Generation:
         self._engine = engine
         self._streamed = streamed
         self._come: deque[tuple[int, Event]] = deque()
-        # The engine wakes the loop for a choice's end and where somebody waits for any event; a loop that is woken for
-        # each token of each request takes Python's lock from the engine as often.
+        # The engine wakes the loop for a choice's end, and for any event that somebody waits for. If it woke the loop
+        # for each token of each request, the loop would take Python's lock from the engine as often.
         self._wake = asyncio.Event()
         self._any_event_wakes = False
         self._requests = engine.submit_all(
@@ -90,10 +90,10 @@ class Generation:
         return sum(len(request.completion) for request in self._requests)
 
     async def events(self) -> AsyncGenerator[Events]:
-        """All events with their choice, those together that came together, up to every choice's finish_reason.
+        """All events with their choice, up to every choice's finish_reason. Those that came together are together.
 
-        Raises what a choice failed with, after the events before. Closing or dropping the iterator once it has started
-        cancels all choices.
+        Raises what a choice failed with, after the events before it. Closing or dropping a started iterator cancels all
+        choices.
         """
         try:
             unfinished = len(self._requests)
@@ -111,7 +111,7 @@ class Generation:
                 request.cancel()
 
     async def _next(self) -> Events:
-        """What came since the last time, at least one event."""
+        """The events since the last time, at least one."""
         self._any_event_wakes = self._streamed
         while not self._come:
             self._wake.clear()
@@ -121,7 +121,7 @@ class Generation:
         return [self._come.popleft() for _ in range(len(self._come))]
 
     async def _pause(self) -> None:
-        """Let events gather, so that all streams together are written at most so often; a choice's end ends it."""
+        """Let events gather, so that all streams together stay within _WRITES_PER_SECOND. A choice's end stops it."""
         seconds = self._engine.running / _WRITES_PER_SECOND if self._streamed else None
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -144,7 +144,7 @@ class Worker:
         self.name = config.name
         self.started = int(time.time())
         self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
-        # That the cache answers says nothing about the service.
+        # An answer from the cache says nothing about the service.
         self._probe = EmbeddingClient(config.embeddings) if config.cache_bytes else self._client
         self._served_as = f"{config.name}@{config.version}"
         model: Any = families.load_model(config.checkpoint)

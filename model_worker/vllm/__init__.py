@@ -1,6 +1,6 @@
 """A vLLM plugin: models with n-gram tables look their rows up in the embedding service instead of holding them.
 
-vLLM finds it by the entry point group `vllm.general_plugins`. Without `additional_config["embedding_service"]` models
+vLLM finds it by the entry point group `vllm.general_plugins`. Without `additional_config["embedding_service"]`, models
 are as vLLM has them. `docs/vllm.md` tells how to serve with it.
 """
 
@@ -14,7 +14,7 @@ _MODELS = {
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes. Names the classes only: vLLM imports the one that it runs."""
+    """Called by vLLM in each of its processes. It only names the classes. vLLM imports the one that it runs."""
     from vllm import ModelRegistry
 
     for architecture, model_class in _MODELS.items():

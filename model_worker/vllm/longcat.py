@@ -1,7 +1,7 @@
 """vLLM's LongCat n-gram model (`LongcatFlashNgramForCausalLM`) with its tables in the service.
 
-vLLM hashes the tokens itself, outside of the compiled graph, and keeps each request's look-back over chunks, prefix
-caching and preemption. Only the module that would have held the tables is another one.
+vLLM hashes the tokens itself, outside of the compiled graph. It keeps each request's look-back over chunks, prefix
+caching and preemption. Only the module that would have held the tables is replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
 
 @contextmanager
 def tables_of(served: ServedTables) -> Iterator[None]:
-    """An `NgramEmbedding` made meanwhile gets its rows from the service."""
+    """An `NgramEmbedding` made within the `with` gets its rows from the service."""
 
     def table(rows: int, dim: int, params_dtype: torch.dtype) -> RemoteEmbedding:
         return served.embedding("ngram", rows, dim, params_dtype)
@@ -29,12 +29,12 @@ def tables_of(served: ServedTables) -> Iterator[None]:
 
 
 class NgramTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes an `NgramEmbedding`."""
+    """A base to put before a model class that makes an `NgramEmbedding`."""
 
     table_tensors = re.compile(r"ngram_embeddings\.embedders\.")
     tables_of = staticmethod(tables_of)
 
 
-# Of the published name, as vLLM picks a model's class by it.
+# It has the published name, because vLLM picks a model's class by it.
 class LongcatFlashNgramForCausalLM(NgramTablesElsewhere, published.LongcatFlashNgramForCausalLM):
     """LongCat-Flash-Lite and its kin."""

@@ -1,7 +1,8 @@
 """vLLM's Qwen4-Exp models with the tables of their per-layer embeddings (PLE) in the service.
 
 vLLM hashes the tokens itself and gives the model each request's look-back. The model may run as a CUDA graph, which
-cannot wait for a network: the rows of all PLE layers are fetched before it starts, into buffers that the graph reads.
+cannot wait for a network. So the rows of all PLE layers are fetched before it starts, into buffers that the graph
+reads.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class FetchedRows(nn.Module):
-    """In place of the module that would have held one PLE layer's table: the rows of the step's tokens.
+    """The rows of the step's tokens, in place of the module that would have held one PLE layer's table.
 
-    served: has the table.
-    layer: of the model, from 0.
-    rows, dim: of the table.
-    heads: rows a token reads.
-    max_tokens: of a step.
-    dtype: of the rows.
+    served: the service's tables.
+    layer: the model's layer, from 0.
+    rows, dim: the table's.
+    heads: rows that a token reads.
+    max_tokens: the most tokens of a step.
+    dtype: the rows'.
     """
 
-    # The model then asks for rows when it needs them, by `forward`.
+    # The model then asks `forward` for rows when it needs them.
     supports_prefetch = False
 
     def __init__(
@@ -44,7 +45,7 @@ class FetchedRows(nn.Module):
         super().__init__()
         self._client = served.client
         self.table = served.check(f"layer_{layer}", rows, dim)
-        # [max_tokens, heads, dim], at one address for all graphs. The model's code asks a weight where it lies.
+        # [max_tokens, heads, dim], at one address for all graphs. The model's code asks for a weight's device.
         self.weight: Tensor
         self.register_buffer("weight", torch.zeros(max_tokens, heads, dim, dtype=dtype), persistent=False)
 
@@ -53,15 +54,15 @@ class FetchedRows(nn.Module):
         return self._client.prefetch(self.table, ids.cpu(), dtype=self.weight.dtype)
 
     def keep(self, rows: Tensor) -> None:
-        """[tokens, heads, dim] are the rows of the step to come."""
+        """Keep [tokens, heads, dim], the rows of the coming step."""
         self.weight[: len(rows)].copy_(rows)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[tokens, heads] ids, those that were asked for and padding after them -> [tokens, heads, dim]."""
+        """Ids [tokens, heads], those that were asked for and padding after them -> [tokens, heads, dim]."""
         return self.weight[: len(ids)]
 
     def dequantize(self, rows: Tensor, output_dtype: torch.dtype) -> Tensor:
-        """Rows come decoded."""
+        """Return the rows: they come decoded."""
         return rows
 
     def extra_repr(self) -> str:
@@ -70,14 +71,14 @@ class FetchedRows(nn.Module):
 
 
 class RowsBeforeForward(Qwen4ExpModelState):
-    """What vLLM keeps beside the model: its look-back, and before each step the rows."""
+    """vLLM's state beside the model: the look-back, and before each step the rows."""
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self._layers = _layers_without_table(model)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """As published, and the rows of all tokens are there. Raises what `EmbeddingClient.lookup` raises."""
+        """As published. Afterwards the rows of all tokens are there. Raises what `EmbeddingClient.lookup` raises."""
         inputs = super().prepare_inputs(input_batch, req_states)
         tokens = input_batch.input_ids[: input_batch.num_tokens]
         asked = [
@@ -102,7 +103,7 @@ def _layers_without_table(model: Any) -> list[Any]:
 
 @contextmanager
 def tables_of(served: ServedTables) -> Iterator[None]:
-    """Modules that hash for PLE layers, made meanwhile, get their rows from the service."""
+    """Modules that hash for PLE layers, made within the `with`, get their rows from the service."""
 
     def table(rows: int, dim: int, *, params_dtype: torch.dtype, prefix: str, **options: Any) -> FetchedRows:
         [layer] = _LAYER.findall(prefix)
@@ -114,9 +115,9 @@ def tables_of(served: ServedTables) -> Iterator[None]:
 
 
 class PleTablesElsewhere(TablesElsewhere):
-    """Goes before a model class that makes `Qwen4ExpNGramEmbedding`s.
+    """A base to put before a model class that makes `Qwen4ExpNGramEmbedding`s.
 
-    Raises InvalidRequest where vLLM's class for the device makes others.
+    Raises InvalidRequest if vLLM's class for the device makes others.
     """
 
     table_tensors = re.compile(r"\.ple_embedding\.ngram_embedding\.")
@@ -131,7 +132,7 @@ class PleTablesElsewhere(TablesElsewhere):
                 "vLLM has other classes for this device; leave out additional_config['embedding_service']"
             )
         for layer in layers:
-            # Each rank has whole rows: there are none of others to add.
+            # Each rank has whole rows, so there is nothing to add up.
             layer.use_reduce_scatter = False
 
     def get_model_state_cls(self) -> Any:
@@ -139,7 +140,7 @@ class PleTablesElsewhere(TablesElsewhere):
         return RowsBeforeForward if self.served else super().get_model_state_cls()  # type: ignore[misc]
 
 
-# Of the published names, as vLLM picks a model's class by them.
+# They have the published names, because vLLM picks a model's class by them.
 class Qwen4ExpForCausalLM(PleTablesElsewhere, published.Qwen4ExpForCausalLM):
     """The text model."""
 

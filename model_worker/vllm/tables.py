@@ -1,4 +1,4 @@
-"""What vLLM's models of all families share: their tables in the service, checked, and a checkpoint without them."""
+"""What vLLM's models of all families share: checked tables in the service, and a checkpoint without them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from model_worker.rows import check_same_hash
 CONFIG_KEY = "embedding_service"
 _EXAMPLE = '--additional-config \'{"embedding_service": {"address": "HOST:PORT", "model": "NAME"}}\''
 
-# vLLM ends an engine whose step failed, so a step waits long for a service that is away for a while.
+# vLLM ends an engine whose step failed. So a step waits long for a service that is away for a while.
 _LOOKUP_SECONDS = 60.0
-# At the start nothing is lost yet: who mistyped an address shall learn it soon.
+# Nothing is lost at the start, and a mistyped address should show soon.
 _START_SECONDS = 10.0
 
 
@@ -30,8 +30,9 @@ class ServedTables:
     address: `HOST:PORT` of any shard.
     name: the model's name in the service, `name` or `name@version`.
     config: the checkpoint's config, as transformers has it.
-    Raises InvalidRequest when the service's tables are hashed otherwise than the config says, NotFound when it has no
-    such model, Unavailable when it does not answer.
+    Raises InvalidRequest: the service's tables have another hash than the config says.
+    NotFound: the service has no such model.
+    Unavailable: it does not answer.
     """
 
     def __init__(self, address: str, name: str, config: object) -> None:
@@ -48,7 +49,7 @@ class ServedTables:
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServedTables | None:
-        """As the engine's `additional_config` says; None where it says nothing. Raises what the constructor does."""
+        """The tables that the engine's `additional_config` names, or None. Raises what the constructor does."""
         config = vllm_config.additional_config
         settings = config.get(CONFIG_KEY) if isinstance(config, dict) else None
         if settings is None:
@@ -73,18 +74,18 @@ class ServedTables:
         return full_name
 
     def embedding(self, table: str, rows: int, dim: int, dtype: torch.dtype) -> RemoteEmbedding:
-        """In place of a module that would have held the table. Raises InvalidRequest for other dimensions."""
+        """Stands in place of a module that would have held the table. Raises InvalidRequest for other dimensions."""
         return RemoteEmbedding(self.client, self.check(table, rows, dim), dtype)
 
 
 class TablesElsewhere:
-    """Goes before a model class of vLLM: the service's tables stand where the model would have made and loaded its own.
+    """A base to put before a model class of vLLM. The model gets the service's tables in place of its own.
 
     Every tensor-parallel rank looks up for itself.
 
-    table_tensors: finds the names of the tables' tensors, as the checkpoint has them.
-    tables_of: while it is entered, modules that would hold a table get their rows from the service.
-    served: None where the engine was told of no service.
+    table_tensors: matches the names of the tables' tensors in the checkpoint.
+    tables_of: within it, modules that would hold a table get their rows from the service.
+    served: None if the engine's settings name no service.
     """
 
     table_tensors: ClassVar[re.Pattern[str]]
@@ -98,18 +99,18 @@ class TablesElsewhere:
         self.served = served
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Asked by vLLM's loader, which reads no file of unused tensors alone."""
+        """Asked by vLLM's loader. It reads no file that holds unused tensors alone."""
         return self.served is not None and self.table_tensors.search(name) is not None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As the model does, less the tables. They may share a file with what is loaded; mapped, they stay on disk."""
+        """Load as the model does, without the tables. In a mapped file that holds others too, they stay on disk."""
         wanted = ((name, weight) for name, weight in weights if not self.is_unused_checkpoint_weight(name))
         return super().load_weights(wanted)  # type: ignore[misc,no-any-return]
 
 
 @contextmanager
 def swapped(module: ModuleType, **stand_ins: object) -> Iterator[None]:
-    """Names of a module mean something else for a while."""
+    """Within the `with`, names of a module mean something else."""
     originals = {name: getattr(module, name) for name in stand_ins}
     vars(module).update(stand_ins)
     try:
