@@ -7,7 +7,6 @@ first used; errors and `__version__` load nothing.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from embedding_service.errors import (
@@ -64,6 +63,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # read late: it costs a look into the installed packages
+        from importlib.metadata import version
+
         return version("embedding-service")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

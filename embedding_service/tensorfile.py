@@ -13,13 +13,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from embedding_service.errors import StoreError
 from embedding_service.foreign import shown
+from embedding_service.late import late
 from embedding_service.machine import open_file
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 ITEM_BITS = {
     **dict.fromkeys(("F4",), 4),

@@ -5,6 +5,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 HEAVY = (
     "fbgemm_gpu",
     "torchrec",
@@ -43,6 +45,36 @@ def test_naming_the_package_loads_not_even_torch() -> None:
     loaded = run_python("import sys, embedding_service; print(*sys.modules)").split()
     assert "embedding_service" in loaded
     assert "torch" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("cli, commands.up, store.store, controller.server, shard.memory", ("torch", "fbgemm_gpu", "torchrec")),
+        ("cli, client.status, commands.query", ("torch", "numpy", "pydantic", "fsspec")),
+        ("shard.server", ("fbgemm_gpu", "torchrec", "sympy")),
+        ("store.importing, commands.store", ("fbgemm_gpu", "torchrec", "sympy")),
+    ],
+)
+def test_each_process_loads_only_what_it_needs(modules: str, heavy: tuple[str, ...]) -> None:
+    """Each package takes 0.2 to 4 s of a core to load, at every start."""
+    imports = ", ".join(f"embedding_service.{module}" for module in modules.split(", "))
+    loaded = run_python(f"import {imports}; import sys; print(*sys.modules)").split()
+    assert "embedding_service.cli" in loaded or "embedding_service.store" in loaded
+    assert not set(loaded) & set(heavy)
+
+
+def test_decoding_in_a_shard_and_quantizing_load_no_package_of_fbgemm() -> None:
+    loaded = run_python(
+        "import sys, torch\n"
+        "from embedding_service.formats import get_format\n"
+        "from embedding_service.rows.host import fbgemm_kernel\n"
+        "stored = get_format('int8').encode(torch.ones(2, 8))\n"
+        "rows = fbgemm_kernel(stored.view(-1), 8, get_format('int8').fbgemm_type, 0)(torch.tensor([1]))\n"
+        "assert rows.tolist() == [[1.0] * 8], rows\n"
+        "print(*sys.modules)"
+    ).split()
+    assert "fbgemm_gpu" not in loaded
 
 
 def test_the_commands_say_what_to_install_where_only_the_client_side_is() -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from embedding_service.client.client import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NoGradients
-from embedding_service.formats.plain import PLAIN_DTYPES
+from embedding_service.formats.plain import plain_dtypes
 
 # Of a handle: all of it fits a float64.
 _HANDLE_BITS = 53
-_SENT = frozenset(PLAIN_DTYPES.values())
+_SENT = frozenset(plain_dtypes().values())
 
 
 class RemoteModule(nn.Module):

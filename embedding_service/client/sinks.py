@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from embedding_service.formats import get_format
-from embedding_service.formats.plain import PLAIN_DTYPES
+from embedding_service.formats.plain import plain_dtypes
 from embedding_service.placement.routing import Ids
 from embedding_service.wire.rows import Bytes
 
 # How values of a dtype lie in a row that needs no decoding.
-PLAIN = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+PLAIN = {dtype: name for name, dtype in plain_dtypes().items()}
 
 
 class Sink(ABC):

@@ -6,11 +6,15 @@ A format only knows one row's bytes. Where rows lie is the store's business, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from embedding_service.errors import InvalidRequest
+from embedding_service.late import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 
 class UnencodableRow(InvalidRequest):
@@ -28,6 +32,8 @@ class RowFormat(ABC):
     name: ClassVar[str]
     # The safetensors dtype of a part in this format, for people who open one with the safetensors library.
     tensor_dtype: ClassVar[str]
+    # FBGEMM's number (SparseType) of rows that lie like these: its kernel then reads them. None: torch decodes them.
+    fbgemm_type: ClassVar[int | None] = None
 
     @abstractmethod
     def row_bytes(self, dim: int) -> int:
@@ -50,12 +56,12 @@ class RowFormat(ABC):
         stored: torch.Tensor,
         dim: int,
         out: torch.Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """uint8 Tensor[n, row_bytes] -> Tensor[n, dim] of `dtype` (float32, float16 or bfloat16), in `out` where given.
 
-        `out` decides the dtype when given. Equal bit for bit to FBGEMM's CPU kernel for inference tables, but for a
-        -0.0 in plain rows, which that kernel reads as 0.0.
+        Without `out` and `dtype` it is float32; `out` decides where both are given. Equal bit for bit to FBGEMM's CPU
+        kernel for inference tables, but for a -0.0 in plain rows, which that kernel reads as 0.0.
         """
 
     def check_stored(self, stored: torch.Tensor, dim: int) -> None:
@@ -68,10 +74,10 @@ class RowFormat(ABC):
             )
 
 
-def output(stored: torch.Tensor, dim: int, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def output(stored: torch.Tensor, dim: int, out: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
     """Return `out` if it fits `stored`, or a new Tensor[n, dim]. Raises InvalidRequest for a wrong shape or dtype."""
     if out is None:
-        out = torch.empty(stored.shape[0], dim, dtype=dtype, device=stored.device)
+        out = torch.empty(stored.shape[0], dim, dtype=dtype or torch.float32, device=stored.device)
     if out.shape != (stored.shape[0], dim) or out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InvalidRequest(
             f"out must be float32, float16 or bfloat16 [{stored.shape[0]}, {dim}], got {out.dtype} {list(out.shape)}"

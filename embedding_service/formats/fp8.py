@@ -6,17 +6,22 @@ encodings are those of the OCP Microscaling Formats (MX) specification 1.0. FBGE
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+from typing import TYPE_CHECKING
 
 from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
+from embedding_service.late import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 BLOCK = 32  # values that share a scale; a row's last block may be shorter
 _BIAS = 127
 _NAN = 0x7F  # an e4m3 NaN, but for its sign
 # 448, the largest e4m3 value, is 0.875 * 2^9.
 _LARGEST, _LARGEST_EXPONENT = 0.875, 9
-# float32 of every scale byte; 255 is NaN. On the CPU whatever the default device of whoever imports this first.
-_SCALES = torch.tensor([*(2.0 ** (code - _BIAS) for code in range(255)), torch.nan], dtype=torch.float32, device="cpu")
 
 
 class Fp8Format(RowFormat):
@@ -57,7 +62,7 @@ class Fp8Format(RowFormat):
         stored: torch.Tensor,
         dim: int,
         out: torch.Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Dequantize; float32 is exact, other dtypes round once.
 
@@ -68,11 +73,18 @@ class Fp8Format(RowFormat):
         out = output(stored, dim, out, dtype)
         values = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
         _widen(stored[:, :dim], values)
-        scales = _SCALES.to(stored.device)[stored[:, dim:].long()]
+        scales = _scales().to(stored.device)[stored[:, dim:].long()]
         whole = dim // BLOCK
         values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).mul_(scales[:, :whole].unsqueeze(2))
         values[:, whole * BLOCK :].mul_(scales[:, whole:])
         return out if values is out else narrow_into(out, values)
+
+
+@cache
+def _scales() -> torch.Tensor:
+    """float32 of every scale byte; 255 is NaN. On the CPU, whatever the default device is at the first call."""
+    powers = [2.0 ** (code - _BIAS) for code in range(255)]
+    return torch.tensor([*powers, torch.nan], dtype=torch.float32, device="cpu")
 
 
 def _widen(codes: torch.Tensor, values: torch.Tensor) -> None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.formats.base import RowFormat, UnencodableRow, check_finite, narrow_into, output
+from embedding_service.formats.fbgemm import fbgemm_operator
+from embedding_service.late import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 HEADER_BYTES = 4  # fp16 scale, fp16 bias
 
@@ -58,14 +62,16 @@ class NbitFormat(RowFormat):
         stored: torch.Tensor,
         dim: int,
         out: torch.Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Dequantize; a float32 `out` is written straight into, others through a float32 scratch."""
         self.check_stored(stored, dim)
         # Of no rows numpy makes an array whose strides torch will not view as bytes.
         if stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
             few = self._decode_few(stored.numpy(), dim)
-            return few if out is None and dtype == few.dtype else narrow_into(output(stored, dim, out, dtype), few)
+            if out is None and dtype in (None, few.dtype):
+                return few
+            return narrow_into(output(stored, dim, out, dtype), few)
         out = output(stored, dim, out, dtype)
         # A device makes few large steps, a CPU steps that stay in its cache.
         step = max(1, _CACHED_VALUES // dim) if stored.device.type == "cpu" else max(1, len(stored))
@@ -108,24 +114,15 @@ def _compact(columns: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _fbgemm() -> Any:
-    """FBGEMM's operators. Only servers have it.
-
-    Importing the package takes 2 s, for operators that a quantizer does not need; the library that has them takes 0.1.
-    """
-    spec = find_spec("fbgemm_gpu")
-    try:
-        torch.ops.load_library(str(Path(spec.origin).with_name("fbgemm_gpu_py.so")))  # type: ignore[union-attr,arg-type]
-        torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized.default  # noqa: B018, raises where it is not there
-    except (AttributeError, OSError):  # a release that lies otherwise, or none
-        import fbgemm_gpu  # noqa: F401, registers them
-    return torch.ops.fbgemm
+def _quantizer(name: str) -> Any:
+    """One of FBGEMM's quantizers, which only servers have."""
+    return fbgemm_operator(name, "fbgemm_gpu_py.so")
 
 
 class Int8Format(NbitFormat):
     """One byte a value."""
 
-    name = "int8"
+    name, fbgemm_type = "int8", 2
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row: header and one byte a value."""
@@ -133,7 +130,7 @@ class Int8Format(NbitFormat):
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # FBGEMM's 8-bit rows end in a float32 scale and bias; its inference tables want fp16 ones in front.
-        fused = _fbgemm().FloatToFused8BitRowwiseQuantized(rows)
+        fused = _quantizer("FloatToFused8BitRowwiseQuantized")(rows)
         header = _compact(fused[:, -8:]).view(torch.float32).to(torch.float16)
         return fused[:, : rows.shape[1]], header
 
@@ -144,7 +141,7 @@ class Int8Format(NbitFormat):
 class Int4Format(NbitFormat):
     """Two values a byte, the first in the low half."""
 
-    name = "int4"
+    name, fbgemm_type = "int4", 3
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row: header and half a byte a value; FBGEMM's quantizer wants dim to be a multiple of 4."""
@@ -153,7 +150,7 @@ class Int4Format(NbitFormat):
         return HEADER_BYTES + dim // 2
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        fused = _fbgemm().FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+        fused = _quantizer("FloatToFusedNBitRowwiseQuantizedSBHalf")(rows, 4)
         return fused[:, :-HEADER_BYTES], _compact(fused[:, -HEADER_BYTES:]).view(torch.float16)
 
     def _unpack(self, codes: Any, values: Any) -> None:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
 
 from embedding_service.formats.base import RowFormat, UnencodableRow, check_finite, narrow_into, output
+from embedding_service.late import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 
 class PlainFormat(RowFormat):
-    """A torch float dtype as it is."""
+    """A torch float dtype as it is.
 
-    dtype: torch.dtype
+    Attributes:
+        item_bytes: Of a value.
+        torch_name: The dtype's name in torch, which is not imported to know a row's bytes.
+    """
+
+    item_bytes: ClassVar[int]
+    torch_name: ClassVar[str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype."""
+        dtype: torch.dtype = getattr(torch, self.torch_name)
+        return dtype
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row: dim values."""
-        return dim * self.dtype.itemsize
+        return dim * self.item_bytes
 
     def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
         """Rows of values."""
@@ -32,17 +51,17 @@ class PlainFormat(RowFormat):
         stored: torch.Tensor,
         dim: int,
         out: torch.Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Convert values to the dtype asked for; no more than a view where it is the stored one and `out` is None."""
         self.check_stored(stored, dim)
         if not stored.shape[0]:  # torch will not view bytes without rows as floats
             return output(stored, dim, out, dtype)
         stored = stored.contiguous()
-        if stored.data_ptr() % self.dtype.itemsize:  # rows in a message lie at any address
+        if stored.data_ptr() % self.item_bytes:  # rows in a message lie at any address
             stored = stored.clone()
         values = stored.view(self.dtype)
-        if out is None and dtype == self.dtype:
+        if out is None and (dtype or torch.float32) == self.dtype:
             return values
         return narrow_into(output(stored, dim, out, dtype), values)
 
@@ -57,20 +76,24 @@ class PlainFormat(RowFormat):
 class Fp32Format(PlainFormat):
     """IEEE single precision."""
 
-    name, tensor_dtype, dtype = "fp32", "F32", torch.float32
+    name, tensor_dtype, item_bytes, torch_name = "fp32", "F32", 4, "float32"
+    fbgemm_type = 0
 
 
 class Fp16Format(PlainFormat):
     """IEEE half precision."""
 
-    name, tensor_dtype, dtype = "fp16", "F16", torch.float16
+    name, tensor_dtype, item_bytes, torch_name = "fp16", "F16", 2, "float16"
+    fbgemm_type = 1
 
 
 class Bf16Format(PlainFormat):
-    """Brain floating point: float32's range with 8 bits of precision."""
+    """Brain floating point: float32's range with 8 bits of precision. FBGEMM's kernel reads no tables of it."""
 
-    name, tensor_dtype, dtype = "bf16", "BF16", torch.bfloat16
+    name, tensor_dtype, item_bytes, torch_name = "bf16", "BF16", 2, "bfloat16"
 
 
-# The torch dtype that each of these formats holds as it is.
-PLAIN_DTYPES = {each.name: each.dtype for each in (Fp32Format, Fp16Format, Bf16Format)}
+@cache
+def plain_dtypes() -> dict[str, torch.dtype]:
+    """The torch dtype that each of these formats holds as it is."""
+    return {each.name: each.dtype for each in (Fp32Format(), Fp16Format(), Bf16Format())}

@@ -1,6 +1,6 @@
 """The routing as clients and shards read it: which shards hold the parts that a batch of ids lies in.
 
-Light on purpose (numpy and the wire): every client imports it.
+Light on purpose (numpy and the wire): every client and the controller import it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
-from embedding_service.ngram import NgramHasher
 from embedding_service.wire import embedding_pb2 as wire
+
+if TYPE_CHECKING:
+    from embedding_service.ngram import NgramHasher
 
 Ids = npt.NDArray[np.int64]
 # Where the service says no limit: a message that gRPC could not carry anyway.
@@ -77,6 +80,8 @@ class Model:
         """What hashes this model's token ids; raises InvalidRequest for a model without an n-gram family."""
         if not self.family:
             raise InvalidRequest(f"model {self.full_name} has no n-gram family: look its rows up by id")
+        from embedding_service.ngram import NgramHasher  # with torch, which the controller does without
+
         return NgramHasher.from_params(self.family, json.loads(self.hash_params))
 
 

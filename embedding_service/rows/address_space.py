@@ -14,8 +14,14 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from embedding_service.late import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20

@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.formats import get_format
-from embedding_service.formats.plain import PLAIN_DTYPES
+from embedding_service.formats.plain import plain_dtypes
+from embedding_service.late import late
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -133,7 +138,7 @@ class TableRows(ABC):
 
     def _decode(self, stored: torch.Tensor, encoding: str) -> torch.Tensor:
         """Stored rows uint8 [n, row_bytes] -> values [n, dim] of `encoding`'s dtype."""
-        return get_format(self.table.dtype).decode(stored, self.table.dim, dtype=PLAIN_DTYPES[encoding])
+        return get_format(self.table.dtype).decode(stored, self.table.dim, dtype=plain_dtypes()[encoding])
 
     @abstractmethod
     def _load(self, part: Part, path: Path, pace: Pace) -> None: ...

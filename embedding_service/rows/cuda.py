@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from embedding_service.errors import InvalidRequest, NotFound
+from embedding_service.late import late
 from embedding_service.rows.address_space import round_up
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.rows.pool import Pool
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, read_into
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 # FBGEMM's cache copies rows 16 bytes at a time, and has 32 ways.
 _ALIGNMENT, _WAYS = 16, 32

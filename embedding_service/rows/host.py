@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from fbgemm_gpu.split_embedding_configs import SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
+from embedding_service.formats import get_format
+from embedding_service.formats.fbgemm import fbgemm_operator
+from embedding_service.late import late
 from embedding_service.rows.address_space import AddressSpace
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
 
-# What FBGEMM's n-bit kernel reads, and writes. It has no bfloat16 tables; torch converts those.
-_STORED_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
-_OUTPUT_TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "bf16": SparseType.BF16}
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
+
+log = logging.getLogger(__name__)
+
+# FBGEMM's numbers (SparseType) of what its n-bit kernel writes, and the widest row of each kind that it reads.
+_OUTPUT_TYPES = {"fp32": 0, "fp16": 1, "bf16": 5}
+_WIDEST = {0: "max_float32_D", 1: "max_float16_D", 2: "max_int8_D", 3: "max_int4_D", 4: "max_int2_D"}
+_HOST, _NOT_POOLED = 3, 2  # its EmbeddingLocation and PoolingMode
+
+# int64 [n] row ids, n > 0 -> Tensor [n, dim].
+Kernel = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class HostTable(TableRows):
@@ -28,7 +41,7 @@ class HostTable(TableRows):
         super().__init__(table, shared=shared)
         self._space = self._reserve()
         self._rows = self._space.tensor.view(table.rows, table.row_bytes)
-        self._kernels: dict[str, IntNBitTableBatchedEmbeddingBagsCodegen] = {}
+        self._kernels: dict[str, Kernel] = {}
 
     def _reserve(self) -> AddressSpace:
         return AddressSpace(self.table.bytes)
@@ -60,30 +73,51 @@ class HostTable(TableRows):
         return out
 
     def _convert(self, indices: torch.Tensor, encoding: str) -> Bytes:
-        if self.table.dtype not in _STORED_TYPES or not len(indices):
-            values = self._decode(self._rows.index_select(0, indices), encoding)
-        else:
-            values = self._kernel(encoding)(indices, torch.tensor([0, len(indices)]))
-        return values.view(torch.uint8).numpy()
-
-    def _kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:
         if encoding not in self._kernels:
             self._kernels[encoding] = self._build_kernel(encoding)
-        return self._kernels[encoding]
+        values = self._kernels[encoding](indices) if len(indices) else self._decode_rows(indices, encoding)
+        return values.view(torch.uint8).numpy()
 
-    def _build_kernel(self, encoding: str) -> IntNBitTableBatchedEmbeddingBagsCodegen:
-        """FBGEMM's module around our memory: it is told that it has weights, and never allocates any."""
-        table = self.table
-        kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
-            [(table.name, table.rows, table.dim, _STORED_TYPES[table.dtype], EmbeddingLocation.HOST)],
-            device="cpu",
-            pooling_mode=PoolingMode.NONE,
-            output_dtype=_OUTPUT_TYPES[encoding],
-            bounds_check_mode=BoundsCheckMode.NONE,  # every id was checked before it came here
-        )
-        kernel.initialize_physical_weights_placements_and_offsets()
-        kernel.initialize_logical_weights_placements_and_offsets()
-        kernel.weights_host = self._space.tensor
-        kernel.host_size = self._space.nbytes
-        kernel.weight_initialized = True
-        return kernel
+    def _decode_rows(self, indices: torch.Tensor, encoding: str) -> torch.Tensor:
+        return self._decode(self._rows.index_select(0, indices), encoding)
+
+    def _build_kernel(self, encoding: str) -> Kernel:
+        """FBGEMM's where it reads such rows. `formats` decodes others, to the same bits."""
+        row_type = get_format(self.table.dtype).fbgemm_type
+        if row_type is not None:
+            try:
+                return fbgemm_kernel(self._space.tensor, self.table.dim, row_type, _OUTPUT_TYPES[encoding])
+            except (ModuleNotFoundError, AttributeError, RuntimeError) as error:  # another release, or none
+                log.warning("FBGEMM's kernel cannot be used, torch decodes in its place: %s", error)
+        return lambda indices: self._decode_rows(indices, encoding)
+
+
+def fbgemm_kernel(memory: torch.Tensor, dim: int, row_type: int, output_type: int) -> Kernel:
+    """FBGEMM's n-bit kernel for the rows in `memory`, uint8 [bytes], which is not copied.
+
+    Called as its module IntNBitTableBatchedEmbeddingBagsCodegen calls it, for one table. The module itself
+    takes 65 us more a call, and 0.6 s to import. Raises AttributeError or RuntimeError for a release without it.
+    """
+    lookup = fbgemm_operator("int_nbit_split_embedding_codegen_lookup_function", "fbgemm_gpu_tbe_inference.so")
+    nothing = torch.empty(0, dtype=torch.uint8)
+    table = {
+        "dev_weights": memory,
+        "uvm_weights": nothing,
+        "weights_placements": torch.tensor([_HOST], dtype=torch.int32),
+        "weights_offsets": torch.tensor([0]),
+        "weights_tys": torch.tensor([row_type], dtype=torch.uint8),
+        "D_offsets": torch.tensor([0, dim], dtype=torch.int32),
+        "total_D": dim,
+        **{name: dim if kind == row_type else 0 for kind, name in _WIDEST.items()},
+        "pooling_mode": _NOT_POOLED,
+        "indice_weights": None,
+        "output_dtype": output_type,
+        "row_alignment": 1,
+    }
+
+    def kernel(indices: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = lookup(indices=indices, offsets=torch.tensor([0, len(indices)]), **table)
+        return values
+
+    kernel(torch.zeros(0, dtype=torch.int64))  # takes none of the arguments it does not know
+    return kernel

@@ -8,10 +8,15 @@ pool is one matrix, and a batch that spans parts is still one index_select, afte
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
-import torch
-
+from embedding_service.late import late
 from embedding_service.rows.address_space import round_up
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 
 class Pool:
@@ -48,9 +53,7 @@ class Pool:
 
         Copying rows word by word takes a fraction of what it takes byte by byte.
         """
-        width, dtype = next((w, d) for w, d in _WORDS if row_bytes % w == 0)
+        words = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+        width, dtype = next((w, d) for w, d in words if row_bytes % w == 0)
         rows = len(self.memory) // row_bytes
         return self.memory[: rows * row_bytes].view(dtype).view(rows, row_bytes // width)
-
-
-_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))

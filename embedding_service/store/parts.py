@@ -12,16 +12,21 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 import xxhash
 
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import RowFormat
+from embedding_service.late import late
 from embedding_service.machine import open_file
 from embedding_service.store.manifest import Part, part_file
 from embedding_service.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 DEFAULT_PART_BYTES = 256 << 20
 # By default a table has at least so many, where it has the rows: a small one would lie on one shard.

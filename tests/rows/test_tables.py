@@ -13,7 +13,7 @@ from support.readers import reading
 
 from embedding_service.errors import CorruptPart, NotFound
 from embedding_service.formats import get_format
-from embedding_service.rows import TIERS, TableRows
+from embedding_service.rows import TIERS, TableRows, host
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Store
 
@@ -74,6 +74,23 @@ def test_int8_and_int4_equal_fbgemms_dequantization(store: Path, tier: str) -> N
     got = table.rows.gather(np.arange(len(rows)), "fp32")
     assert torch.equal(torch.from_numpy(got).view(torch.float32), reference)
     table.rows.close()
+
+
+def test_without_fbgemms_kernel_torch_decodes_to_the_same_bits(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def absent(*arguments: object) -> None:
+        raise AttributeError("no such operator")
+
+    ids = some_ids(len(longcat_table()))
+    for dtype in ("fp16", "int8", "int4"):
+        expected = Loaded(Store(store), dtype, "ram").rows.gather(ids, "bf16")
+        assert not caplog.records
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "fbgemm_kernel", absent)
+            assert np.array_equal(Loaded(Store(store), dtype, "ram").rows.gather(ids, "bf16"), expected)
+        assert "torch decodes in its place: no such operator" in caplog.text
+        caplog.clear()
 
 
 def test_no_ids_give_no_rows(loaded: Loaded) -> None:
