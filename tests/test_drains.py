@@ -24,7 +24,7 @@ OWN = [("grpc.use_local_subchannel_pool", 1)]
 
 @contextmanager
 def calls_under_way(address: str, path: str, message: bytes, size: int) -> Iterator[Counter[str]]:
-    """A plain client of gRPC's C core: so many calls at a time, and how they end. Answers have `size` bytes."""
+    """A plain client of gRPC's C core: CALLS calls at a time, and how they end. Answers have `size` bytes."""
     ended: Counter[str] = Counter()
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A process that answers no calls any more ends, and whoever keeps it running starts it again."""
+"""A process that answers no calls any more ends, and its keeper starts it again."""
 
 import os
 import signal

@@ -337,7 +337,7 @@ def test_of_two_controllers_the_older_ends_itself_and_no_lookup_is_lost(small_st
 
             second = until(lambda: led("b"), "the second controller to lead b")
             assert second.term > before.term
-            to_b.point(running.controller_address)  # it tells the first what it saw meanwhile
+            to_b.point(running.controller_address)  # it tells the first what it saw since
             assert old.popen.wait(30) == 1
             assert (
                 f"a controller of term {second.term} is there, above this one's {before.term}: ending" in old.output()

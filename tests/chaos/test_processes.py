@@ -47,7 +47,7 @@ def answering(running: Cluster, name: str) -> list[int]:
 
 
 def listening(running: Cluster, name: str, count: int) -> bool:
-    """Whether so many processes take a shard's connections."""
+    """Whether `count` processes take a shard's connections."""
     port = int(running.addresses[name].rpartition(":")[2])
     return count == sum(
         any(each.laddr.port == port and each.status == psutil.CONN_LISTEN for each in connections(process))

@@ -1,4 +1,4 @@
-"""Lookups that run ahead: their rows, their errors, and what happens to the caller's tensors meanwhile."""
+"""Lookups that run ahead: their rows, their errors, and changes to the caller's tensors."""
 
 import threading
 from concurrent.futures import CancelledError

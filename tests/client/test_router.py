@@ -313,7 +313,7 @@ def test_without_an_owner_the_error_names_rows_and_shards() -> None:
         fetch(Router(["h:0"]), shards, IDS, seconds=0)
 
 
-def test_a_version_retired_meanwhile_is_replaced_and_never_mixed() -> None:
+def test_a_version_retired_during_a_lookup_is_replaced_and_never_mixed() -> None:
     router = Router(["h:0"], Routing(routing([[0], [0], [1], [1]], version="1")))
     shards = Shards(routing([[0], [1], [1], [2]], epoch=2, version="2"))
     assert set(fetch(router, shards, IDS)[:, 1]) == {2.0}
@@ -337,7 +337,7 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
 
 
 class Refusing(Shards):
-    """Some of them answer lookups with a failure, so many times."""
+    """Some of them answer lookups with a failure, `times` times."""
 
     def __init__(self, now: wire.Routing, failure: Failure, *addresses: str, times: int = 1 << 20) -> None:
         super().__init__(now)

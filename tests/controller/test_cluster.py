@@ -136,7 +136,7 @@ def assigned(running: Cluster, shard: str) -> list[PartKey]:
     return sorted(routed_parts(running.stub(shard).GetRouting(wire.GetRoutingRequest()))[shard])
 
 
-def test_a_model_imported_meanwhile_is_served(own_store: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_imported_while_it_runs_is_served(own_store: Path, checkpoint: Path, tmp_path: Path) -> None:
     with cluster(tmp_path, own_store, "--expect-shards=1") as running:
         running.start_shard("a")
         running.wait_serving()

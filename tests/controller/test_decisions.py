@@ -105,7 +105,7 @@ def test_silence_counts_only_while_the_controller_listens() -> None:
     now = 100.0
     fleet = Fleet(5, lambda: now)
     talking, silent = (join(fleet, control.ShardReport(shard_id=name)) for name in ("talking", "silent"))
-    now += 60  # held up: what both said meanwhile waits to be read
+    now += 60  # held up: what both said since waits to be read
     assert fleet.forget_lost() == []
     for _ in range(5):
         now += 0.9

@@ -34,7 +34,7 @@ class Operator:
         self.settle()
 
     def drain(self, *names: str) -> None:
-        """As Kubernetes does: all that shall go are told at once."""
+        """As Kubernetes does: all that go are told at once."""
         for name in names:
             self.running.processes[name].popen.terminate()
         for name in names:
@@ -60,7 +60,7 @@ class Operator:
         self.start(name)
 
     def cut_off(self, name: str) -> None:
-        """For longer than the controller waits for it: its copies are made anew elsewhere before it is back."""
+        """For longer than the controller waits for it: its copies are made again elsewhere before it is back."""
         process = self.running.processes[name].popen
         process.send_signal(signal.SIGSTOP)
         others = len(self.running.addresses) - 1

@@ -33,7 +33,7 @@ def loads(running: Cluster, name: str) -> int:
 
 
 def settled(running: Cluster, shards: int, parts: int) -> None:
-    """Until so many shards hold every part once, shared evenly, and nothing is on its way."""
+    """Wait until `shards` shards hold every part once, shared evenly, and nothing is on its way."""
     running.wait_until(
         lambda status: (
             len(status.shards) == shards

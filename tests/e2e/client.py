@@ -2,7 +2,7 @@
 
     python3.11 client.py SERVICE MODEL/TABLE COMPLETIONS_URL REPORT
 
-REPORT is written anew each second, as JSON, until SIGTERM. Completions are compared with the first one: the model is
+REPORT is written again each second, as JSON, until SIGTERM. Completions are compared with the first one: the model is
 asked at temperature 0, so each must be the same text.
 """
 

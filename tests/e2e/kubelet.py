@@ -344,7 +344,7 @@ class StatefulSet:
         return sorted(ours, key=lambda pod: int(pod.name.rpartition("-")[2]))
 
     def scale(self, replicas: int) -> None:
-        """To so many pods, all at once or one after the other as its policy says; returns when they are ready."""
+        """Scale to this many pods, all at once or one after the other by its policy. Returns when they are ready."""
         ordinals = range(len(self.pods), replicas)
         leaving = self.pods[replicas:][::-1]
         if self.manifest["spec"].get("podManagementPolicy") == "Parallel":

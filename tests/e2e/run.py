@@ -51,7 +51,7 @@ def say(text: str) -> None:
 
 
 class Scenario:
-    """The steps, each told with what the client saw meanwhile."""
+    """The steps. Each tells what the client saw."""
 
     def __init__(self, podman: Podman, work: Path) -> None:
         self.work = work
@@ -206,8 +206,8 @@ class Scenario:
     # What is seen
 
     def settle(self) -> None:
-        """Until every shard there is holds all it shall hold, and every part its copies."""
-        _until(self._settled, f"{len(self.shards.pods)} shards that hold all they shall hold", 120)
+        """Wait until every shard holds all its parts, and every part has its copies."""
+        _until(self._settled, f"{len(self.shards.pods)} shards that hold all their parts", 120)
 
     def _settled(self) -> bool:
         try:
@@ -227,7 +227,7 @@ class Scenario:
         return int(find(self.service, "ConfigMap")["data"]["COPIES"])
 
     def step(self, title: str, action: Callable[[], None]) -> None:
-        """Do it, and tell what the client saw meanwhile."""
+        """Do it, and tell what the client saw."""
         say(f"{title} ...")
         before, began = self._read(), time.monotonic()
         action()

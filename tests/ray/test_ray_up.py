@@ -50,7 +50,7 @@ def run_up(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
 
 
 def shard_pids(running: Up) -> dict[str, int]:
-    """The processes of the shards that hold all they shall; empty while the controller does not answer."""
+    """The processes of the shards that hold all their parts. Empty while the controller does not answer."""
     try:
         shards = running.status().shards
     except EmbeddingServiceError:

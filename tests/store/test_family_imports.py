@@ -157,7 +157,7 @@ def test_engram_rows_in_another_dtype_are_the_decoded_ones_encoded(tmp_path: Pat
     manifest = import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype=dtype)
     for name, table in engram_tables().items():
         stored = stored_rows(tmp_path / "store", manifest, name)
-        if dtype == "fp8":  # as it lies in the checkpoint, not quantized anew
+        if dtype == "fp8":  # as it lies in the checkpoint, not quantized again
             assert torch.equal(get_format(dtype).decode(stored, 64), table)
         else:
             assert torch.equal(stored, get_format(dtype).encode(table))

@@ -310,7 +310,7 @@ def test_a_killed_import_goes_on_where_it_was(make_checkpoint: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["dtype", "part size", "checkpoint", "config"])
-def test_an_import_of_something_else_begins_anew(make_checkpoint: Make, tmp_path: Path, change: str) -> None:
+def test_an_import_of_something_else_begins_again(make_checkpoint: Make, tmp_path: Path, change: str) -> None:
     store = tmp_path / "store"
     checkpoint = make_checkpoint().write()
     kill_halfway(checkpoint, store)
@@ -348,7 +348,7 @@ def test_a_full_disk_is_named_and_the_import_goes_on_later(checkpoint: Any, tmp_
     assert (store / "tiny" / "1" / "ngram" / "part-00000.safetensors").stat().st_ino == kept["part-00000.safetensors"]
 
 
-def test_a_source_that_shrinks_meanwhile_is_an_error(checkpoint: Any, tmp_path: Path) -> None:
+def test_a_source_that_shrinks_under_an_import_is_an_error(checkpoint: Any, tmp_path: Path) -> None:
     file = checkpoint.folder / "model.safetensors"
     with pytest.raises(StoreError, match="became shorter while tensor"):
         import_checkpoint(

@@ -23,7 +23,7 @@ JUNK: Any = st.recursive(
 
 
 def write(path: Path, header: object, data: int = 16) -> Path:
-    """A file with this header (bytes as they are) and so many bytes of data."""
+    """A file with this header (bytes as they are) and `data` bytes of data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
     return path

@@ -1,4 +1,4 @@
-"""A shard that goes away without a word and comes back, under a load: it hangs, or its network is cut.
+"""A shard goes away without a word and comes back, under a load. It hangs, or its network is cut.
 
 As a command it is the latter's half that must run within a network namespace of its own (`two_networks`).
 """
@@ -71,7 +71,7 @@ def two_networks() -> Iterator[tuple[str, str]]:
 
 
 def inside(namespace: str) -> list[str]:
-    """What runs a command within a network namespace."""
+    """The words that run a command within a network namespace."""
     return ["ip", "netns", "exec", namespace]
 
 

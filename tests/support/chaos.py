@@ -49,7 +49,7 @@ def chaos_store(folder: Path) -> Path:
 
 
 class Watcher:
-    """Follows the controller's routing over its restarts; `ages` are the (term, epoch) in the order seen."""
+    """Follows the controller's routing over its restarts. `ages` are the (term, epoch) in the order seen."""
 
     def __init__(self, address: str) -> None:
         self.ages: list[tuple[int, int]] = []
@@ -64,7 +64,7 @@ class Watcher:
         self._thread.join()
 
     def went_back(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Where an older routing followed a newer one."""
+        """The places where an older routing followed a newer one."""
         return [(before, after) for before, after in zip(self.ages, self.ages[1:], strict=False) if after < before]
 
     def _run(self) -> None:
@@ -79,7 +79,7 @@ class Watcher:
 
 @dataclass
 class Outcome:
-    """What a run brought."""
+    """The outcome of a run."""
 
     seed: int
     events: Counter[str]
@@ -137,7 +137,7 @@ class Chaos:
         }
 
     def run(self, seconds: float) -> Outcome:
-        """So many seconds of events, each kind at least once, after and before some calm ones.
+        """Run `seconds` seconds of events, each kind at least once, with some calm ones before and after.
 
         Raises AssertionError when the cluster does not mend, or a process ends that should not.
         """
@@ -180,7 +180,7 @@ class Chaos:
         self._wait_whole()
 
     def _order(self) -> Iterator[str]:
-        """Rounds of all kinds, shuffled; a kind that there are too many or too few shards for waits for its turn."""
+        """Rounds of all kinds, shuffled. A kind that needs more or fewer shards waits for its turn."""
         while True:
             left = self._random.sample(sorted(self._kinds), len(self._kinds))
             while kind := next((kind for kind in left if self._possible(kind)), None):
@@ -244,7 +244,7 @@ class Chaos:
         self._cluster.start_shard(name, "--load-rate=1MiB", "--memory=64MiB")
 
     def _pick(self) -> str:
-        """A shard that is there and does not drain or hang: one that came up, for a drain begins after that."""
+        """A shard that came up and does not drain or hang. A drain begins only after a shard came up."""
         return self._random.choice(until(self._ready, "a shard that is up"))
 
     def _ready(self) -> list[str]:
@@ -273,7 +273,7 @@ class Chaos:
         return not self._due and not self._draining and self._cluster.is_whole(COPIES)
 
     def _tend(self) -> None:
-        """Do what is due, take leave of shards that drained, and see that nobody died uncalled."""
+        """Do what is due, take leave of drained shards, and see that no shard died by itself."""
         for entry in [entry for entry in self._due if entry[0] <= time.monotonic()]:
             self._due.remove(entry)
             entry[1]()
@@ -290,14 +290,14 @@ class Chaos:
 
 
 def run(folder: Path, store: Path, seed: int, seconds: float, console: Console) -> Outcome:
-    """One run over a store made by `chaos_store`; its processes' output goes to `folder`."""
+    """One run over a store made by `chaos_store`. Its processes' output goes to `folder`."""
     options = (f"--replicas={COPIES}", f"--lost-after={LOST_AFTER}", "--grace=2")
     with cluster(folder, store, *options) as running:
         return Chaos(running, seed, console).run(seconds)
 
 
 def unserved_seconds(folder: Path, store: Path) -> float:
-    """How long a killed shard's rows are served by nobody, with one copy of each part and default options."""
+    """How long nobody serves a killed shard's rows, with one copy of each part and default options."""
     with cluster(folder, store, "--expect-shards=3") as running:
         for name in "abc":
             running.start_shard(name)

@@ -1,4 +1,4 @@
-"""Small checkpoints of every family whose n-gram rows say in their values which table and row they are."""
+"""Small checkpoints of every family. The values of their n-gram rows name the table and the row."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ QWEN_PLE_LAYERS = [1, 3]
 
 
 def qwen4_exp_model(pieces: int = 4) -> torch.nn.Module:
-    """A Qwen4-Exp model of transformers with two tables, each of whose rows names its layer (from 0) and its id.
+    """A Qwen4-Exp model of transformers with two tables. Each row names its layer (from 0) and its id.
 
     Args:
         pieces: Tensors that `save_pretrained` parts each table into.
@@ -156,7 +156,7 @@ def engram_tables() -> dict[str, torch.Tensor]:
 
 
 def engram_checkpoint(folder: Path) -> Path:
-    """A folder with config, tokenizer, the tables and a little of what else such a checkpoint holds."""
+    """A folder with config, tokenizer, the tables and a few other tensors of such a checkpoint."""
     folder.mkdir(parents=True)
     tokenizer = byte_level_bpe()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def proxies_of_nobody() -> dict[str, str]:
-    """Variables that name proxies for the web, at ports at which nobody is."""
+    """Variables that name proxies for the web, at ports where nobody listens."""
     names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
     dead = {case(name): f"http://127.0.0.1:{free_port()}" for name in names for case in (str.lower, str.upper)}
     return {"no_proxy": "", "NO_PROXY": "", **dead}
@@ -51,7 +51,7 @@ def dead_proxies(environment: pytest.MonkeyPatch) -> None:
 
 
 def until(condition: Callable[[], T | None], what: str, seconds: float = START_SECONDS) -> T:
-    """The first true result of `condition`; fails the test if there is none in time."""
+    """The first true result of `condition`. Fails the test if there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
@@ -80,7 +80,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str) -> None:
-        """Until it printed `text`; fails, showing its output, if it ends before."""
+        """Wait until it printed `text`. If it ends before that, fail and show its output."""
 
         def printed() -> bool:
             if text in self.output():
@@ -114,7 +114,7 @@ class Process:
 
 
 class Up(Process):
-    """`embedding-service up`; `address` answers for all of its shards, and stays over restarts."""
+    """`embedding-service up`. `address` answers for all of its shards, and stays over restarts."""
 
     def __init__(self, log: Path, store: Path, shards: int, *options: str) -> None:
         self.address = f"127.0.0.1:{free_port()}"
@@ -122,7 +122,7 @@ class Up(Process):
         super().__init__(log, "up", f"--store={store}", f"--shards={shards}", f"--port={port}", *options)
 
     def restart(self) -> None:
-        """Start it again after its end; returns when it is ready."""
+        """Start it again after its end. Returns when it is ready."""
         self.log.unlink()
         self._start()
         self.wait_for(READY)
@@ -139,7 +139,7 @@ class Up(Process):
 
 @contextmanager
 def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[Up]:
-    """A running `up` that is ready; ended afterwards."""
+    """A running `up` that is ready. It is ended afterwards."""
     process = Up(folder / "up.log", store, shards, *options)
     try:
         process.wait_for(READY)
@@ -187,7 +187,7 @@ class Cluster:
         )
 
     def start_shard(self, name: str, *options: str, host: str = "", within: Sequence[str] = ()) -> None:
-        """A shard, at the same address each time; `host` and `within` where it runs elsewhere."""
+        """A shard, at the same address each time. `host` and `within` run it elsewhere."""
         address = self.addresses.setdefault(name, f"{host or self._host}:{free_port()}")
         self.processes[name] = Process(
             self._folder / f"{name}.log",
@@ -201,14 +201,14 @@ class Cluster:
         )
 
     def status(self) -> control.Status:
-        """The controller's view; empty while it cannot be reached."""
+        """The controller's view. It is empty while the controller cannot be reached."""
         try:
             return get_status(self.controller_address)
         except EmbeddingServiceError:
             return control.Status()
 
     def wait_until(self, condition: Callable[[control.Status], object], what: str) -> control.Status:
-        """Until the controller's view fulfils a condition."""
+        """Wait until the controller's view fulfils a condition."""
 
         def fulfilling() -> control.Status | None:
             status = self.status()
@@ -217,14 +217,14 @@ class Cluster:
         return until(fulfilling, what)
 
     def wait_serving(self, models: int = 1) -> control.Status:
-        """Until so many models are served."""
+        """Wait until `models` models are served."""
         return self.wait_until(
             lambda status: len(status.models) == models and all(model.serving for model in status.models),
             f"{models} served models",
         )
 
     def is_whole(self, copies: int) -> bool:
-        """Whether the controller knows just the shards that run, and every part is served by so many of them."""
+        """Whether the controller knows just the running shards, and every part is served by `copies` of them."""
         status = self.status()
         running = {process.popen.pid for name, process in self.processes.items() if name in self.addresses}
         if status.problems or {shard.stats.pid for shard in status.shards} != running:
@@ -245,7 +245,7 @@ class Cluster:
         return embedding_pb2_grpc.EmbeddingServiceStub(grpc.insecure_channel(self.addresses[name]))
 
     def end(self) -> None:
-        """End everything, the controller last: it lets shards go that all drain."""
+        """End everything, the controller last. It releases shards when all of them drain."""
         shards = [process for name, process in self.processes.items() if name != "controller"]
         for process in shards:
             if process.runs:
@@ -259,7 +259,7 @@ class Cluster:
 def cluster(
     folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1", within: Sequence[str] = ()
 ) -> Iterator[Cluster]:
-    """A cluster without shards yet; ended afterwards."""
+    """A cluster without shards yet. It is ended afterwards."""
     running = Cluster(folder, store, *controller_options, host=host, within=within)
     try:
         yield running

@@ -18,7 +18,7 @@ FORKS, WAIT_SECONDS = 12, 30
 
 
 class Rows(Dataset):
-    """Rows of one table, looked up by whoever loads them."""
+    """Rows of one table. The loading process looks them up."""
 
     def __init__(self, client: EmbeddingClient) -> None:
         self.client = client
@@ -72,7 +72,7 @@ def fork(client: EmbeddingClient, address: str) -> None:
 
 
 def code_of_child(client: EmbeddingClient | None, address: str) -> int:
-    """Fork: 0 where rows were right, 3 for an error that names forks and the remedy; killed where it hangs."""
+    """Fork. 0: rows were right. 3: an error named forks and the remedy. A child that hangs is killed."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -97,7 +97,7 @@ def code_of_child(client: EmbeddingClient | None, address: str) -> int:
 
 
 def main(how: str, address: str) -> None:
-    """HOW: a start method of a DataLoader's workers; `os.fork`; or `unprepared`, where gRPC does not prepare."""
+    """HOW is a start method of a DataLoader's workers, `os.fork`, or `unprepared`: gRPC does not prepare then."""
     with EmbeddingClient(address, timeout=20, cache_bytes=1 << 20) as client:
         if how == "os.fork":
             fork(client, address)

@@ -50,7 +50,7 @@ class Raw:
         self.socket.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
 
     def call(self, path: bytes, message: bytes | None = None, *, extra: Fields = (), end: bool = True) -> int:
-        """Begin a call of a method, with one message or none; `end`: this was all. Returns its stream."""
+        """Begin a call of a method, with one message or none. `end`: this was all. Returns its stream."""
         stream = self._next
         self._next += 2
         sent = _headers(stream, path, extra)
@@ -60,7 +60,7 @@ class Raw:
         return stream
 
     def flood(self, path: bytes, fields: Fields, *, end_headers: bool) -> None:
-        """Begin a call with so many further header fields, in as many frames as they take."""
+        """Begin a call with further header fields, in as many frames as they take."""
         stream = self._next
         self._next += 2
         self.socket.sendall(_headers(stream, path, fields, end_headers=end_headers))
@@ -84,7 +84,7 @@ def half_a_lookup(length: int, sent: bytes, *, end: bool) -> bytes:
 
 
 def unread_lookups(address: str, message: bytes, count: int) -> socket.socket:
-    """A connection on which so many Lookup calls were begun, with this serialized request, and no answer is read."""
+    """A connection with `count` Lookup calls of this serialized request. No answer is read."""
     raw = Raw(address)
     for _ in range(count):
         raw.call(LOOKUP, message)
@@ -93,7 +93,7 @@ def unread_lookups(address: str, message: bytes, count: int) -> socket.socket:
 
 
 def _headers(stream: int, path: bytes, extra: Fields = (), *, end_headers: bool = True) -> bytes:
-    """HEADERS, and CONTINUATION frames where one does not suffice."""
+    """HEADERS, and CONTINUATION frames if one does not suffice."""
     fields: Fields = (
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -147,7 +147,7 @@ class Forwarder:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def point(self, target: str) -> None:
-        """Forward TCP connections there from now on; those that are open are cut."""
+        """Forward TCP connections there from now on. Open ones are cut."""
         self._target = target
         cut, self._open = self._open, []
         for each in cut:
@@ -184,7 +184,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 class BygoneController(ControlServiceServicer):
-    """A controller of an old term that tells every shard to hold nothing. `told`: the shards it said so to."""
+    """A controller of an old term. It tells every shard to hold nothing. `told`: the shards that it told."""
 
     def __init__(self, term: int) -> None:
         self.told: list[str] = []

@@ -14,7 +14,7 @@ Manifest = dict[str, Any]
 
 
 def can_render() -> bool:
-    """Whether there is a kubectl; `kubectl kustomize` asks no cluster."""
+    """Whether there is a kubectl. `kubectl kustomize` asks no cluster."""
     return shutil.which("kubectl") is not None
 
 

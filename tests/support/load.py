@@ -1,4 +1,4 @@
-"""A steady load of lookups whose every row is checked by content."""
+"""A steady load of lookups. Every row is checked by content."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class CheckedLoad(ABC):
         self._close()
 
     def check(self) -> None:
-        """After the load: every lookup answered, every row right."""
+        """Check, after the load, that every lookup was answered and every row right."""
         assert self.lookups > 0
         assert not self.failed, f"{len(self.failed)} of {self.lookups} lookups failed, the first: {self.failed[0]}"
         assert not self.wrong, f"{len(self.wrong)} of {self.lookups} lookups brought wrong rows: {self.wrong[0]}"
 
     @abstractmethod
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """float32 [n, dim] of ids int64 [n]; raises EmbeddingServiceError or grpc.RpcError."""
+        """float32 [n, dim] of ids int64 [n]. Raises EmbeddingServiceError or grpc.RpcError."""
 
     @abstractmethod
     def _close(self) -> None: ...
@@ -116,7 +116,7 @@ class Load(CheckedLoad):
 
 
 class ThinLoad(CheckedLoad):
-    """As a client in another language would: the bare protos, any shard, and another try where it is UNAVAILABLE.
+    """As a client in another language would: the bare protos, any shard, and another try if it is UNAVAILABLE.
 
     Args:
         addresses: The shards that may be asked now.

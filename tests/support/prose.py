@@ -1,4 +1,4 @@
-"""How hard a text is to read: the words of its sentences.
+"""Measures how hard a text is to read, by the words of its sentences.
 
 `python -m support.prose FILE...`, in tests/, prints a line for each file and its sentences that are too long.
 

@@ -25,7 +25,7 @@ class Readers:
         self._threads = [threading.Thread(target=self._read) for _ in range(3)]
 
     def wait_for_right(self) -> None:
-        """Until one of them saw right rows once more: parts that are gone again at once are right for nobody."""
+        """Wait until one of them saw right rows once more. A part that goes again at once is right for nobody."""
         before, until = self.outcomes["right"], time.monotonic() + PATIENCE
         while self.outcomes["right"] == before and time.monotonic() < until:
             time.sleep(0.001)

@@ -11,7 +11,7 @@ TEXT = (
 
 
 def byte_level_bpe(tokens: int = 420) -> Tokenizer:
-    """A tokenizer with so many tokens, or as many as its text gives; pad is token 2."""
+    """A tokenizer with at most `tokens` tokens, as its text gives them. Pad is token 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""A server of toy methods in this process, at a port of its own: what `front` does, without a shard."""
+"""A server of toy methods in this process, at a port of its own. It shows what `front` does, without a shard."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Toy:
         server.offer(f"{TOY}/Private", Method(each, private=True))
 
     def quick(self, message: bytes, room: int) -> bytes | None:
-        """What begins with q, on the polling thread."""
+        """Answers what begins with q, on the polling thread."""
         if message.startswith(b"\x0a") and message[2:3] == b"q":
             return Request(service="at once").SerializeToString()
         if message == b"break":
@@ -117,7 +117,7 @@ class ToyServer:
 
 @contextmanager
 def toy_server(private: str, budget: Budget | None = None) -> Iterator[ToyServer]:
-    """One that runs; ended afterwards."""
+    """One that runs. It is ended afterwards."""
     server = ToyServer(private, budget)
     try:
         yield server

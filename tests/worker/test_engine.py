@@ -73,7 +73,7 @@ def greedy(tokens: int = 24, **others: object) -> SamplingParams:
 
 
 def without_a_cache(model: LongcatFlashForCausalLM, prompt: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens up to and with an EOS, each from the whole sequence anew."""
+    """Greedy tokens up to and with an EOS, each from the whole sequence."""
     sequence = torch.tensor([prompt])
     for _ in range(new_tokens):
         token = model(sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -234,7 +234,7 @@ class Gate(LocalTables):
         self.open = threading.Event()
         self.open.set()
         self.fails_at: int | None = None
-        """A batch of so many sequences fails."""
+        """A batch of this many sequences fails."""
 
     def lookup_ngrams(self, model: str, token_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         assert self.open.wait(SECONDS)

@@ -48,7 +48,7 @@ def local(folder: Path) -> LongcatFlashForCausalLM:
 
 
 def step_by_step(model: LongcatFlashForCausalLM, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy tokens [B, new_tokens], each from the whole sequence anew: no cache, no carried context."""
+    """Greedy tokens [B, new_tokens], each from the whole sequence: no cache, no carried context."""
     sequence = prompt
     for _ in range(new_tokens):
         token = model(sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -239,7 +239,7 @@ def test_generate_carries_the_context_through_the_cache(model: LongcatFlashForCa
     ids = prompts(3, 7)
     expected = step_by_step(model, ids, 24)
     assert torch.equal(greedy(model, ids, 24), expected)
-    assert torch.equal(greedy(model, ids, 24), expected)  # a new call starts anew
+    assert torch.equal(greedy(model, ids, 24), expected)  # a new call starts from nothing
     assert torch.equal(greedy(model, ids, 24, use_cache=False), expected)
 
 

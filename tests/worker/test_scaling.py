@@ -49,7 +49,7 @@ def replicas(server: Server) -> set[int]:
 
 @contextmanager
 def load(server: Server, users: int) -> Iterator[None]:
-    """So many users who ask, one request after the other."""
+    """`users` users who ask, one request after the other."""
     enough = threading.Event()
 
     def user() -> None:
