@@ -1,8 +1,7 @@
-"""How one row lies in bytes, a file a kind of row. See `base.RowFormat`.
+"""How one row lies in bytes, a file for each kind of row. See `base.RowFormat`.
 
-Decoding is pure torch: the light client does it without FBGEMM. Encoding n-bit rows, which only an import needs, uses
-FBGEMM's quantizer.
-A new format is one class here.
+Decoding is pure torch, so the light client needs no FBGEMM. Encoding n-bit rows, which only an import does, uses
+FBGEMM's quantizer. A new format is one class here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every row format can do.
 
-A format only knows one row's bytes. Where rows lie is the store's business, and how they are gathered the row tiers'.
+A format only knows one row's bytes. The store knows where rows lie, and the row tiers gather them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ else:
 
 
 class UnencodableRow(InvalidRequest):
-    """A row whose values the format cannot hold; `row` is its index in the tensor given to `encode`."""
+    """A row whose values the format cannot hold. `row` is its index in the tensor given to `encode`."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"row {row} {reason}")
@@ -27,12 +27,12 @@ class UnencodableRow(InvalidRequest):
 
 
 class RowFormat(ABC):
-    """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state; `get_format(name)` gives its instance."""
+    """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state. `get_format(name)` gives its instance."""
 
     name: ClassVar[str]
     # The safetensors dtype of a part in this format, for people who open one with the safetensors library.
     tensor_dtype: ClassVar[str]
-    # FBGEMM's number (SparseType) of rows that lie like these: its kernel then reads them. None: torch decodes them.
+    # FBGEMM's number (SparseType) for such rows, if its kernel reads them. None: torch decodes them.
     fbgemm_type: ClassVar[int | None] = None
 
     @abstractmethod
@@ -47,7 +47,7 @@ class RowFormat(ABC):
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Float Tensor[n, dim] on the CPU -> uint8 Tensor[n, row_bytes].
 
-        Raises UnencodableRow for the first row that would not come back near to what it was (not finite, overflow).
+        Raises UnencodableRow for the first row that cannot be represented (non-finite or overflow).
         """
 
     @abstractmethod
@@ -58,10 +58,10 @@ class RowFormat(ABC):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """uint8 Tensor[n, row_bytes] -> Tensor[n, dim] of `dtype` (float32, float16 or bfloat16), in `out` where given.
+        """uint8 Tensor[n, row_bytes] -> Tensor[n, dim] of `dtype` (float32, float16 or bfloat16), in `out` if given.
 
-        Without `out` and `dtype` it is float32; `out` decides where both are given. Equal bit for bit to FBGEMM's CPU
-        kernel for inference tables, but for a -0.0 in plain rows, which that kernel reads as 0.0.
+        Without `out` and `dtype` it is float32. `out` decides if both are given. Equal bit for bit to FBGEMM's CPU
+        kernel for inference tables. The one exception is -0.0 in plain rows, which that kernel reads as 0.0.
         """
 
     def check_stored(self, stored: torch.Tensor, dim: int) -> None:
@@ -88,7 +88,7 @@ def output(stored: torch.Tensor, dim: int, out: torch.Tensor | None, dtype: torc
 def narrow_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Write float `values` into `out` with the rounding of FBGEMM's CPU kernels.
 
-    Those round float32 to bfloat16 half up in magnitude ((bits + 0x8000) >> 16) where torch rounds half to even. Few
+    Those round float32 to bfloat16 half up in magnitude ((bits + 0x8000) >> 16). torch rounds half to even. Few
     bits times a half-precision scale make ties common: about 2 % of int8 values differ between the two.
     """
     if out.dtype != torch.bfloat16 or values.dtype == torch.bfloat16:
@@ -99,7 +99,7 @@ def narrow_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def check_finite(rows: torch.Tensor) -> None:
     """Raise UnencodableRow for the first row with a NaN or an infinity."""
-    # One sum finds any of them in one pass; it may overflow by itself, so only then look closer.
+    # One sum finds any of them in one pass. It may overflow by itself, so look closer only then.
     if torch.isfinite(rows.sum(dtype=torch.float32)):
         return
     bad = ~torch.isfinite(rows).all(dim=1)

@@ -18,14 +18,14 @@ else:
 
 
 def fbgemm_operator(name: str, library: str) -> Any:
-    """`torch.ops.fbgemm.NAME`, from this file of FBGEMM's package, or by way of the package where it lies elsewhere.
+    """`torch.ops.fbgemm.NAME`, from this file of FBGEMM's package, or by the package if it lies elsewhere.
 
-    Raises ModuleNotFoundError where FBGEMM is not installed, AttributeError for a release without the operator.
+    Raises ModuleNotFoundError if FBGEMM is not installed, AttributeError for a release without the operator.
     """
     spec = find_spec("fbgemm_gpu")
     try:
         torch.ops.load_library(str(Path(spec.origin).with_name(library)))  # type: ignore[union-attr,arg-type]
         return getattr(torch.ops.fbgemm, name).default
-    except (AttributeError, OSError):  # a release that lies otherwise, or none
+    except (AttributeError, OSError):  # a release with another layout, or none
         import fbgemm_gpu.split_table_batched_embeddings_ops_inference  # noqa: F401, registers all of them
     return getattr(torch.ops.fbgemm, name).default

@@ -1,6 +1,6 @@
 """fp8: e4m3 values with one power-of-two scale for each 32 of a row, as DeepSeek-V4.1 stores its Engram tables.
 
-A row is [values: one e4m3 byte each][scales: one e8m0 byte for each 32 values]; value = e4m3 * 2^(scale - 127). The two
+A row is [values: one e4m3 byte each][scales: one e8m0 byte for each 32 values]. value = e4m3 * 2^(scale - 127). The two
 encodings are those of the OCP Microscaling Formats (MX) specification 1.0. FBGEMM has no kernel for them.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     torch = late("torch")
 
-BLOCK = 32  # values that share a scale; a row's last block may be shorter
+BLOCK = 32  # values that share a scale. A row's last block may be shorter
 _BIAS = 127
 _NAN = 0x7F  # an e4m3 NaN, but for its sign
 # 448, the largest e4m3 value, is 0.875 * 2^9.
@@ -40,8 +40,8 @@ class Fp8Format(RowFormat):
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize each block with the smallest scale that keeps its largest value within e4m3's 448.
 
-        So nothing is clipped. Values round to nearest, ties to even: a value v is at most |v| / 16 off, or 2^-10 times
-        its block's scale where that is more. A block of zeros gets scale 1. Scales end at 2^-127: blocks below
+        So nothing is clipped. Values round to nearest, ties to even. A value v is at most |v| / 16 off, or 2^-10 times
+        its block's scale if that is more. A block of zeros gets scale 1. Scales end at 2^-127: blocks below
         448 * 2^-127 lose bits.
         """
         rows = rows.to(torch.float32)
@@ -64,10 +64,10 @@ class Fp8Format(RowFormat):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Dequantize; float32 is exact, other dtypes round once.
+        """Dequantize. float32 is exact, other dtypes round once.
 
-        NaN where the value's byte is NaN (0x7F, 0xFF) or the scale's is (255). There are no infinities, but products
-        beyond float32's range become some.
+        The result is NaN if the value's byte (0x7F, 0xFF) or the scale's (255) is. There are no infinities, but
+        products beyond float32's range become some.
         """
         self.check_stored(stored, dim)
         out = output(stored, dim, out, dtype)
@@ -82,7 +82,7 @@ class Fp8Format(RowFormat):
 
 @cache
 def _scales() -> torch.Tensor:
-    """float32 of every scale byte; 255 is NaN. On the CPU, whatever the default device is at the first call."""
+    """float32 of every scale byte. 255 is NaN. It is on the CPU, with any default device at the first call."""
     powers = [2.0 ** (code - _BIAS) for code in range(255)]
     return torch.tensor([*powers, torch.nan], dtype=torch.float32, device="cpu")
 
@@ -90,7 +90,7 @@ def _scales() -> torch.Tensor:
 def _widen(codes: torch.Tensor, values: torch.Tensor) -> None:
     """e4m3 bytes [n, dim] -> float32 `values`, exactly.
 
-    By way of fp16, which holds the same bits one place to the right of its sign and means 2^8 less by them. torch's own
+    It goes by fp16, which holds the same bits one place to the right of its sign. They mean 2^8 less there. torch's own
     conversion from float8_e4m3fn takes four times as long on a CPU.
     """
     bits = codes.to(torch.int16).bitwise_left_shift_(8).bitwise_right_shift_(1).bitwise_and_(~0x4000)

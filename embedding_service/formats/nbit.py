@@ -1,6 +1,6 @@
 """int8 and int4: FBGEMM's row-wise n-bit layout for inference on CPUs.
 
-A row is [scale: fp16][bias: fp16][codes], without padding; value = code * scale + bias. FBGEMM's
+A row is [scale: fp16][bias: fp16][codes], without padding. value = code * scale + bias. FBGEMM's
 IntNBitTableBatchedEmbeddingBagsCodegen reads these bytes as they are (row_alignment 1).
 """
 
@@ -31,7 +31,7 @@ _FEW_VALUES = 1 << 14
 
 
 class NbitFormat(RowFormat):
-    """Codes of a few bits with one scale and one bias a row."""
+    """Codes of a few bits, with one scale and one bias for each row."""
 
     tensor_dtype = "U8"
 
@@ -42,8 +42,8 @@ class NbitFormat(RowFormat):
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize with FBGEMM's quantizer.
 
-        The error of a value is at most half a step plus what rounding scale and bias to fp16 adds: |bias| / 2^11 and,
-        at the far end of the row, range / 2^11 (or steps / 2^25 where the scale is below fp16's normal numbers).
+        The error of a value is at most half a step plus the rounding of scale and bias to fp16. That is |bias| / 2^11
+        and, at the far end of the row, range / 2^11 (or steps / 2^25 if the scale is below fp16's normal numbers).
         """
         self.row_bytes(rows.shape[1])
         rows = rows.to(torch.float32).contiguous()
@@ -64,16 +64,16 @@ class NbitFormat(RowFormat):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Dequantize; a float32 `out` is written straight into, others through a float32 scratch."""
+        """Dequantize. A float32 `out` is written directly, others through a float32 scratch."""
         self.check_stored(stored, dim)
-        # Of no rows numpy makes an array whose strides torch will not view as bytes.
+        # For no rows numpy makes an array whose strides torch will not view as bytes.
         if stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
             few = self._decode_few(stored.numpy(), dim)
             if out is None and dtype in (None, few.dtype):
                 return few
             return narrow_into(output(stored, dim, out, dtype), few)
         out = output(stored, dim, out, dtype)
-        # A device makes few large steps, a CPU steps that stay in its cache.
+        # A device takes few large steps. A CPU takes steps that stay in its cache.
         step = max(1, _CACHED_VALUES // dim) if stored.device.type == "cpu" else max(1, len(stored))
         scratch = None if out.dtype == torch.float32 else torch.empty(min(step, len(out)), dim, device=out.device)
         header = _compact(stored[:, :HEADER_BYTES]).view(torch.float16).float()
@@ -86,16 +86,16 @@ class NbitFormat(RowFormat):
         return out
 
     def _decode_few(self, stored: npt.NDArray[np.uint8], dim: int) -> torch.Tensor:
-        """A token's rows: numpy takes a third of torch's time to begin an operation."""
+        """Decode a token's rows. numpy takes a third of torch's time to begin an operation."""
         values = np.empty((len(stored), dim), np.float32)
         header = stored[:, :HEADER_BYTES].copy().view(np.float16).astype(np.float32)
         self._fill(values, stored[:, HEADER_BYTES:], header)
         return torch.from_numpy(values)
 
     def _fill(self, values: Any, codes: Any, header: Any) -> None:
-        """Codes uint8 [n, row_bytes - 4] and float32 header [n, 2] -> float32 `values` [n, dim]; torch's or numpy's."""
+        """Codes uint8 [n, row_bytes - 4] and float32 header [n, 2] -> float32 `values` [n, dim], torch's or numpy's."""
         self._unpack(codes, values)
-        # Code times scale is exact in float32 (8 + 11 bits): two steps round as FBGEMM's fused multiply-add.
+        # Code times scale is exact in float32 (8 + 11 bits). So two steps round as FBGEMM's fused multiply-add.
         values *= header[:, :1]
         values += header[:, 1:]
 
@@ -109,7 +109,7 @@ class NbitFormat(RowFormat):
 
 
 def _compact(columns: torch.Tensor) -> torch.Tensor:
-    """Copy columns of bytes to memory of their own: within rows of an odd length they cannot be viewed as floats."""
+    """Copy columns of bytes to memory of their own. Within rows of an odd length they cannot be viewed as floats."""
     return columns.clone(memory_format=torch.contiguous_format)
 
 
@@ -129,7 +129,7 @@ class Int8Format(NbitFormat):
         return HEADER_BYTES + dim
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # FBGEMM's 8-bit rows end in a float32 scale and bias; its inference tables want fp16 ones in front.
+        # FBGEMM's 8-bit rows end in a float32 scale and bias. Its inference tables want fp16 ones in front.
         fused = _quantizer("FloatToFused8BitRowwiseQuantized")(rows)
         header = _compact(fused[:, -8:]).view(torch.float32).to(torch.float16)
         return fused[:, : rows.shape[1]], header
@@ -144,7 +144,7 @@ class Int4Format(NbitFormat):
     name, fbgemm_type = "int4", 3
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes of a row: header and half a byte a value; FBGEMM's quantizer wants dim to be a multiple of 4."""
+        """Bytes of a row: header and half a byte a value. FBGEMM's quantizer wants dim to be a multiple of 4."""
         if dim % 4:
             raise InvalidRequest(f"int4 needs a dim that is a multiple of 4, got {dim}: use int8")
         return HEADER_BYTES + dim // 2

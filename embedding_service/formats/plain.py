@@ -18,8 +18,8 @@ class PlainFormat(RowFormat):
     """A torch float dtype as it is.
 
     Attributes:
-        item_bytes: Of a value.
-        torch_name: The dtype's name in torch, which is not imported to know a row's bytes.
+        item_bytes: Bytes of a value.
+        torch_name: The dtype's name in torch. Knowing a row's bytes does not import torch.
     """
 
     item_bytes: ClassVar[int]
@@ -40,7 +40,7 @@ class PlainFormat(RowFormat):
         return rows, dim
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Convert values; rows that already have this dtype are taken bit for bit, unlooked at."""
+        """Convert values. Rows that already have this dtype are taken bit for bit, unchecked."""
         if rows.dtype != self.dtype:
             check_finite(rows)
             rows = self._narrow(rows)
@@ -53,7 +53,7 @@ class PlainFormat(RowFormat):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Convert values to the dtype asked for; no more than a view where it is the stored one and `out` is None."""
+        """Convert values to the dtype asked for. It is only a view if that is the stored dtype and `out` is None."""
         self.check_stored(stored, dim)
         if not stored.shape[0]:  # torch will not view bytes without rows as floats
             return output(stored, dim, out, dtype)

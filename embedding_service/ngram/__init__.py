@@ -1,7 +1,7 @@
-"""Token ids -> row ids, a file a family.
+"""Token ids -> row ids, a file for each family.
 
-A new family is one file beside `longcat.py` with a subclass of `NgramHasher`, imported here: importing it registers it.
-docs/families.md goes through it.
+A new family is one file beside `longcat.py` with a subclass of `NgramHasher`, imported here. Importing it registers it.
+docs/families.md shows how.
 """
 
 from embedding_service.ngram.base import NO_TOKEN, NgramHasher, TableShape

@@ -24,7 +24,7 @@ _families: dict[str, type["NgramHasher"]] = {}
 
 @dataclass(frozen=True)
 class TableShape:
-    """One table of a model: its heads' rows stacked in head order, then rows no id ever names (padding), if any."""
+    """One table of a model: its heads' rows stacked in head order, then padding rows that no id names, if any."""
 
     name: str
     rows: int
@@ -34,10 +34,10 @@ class TableShape:
 class NgramHasher(ABC):
     """Turns token ids into row ids the way one model family does. Immutable and thread-safe.
 
-    A family subclasses it with `family` set and the abstract methods filled in; defining the class registers it.
+    A family subclasses it with `family` set and the abstract methods filled in. Defining the class registers it.
 
     Attributes:
-        model_types, architectures: What configs of the family call themselves, in either key.
+        model_types, architectures: The values of these keys in configs of the family. Either is enough.
     """
 
     family: ClassVar[str]
@@ -57,10 +57,10 @@ class NgramHasher(ABC):
         """The hasher of a model.
 
         config: a transformers config, the same as a mapping, or the path of a checkpoint folder or its config.json.
-        tokenizer: for a family that hashes normalized tokens (engram), see `token_map.token_map_of`; where config is a
-        path, the tokenizer beside it by default. Other families do not look at it.
-        Raises InvalidRequest for a family that is not known, a config that lacks keys or a tokenizer that is missed,
-        StoreError for a path without a readable config or tokenizer.
+        tokenizer: for a family that hashes normalized tokens (engram), see `token_map.token_map_of`. If config is a
+        path, it is the tokenizer beside it by default. Other families ignore it. Raises InvalidRequest for an unknown
+        family, a config that lacks keys or a missing tokenizer. Raises StoreError for a path without a readable config
+        or tokenizer.
         """
         keys = _config_keys(config)
         if tokenizer is None and isinstance(config, (str, Path)):
@@ -87,7 +87,7 @@ class NgramHasher(ABC):
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config is of this family. Raises InvalidRequest where it cannot say."""
+        """Whether a checkpoint with this config is of this family. Raises InvalidRequest if it cannot tell."""
         architectures = config.get("architectures") or ()
         if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
             raise InvalidRequest(f"architectures must be a list of names, got {shown(architectures)}")
@@ -96,16 +96,16 @@ class NgramHasher(ABC):
     @classmethod
     @abstractmethod
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What `params()` will return, from the config of a model of this family."""
+        """The values of `params()`, from the config of a model of this family."""
 
     @classmethod
     def params_of_tokenizer(cls, tokenizer: object) -> dict[str, Any]:
-        """What `params()` further holds and only the tokenizer knows: nothing, for most families."""
+        """Further values of `params()` that only the tokenizer knows. Most families have none."""
         return {}
 
     @abstractmethod
     def params(self) -> dict[str, Any]:
-        """All that decides the ids, JSON-able: the keyword arguments of this class."""
+        """Everything that decides the ids, JSON-able. These are the keyword arguments of this class."""
 
     @abstractmethod
     def _hash(self, tokens: Tensor) -> Tensor:
@@ -124,13 +124,12 @@ class NgramHasher(ABC):
     def row_ids(self, token_ids: Tensor, context: Tensor | None = None) -> Tensor:
         """The rows of their tables that each token reads.
 
-        token_ids: int64 [B, S], each in [0, vocab_size), or NO_TOKEN for padding. A padded position gets
-        ids that are valid but nobody's; the caller masks what it reads there.
-        context: int64 [B, C], the tokens that come directly before; None at a sequence's start. Any C will do: what is
-        missing counts as NO_TOKEN, and only the last context_length tokens count.
-        Returns int64 [B, S, L, H] on the device of token_ids, head offsets added.
-        Raises InvalidRequest for a wrong type, dtype or shape and for a token out of range, naming its position.
-        On an accelerator the range check waits for the device.
+        token_ids: int64 [B, S], each in [0, vocab_size), or NO_TOKEN for padding. A padded position gets valid ids
+        without a meaning. The caller masks what it reads there.
+        context: int64 [B, C], the tokens directly before, None at a sequence's start. Any C will do. Missing tokens
+        count as NO_TOKEN, and only the last context_length tokens count. Returns int64 [B, S, L, H] on the device of
+        token_ids, head offsets added. Raises InvalidRequest for a wrong type, dtype or shape and for a token out of
+        range, naming its position. On an accelerator the range check waits for the device.
         """
         tokens = self._with_context(token_ids, context)
         if not token_ids.numel():
@@ -171,7 +170,7 @@ class NgramHasher(ABC):
         if low.item() >= NO_TOKEN and high.item() < self.vocab_size:
             return
         row, column = ((tokens < NO_TOKEN) | (tokens >= self.vocab_size)).nonzero()[0].tolist()
-        # A position counts in token_ids; in the context it is negative, -1 being the token directly before.
+        # A position counts in token_ids. In the context it is negative, and -1 is the token directly before.
         position = column - self.context_length
         raise InvalidRequest(
             f"{'token_ids' if position >= 0 else 'context'}[{row}, {position}] is {int(tokens[row, column])}, "
@@ -184,7 +183,7 @@ class NgramHasher(ABC):
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keys of a model that also sees and hears: what its config nests under text_config, over the outer ones."""
+    """The keys of a model. If it also sees and hears, keys nested under text_config override the outer ones."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, Mapping) else config
 

@@ -1,4 +1,4 @@
-"""What a config may ask for, checked before anything is computed from it: a config is somebody else's text.
+"""What a config may ask for. It is checked before anything is computed, because a config is somebody else's text.
 
 The bounds are far above every published model, and low enough that a hasher is made within seconds.
 """
@@ -41,7 +41,7 @@ def wholes(key: str, value: object, most: int, count: int) -> list[int]:
 
 
 def check_heads(what: str, tables: int, heads: int) -> None:
-    """Raise InvalidRequest for more heads of a table, or of all of them, than are made; `what` names the keys."""
+    """Raise InvalidRequest for too many heads of a table, or of all tables. `what` names the keys."""
     if heads > MOST_HEADS or tables * heads > MOST_HEADS_IN_ALL:
         raise InvalidRequest(
             f"{what} ask for {tables:,} tables of {heads:,} heads: at most {MOST_HEADS:,} a table and "

@@ -47,8 +47,8 @@ class EngramHasher(NgramHasher):
         m[0], m[1], ... = 2 * numpy.random.default_rng(10007 * layer_id).integers(0, (2^63 - 1) // C // 2) + 1
         id at t = (xor over d < n of c[t-d] * m[d]) mod rows, plus the rows of the layer's heads before
 
-    where c[t-d] is the pad token's once look-back has met a NO_TOKEN or the sequence's start; EOS ends nothing.
-    Published code calls tokens that are images dead: pass them as NO_TOKEN.
+    where c[t-d] is the pad token's once look-back has met a NO_TOKEN or the sequence's start. EOS ends nothing.
+    Published code calls tokens of images dead. Pass them as NO_TOKEN.
 
     The table of layer i is named `layer_{i}`. `token_map` is the text that `token_map.pack` makes of a map.
     """
@@ -113,7 +113,7 @@ class EngramHasher(NgramHasher):
 
     @classmethod
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See the base class. Raises InvalidRequest where keys are missing."""
+        """See the base class. Raises InvalidRequest if keys are missing."""
         keys = text_config(config)
         missing = [key for key in _KEYS if keys.get(key) is None]
         if missing:

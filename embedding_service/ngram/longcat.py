@@ -44,9 +44,9 @@ class LongcatHasher(NgramHasher):
         id at t = (sum over d < n of x[t-d] * V^d) mod rows, plus the rows of the heads before
 
     where x[t-d], the token d before t, counts as 0 once look-back has met an EOS, a NO_TOKEN or the sequence's start.
-    An EOS at t itself ends nothing yet: it is hashed with what came before it.
+    An EOS at t itself ends nothing yet. It is hashed with what came before it.
 
-    The published code knows one EOS id. A config may list several; then each ends a segment. None cuts nothing.
+    The published code knows one EOS id. A config may list several, and then each ends a segment. None cuts nothing.
     """
 
     family = "longcat"
@@ -86,12 +86,12 @@ class LongcatHasher(NgramHasher):
         self.emb_neighbor_num = emb_neighbor_num
         self.emb_split_num = emb_split_num
         self.eos_token_ids = tuple(ends)
-        # A head of n-grams sees n tokens: its further powers are 0.
+        # A head of n-grams sees n tokens. Its further powers are 0.
         powers = [
             [pow(vocab_size, d, rows) if d < 2 + head // emb_split_num else 0 for head, rows in enumerate(head_rows)]
             for d in range(emb_neighbor_num)
         ]
-        # Always made on the CPU, whatever the default device of whoever builds a model around this.
+        # Always made on the CPU, with any default device around it.
         cpu = torch.device("cpu")
         self._constants = {
             cpu: (
@@ -103,14 +103,14 @@ class LongcatHasher(NgramHasher):
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """By its keys, too, where a config names neither model_type nor architectures."""
+        """Recognize a config by its keys, too, if it names neither model_type nor architectures."""
         if config.get("model_type") or config.get("architectures"):
             return super().recognizes(config)
         return all(_value(config, key) is not None for key in _KEYS)
 
     @classmethod
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See the base class. Raises InvalidRequest where keys are missing or would ask for other ids than ours."""
+        """See the base class. Raises InvalidRequest if keys are missing or ask for other ids than ours."""
         missing = [key for key in ("vocab_size", *_KEYS) if _value(config, key) is None]
         if missing:
             raise InvalidRequest(f"this LongCat config has no n-gram tables: it lacks {', '.join(missing)}")
@@ -136,7 +136,7 @@ class LongcatHasher(NgramHasher):
 
     def _hash(self, tokens: Tensor) -> Tensor:
         powers, rows, offsets = self._constants_on(tokens.device)
-        # [B, S, N], the token itself first, then ever older ones.
+        # [B, S, N], the token itself first, then older ones.
         grams = tokens.unfold(1, self.emb_neighbor_num, 1).flip(-1)
         older = grams[..., 1:]
         connected = older != NO_TOKEN
@@ -144,7 +144,7 @@ class LongcatHasher(NgramHasher):
             connected &= older != eos
         grams = grams.clamp_min(0)
         grams[..., 1:] *= connected.cumprod(-1)
-        # In float64 because every device multiplies matrices of it; all sums stay below 2^53, so they are exact.
+        # In float64, because every device multiplies matrices of it. All sums stay below 2^53, so they are exact.
         sums = (grams.double() @ powers).long()
         return sums.fmod_(rows).add_(offsets).unsqueeze(2)
 

@@ -26,7 +26,7 @@ from embedding_service.ngram.bounds import (
 )
 from embedding_service.ngram.xor import XorHash, multiplier_bound, primes_from
 
-# The published config class's own; a config.json leaves out what equals them.
+# The published config class's own. A config.json leaves out values that equal them.
 _DEFAULTS = {
     "vocab_size": 248320,
     "ngram_size": 3,
@@ -47,8 +47,8 @@ class Qwen4ExpHasher(NgramHasher):
         id at t = (xor over d < n of x[t-d] * m[d]) mod rows, plus the rows of the layer's heads before
 
     where x[t-d], the token d before t, counts as EOS once look-back has met an EOS, a NO_TOKEN or the sequence's start.
-    A NO_TOKEN at t itself counts as EOS too: the published code replaces padding by EOS. Of several EOS ids the first
-    one counts, as there.
+    A NO_TOKEN at t itself counts as EOS too, because the published code replaces padding by EOS. Of several EOS ids the
+    first one counts, as there.
 
     PLE layer ids count from 1. `layers` counts from 0, as names of tensors do, and so do the tables: `layer_{l}`.
     """
@@ -126,7 +126,7 @@ class Qwen4ExpHasher(NgramHasher):
         return dict(self._params)
 
     def _hash(self, tokens: Tensor) -> Tensor:
-        # [B, S, N], the token itself first, then ever older ones.
+        # [B, S, N], the token itself first, then older ones.
         grams = tokens.unfold(1, self.context_length + 1, 1).flip(-1)
         older = grams[..., 1:]
         ends = ((older == self._eos) | (older == NO_TOKEN)).cumsum(-1) > 0

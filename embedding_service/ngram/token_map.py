@@ -1,8 +1,8 @@
 """Engram's compressed vocabulary: tokens that look alike once normalized share an id.
 
 Source: `engram.py` in the code published with DeepSeek-V4.1-Flash and with "Conditional Memory via Scalable Lookup"
-(github.com/deepseek-ai/Engram). It needs the `tokenizers` library, which clients of the service do not: they get the
-map with the routing.
+(github.com/deepseek-ai/Engram). Making a map needs the `tokenizers` library. Clients of the service do not need it:
+they get the map with the routing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-# A token that is a single space would be stripped to nothing; meanwhile a code point of private use stands for it.
+# A token that is a single space would be stripped to nothing. A code point of private use stands for it until then.
 _LONE_SPACE = "\ue000"
 _COUNT_BYTES = 4
-# Of a packed map once it is inflated: 16 million tokens.
+# Bytes of a packed map once it is inflated: 16 million tokens.
 _MOST_BYTES = 64 << 20
 
 
@@ -34,8 +34,8 @@ def token_map_of(tokenizer: object) -> Tensor:
 
     tokenizer: a `tokenizers.Tokenizer`, a fast tokenizer of transformers, or the path of a tokenizer.json or of the
     folder that holds it. An int64 tensor is taken as the map itself.
-    Raises InvalidRequest for anything else and where the `tokenizers` library is missing, StoreError for a path that
-    holds no tokenizer.
+    Raises InvalidRequest for anything else, and if the `tokenizers` library is missing. Raises StoreError for a path
+    that holds no tokenizer.
     """
     if isinstance(tokenizer, Tensor):
         return _checked(tokenizer)
@@ -53,8 +53,8 @@ def token_map_of(tokenizer: object) -> Tensor:
 def pack(token_map: Tensor) -> str:
     """A map as text that is short enough for a routing: 0.8 bytes a token if every fourth repeats a random one.
 
-    How many tokens, a bit for each that says whether its id is new, the ids of the others with all lowest bytes first;
-    deflated, in base 85.
+    It holds the number of tokens, a bit for each that says whether its id is new, and the ids of the others with all
+    lowest bytes first. It is deflated, in base 85.
     """
     ids = _checked(token_map).numpy()
     new = _is_new(ids)
@@ -64,7 +64,7 @@ def pack(token_map: Tensor) -> str:
 
 
 def unpack(text: str) -> Tensor:
-    """The map that `pack` made text of: int64 [tokens]. Raises InvalidRequest."""
+    """The map that `pack` packed: int64 [tokens]. Raises InvalidRequest."""
     try:
         inflate = zlib.decompressobj()
         content = inflate.decompress(base64.b85decode(text), _MOST_BYTES)
@@ -86,7 +86,7 @@ def _compress(tokenizer: Any) -> Tensor:
     compressed = []
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
-        # Part of a character in UTF-8 is no text yet: its raw form says which part.
+        # Part of a character in UTF-8 is no text yet. Its raw form says which part.
         key = tokenizer.id_to_token(token) if "\ufffd" in text else normalizer.normalize_str(text) or text
         compressed.append(ids.setdefault(key, len(ids)))
     return torch.tensor(compressed, dtype=torch.int64, device="cpu")
@@ -137,5 +137,5 @@ def _checked(token_map: Tensor) -> Tensor:
 
 
 def _is_new(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Where an id is above all before it: there it appears first, if ids are numbered that way."""
+    """Whether an id is above all before it. If ids are numbered that way, it appears first there."""
     return ids > np.concatenate(([-1], np.maximum.accumulate(ids)[:-1]))

@@ -1,4 +1,4 @@
-"""What families qwen4_exp and engram share: tokens times odd multipliers, combined by xor, modulo primes."""
+"""The hash that families qwen4_exp and engram share: tokens times odd multipliers, combined by xor, modulo primes."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count
@@ -39,7 +39,7 @@ def _passes(power: int, number: int, halvings: int) -> bool:
 
 
 def multiplier_bound(tokens: int) -> int:
-    """Multipliers 2x + 1 with x below this times any of so many tokens stay below 2^63."""
+    """The bound for x below which (2x + 1) times any of `tokens` tokens stays below 2^63."""
     return max(1, MAX_INT64 // max(tokens, 1) // 2)
 
 
@@ -48,7 +48,8 @@ class XorHash:
 
         id = (xor over d < n of gram[d] * multiplier[l][d]) mod rows[l][head] + the rows of the table's heads before
 
-    Products stay below 2^63 (`multiplier_bound`), so int64 neither wraps nor has a sign, and any kind of modulo does.
+    Products stay below 2^63 (`multiplier_bound`). So int64 neither wraps nor has a sign, and any kind of modulo will
+    do.
 
     Args:
         multipliers: [L][N].
@@ -56,7 +57,7 @@ class XorHash:
     """
 
     def __init__(self, multipliers: Sequence[Sequence[int]], head_rows: Sequence[Sequence[int]]) -> None:
-        # Always made on the CPU, whatever the default device of whoever builds a model around this.
+        # Always made on the CPU, with any default device around it.
         cpu = torch.device("cpu")
         orders = len(multipliers[0]) - 1
         shape = (len(head_rows), orders, -1)
@@ -70,7 +71,7 @@ class XorHash:
         }
 
     def row_ids(self, grams: Tensor) -> Tensor:
-        """int64 [B, S, N], the token itself first, then ever older ones -> int64 [B, S, L, H]."""
+        """int64 [B, S, N], the token itself first, then older ones -> int64 [B, S, L, H]."""
         multipliers, rows, offsets = self._constants_on(grams.device)
         mixed = grams.unsqueeze(2) * multipliers
         for older in range(1, multipliers.shape[1]):

@@ -1,8 +1,8 @@
 """A version under way: locked, resumable, invisible until it is published.
 
-Parts are written into a folder beside the versions, STORE/MODEL/.VERSION.importing, and noted in its journal as they
-are finished. Publishing writes the manifest and renames the folder. A remote store has no rename: there the folder is a
-temporary one on this machine, each finished part is copied to its final place, and the manifest follows last.
+Parts are written into a folder beside the versions, STORE/MODEL/.VERSION.importing. The folder's journal notes each
+finished part. Publishing writes the manifest and renames the folder. A remote store has no rename. There the folder is
+a temporary one on this machine, each finished part is copied to its final place, and the manifest follows last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Draft:
         self._finished: dict[str, Part] = {}
 
     def resume(self, fingerprint: str) -> None:
-        """Take over the finished parts of an earlier run with the same fingerprint; else begin anew."""
+        """Take over the finished parts of an earlier run with the same fingerprint, or begin from nothing."""
         first, *lines = _lines(self.folder / _JOURNAL) or [""]
         if first == fingerprint:
             self._finished = {part.file: part for part in map(_read_part, lines) if part and self._is_whole(part)}
@@ -51,7 +51,7 @@ class Draft:
         return self._finished.get(file)
 
     def keep(self, part: Part) -> None:
-        """Note a part that was just written: an import that comes after this one's death need not do it again."""
+        """Note a part that was just written. If this import dies, the next one need not write it again."""
         self._finished[part.file] = part
         with (self.folder / _JOURNAL).open("a") as journal:
             journal.write(part.model_dump_json() + "\n")
@@ -70,16 +70,16 @@ class Draft:
         _sync_folder(self.folder)
         self.folder.rename(self._published)
         _sync_folder(self._published.parent)
-        # Not before: in a folder without its lock another import could begin anew, and we would publish that.
+        # Not before. In a folder without its lock another import could begin, and we would publish that.
         self.clear_published()
 
     def clear_published(self) -> None:
-        """Remove this import's own files from the version, the journal last: see `has_published`."""
+        """Remove this import's own files from the version, the journal last. `has_published` says why."""
         (self._published / _LOCK).unlink(missing_ok=True)
         (self._published / _JOURNAL).unlink(missing_ok=True)
 
     def has_published(self, fingerprint: str) -> bool:
-        """Whether an import of this fingerprint published the version and died before it was through."""
+        """Whether an import of this fingerprint published the version and died before it had cleared up."""
         return self.store.has(self.model, self.version) and any(
             _lines(journal)[:1] == [fingerprint] for journal in self._published_journals()
         )
@@ -93,7 +93,7 @@ class Draft:
         return [self._published / _JOURNAL]
 
     def abandon_if_empty(self) -> None:
-        """Leave no trace where nothing was finished."""
+        """Leave no trace if nothing was finished."""
         if self.folder.exists() and len(_lines(self.folder / _JOURNAL)) < 2:
             self.abandon()
 
@@ -121,10 +121,10 @@ class Draft:
 
 
 class RemoteDraft(Draft):
-    """A version of a remote store under way; resumed on the same machine only."""
+    """A version of a remote store under way. It can be resumed on the same machine only."""
 
     def keep(self, part: Part) -> None:
-        """Copy the part to its final place; here only the journal remembers it."""
+        """Copy the part to its final place. Here only the journal remembers it."""
         location = self.store.location(self.model, self.version, part.file)
         self.store.filesystem.makedirs(location.rpartition("/")[0], exist_ok=True)
         self.store.filesystem.put_file(str(self.folder / part.file), location)
@@ -152,7 +152,7 @@ class RemoteDraft(Draft):
         return max(part_bytes, default=0)  # one at a time is on this machine
 
     def _is_whole(self, part: Part) -> bool:
-        # By its size: to check more it would have to be fetched, and shards do that before they serve it.
+        # By its size. To check more it would have to be fetched, and shards do that before they serve it.
         location = self.store.location(self.model, self.version, part.file)
         return (
             self.store.filesystem.exists(location) and self.store.filesystem.size(location) == PAGE_BYTES + part.bytes
@@ -160,7 +160,7 @@ class RemoteDraft(Draft):
 
 
 def finish_published(store: Store, model: str, version: str, fingerprint: str) -> Manifest | None:
-    """Clear up after an import of this fingerprint that published and then died; returns the manifest, or None."""
+    """Clear up after an import of this fingerprint that published and then died. Returns the manifest, or None."""
     draft = _draft(store, check_name(model), check_name(version))
     if not draft.has_published(fingerprint):
         return None
@@ -200,7 +200,7 @@ def _draft(store: Store, model: str, version: str) -> Draft:
 
 def _refuse_taken(store: Store, model: str, version: str) -> None:
     location = store.location(model, version)
-    # A remote version without a manifest is one whose import died; a local one is something we did not write.
+    # A remote version without a manifest is one whose import died. A local one is something that we did not write.
     if store.has(model, version) or (store.is_local and Path(location).exists()):
         newer = next_version(store.versions(model) or [version])
         raise ImportRefused(
@@ -211,7 +211,7 @@ def _refuse_taken(store: Store, model: str, version: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold the folder's lock file, which dies with this process however it ends."""
+    """Hold the folder's lock file. The lock dies with this process in any case."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("wb", buffering=0)
@@ -254,7 +254,7 @@ def _read_part(line: str) -> Part | None:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    """Replace a file, so that at any moment either the old or the new text is on disk."""
+    """Replace a file. At any moment either the old or the new text is on disk."""
     new = path.with_name(f"{path.name}.new")
     with new.open("w") as file:
         file.write(text)

@@ -1,8 +1,8 @@
 """Importing: a checkpoint's tables become a published version of a model.
 
-Rows stream through in chunks: read, encoded, hashed, written. Memory is a few chunks, whatever the size of table or
-part. One thread does it all, at 1 to 2 GiB a second on a machine with two cores; threads that encode ahead gave nothing
-there, and torch's own threads made it three times slower when they had to wait for a busy core.
+Rows stream through in chunks: read, encoded, hashed, written. Memory is a few chunks for any size of table or part. One
+thread does it all, at 1 to 2 GiB a second on a machine with two cores. Threads that encode ahead gave nothing there.
+torch's own threads made it three times slower when they had to wait for a busy core.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def import_checkpoint(
     """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
 
     dtype: "int8", "int4", "fp8", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
-    part_bytes: most bytes of a part; None for a 16th of each table in whole pages, at most 256 MiB.
-    generic: tensor -> table, to take these matrices as tables without a family, whatever model they are of; then
-    `checkpoint` may also be a safetensors file, or a folder of them without a config.
-    Goes on where an earlier call with the same checkpoint and options was interrupted, be it while it published.
-    Until all is done the store shows nothing of it.
-    Raises ImportRefused (not a checkpoint, unknown family, missing or misshapen tensor, no disk space, name taken),
-    InvalidRequest (name, dtype, part size), StoreError (reading or writing failed midway).
+    part_bytes: most bytes of a part. None takes a 16th of each table in whole pages, at most 256 MiB.
+    generic: tensor -> table, to take these matrices of any model as tables without a family. Then `checkpoint` may also
+    be a safetensors file, or a folder of them without a config.
+    Goes on where an earlier call with the same checkpoint and options was interrupted, even while it published. Until
+    all is done the store shows nothing of it. Raises ImportRefused: not a checkpoint, unknown family, missing or
+    misshapen tensor, no disk space, name taken.
+    InvalidRequest: name, dtype, part size. StoreError: reading or writing failed midway.
     """
     source, importer = _open(Path(checkpoint), generic)
     plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
@@ -71,7 +71,7 @@ def import_checkpoint(
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
         try:
             tables = tuple(_write_table(plan, draft, meter) for plan in plans)
-        except ImportRefused:  # a row that cannot be held: the same import would end there again
+        except ImportRefused:  # a row that cannot be held: the same import would fail there again
             draft.abandon()
             raise
         manifest = _manifest(name, version, source, importer, plans, tables)
@@ -89,7 +89,7 @@ def _open(path: Path, generic: Mapping[str, str] | None) -> tuple[Checkpoint, Im
 
 @dataclass(frozen=True)
 class _Slot:
-    """A part that is to be."""
+    """A planned part."""
 
     index: int
     first_row: int
@@ -108,7 +108,7 @@ class _TablePlan:
     rows_per_part: int
 
     def slots(self) -> list[_Slot]:
-        """Every part in order; the last holds what is left."""
+        """Every part in order. The last holds what is left."""
         slots = []
         for index, first_row in enumerate(range(0, self.source.rows, self.rows_per_part)):
             rows = min(self.rows_per_part, self.source.rows - first_row)
@@ -174,7 +174,7 @@ def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, meter: Meter) -> P
 
 
 def _stored_chunks(plan: _TablePlan, slot: _Slot) -> Iterator[torch.Tensor]:
-    """Stored rows that, one after the other, are the part; each chunk comes from one source tensor."""
+    """The part's stored rows, chunk by chunk. Each chunk comes from one source tensor."""
     chunk_rows = max(1, _CHUNK_BYTES // (4 * plan.source.dim))
     ends = list(accumulate(tensor.rows for tensor in plan.source.tensors))
     for tensor, tensor_first, tensor_end in zip(plan.source.tensors, [0, *ends], ends, strict=False):

@@ -32,7 +32,7 @@ def check_name(name: str) -> str:
 
 
 def part_file(table: str, index: int) -> str:
-    """Where a part lies within the version's folder: no manifest can say otherwise."""
+    """Where a part lies within the version's folder. No manifest can say otherwise."""
     return f"{table}/part-{index:05d}.safetensors"
 
 
@@ -52,13 +52,13 @@ class Part(_Frozen):
     rows: int = Field(ge=1, le=MOST_ROWS)
     # Relative to the version's folder, with forward slashes.
     file: str
-    # Of the rows alone, without the file's header; the checksum is over these.
+    # Bytes of the rows alone, without the file's header. The checksum is over these.
     bytes: int = Field(ge=1, le=MOST_BYTES)
     checksum: str = Field(pattern=r"^xxh3-128:[0-9a-f]{32}$")
 
 
 class Table(_Frozen):
-    """A matrix [rows, dim] stored in one dtype; row r lies in part r // rows_per_part."""
+    """A matrix [rows, dim] stored in one dtype. Row r lies in part r // rows_per_part."""
 
     name: Name
     rows: int = Field(ge=1, le=MOST_ROWS)
@@ -91,7 +91,7 @@ class Table(_Frozen):
 
 
 class Dense(_Frozen):
-    """What of the checkpoint stays with the worker."""
+    """Tensors of the checkpoint that stay with the worker."""
 
     tensors: tuple[str, ...]
 
@@ -115,7 +115,7 @@ class Manifest(_Frozen):
     format_version: Literal[1] = 1
     model: Name
     version: Name
-    # "longcat", ...; empty for tables that are addressed by row id only.
+    # "longcat", for example. Empty for tables that are addressed by row id only.
     family: str
     # What NgramHasher.from_params takes.
     hash_params: dict[str, Any]
@@ -151,7 +151,7 @@ class Manifest(_Frozen):
 
     @classmethod
     def from_json(cls, text: Json, source: str) -> Manifest:
-        """Read a manifest; `source` names it in errors. Raises StoreError, with one line that says what is wrong."""
+        """Read a manifest. `source` names it in errors. Raises StoreError, with one line that says what is wrong."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

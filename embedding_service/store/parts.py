@@ -29,7 +29,7 @@ else:
     torch = late("torch")
 
 DEFAULT_PART_BYTES = 256 << 20
-# By default a table has at least so many, where it has the rows: a small one would lie on one shard.
+# By default a table has at least this many, if it has the rows. A small table is spread then, too.
 DEFAULT_PARTS = 16
 CHUNK_BYTES = 4 << 20
 TENSOR_NAME = "rows"
@@ -47,7 +47,7 @@ def rows_per_part(row_bytes: int, part_bytes: int = DEFAULT_PART_BYTES) -> int:
 
 
 def default_rows_per_part(rows: int, row_bytes: int) -> int:
-    """Rows of a part where nobody says: most that give DEFAULT_PARTS parts and are at most DEFAULT_PART_BYTES."""
+    """The default rows of a part: the most that give DEFAULT_PARTS parts and are at most DEFAULT_PART_BYTES."""
     least = PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes) * row_bytes
     share = (rows - 1) // (DEFAULT_PARTS - 1) * row_bytes
     return rows_per_part(row_bytes, max(least, min(share, DEFAULT_PART_BYTES)))
@@ -76,7 +76,7 @@ def part_layout(path: Path) -> PartLayout:
     return PartLayout(span.offset, span.bytes, span.dtype, span.shape)
 
 
-# Called with the bytes of each chunk that was read; it may wait, which slows the reading down.
+# Called with the bytes of each chunk that was read. It may wait, which slows the reading down.
 Pace = Callable[[int], None]
 
 
@@ -87,8 +87,8 @@ def _at_once(chunk_bytes: int) -> None:
 def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor, pace: Pace = _at_once) -> None:
     """Fill `buffer` (contiguous, exactly part.bytes) with the part's rows, hashing on the way.
 
-    Raises CorruptPart if the file or its checksum is not the manifest's (the buffer then holds rubbish), InvalidRequest
-    for a buffer of another size. Other threads run meanwhile.
+    Raises CorruptPart if the file or its checksum is not the manifest's. The buffer then holds rubbish. Raises
+    InvalidRequest for a buffer of another size. Other threads run all the while.
     """
     view = byte_view(buffer) if isinstance(buffer, torch.Tensor) else buffer.cast("B")
     if len(view) != part.bytes:
@@ -135,9 +135,9 @@ def _checksum(digest: xxhash.xxh3_128) -> str:
 
 
 class PartWriter:
-    """Writes one part chunk by chunk; the file takes its name only when it is whole and on disk.
+    """Writes one part chunk by chunk. The file takes its name only when it is whole and on disk.
 
-    Use as a context manager: leaving it by an exception removes what was written.
+    Use it as a context manager. Leaving it by an exception removes what was written.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Telling whoever waits how far a long copy is."""
+"""Telling how far a long copy is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splitting a checkpoint in two: what the service takes and what a worker needs.
+"""Splitting a checkpoint in two: the tables for the service, and the rest for a worker.
 
 A worker that loads OUT/dense never has the tables on its disk or in its memory.
 """
@@ -20,19 +20,19 @@ from embedding_service.tensorfile import header_bytes
 
 SHARD_BYTES = 5_000_000_000
 _COPY_BYTES = 4 << 20
-# Weights in whatever form: never copied as files, only tensor by tensor.
+# Weights in any form. They are never copied as files, only tensor by tensor.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def split_checkpoint(
     checkpoint: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
 ) -> None:
-    """Write `out`/dense (all but the tables, with config and tokenizer) and `out`/tables (the tables, and the
-    config and what else their family needs).
+    """Write `out`/tables (the tables, the config and what else their family needs) and `out`/dense (all the rest).
 
-    Both are checkpoint folders; `import` takes the second as it takes the whole. Files hold at most `shard_bytes`,
-    unless one tensor is larger. `out` appears only when all is written. Raises ImportRefused (not a checkpoint, unknown
-    family, missing or misshapen tensor, no disk space, `out` is there and not empty), StoreError (failed midway).
+    `out`/dense has config and tokenizer too. Both are checkpoint folders, and `import` takes the first as it takes the
+    whole. Files hold at most `shard_bytes`, unless one tensor is larger. `out` appears only when all is written.
+    Raises ImportRefused: not a checkpoint, unknown family, missing or misshapen tensor, no disk space, `out` is there
+    and not empty. StoreError: failed midway.
     """
     source, out = Checkpoint(Path(checkpoint)), Path(out)
     importer = find_importer(source)

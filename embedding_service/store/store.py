@@ -1,6 +1,6 @@
-"""A store: a folder, or any fsspec URL, of models, each in versions, each whole or not there at all.
+"""A store: a folder, or any fsspec URL, of models in versions. Each version is whole or not there at all.
 
-STORE/MODEL/VERSION/manifest.json is written last: a version without one does not exist.
+STORE/MODEL/VERSION/manifest.json is written last. A version without one does not exist.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from embedding_service.store.parts import verify
 MANIFEST_FILE = "manifest.json"
 # A part takes about 200 bytes of it, and a tokenizer some 100 KiB.
 MOST_MANIFEST_BYTES = 256 << 20
-# What a filesystem makes at its root, which is no model.
+# Folders that a filesystem makes at its root. They are no models.
 _NO_MODELS = ("lost+found",)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What one look at a store found, version by version: what is wrong with one hides no other.
+    """What one look at a store found, version by version. A fault of one hides no other.
 
     Attributes:
-        manifests: Of each model the versions that can be read, oldest first. Never without one.
-        problems: Why something is skipped, in one line, by (model, version); version "" stands for the model's folder.
-        is_empty: There is no folder that could be a model's, as where a filesystem is not mounted.
+        manifests: For each model the versions that can be read, oldest first. Never an empty list.
+        problems: Why something is skipped, in one line, by (model, version). Version "" stands for the model's folder.
+        is_empty: There is no folder that could be a model's. An unmounted filesystem looks like that.
     """
 
     manifests: dict[str, list[Manifest]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Store:
         except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
             raise StoreError(f"{self.url} is no store that can be opened: {error}") from error
         self.is_local = isinstance(filesystem, LocalFileSystem)
-        # Parts are cached here, whole or not at all; a cache of fsspec's shows a file while it is written.
+        # Parts are cached here, whole or not at all. fsspec's own cache shows a file while it is written.
         self.filesystem = filesystem.fs if isinstance(filesystem, CachingFileSystem) else filesystem
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class Store:
         return [manifest.model for manifest in self.newest()]
 
     def newest(self) -> list[Manifest]:
-        """Of each model the newest version that can be read; none for a store that is not there."""
+        """For each model the newest version that can be read. None for a store that is not there."""
         try:
             return [versions[-1] for versions in self.catalogue().manifests.values()]
         except FileNotFoundError:
@@ -81,9 +81,9 @@ class Store:
     def catalogue(self, known: Catalogue | None = None) -> Catalogue:
         """Everything that is published. What is skipped is named: odd names, what cannot be read, copies of others.
 
-        Manifests of `known` are taken from there where they are still in their place: published ones do not change.
+        Manifests of `known` that are still in their place are taken from there: published ones do not change.
 
-        Raises OSError, or what the filesystem of a remote store raises, where the store itself cannot be read.
+        Raises OSError, or what the filesystem of a remote store raises, if the store itself cannot be read.
         """
         self.filesystem.invalidate_cache()  # remote ones remember what they listed
         have = {(each.model, each.version): each for each in chain(*known.manifests.values())} if known else {}
@@ -101,7 +101,7 @@ class Store:
         return found
 
     def versions(self, model: str) -> list[str]:
-        """Published versions of a model, oldest first (2 before 10); empty for a model that is not there."""
+        """Published versions of a model, oldest first (2 before 10). Empty for a model that is not there."""
         folder = self.location(check_name(model))
         try:
             return [version for version in self._folders(folder) if self.has(model, version)]
@@ -138,14 +138,14 @@ class Store:
         return "/".join([self.root.rstrip("/"), *names])
 
     def part_path(self, manifest: Manifest, part: Part) -> Path:
-        """Path of a part in a local store; nothing is read. For remote stores see `fetch_part`."""
+        """Path of a part in a local store. Nothing is read. For remote stores see `fetch_part`."""
         return Path(self.location(manifest.model, manifest.version, part.file))
 
     def fetch_part(self, manifest: Manifest, part: Part, cache: Path) -> Path:
         """Return a local path of the part: its own in a local store, else a verified copy below `cache`.
 
-        A copy that is there already is trusted: it took its name only after its checksum held, and whoever loads it
-        checks it again. Raises CorruptPart, StoreError where the disk of `cache` is full or a link leads out of it, or
+        A copy that is there already is trusted. It took its name only after its checksum held, and loading it checks it
+        again. Raises CorruptPart. Raises StoreError if the disk of `cache` is full or a link leads out of it. Raises
         the filesystem's own OSError.
         """
         if self.is_local:
@@ -165,8 +165,8 @@ class Store:
         return path
 
     def _copy(self, manifest: Manifest, part: Part, path: Path) -> None:
-        """Bring a part here; it takes its name once its checksum held, and what was copied in vain goes away."""
-        # Of this thread alone: another may be fetching the same part.
+        """Bring a part here. It takes its name once its checksum held, and a failed copy goes away."""
+        # A file of this thread alone. Another thread may be fetching the same part.
         descriptor, name = tempfile.mkstemp(prefix=f"{path.stem}.partial-", dir=path.parent)
         os.close(descriptor)
         partial = Path(name)
@@ -178,7 +178,7 @@ class Store:
             partial.unlink(missing_ok=True)
 
     def _read_manifest(self, model: str, version: str, known: Manifest | None = None) -> Manifest | None:
-        """A version's manifest, `known` if there is one; None where there is no such file. Raises StoreError."""
+        """A version's manifest, or `known` if there is one. None if there is no such file. Raises StoreError."""
         location = self.location(model, version, MANIFEST_FILE)
         try:
             info = self.filesystem.info(location)
@@ -206,7 +206,7 @@ class Store:
 
 @contextmanager
 def _naming(found: Catalogue, model: str, version: str, location: str) -> Iterator[None]:
-    """What goes wrong with a folder is its problem alone. Filesystems raise what their libraries do."""
+    """A failure in a folder is that folder's problem alone. Filesystems raise what their libraries do."""
     try:
         yield
     except Exception as error:
@@ -215,7 +215,7 @@ def _naming(found: Catalogue, model: str, version: str, location: str) -> Iterat
 
 
 def _below(cache: Path, *names: str) -> Path:
-    """A path in the cache. Raises StoreError where a link there leads out of it: nothing is written elsewhere."""
+    """A path in the cache. Raises StoreError if a link there leads out of it. Nothing is written elsewhere."""
     path = cache.joinpath(*names)
     try:
         inside = path.resolve().is_relative_to(cache.resolve())

@@ -1,4 +1,4 @@
-"""Checkpoints read into tables, a file a model family. See `base.Importer`."""
+"""Checkpoints read into tables, a file for each model family. See `base.Importer`."""
 
 from __future__ import annotations
 

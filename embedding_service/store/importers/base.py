@@ -1,4 +1,4 @@
-"""What an importer must say about its family's checkpoints: which tensors, stacked in which order, are which table."""
+"""What an importer says of its family's checkpoints: which tensors, stacked in which order, are which table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedding_service.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, 
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.foreign import shown
 
-# The one place where the store knows another package: a family's geometry is written down once, with its hashing.
+# Only here does the store know another package. A family's geometry is written down once, with its hashing.
 from embedding_service.ngram import NgramHasher
 
 Hasher = TypeVar("Hasher", bound=NgramHasher)
@@ -19,7 +19,7 @@ Hasher = TypeVar("Hasher", bound=NgramHasher)
 
 @dataclass(frozen=True)
 class TableSource:
-    """One table as it lies in a checkpoint: matrices of one dtype and dim, their rows stacked in this order."""
+    """One table in a checkpoint: matrices of one dtype and dim, whose rows are stacked in this order."""
 
     name: str
     tensors: tuple[SourceMatrix, ...]
@@ -54,7 +54,7 @@ class Importer(ABC):
     """Finds tables in a checkpoint.
 
     Attributes:
-        family: The n-gram family that looks rows of these tables up; empty for none.
+        family: The n-gram family that looks rows of these tables up. Empty for none.
         hash_params: What NgramHasher.from_params takes, JSON-able.
     """
 
@@ -65,7 +65,7 @@ class Importer(ABC):
 
     @abstractmethod
     def is_table(self, tensor_name: str) -> bool:
-        """Whether a tensor holds rows of a table; all others stay with the worker."""
+        """Whether a tensor holds rows of a table. All others stay with the worker."""
 
     @abstractmethod
     def tables(self) -> list[TableSource]:
@@ -75,10 +75,10 @@ class Importer(ABC):
 class FamilyImporter(Importer, Generic[Hasher]):
     """The tables of an n-gram family. A family is one subclass in one file, named in `importers.IMPORTERS`.
 
-    Raises ImportRefused for a config, or a tokenizer where the family needs one, that describes no tables.
+    Raises ImportRefused for a config that describes no tables, and for a tokenizer that does not fit the family.
 
     Attributes:
-        hashes: The family's hasher class, which has the last word on whose checkpoint it is.
+        hashes: The family's hasher class. It decides whether a checkpoint is the family's.
     """
 
     hashes: type[Hasher]
@@ -102,14 +102,14 @@ class FamilyImporter(Importer, Generic[Hasher]):
 
 
 def row_dim(checkpoint: Checkpoint, key: str, values: object, heads: int) -> int:
-    """What each of `heads` rows holds of `values` in all. Raises ImportRefused, naming the config's key."""
+    """The values of each of `heads` rows, which have `values` in all. Raises ImportRefused, naming the config's key."""
     if type(values) is not int or values < heads or values % heads:
         raise ImportRefused(f"{checkpoint.folder}/config.json: {key} {shown(values)} cannot be shared by {heads} heads")
     return values // heads
 
 
 def take_matrix(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) -> SourceTensor:
-    """Return a tensor that must be float [rows, dim]; any rows where None. Raises ImportRefused."""
+    """Return a tensor that must be float [rows, dim]. None takes any number of rows. Raises ImportRefused."""
     tensor = take_shape(checkpoint, name, rows, dim)
     if tensor.dtype not in FLOAT_DTYPES:
         raise ImportRefused(
@@ -134,7 +134,7 @@ def take_shape(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) ->
 
 
 def check_one_dtype(tensors: list[SourceTensor]) -> None:
-    """Raise ImportRefused if tensors that make one table differ in dtype: no bound would hold for all its rows."""
+    """Raise ImportRefused if the tensors of one table differ in dtype. No bound would hold for all its rows."""
     for tensor in tensors:
         if tensor.dtype != tensors[0].dtype:
             raise ImportRefused(

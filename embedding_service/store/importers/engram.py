@@ -1,4 +1,4 @@
-"""Family engram: one table an Engram layer, in fp8 with its scales."""
+"""Family engram: one table for each Engram layer, in fp8 with its scales."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _TABLE = re.compile(r"((?:model\.|language_model\.)*layers\.(\d+)\.engram\.embed
 class EngramImporter(FamilyImporter[EngramHasher]):
     """DeepSeek-V4.1-Flash and its kin.
 
-    For each Engram layer `layers.{l}.engram.embed.weight`, e4m3 [rows, engram_head_dim], and `.scale`, e8m0
-    [rows, engram_head_dim / 32]; or the weight alone in fp32, fp16 or bf16. All else stays with the worker. The folder
-    must hold tokenizer.json: which tokens share an id comes from it.
+    Each Engram layer has `layers.{l}.engram.embed.weight`, e4m3 [rows, engram_head_dim], and `.scale`, e8m0
+    [rows, engram_head_dim / 32]. Or it has the weight alone, in fp32, fp16 or bf16. All else stays with the worker. The
+    folder must hold tokenizer.json, which decides which tokens share an id.
     """
 
     hashes = EngramHasher
@@ -38,7 +38,7 @@ class EngramImporter(FamilyImporter[EngramHasher]):
         return _TABLE.fullmatch(tensor_name) is not None
 
     def tables(self) -> list[TableSource]:
-        """One an Engram layer, in the config's order."""
+        """One for each Engram layer, in the config's order."""
         prefixes: dict[int, str] = {}
         for name in self._checkpoint.tensors:
             if match := _TABLE.fullmatch(name):

@@ -13,7 +13,7 @@ _SHOWN = 20
 
 
 class GenericImporter(Importer):
-    """The matrices that its user names. Not in `IMPORTERS`: it recognizes nothing by itself.
+    """The matrices that the user names. It is not in `IMPORTERS`, because it recognizes nothing by itself.
 
     Args:
         wanted: Tensor name -> table name.
@@ -32,7 +32,7 @@ class GenericImporter(Importer):
         return tensor_name in self._wanted
 
     def tables(self) -> list[TableSource]:
-        """A table each."""
+        """A table for each matrix."""
         return [self._table(tensor, table) for tensor, table in self._wanted.items()]
 
     def _table(self, name: str, table: str) -> TableSource:

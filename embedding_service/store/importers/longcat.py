@@ -1,4 +1,4 @@
-"""Family longcat: one tensor a head, stacked into the one table "ngram"."""
+"""Family longcat: one tensor for each head, stacked into the one table "ngram"."""
 
 from __future__ import annotations
 

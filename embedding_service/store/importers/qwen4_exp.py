@@ -1,4 +1,4 @@
-"""Family qwen4_exp: one table a PLE layer, in one tensor or in pieces."""
+"""Family qwen4_exp: one table for each PLE layer, in one tensor or in pieces."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _DEFAULT_HIDDEN = 2048
 class Qwen4ExpImporter(FamilyImporter[Qwen4ExpHasher]):
     """Qwen4-Exp models and Qwen3.8-Flash-Next.
 
-    For each PLE layer `...layers.{l}.ple.ple_embedding.ngram_embedding.weight`, or its rows in pieces
-    `.shard_{p}.weight` with p = 0, 1, ...: [rows of all heads and padding, ple_embed_dim / heads]. All else stays with
+    Each PLE layer has `...layers.{l}.ple.ple_embedding.ngram_embedding.weight`, or its rows in pieces
+    `.shard_{p}.weight` with p = 0, 1, ... Rows are [all heads and padding, ple_embed_dim / heads]. All else stays with
     the worker.
     """
 
@@ -38,7 +38,7 @@ class Qwen4ExpImporter(FamilyImporter[Qwen4ExpHasher]):
         return _TABLE.fullmatch(tensor_name) is not None
 
     def tables(self) -> list[TableSource]:
-        """One a PLE layer, in the order of layers."""
+        """One for each PLE layer, in the order of layers."""
         found: dict[int, dict[int | None, str]] = {layer: {} for layer in self._hasher.layers}
         for name in self._checkpoint.tensors:
             if match := _TABLE.fullmatch(name):
