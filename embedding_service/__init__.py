@@ -1,7 +1,7 @@
 """A distributed parameter service for the giant n-gram embedding tables of language models.
 
 The names below are the client side. It needs only grpcio, protobuf, numpy and torch. The classes load when they are
-first used; errors and `__version__` load nothing.
+first used. Errors and `__version__` load nothing.
 """
 
 from __future__ import annotations

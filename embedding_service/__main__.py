@@ -7,8 +7,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install where only the client side is."""
-    # For grpc, before it is imported: it writes a line for each call that it refuses by itself: strangers fill logs so.
+    """Run the command line. If only the client side is installed, say what to install."""
+    # For grpc, before it is imported. It writes a line for each call that it refuses by itself. Strangers could fill
+    # logs.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from embedding_service import cli

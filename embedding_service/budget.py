@@ -1,4 +1,4 @@
-"""How many bytes of requests and answers may be under way in a process at a time."""
+"""The bytes of requests and answers that may be under way in a process at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import threading
 from embedding_service.errors import Overloaded
 from embedding_service.machine import give_freed_memory_back
 
-# Less is not counted: it is bounded by the calls that a connection may have open, and counting takes time.
+# Less is not counted. A connection's open calls bound it, and counting takes time.
 COUNTED_BYTES = 64 << 10
-# Where so much was under way, what malloc keeps of it goes back to the kernel once so little is for so many seconds.
+# After much was under way, and then little for some seconds, malloc's freed memory goes back to the kernel.
 MUCH_BYTES, LITTLE_BYTES = 128 << 20, 16 << 20
 LOOK_SECONDS = 2.0
 
@@ -18,12 +18,12 @@ LOOK_SECONDS = 2.0
 class Budget:
     """Bytes that are promised before anything is made of them. Thread-safe.
 
-    What is asked for where nothing else is under way is always granted, so that everything within the limits of a
-    request is answered at some time.
+    A request is always granted while nothing else is under way. So everything within a request's limits is answered at
+    some time.
 
     Attributes:
-        most: Bytes.
-        left: Of those, how many may still be taken.
+        most: Bytes that may be under way.
+        left: The bytes of those that may still be taken.
     """
 
     def __init__(self, most: int) -> None:
@@ -32,7 +32,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Whether so many bytes may come under way: then they count until they are given back."""
+        """Whether `nbytes` may come under way. If so, they count until they are given back."""
         with self._lock:
             if nbytes > self.left < self.most:
                 return False
@@ -40,22 +40,22 @@ class Budget:
             return True
 
     def promise(self, nbytes: int) -> None:
-        """`take`; raises Overloaded where that may not be."""
+        """`take`, or raise Overloaded."""
         if not self.take(nbytes):
             raise Overloaded(self.refusal(nbytes))
 
     def count(self, nbytes: int) -> None:
-        """So many bytes are under way, whatever is left."""
+        """`nbytes` are under way, even if less is left."""
         with self._lock:
             self._add(nbytes)
 
     def give_back(self, nbytes: int) -> None:
-        """They are not under way any more."""
+        """`nbytes` are not under way any more."""
         with self._lock:
             self.left += nbytes
 
     def refusal(self, nbytes: int) -> str:
-        """What to say where so many bytes were not granted."""
+        """The message for `nbytes` that were not granted."""
         return (
             f"this request needs {nbytes:,} bytes of memory, and of the {self.most:,} for requests and answers only "
             f"{max(self.left, 0):,} are free: ask again in a moment, for less at a time, and read what is answered; a "
@@ -63,7 +63,7 @@ class Budget:
         )
 
     async def watch(self) -> None:
-        """Give the kernel back what malloc kept of much that was under way, until cancelled."""
+        """Give freed memory back to the kernel after much was under way, until cancelled."""
         much = False
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -78,7 +78,7 @@ class Budget:
         self._peak = max(self._peak, self.most - self.left)
 
     def _take_peak(self) -> int:
-        """The most since it was asked before."""
+        """The most that was under way since the last call."""
         with self._lock:
             peak, self._peak = self._peak, self.most - self.left
             return peak

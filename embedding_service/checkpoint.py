@@ -30,7 +30,7 @@ FP8_DTYPE, FP8_SCALE_DTYPE = "F8_E4M3", "F8_E8M0"
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a checkpoint; a float matrix can be read by rows."""
+    """One tensor of a checkpoint. A float matrix can be read by rows."""
 
     name: str
     file: Path
@@ -68,7 +68,7 @@ class SourceTensor:
     def read_stored(self, first: int, count: int) -> torch.Tensor:
         """The bytes of those rows: uint8 Tensor[count, row_bytes]. Raises StoreError.
 
-        A plain read, no mapping: mapped pages would count as this process's memory.
+        A plain read, because mapped pages would count as this process's memory.
         """
         row_bytes = self.dim * ITEM_BITS[self.dtype] // 8
         rows = torch.empty(count, row_bytes, dtype=torch.uint8)
@@ -140,7 +140,7 @@ SourceMatrix = SourceTensor | ScaledTensor
 
 
 class Checkpoint:
-    """The config and the tensors of a checkpoint folder. Raises ImportRefused unless it is one, and whole."""
+    """The config and the tensors of a checkpoint folder. Raises ImportRefused unless it is a whole one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -171,9 +171,9 @@ class Checkpoint:
 
 
 class LooseTensors(Checkpoint):
-    """The tensors of any safetensors file, or of a folder of them; no config is asked for.
+    """The tensors of any safetensors file, or of a folder of them. It needs no config.
 
-    Raises ImportRefused where there are none.
+    Raises ImportRefused if there are none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -226,10 +226,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def tensor_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """Each tensor's name, and the file of the checkpoint that it is taken from, which may not be there.
+    """Each tensor's name, and the file of the checkpoint that it is taken from. The file may be missing.
 
-    As transformers does it: what the config names goes first, then the single file, then an index.
-    Raises ImportRefused where there is none of them, or it cannot be read.
+    The order is that of transformers: first what the config names, then the single file, then an index.
+    Raises ImportRefused if there is none of them, or it cannot be read.
     """
     named = config.get("transformers_weights")
     known = [named] if isinstance(named, str) else [WEIGHTS_FILE, INDEX_FILE]
@@ -245,8 +245,8 @@ def tensor_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
 def file_below(folder: Path, name: str) -> Path:
     """The path of a file of a checkpoint, there or not.
 
-    Raises ImportRefused for one elsewhere, directly or by a link. A snapshot of a hub, models--X/snapshots/REVISION, is
-    linked to models--X/blobs.
+    Raises ImportRefused for a file elsewhere, directly or by a link. A hub's snapshot, models--X/snapshots/REVISION,
+    may link to models--X/blobs.
     """
     path, here = folder / name, folder.resolve()
     snapshots = [each for each in here.parents if each.name == "snapshots" and each.parent.name.startswith("models--")]

@@ -1,4 +1,4 @@
-"""The command line: puts the commands together, and turns deliberate errors into one red line."""
+"""The command line. It puts the commands together, and turns deliberate errors into one red line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line. What goes wrong is one red line and exit code 1; wrong usage is exit code 2."""
+    """Run the command line. A failure is one red line and exit code 1. Wrong usage is exit code 2."""
     try:
         app()
     except (EmbeddingServiceError, OSError) as error:

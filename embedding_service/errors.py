@@ -7,10 +7,10 @@
             OutOfRange          a row id outside its table
             RequestTooLarge     over a limit of the service
         ServiceError            the service could not answer now; the same request may succeed later
-            Unavailable         nobody who holds the rows can be reached
+            Unavailable         no owner of the rows can be reached
             DeadlineExceeded    the answer did not come in time
-            Overloaded          it has no memory for the request at the moment
-            ProtocolError       the peer answered with something this client does not understand
+            Overloaded          the service has no memory for the request at the moment
+            ProtocolError       the client does not understand the peer's answer
         StoreError              a checkpoint or store on disk
             ImportRefused       the checkpoint cannot be imported as asked
             CorruptPart         a part whose bytes do not match its checksum
@@ -28,7 +28,7 @@ class EmbeddingServiceError(Exception):
 
 
 class RequestError(EmbeddingServiceError):
-    """The request itself is wrong; sending it again will not help."""
+    """The request itself is wrong. Sending it again will not help."""
 
 
 class InvalidRequest(RequestError, ValueError):
@@ -36,23 +36,23 @@ class InvalidRequest(RequestError, ValueError):
 
 
 class NotFound(RequestError, LookupError):
-    """No such model, version or table; the message lists the known ones (gRPC NOT_FOUND)."""
+    """No such model, version or table. The message lists the known ones (gRPC NOT_FOUND)."""
 
 
 class OutOfRange(RequestError, IndexError):
-    """A row id outside its table; the message gives the first bad position, its id, the bound (gRPC OUT_OF_RANGE)."""
+    """A row id outside its table. The message gives the first bad position, its id, the bound (gRPC OUT_OF_RANGE)."""
 
 
 class RequestTooLarge(RequestError):
-    """Over a limit of the service; the message gives the limit (gRPC RESOURCE_EXHAUSTED)."""
+    """Over a limit of the service. The message gives the limit (gRPC RESOURCE_EXHAUSTED)."""
 
 
 class ServiceError(EmbeddingServiceError):
-    """The service could not answer now; the same request may succeed later."""
+    """The service could not answer now. The same request may succeed later."""
 
 
 class Unavailable(ServiceError, ConnectionError):
-    """Nobody who holds the rows can be reached; the message names rows and shards (gRPC UNAVAILABLE)."""
+    """No owner of the rows can be reached. The message names rows and shards (gRPC UNAVAILABLE)."""
 
 
 class DeadlineExceeded(ServiceError, TimeoutError):
@@ -60,11 +60,11 @@ class DeadlineExceeded(ServiceError, TimeoutError):
 
 
 class Overloaded(ServiceError):
-    """The service has no memory for the request at the moment; the message says how much (gRPC RESOURCE_EXHAUSTED)."""
+    """The service has no memory for the request at the moment. The message says how much (gRPC RESOURCE_EXHAUSTED)."""
 
 
 class ProtocolError(ServiceError):
-    """The peer answered with something this client does not understand."""
+    """The client does not understand the peer's answer."""
 
 
 class StoreError(EmbeddingServiceError):
@@ -72,15 +72,15 @@ class StoreError(EmbeddingServiceError):
 
 
 class ImportRefused(StoreError):
-    """The checkpoint cannot be imported as asked; nothing was changed in the store."""
+    """The checkpoint cannot be imported as asked. Nothing was changed in the store."""
 
 
 class CorruptPart(StoreError):
-    """A part whose bytes do not match the manifest's checksum; it is never served."""
+    """A part whose bytes do not match the manifest's checksum. It is never served."""
 
 
 class PlacementError(EmbeddingServiceError):
-    """The parts do not fit the shards; the message gives the bytes needed and the bytes there are."""
+    """The parts do not fit the shards. The message gives the bytes needed and the bytes there are."""
 
 
 class NoGradients(EmbeddingServiceError, RuntimeError):

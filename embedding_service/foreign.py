@@ -13,7 +13,7 @@ _SHORT.maxlevel = 3
 
 
 def printable(text: str) -> str:
-    """The text with an escape for whatever is no visible character or space: it stays one line, and moves no cursor."""
+    """The text with escapes for all that is no visible character or space. It stays one line, and moves no cursor."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
@@ -25,12 +25,12 @@ def shown(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
+    """The message of another library's error, in one line."""
     return printable(" ".join(str(error).split()))
 
 
 class LineFormatter(logging.Formatter):
-    """Keeps a record on one line whatever is in it; lines of a traceback after it are indented."""
+    """Keeps any record on one line. Lines of a traceback after it are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """See the base class."""

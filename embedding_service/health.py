@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from embedding_service.errors import InvalidRequest
 from embedding_service.methods import Context, Tell, Watched
 
-# Bytes of a request that asks to be told of a service: it is kept for as long as the call is open.
+# Bytes of a request to watch a service. It is kept for as long as the call is open.
 _REQUEST_BYTES = 256
-# Watches that are told something between two looks at what else there is to do.
+# Watches that are told something before other work has a turn.
 _TOLD_AT_A_TIME = 64
 
 _Status = health_pb2.HealthCheckResponse.ServingStatus
@@ -25,7 +25,7 @@ _UNKNOWN, _SERVING, _NOT_SERVING = (
 
 
 class Health(health_pb2_grpc.HealthServicer, Watched):
-    """Which services answer, and who wants to be told when that changes."""
+    """The services that answer, and the watches to tell when that changes."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -34,7 +34,7 @@ class Health(health_pb2_grpc.HealthServicer, Watched):
         self._ended = False
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        """How a service is now. Answered on the event loop, so that one that is stuck shows."""
+        """How a service is now. The event loop answers, so that a stuck one shows."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service is known here")
@@ -54,7 +54,7 @@ class Health(health_pb2_grpc.HealthServicer, Watched):
         return lambda: self._leave(service, tell)
 
     async def set(self, service: str, serving: bool) -> None:
-        """How a service is from now on, unless `end` was called."""
+        """Set how a service is from now on, unless `end` was called."""
         status = _SERVING if serving else _NOT_SERVING
         with self._lock:
             if self._ended or self._statuses.get(service) == status:
@@ -68,7 +68,7 @@ class Health(health_pb2_grpc.HealthServicer, Watched):
             await asyncio.sleep(0)
 
     async def end(self) -> None:
-        """No service answers from now on."""
+        """Say that no service answers from now on."""
         for service in list(self._statuses):
             await self.set(service, False)
         self._ended = True

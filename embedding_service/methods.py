@@ -1,4 +1,4 @@
-"""How calls are answered, whatever server they come by: methods, and what their handlers may ask and say."""
+"""How calls are answered, by any server: methods, and what their handlers may ask and say."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import grpc
 # Seconds.
 FAR_FUTURE = 1e9
 
-# Answers a serialized request with at most so many bytes, or says None: on the polling thread, so it must not wait.
+# Answers a serialized request with at most this many bytes, or None. It runs on the polling thread and must not wait.
 AtOnce = Callable[[bytes, int], bytes | None]
 
 
 class Places:
-    """Streams that may be open at a time, in all and of one host. Thread-safe."""
+    """Streams that may be open at a time, in all and from one host. Thread-safe."""
 
     def __init__(self, most: int, of_a_host: int) -> None:
         self._most, self._of_a_host = most, of_a_host
@@ -28,7 +28,7 @@ class Places:
         self._lock = threading.Lock()
 
     def take(self, host: str) -> str:
-        """Take a place for a host; says why there is none, else nothing."""
+        """Take a place for a host. Returns why there is none, or an empty text."""
         with self._lock:
             if self._all >= self._most:
                 return f"{self._most:,} such streams are open at this server: try again later or use another one"
@@ -55,8 +55,8 @@ class Method:
         handler: As generated code registers it with grpc.aio: a coroutine function or an async generator of (request
             or requests, context), and what reads and writes messages.
         at_once: Asked before `handler`, on the polling thread.
-        each: Both sides stream, and every message is a call of its own: `handler` is that of a message.
-        watch: In place of `handler`: a message, and answers whenever there is something to say.
+        each: Both sides stream, and every message is a call of its own. `handler` answers one message.
+        watch: In place of `handler`: takes a message, and answers whenever there is something to say.
         places: Streams of it that may be open.
         private: Offered at private addresses only.
     """
@@ -70,17 +70,17 @@ class Method:
 
 
 class Watched:
-    """What calls of a method wait for without a thread or a task. Both methods run on the polling thread."""
+    """Answers calls that wait, without a thread or a task for each. Both methods run on the polling thread."""
 
     def begin(self, message: bytes, tell: Tell) -> Callable[[], None]:
-        """A call's request came: have `tell` called, from any thread, with the answers; returns what ends that.
+        """Take a call's request. Calls `tell` with the answers, from any thread. Returns what ends that.
 
         Raises InvalidRequest.
         """
         raise NotImplementedError
 
 
-# Sends an answer to a watch; where the one before was not taken yet, this one replaces it.
+# Sends an answer to a watch. It replaces the one before if that was not taken yet.
 Tell = Callable[[bytes], None]
 
 
@@ -106,7 +106,7 @@ class Context:
         return self._peer
 
     def time_remaining(self) -> float | None:
-        """Seconds until the client's deadline; None without one, which grpc says as one in the far future."""
+        """Seconds until the client's deadline. None without one: grpc then says one in the far future."""
         seconds = self._due - time.time()
         return None if seconds > FAR_FUTURE else max(seconds, 0.001)
 
@@ -117,12 +117,12 @@ class Context:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
     ) -> NoReturn:
-        """End the call; raises what its handler must let pass."""
+        """End the call. Raises what its handler must let pass."""
         self.trailing = trailing_metadata or self.trailing
         raise Aborted(code, details)
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        """Have it called on the event loop when the answer was taken, or nobody waits for it any more."""
+        """Call it on the event loop when the answer was taken, or nobody waits for it any more."""
         self._done.append(callback)
 
     def finish(self) -> None:

@@ -19,7 +19,7 @@ class MetricsServer:
     Args:
         host: Address to listen on.
         port: 0 switches metrics off.
-        collect: Called at each scrape, on the server's thread: reads counters, changes nothing.
+        collect: Called at each scrape, on the server's thread. It reads counters and changes nothing.
     """
 
     def __init__(self, host: str, port: int, collect: Callable[[], Iterable[Metric]]) -> None:

@@ -1,8 +1,8 @@
 """The safetensors container, as far as streaming needs it: where each tensor's bytes lie in the file.
 
-The safetensors library maps whole files; an import reads and writes pieces with plain reads and writes, so that its
-memory stays small and its own. The format, as its README has it: u64 little-endian length
-of the header, the header in JSON (it may end in spaces), the tensors' bytes, which follow each other without gaps.
+The safetensors library maps whole files. An import reads and writes pieces with plain reads and writes, so that its
+memory stays small and its own. The format, as its README has it: the length of the header (u64, little-endian), the
+header in JSON (it may end in spaces), and the tensors' bytes, which follow each other without gaps.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ITEM_BITS = {
 PAGE_BYTES = 4096
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-# No tensor library has as many; products of many more would take for ever.
+# No tensor library has as many. Products of many more would take for ever.
 _MAX_DIMENSIONS = 64
 
 
 class BadTensorFile(StoreError):
-    """Not a whole safetensors file; the message says which and why."""
+    """Not a whole safetensors file. The message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def _check_cover(path: Path, spans: dict[str, TensorSpan], start: int, size: int
 
 
 def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Bytes that go before the data of `tensors` (name -> dtype, shape), laid side by side in this order.
+    """The bytes before the data of `tensors` (name -> dtype, shape), which lie side by side in this order.
 
-    The header is padded with spaces so that the data begins on a page: then it can be mapped wherever a page can.
+    The header is padded with spaces so that the data begins on a page. Then it can be mapped wherever a page can.
     """
     entries, begin = {}, 0
     for name, (dtype, shape) in tensors.items():

@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-    """Call a function in a thread of its own, which nobody waits for when the process ends.
+    """Call a function in a thread of its own. Nobody waits for that thread when the process ends.
 
-    The threads of `asyncio.to_thread` are few, and are waited for: where one hangs, the process cannot end. A call
-    whose future is cancelled goes on all the same.
+    The threads of `asyncio.to_thread` are few, and the process waits for them. If one hangs, the process cannot end. A
+    call whose future is cancelled goes on all the same.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()

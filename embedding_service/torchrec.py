@@ -1,8 +1,8 @@
-"""TorchRec's embedding modules with their tables in the service: swap the module, leave the model as it is.
+"""TorchRec's embedding modules with their tables in the service. Swap the module, and leave the model as it is.
 
-They are used as `torchrec.EmbeddingCollection` and `torchrec.EmbeddingBagCollection` are, with the client and the name
-of the model before the configs. A batch asks for the rows of all its tables at once, and for each row once. Needs
-torchrec, which the rest of the client side does not.
+They are used as `torchrec.EmbeddingCollection` and `torchrec.EmbeddingBagCollection` are. The client and the model's
+name come before the configs. A batch asks for the rows of all its tables at once, and for each row once. This file
+needs torchrec. The rest of the client side does not.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
 __all__ = ["RemoteEmbeddingBagCollection", "RemoteEmbeddingCollection"]
 # Versions that may replace each other while a batch is looked up, before that is an error.
 _VERSIONS = 3
-# A batch is asked for on several threads, and again where its version was replaced: graphs of torch.compile end here.
+# A batch is asked for on several threads, and again if its version was replaced. So graphs of torch.compile end here.
 _outside_graphs = partial(torch.compiler.disable, reason="the tables lie in the service")
 
 
 class _RemoteTables(RemoteModule):
-    """The tables of one model, a config each."""
+    """The tables of one model, with a config for each."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _RemoteTables(RemoteModule):
 
     @property
     def device(self) -> torch.device:
-        """Where outputs lie; the CPU where they lie where the features do."""
+        """The device of outputs. It is the CPU if they follow the features."""
         return self._stand_in.device
 
     def extra_repr(self) -> str:
@@ -104,7 +104,7 @@ class _RemoteTables(RemoteModule):
         return [_apart(each, [len(part) for part in parts]) for each, parts in zip(rows, ids, strict=True)]
 
     def _fetch(self, ids: list[Tensor]) -> list[Tensor]:
-        """For each table the rows of its ids [n], looked up all at once in one version."""
+        """For each table the rows of its ids [n], looked up together in one version."""
         for attempt in range(_VERSIONS):
             served = self._served
             try:
@@ -117,7 +117,7 @@ class _RemoteTables(RemoteModule):
 
     def _lookup(self, served: str, ids: list[Tensor]) -> list[Tensor]:
         names = [f"{served}/{config.name}" for config in self._configs]
-        # The last one on this thread, which would only wait: with one table there is no other.
+        # The last table on this thread, which would only wait. With one table there is no other.
         dtype = self._stand_in.dtype
         sent = wire_dtype(dtype)
         ahead = [self._client.prefetch(*each, dtype=sent) for each in zip(names[:-1], ids[:-1], strict=True)]
@@ -128,7 +128,7 @@ class _RemoteTables(RemoteModule):
         return [rows.to(dtype) for rows in (*found[1:], found[0])]
 
     def _served_version(self) -> str:
-        """`name@version` of what is served now. Raises InvalidRequest where it is not what the configs say."""
+        """`name@version` of what is served now. Raises InvalidRequest if it differs from the configs."""
         models = self._client.models()
         found = [model for model in models if self._model in (model.name, _full_name(model))]
         if not found:
@@ -152,22 +152,23 @@ def _wait(config: BaseEmbeddingConfig, rows: Callable[[], Tensor]) -> Tensor:
 class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
     """In place of a `torchrec.EmbeddingCollection`. Values are float32 and equal to TorchRec's on the same weights.
 
-    After `half()`, `to(dtype)` and the like, too: rows are converted, and the outputs are float32 made of them.
+    That holds after `half()`, `to(dtype)` and the like, too. Rows are converted, and the outputs are float32 made of
+    them.
 
-    What TorchRec's takes for sharding (`use_gather_select`) has no meaning here. Gradients: none, as `RemoteModule`
+    TorchRec's option for sharding (`use_gather_select`) has no meaning here. There are no gradients, as `RemoteModule`
     says.
 
     Args:
         client: Shared, not owned: close it yourself.
-        model: `name` or `name@version`. Is `name` replaced by a newer version, that one is taken, if the configs fit.
-        tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
-            the served table, decoded.
-        device: Where outputs shall lie; None: where the features lie. Moving the module changes it.
+        model: `name` or `name@version`. If a newer version replaces `name`, that one is taken, if the configs fit.
+        tables: A config for each table that is used, by the table's name. `data_type` is ignored: rows are those of the
+            served table, decoded.
+        device: The device of outputs. None takes that of the features. Moving the module changes it.
         need_indices: Give the ids as the outputs' weights.
 
     Raises:
         InvalidRequest: a config differs in rows or dim from the served table, or configs from each other.
-        NotFound, Unavailable: no such model; nobody there to ask.
+        NotFound: no such model. Unavailable: nobody there to ask.
     """
 
     def __init__(
@@ -189,10 +190,10 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
         """Rows of every id, unpooled.
 
         Args:
-            features: [F, B, lengths]; any integer dtype.
+            features: [F, B, lengths], of any integer dtype.
 
         Returns:
-            For each feature a JaggedTensor of float32 [ids, dim] with the feature's lengths; `feature@table` where
+            For each feature a JaggedTensor of float32 [ids, dim] with the feature's lengths. It is `feature@table` if
             several tables have that feature.
 
         Raises:
@@ -228,21 +229,21 @@ class RemoteEmbeddingCollection(_RemoteTables, EmbeddingCollectionInterface):
 class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterface):
     """In place of a `torchrec.EmbeddingBagCollection`. Rows are pooled here, by the kernel that TorchRec's uses.
 
-    So on the CPU its float32 values equal TorchRec's on the same weights bit for bit; a float16 table is pooled in
-    float32 here and in float16 there. After `half()`, `to(dtype)` and the like rows are pooled in that dtype, and the
-    outputs are float32, as TorchRec's are. Gradients: none, as `RemoteModule` says.
+    So on the CPU its float32 values equal TorchRec's on the same weights bit for bit. A float16 table is pooled in
+    float32 here and in float16 there. After `half()`, `to(dtype)` and the like, rows are pooled in that dtype, and the
+    outputs are float32, as TorchRec's are. There are no gradients, as `RemoteModule` says.
 
     Args:
         client: Shared, not owned: close it yourself.
-        model: `name` or `name@version`. Is `name` replaced by a newer version, that one is taken, if the configs fit.
-        tables: A config for each table that is used, by the table's name. Whatever `data_type` says, rows are those of
-            the served table, decoded.
-        is_weighted: Whether features come with weights; only for sum pooling.
-        device: Where outputs shall lie; None: where the features lie. Moving the module changes it.
+        model: `name` or `name@version`. If a newer version replaces `name`, that one is taken, if the configs fit.
+        tables: A config for each table that is used, by the table's name. `data_type` is ignored: rows are those of the
+            served table, decoded.
+        is_weighted: Whether features come with weights. Only for sum pooling.
+        device: The device of outputs. None takes that of the features. Moving the module changes it.
 
     Raises:
         InvalidRequest: a config differs in rows or dim from the served table, or asks for weighted means.
-        NotFound, Unavailable: no such model; nobody there to ask.
+        NotFound: no such model. Unavailable: nobody there to ask.
     """
 
     def __init__(
@@ -262,14 +263,14 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
 
     @_outside_graphs
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """The bags of every feature, pooled; an empty bag gives zeros.
+        """The bags of every feature, pooled. An empty bag gives zeros.
 
         Args:
-            features: [F, B, lengths]; any integer dtype.
+            features: [F, B, lengths], of any integer dtype.
 
         Returns:
-            A KeyedTensor of float32 [B, sum of dims], a key for each feature; `feature@table` where several tables have
-            that feature.
+            A KeyedTensor of float32 [B, sum of dims], with a key for each feature. It is `feature@table` if several
+            tables have that feature.
 
         Raises:
             InvalidRequest: a feature is missing. Also what `EmbeddingClient.lookup` raises.
@@ -309,7 +310,7 @@ class RemoteEmbeddingBagCollection(_RemoteTables, EmbeddingBagCollectionInterfac
 
 
 def _apart(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """Views of so many rows each; unlike those of Tensor.split they may be changed in place."""
+    """Views of `counts` rows each. Unlike those of Tensor.split, they may be changed in place."""
     ends = list(accumulate(counts))
     return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
 

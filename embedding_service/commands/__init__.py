@@ -1,1 +1,1 @@
-"""The commands of `embedding-service`, by what they work on; `cli` puts them together. All heavy imports are late."""
+"""The commands of `embedding-service`, by subject. `cli` puts them together. All heavy imports are late."""

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from embedding_service import EmbeddingClient
     from embedding_service.commands.load import Load
 
-# Of a client process in an open loop: so many lookups can be under way.
+# Threads of a client process in an open loop, and so its lookups under way.
 THREADS = 8
 HEALTH_CHECKS = 200
 START_SECONDS = 60.0
 TIMEOUT = 10.0
-# Requests that are made ready before a load; one that is through with them begins again.
+# Requests that are made ready before a load. A load that used them all begins again.
 READY_IDS = 1 << 20
 
 # Of a client's process.
@@ -34,7 +34,7 @@ _barrier: Any
 
 @dataclass(frozen=True)
 class Work:
-    """What each client asks: `rows` random ids of a table a lookup, for so long; `rate` is one client's."""
+    """What each client asks: `rows` random ids of a table a lookup, for `seconds`. `rate` is one client's."""
 
     table: str
     table_rows: int
@@ -58,14 +58,14 @@ def bench(
 ) -> None:
     """Latency and throughput of lookups with random ids. Exit code 1 if some failed.
 
-    The floor is the health check's round trip: a call to the same address that does and carries nothing.
+    The floor is the round trip of a health check: a call to the same address that does and carries nothing.
     """
     if dtype not in ("float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
     from embedding_service.commands.load import together
 
     table_rows, dim = _shape(address, table)
-    # Processes, for one would be bound by Python's lock; made anew, for gRPC does not live through a fork.
+    # Processes, because Python's lock would bind a single one. They are spawned: gRPC does not live through a fork.
     context = get_context("spawn")
     loads = []
     with ProcessPoolExecutor(clients, context, _connect, (address, context.Barrier(clients))) as pool:
@@ -80,7 +80,7 @@ def bench(
 
 
 def _shape(address: str, name: str) -> tuple[int, int]:
-    """Rows and dim of a served table. Raises NotFound naming the served ones."""
+    """Rows and dim of a served table. Raises NotFound, naming the served ones."""
     from embedding_service import EmbeddingClient
 
     model_name, slash, table_name = name.partition("/")
@@ -117,7 +117,7 @@ def health_p50(address: str) -> float:
 
 
 def _connect(address: str, barrier: Any) -> None:
-    """In a client's process, once."""
+    """Set a client's process up, once."""
     global _client, _barrier
     from embedding_service import EmbeddingClient
 
@@ -125,7 +125,7 @@ def _connect(address: str, barrier: Any) -> None:
 
 
 def _load(work: Work, seed: int) -> Load:
-    """In a client's process: begin when all are there."""
+    """Load, in a client's process, once all clients are there."""
     import torch
 
     from embedding_service.commands.load import run_load

@@ -74,7 +74,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Controller and shards on this machine, or in a Ray cluster. Ends on Ctrl-C or SIGTERM, and they with it."""
+    """Run a controller and shards on this machine, or in a Ray cluster. Ctrl-C or SIGTERM ends all of them."""
     from embedding_service.commands.up import UpOptions, run
 
     options = UpOptions(
@@ -98,7 +98,7 @@ def up(
 
 
 def _rows_memory(given: str | None) -> int | None:
-    """Bytes for rows; None for the default. Raises typer.BadParameter for none at all."""
+    """Bytes for rows. None for the default. Raises typer.BadParameter for none at all."""
     if given is None:
         return None
     memory = parse_bytes(given)
@@ -154,7 +154,7 @@ def controller(
 
 def shard(
     store: StoreOption,
-    # Checked: without a port it would be asked again and again.
+    # Checked here. Without a port it would be asked again and again.
     controller: Annotated[str, typer.Option(help="HOST:PORT of the controller.", callback=check_address)],
     listen: Annotated[
         str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.", callback=check_address)
@@ -213,8 +213,8 @@ def shard(
 def _leave() -> NoReturn:
     """End this process, whose work is done and closed, without taking the interpreter down first.
 
-    That takes a second of CPU with torch, FBGEMM and gRPC loaded, which the kernel does in none: five processes that
-    end together on two cores would be seconds late, and be killed by a platform that is in a hurry.
+    With torch, FBGEMM and gRPC loaded, that takes a second of CPU. The kernel does it in no time. Five processes that
+    end together on two cores would be seconds late, and a platform in a hurry would kill them.
     """
     logging.shutdown()
     sys.stdout.flush()

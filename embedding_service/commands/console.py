@@ -1,4 +1,4 @@
-"""Where commands write: text of others (names, messages, addresses) is shown as it is, and never obeyed."""
+"""Consoles of the commands. Text of others (names, messages, addresses) is shown as it is, and never obeyed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """See the base class; every string, in a table too, comes by here."""
+        """See the base class. Every string comes by here, those in a table too."""
         return super().render_str(printable(text), **options)
 
 
 def wide_console(stderr: bool = False) -> PlainConsole:
-    """A console that does not squeeze tables where there is no terminal to fit."""
+    """A console that does not squeeze tables if there is no terminal to fit."""
     console = PlainConsole(stderr=stderr)
     return console if console.is_terminal else PlainConsole(stderr=stderr, width=140)

@@ -1,4 +1,4 @@
-"""Load on a service: in a closed loop (a request follows an answer) or an open one (requests fall due by the clock)."""
+"""Load on a service, in a closed loop (a request follows an answer) or an open one (requests fall due by the clock)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import numpy.typing as npt
 
 @dataclass
 class Load:
-    """What a load gave: the latency of every answer in seconds, errors by kind, and the seconds it ran."""
+    """The outcome of a load: the latency of every answer in seconds, errors by kind, and the seconds it ran."""
 
     latencies: npt.NDArray[np.float64]
     errors: Counter[str]
     seconds: float
 
     def percentile(self, share: float) -> float:
-        """Seconds within which `share` (0 to 100) of the answers came; NaN where none did."""
+        """Seconds within which `share` (0 to 100) of the answers came. NaN if none did."""
         return float(np.percentile(self.latencies, share)) if len(self.latencies) else float("nan")
 
 
 def run_load(
     calls: Sequence[Callable[[int], Any]], seconds: float, *, rate: float | None = None, begin: float = 0.0
 ) -> Load:
-    """Call each of `calls` with 0, 1, 2, ... in a thread of its own: in a closed loop or, with `rate`, an open one.
+    """Call each of `calls` with 0, 1, 2, ... in a thread of its own, in a closed loop or, with `rate`, an open one.
 
-    In the open loop a latency counts from when its call was due: a call that had to wait for late answers is late too
-    (Gil Tene's "coordinated omission"). Calls due and not begun after twice the time are counted as errors, "unsent".
+    In the open loop a latency counts from when its call was due. A call that had to wait for late answers is late too
+    (Gil Tene's "coordinated omission"). Calls due and not begun after twice the time count as errors, "unsent".
 
     Args:
-        calls: What they return is not looked at; what they raise is counted.
+        calls: Their results are ignored. What they raise is counted.
         seconds: How long calls are begun.
         rate: Calls a second in all, due at even distances and dealt to the threads in turn.
-        begin: When to begin, by time.perf_counter; in the past: now.
+        begin: When to begin, by time.perf_counter. A time in the past means now.
     """
     begin = max(begin, time.perf_counter())
     latencies: list[list[float]] = [[] for _ in calls]
@@ -57,7 +57,7 @@ def run_load(
             _sleep_until(due)
             try:
                 call(turn)
-            except Exception as error:  # counted, whatever it is: what is measured here may fail in any way
+            except Exception as error:  # any error counts: what is measured here may fail in any way
                 errors[type(error).__name__] += 1
             else:
                 mine.append(time.perf_counter() - due)
@@ -77,7 +77,7 @@ def run_load(
 
 
 def _turns(seconds: float, rate: float | None, index: int, threads: int) -> float:
-    """How many calls fall due to one of the threads; without a rate there is no end to them."""
+    """How many calls fall due to one of the threads. Without a rate there is no end to them."""
     return math.inf if rate is None else max(0, math.ceil((seconds * rate - index) / threads))
 
 

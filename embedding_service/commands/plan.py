@@ -39,7 +39,7 @@ def plan(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it, too: a .png, .svg or .pdf file.")] = None,
 ) -> None:
-    """What a set of nodes would hold; without servers. Exit code 1 if it does not fit, and what is missing."""
+    """Show what a set of nodes would hold, without servers. If it does not fit, show what is missing: exit code 1."""
     after = _parse_nodes(nodes)
     before = _parse_nodes(from_nodes or [])
     part_bytes = parse_bytes(part_size) if part_size is not None else None
@@ -63,11 +63,11 @@ def plan(
 
 @dataclass
 class _Outlook:
-    """What each node would hold, and what of it would be moved in.
+    """What each node would hold, and how much of that would be moved in.
 
     Attributes:
         held: For each node (parts, bytes).
-        moved: For each node the bytes it has to load; None when there is nothing to come from.
+        moved: For each node the bytes that it must load. None without nodes before.
     """
 
     parts: list[PartDemand]
@@ -97,7 +97,7 @@ class _Outlook:
         )
 
     def table(self) -> rich.table.Table:
-        """A row a node."""
+        """A row for each node."""
         from rich.table import Table
 
         table = Table("node", "device", title="plan", title_justify="left")
@@ -129,7 +129,7 @@ class _Outlook:
 
 
 def _plan(option: str, parts: list[PartDemand], nodes: list[Node], replicas: int) -> Placement:
-    """As the controller would; a PlacementError says how many more nodes would do, too."""
+    """Plan as the controller would. A PlacementError also says how many more nodes would do."""
     from embedding_service.placement.packing import more_needed
     from embedding_service.placement.planner import plan as make_plan
 
@@ -199,7 +199,7 @@ def _table_parts(rows: int, dim: int, dtype: str, part_bytes: int | None) -> lis
 
 
 def _draw(outlook: _Outlook, path: Path) -> None:
-    """A bar a node: what it holds, what of that would be moved in, and its limit. Raises InvalidRequest."""
+    """Draw a bar for each node: what it holds, how much would be moved in, and its limit. Raises InvalidRequest."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

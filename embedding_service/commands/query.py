@@ -22,7 +22,7 @@ DEFAULT_ADDRESS = "localhost:7070"
 
 
 def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
-    """Shards, parts, memory and rates; models; and what stands in the way. Exit code 1 if something does."""
+    """Show shards, parts, memory, rates, models and what stands in the way. Exit code 1 if something does."""
     from embedding_service.client.status import get_status
     from embedding_service.commands.console import wide_console
 
@@ -83,7 +83,7 @@ def _state(model: control.ModelStatus) -> str:
 
 
 def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:
-    """What is served now, a line a table."""
+    """Show what is served now, a line for each table."""
     from embedding_service import EmbeddingClient
 
     with EmbeddingClient(address) as client:
@@ -99,7 +99,7 @@ def lookup(
     address: Annotated[str, typer.Option(help="HOST:PORT of any shard.", callback=check_address)] = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds in all.")] = 10.0,
 ) -> None:
-    """Print rows, one a line: the id, then the values."""
+    """Print rows, one on each line: the id, then the values."""
     for position, row_id in enumerate(ids):
         if not -MOST_ID <= row_id < MOST_ID:
             raise OutOfRange(f"ids[{position}] is {row_id}: no table has as many rows, ids are below {MOST_ID:,}")

@@ -1,6 +1,6 @@
 """`up --ray`: controller and shards as actors of a Ray cluster, on as many nodes as it has.
 
-Ray places the shards (a placement group, spread over the nodes), starts them anew when they die, and ends them when
+Ray places the shards (a placement group, spread over the nodes) and starts them again when they die. It ends them when
 this process, their driver, is gone.
 """
 
@@ -33,9 +33,9 @@ from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotF
 from embedding_service.machine import LOCAL_RAY, check_free, free_port, join_address, split_address
 
 LOCAL = "local"
-# What a shard needs of Ray's `memory` besides its rows: its own process and the actor's.
+# Ray's `memory` that a shard needs besides its rows, for its own process and the actor's.
 PROCESS_BYTES = 512 << 20
-# A cluster may have to add nodes first; on this machine alone there is room at once or never.
+# A cluster may have to add nodes first. On this machine alone there is room at once or never.
 ROOM_SECONDS, LOCAL_ROOM_SECONDS = 120.0, 5.0
 LOOK_SECONDS = 0.5
 
@@ -44,7 +44,7 @@ def run(options: UpOptions, address: str) -> None:
     """Start everything in the Ray cluster at `address`, say when it serves, and stay until SIGINT or SIGTERM.
 
     Args:
-        options: As of `up` on one machine, but that shards listen on the addresses of their nodes, not on `host`.
+        options: Those of `up` on one machine. But shards listen on the addresses of their nodes, not on `host`.
         address: HOST:PORT of a running cluster, "auto" for the one that this machine is a node of, "local" for one
             that starts here and ends with this process.
 
@@ -85,7 +85,7 @@ def _on_signals(handler: Any) -> None:
 
 
 def _for_other_nodes(options: UpOptions) -> UpOptions:
-    """With nothing left that another machine would take differently."""
+    """The options without anything that another machine would take differently."""
     store = options.store if "://" in options.store else str(Path(options.store).absolute())
     cache = options.cache.absolute() if options.cache else None
     memory = options.memory
@@ -95,7 +95,7 @@ def _for_other_nodes(options: UpOptions) -> UpOptions:
 
 
 def _needed_memory(options: UpOptions) -> int:
-    """Bytes a shard: an even share, and a part more as parts do not divide evenly; twice that, for new versions."""
+    """Bytes of a shard: an even share and one more part (parts do not divide evenly), all twice for new versions."""
     from embedding_service.store.store import Store
 
     manifests = Store(options.store).newest()
@@ -108,7 +108,7 @@ def _needed_memory(options: UpOptions) -> int:
 
 
 def _check_address(address: str) -> None:
-    """Ray itself goes on trying for minutes where nobody is."""
+    """Check that somebody is there. Ray itself would go on trying for minutes."""
     if address in (LOCAL, "auto"):
         return
     try:
@@ -124,10 +124,10 @@ def _check_address(address: str) -> None:
 
 
 def _join(options: UpOptions, address: str) -> None:
-    """Become a driver, so that what it starts ends with it."""
+    """Become a driver, so that all that this process starts ends with it."""
     local: dict[str, Any] = {
         "num_cpus": max(os.cpu_count() or 1, options.shards),
-        "num_gpus": None if _on_gpu(options) else 0,  # None: Ray looks how many there are
+        "num_gpus": None if _on_gpu(options) else 0,  # None: Ray finds out how many there are
     } | LOCAL_RAY
     ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
 
@@ -137,16 +137,16 @@ def _on_gpu(options: UpOptions) -> bool:
 
 
 def _gpus_a_shard(options: UpOptions) -> float:
-    """A GPU each while as many are free; else equal pieces, so that several shards share one."""
+    """A GPU for each shard if enough are free, else equal pieces, so that several shards share one."""
     if not _on_gpu(options):
         return 0
-    free = int(ray.available_resources().get("GPU", 0)) or options.shards  # none yet: for nodes to come
+    free = int(ray.available_resources().get("GPU", 0)) or options.shards  # none yet: for nodes that come later
     sharing = -(-options.shards // free)
-    return 10_000 // sharing / 10_000  # Ray counts in ten-thousandths: rounded up, the last piece would not fit
+    return 10_000 // sharing / 10_000  # Ray counts in ten-thousandths. Rounded up, the last piece would not fit
 
 
 def _reserve(options: UpOptions, gpus: float, address: str, console: Console) -> PlacementGroup:
-    """Room for each shard, on different nodes as far as there are enough."""
+    """Room for each shard, on different nodes while there are enough."""
     host_rows = options.memory if options.memory and options.tier in ("ram", "cuda-cached") else 0
     need = {"CPU": 1, "memory": PROCESS_BYTES + host_rows} | ({"GPU": gpus} if gpus else {})
     room = placement_group([need] * options.shards, strategy="SPREAD", name="embedding-service")
@@ -167,7 +167,7 @@ def _reserve(options: UpOptions, gpus: float, address: str, console: Console) ->
 
 
 def _comes(room: PlacementGroup, seconds: float) -> bool:
-    """Whether it is there in time; asked again and again, for Ray's own wait hears no signals."""
+    """Whether it is there in time. It is asked again and again, because Ray's own wait hears no signals."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if room.wait(1):
@@ -176,9 +176,9 @@ def _comes(room: PlacementGroup, seconds: float) -> bool:
 
 
 def _survey_nodes(options: UpOptions, gpus: float, room: PlacementGroup) -> None:
-    """Before anything starts: every node must see the store, have the port free, and a GPU if the tier needs one."""
+    """Check before the start that every node sees the store, has the port free, and a GPU if the tier needs one."""
     bundles = {node: bundle for bundle, node in placement_group_table(room)["bundles_to_node_id"].items()}
-    # In a worker of its own, for what it imports shall not stay in one of the actors.
+    # In a worker of its own, so that its imports do not stay in one of the actors.
     survey = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=1)(_survey)
     try:
         ray.get([survey.options(scheduling_strategy=_in(room, bundle)).remote(options) for bundle in bundles.values()])
@@ -212,11 +212,11 @@ def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
 
 
 class _Process:
-    """An actor with one process of the service: neither stays without the other.
+    """An actor with one process of the service. Neither stays without the other.
 
-    The process is a child, the same as everywhere else, rather than this one: a Ray worker has signal handlers, an
-    event loop and a gRPC of its own, and memory that is not the rows'. It is started on this thread, which lives as
-    long as the actor does, for the kernel ends it with the thread.
+    The process is a child, as everywhere else, rather than this one. A Ray worker has signal handlers, an event loop, a
+    gRPC and memory of its own. The child is started on this thread, because the kernel ends it with the thread. This
+    thread lives as long as the actor.
     """
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
@@ -236,12 +236,12 @@ class _Process:
         code = self._child.wait()
         if not self._ending:
             print(f"{name} ended with exit code {code}", file=sys.stderr, flush=True)
-            os._exit(1)  # Ray takes any other way out for a wish to end, and would not start it anew
+            os._exit(1)  # Ray takes any other way out for a wish to end, and would not start it again
 
 
 class _Shard(_Process):
     def __init__(self, name: str, options: UpOptions, controller: str) -> None:
-        # Anew at each start: when a node is lost, Ray moves its shards.
+        # Found at each start: when a node is lost, Ray moves its shards.
         here = replace(options, host=ray.util.get_node_ip_address())
         node = ray.get_runtime_context().get_node_id()
         super().__init__(name, [*up.shard_command(here, controller, name), f"--topology={node}"])
@@ -251,7 +251,7 @@ class _Server:
     """An actor as its driver sees it.
 
     Attributes:
-        pid: Of its process, which no two processes of the actor share; 0 while there is none, or none yet.
+        pid: Its process's, which no two processes of the actor share. 0 while there is none.
     """
 
     def __init__(self, name: str, actor: Any) -> None:
@@ -261,13 +261,13 @@ class _Server:
         self._asked = actor.pid.remote()
 
     def look(self) -> bool:
-        """Take in what the actor last answered; returns whether a process that ran does not any more."""
+        """Take in the actor's last answer. Returns whether a process that ran does not any more."""
         if not ray.wait([self._asked], timeout=0)[0]:
             return False
         before = self.pid
         try:
             self.pid = ray.get(self._asked)
-        except ActorUnavailableError:  # Ray is about to start it anew
+        except ActorUnavailableError:  # Ray is about to start it again
             self.pid = 0
         except RayActorError as error:
             raise Unavailable(f"{self.name} cannot be started: {error}") from error
@@ -276,9 +276,9 @@ class _Server:
 
 
 def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[_Server]) -> str:
-    """Add the controller and all shards to `servers`; returns the controller's address.
+    """Add the controller and all shards to `servers`. Returns the controller's address.
 
-    The controller starts on this node each time, at the same address: with this node the driver would be lost too.
+    The controller starts on this node each time, at the same address. If this node is lost, so is the driver.
     """
     host = ray.util.get_node_ip_address()
     controller = join_address(host, free_port(host))
@@ -312,12 +312,12 @@ def _watch(servers: list[_Server], console: Console) -> None:
     while True:
         for server in servers:
             if server.look():
-                console.print(f"{server.name} ended, Ray starts it anew", style="red")
+                console.print(f"{server.name} ended, Ray starts it again", style="red")
         time.sleep(LOOK_SECONDS)
 
 
 def _end(servers: list[_Server]) -> None:
-    """End all processes, then their actors; what else runs in a joined cluster is left alone."""
+    """End all processes, then their actors. What else runs in a joined cluster is left alone."""
     if not ray.is_initialized():
         return
     ends = [server.actor.end.remote() for server in servers]

@@ -89,7 +89,7 @@ def split(
 
 
 def _tables_by_tensor(texts: list[str]) -> dict[str, str]:
-    """Read TENSOR=TABLE of each; a table is named as its tensor where only that is given."""
+    """Read TENSOR=TABLE of each. If only TENSOR is given, the table has its name."""
     tables: dict[str, str] = {}
     for text in texts:
         tensor, _, table = text.partition("=")
@@ -100,7 +100,7 @@ def _tables_by_tensor(texts: list[str]) -> dict[str, str]:
 
 
 class _Progress:
-    """A bar on a terminal, else a plain line now and then; called with (bytes done, bytes in all)."""
+    """A bar on a terminal, else a plain line now and then. Called with (bytes done, bytes in all)."""
 
     LINE_SECONDS = 10.0
 
@@ -112,7 +112,7 @@ class _Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since it was made."""
         return time.monotonic() - self._begun
 
     def __enter__(self) -> _Progress:

@@ -16,7 +16,7 @@ def say(text: str, err: bool = False) -> None:
 
 
 def check_address(address: str | None) -> str | None:
-    """What typer calls with a HOST:PORT that was given. Raises InvalidRequest."""
+    """Check a HOST:PORT for typer. Raises InvalidRequest."""
     if address is not None:
         split_address(address)
     return address

@@ -24,20 +24,20 @@ from embedding_service.foreign import printable
 from embedding_service.machine import check_free, end_with_parent, free_port, join_address
 from embedding_service.wire import control_pb2 as control
 
-# From SIGTERM on: what has not ended by then is killed.
+# Seconds from SIGTERM on. A process that has not ended by then is killed.
 STOP_SECONDS = 4.5
 POLL_SECONDS = 0.1
-# Shards or models in a line.
+# Shards or models that a line names.
 NAMED = 4
-# Without anything getting ready for so long, something is wrong that nobody reports.
+# If nothing gets ready for this long, something is wrong that nobody reports.
 STALL_SECONDS = 120.0
-# Before a process that ended is started again. One that ran for longer than the second did not fail at once.
+# Pauses before an ended process is started again. One that ran for longer than the second did not fail at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What `up` starts; `memory` is bytes a shard, None for an equal share of what is available.
+    """What `up` starts. `memory` is bytes of a shard, None for an equal share of what is available.
 
     `processes` are those of one shard.
     """
@@ -66,7 +66,7 @@ def run(options: UpOptions) -> None:
     console.print(f"looking for models in {options.store}")
     check_store(options.store)
     check_free(address, "--port")
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
     members: list[_Member] = []
     try:
@@ -141,14 +141,14 @@ def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "embedding_service", *arguments],
         stdin=subprocess.DEVNULL,
-        # Ctrl-C is for us: we end them in order. Should we die, the kernel tells them to end.
+        # Ctrl-C is for us, and we end them in order. If we die, the kernel tells them to end.
         start_new_session=True,
         preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )
 
 
 class _Member:
-    """A process that is started again when it ends, each time after a longer pause unless it ran for a while."""
+    """A process that is started again when it ends, after a pause that grows unless it ran for a while."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
@@ -162,7 +162,7 @@ class _Member:
         self._started = time.monotonic()
 
     def look(self) -> str:
-        """Start it where it is time to; says so when it has ended."""
+        """Start it if it is time to. Returns a message when it has ended."""
         now = time.monotonic()
         if self.popen.poll() is None or now < self._start_at:
             return ""
@@ -183,11 +183,11 @@ def _check_alive(members: list[_Member]) -> None:
 def wait_until_serving(
     controller: str, check_alive: Callable[[], None], shards: int, console: Console
 ) -> control.Status:
-    """Until every model is served; the console says what it waits for.
+    """Wait until every model is served. The console says what it waits for.
 
     Args:
         controller: Its address.
-        check_alive: Called all along; raises when one of the processes ended.
+        check_alive: Called all along. Raises when one of the processes ended.
         shards: How many are to register.
         console: Where to say it.
 
@@ -220,7 +220,7 @@ def wait_until_serving(
 
 
 def awaited(status: control.Status, shards: int) -> str:
-    """What is not there yet, in a line."""
+    """A line that says what is not there yet."""
     if not status.shards:
         return f"waiting for the controller and {shards} shards to start"
     here = {shard.shard_id for shard in status.shards}
@@ -235,7 +235,7 @@ def awaited(status: control.Status, shards: int) -> str:
 
 
 class Waiting:
-    """Says what is waited for: in place on a terminal, elsewhere in a line when it changes, now and then."""
+    """Says what it waits for: in place on a terminal, elsewhere in a line now and then, when it changes."""
 
     LINE_SECONDS = 2.0
 
@@ -268,7 +268,7 @@ class Waiting:
 
 
 def _keep_running(members: list[_Member], console: Console) -> NoReturn:
-    """Start again what ended, for this is their platform. The controller places a dead shard's parts meanwhile."""
+    """Start ended members again: this is their platform. Until then the controller places a dead shard's parts."""
     while True:
         for member in members:
             if said := member.look():
@@ -277,7 +277,7 @@ def _keep_running(members: list[_Member], console: Console) -> NoReturn:
 
 
 def stop_processes(children: Collection[subprocess.Popen[bytes]]) -> None:
-    """End them; returns when they did, within STOP_SECONDS."""
+    """End them. Returns when they did, within STOP_SECONDS."""
     for child in children:
         child.terminate()
     deadline = time.monotonic() + STOP_SECONDS
@@ -290,5 +290,5 @@ def stop_processes(children: Collection[subprocess.Popen[bytes]]) -> None:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM as Ctrl-C is."""
+    """Handle SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt

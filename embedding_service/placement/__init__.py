@@ -1,1 +1,1 @@
-"""Which shards hold which parts: `planner` decides it (TorchRec), `routing` is what clients see of it."""
+"""Which shards hold which parts. `planner` decides it (TorchRec), and clients see it as `routing`."""

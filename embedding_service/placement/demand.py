@@ -1,4 +1,4 @@
-"""What is to be placed, on what, and the outcome."""
+"""The parts to place, the nodes to place them on, and the outcome."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from embedding_service.placement.parts import PartKey
 
 CUDA = "cuda"
-# Of what one node may offer: sums over thousands of nodes stay within the planner's int64.
+# The most that one node may offer. Sums over thousands of nodes stay within the planner's int64.
 MOST_MEMORY = 1 << 50
 
 
@@ -21,9 +21,9 @@ class Node:
         memory_limit: Bytes it offers for rows: of GPU memory if `device` is "cuda", else of host memory.
         held: Parts it holds already, or was told to hold.
         device: "cpu" or "cuda".
-        topology: Value of the topology key (a zone, a rack, a machine): the copies of a part go to nodes of different
-            values where there are enough. Empty: a place of its own.
-        draining: Is about to leave: it gets nothing, and what it holds goes elsewhere.
+        topology: Value of the topology key (a zone, a rack, a machine). Copies of a part go to nodes of different
+            values while there are enough. Empty: a place of its own.
+        draining: It is about to leave. It gets nothing, and what it holds goes elsewhere.
     """
 
     shard: str
@@ -36,7 +36,7 @@ class Node:
 
 @dataclass(frozen=True)
 class PartDemand:
-    """A part to be placed: its rows, the bytes of one row, and the accesses measured (in any unit of time)."""
+    """A part to place: its rows, the bytes of one row, and the measured accesses (in any unit of time)."""
 
     key: PartKey
     rows: int
@@ -58,7 +58,7 @@ class Placement:
 
 
 def moved_bytes(parts: Sequence[PartDemand], before: Placement, after: Placement) -> int:
-    """Bytes that shards have to load to come from one placement to the other."""
+    """Bytes that shards must load to go from one placement to the other."""
     size = {part.key: part.nbytes for part in parts}
     return sum(
         size[key] for shard, held in after.parts_of.items() for key in held - before.parts_of.get(shard, frozenset())

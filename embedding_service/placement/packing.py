@@ -1,22 +1,22 @@
-"""The packing: which nodes the copies of each part lie on. Pure and deterministic; `planner` puts it into TorchRec.
+"""The packing: which nodes hold the copies of each part. It is pure and deterministic. `planner` puts it into TorchRec.
 
 Rules, in the order of their force:
 
 1. No node holds more than its memory limit, nor two copies of a part.
-2. Copies of a part lie in different places (values of the topology key) where there are enough places with room.
-3. The parts with the most measured accesses a byte lie in GPU memory, as far as it holds, and the rest in host memory.
-   A part that is there already counts a quarter more, so that two of equal heat do not take turns. Parts without
-   accesses come last: they stay in GPU memory where they are, and go there only if host memory does not hold them.
+2. Copies of a part lie in different places (values of the topology key) while there are enough places with room.
+3. Parts with the most measured accesses a byte lie in GPU memory, as far as it holds. The rest lie in host memory. A
+   part in GPU memory counts a quarter more, so that two of equal heat do not take turns. Parts without accesses come
+   last. Those in GPU memory stay there, and others go there only if host memory does not hold them.
 4. A part stays where it is held.
-5. A node's fair share of its device's bytes is by its memory limit (less, where that would need two copies of a part
-   in one place). A node that is off its share by the largest part or by 5 % of the share, whichever is more, is
-   brought to its share, and parts move for nothing else: between two plans memory limits may waver without moving a
-   byte. Afterwards every node is within that tolerance, unless rule 1 or 2 stands in the way.
-6. Of nodes equally empty a copy goes to the one with the fewest parts in common with the part's other nodes.
+5. A node's fair share of its device's bytes is by its memory limit. (It is less if that would need two copies of a part
+   in one place.) The tolerance is the largest part or 5 % of the share, the larger of the two. A node that is further
+   off is brought to its share. Parts move for nothing else, so memory limits may waver between two plans without moving
+   a byte. Afterwards every node is within the tolerance, unless rule 1 or 2 stands in the way.
+6. Of equally empty nodes, a copy goes to the one with the fewest parts in common with the part's other nodes.
 
-A joining node thereby loads at most about its fair share and nobody else loads anything; what a leaving node held is
-all that moves. Only where memory is so tight that held parts block others (rule 1) more moves: first single parts make
-room, then everything is packed anew, the largest parts first.
+So a joining node loads at most about its fair share, and no other node loads anything. What a leaving node held is all
+that moves. More moves only if memory is so tight that held parts block others (rule 1). Then single parts make room
+first. If that does not help, everything is packed again, the largest parts first.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def pack(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int = 1) 
 
 
 def check_fit(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> None:
-    """Raise PlacementError if the nodes cannot hold the parts, whatever the plan."""
+    """Raise PlacementError if the nodes cannot hold the parts by any plan."""
     if not parts:
         return
     if replicas > len(nodes):
@@ -85,7 +85,7 @@ def check_fit(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int)
 
 
 def more_needed(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int, like: Node) -> int | None:
-    """The smallest number of further nodes like `like` with which the parts fit; None if no number would do."""
+    """The smallest number of further nodes like `like` with which the parts fit. None if no number would do."""
     per_node = like.memory_limit // max(part.nbytes for part in parts)
     if per_node == 0:
         return None
@@ -110,7 +110,7 @@ def _demand(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -
 
 
 class _Packing:
-    """Copies on nodes while it is decided; parts and nodes are named by their index (a node's is its rank)."""
+    """Copies on nodes while the packing is made. Parts and nodes are named by their index (a node's is its rank)."""
 
     def __init__(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int, mind_held: bool) -> None:
         self.ranks: list[list[int]] = [[] for _ in parts]
@@ -122,17 +122,17 @@ class _Packing:
         self._on_cuda = np.array([node.device == CUDA for node in nodes])
         self._place_of = _places(nodes)
         self._in_place = [np.flatnonzero(np.equal(self._place_of, place)) for place in range(len(nodes))]
-        # For each node its parts by their size: all of one size move equally well, and the last that came goes first.
+        # For each node its parts by size. All of one size move equally well, and the last that came goes first.
         self._contents: list[dict[int, dict[int, None]]] = [{} for _ in nodes]
         self._in_common = np.zeros((len(nodes), len(nodes)), dtype=np.int32)
         self._cuda_copies = _cuda_copies(parts, nodes, replicas, self._holders)
         self._share = self._fair_shares(self._cuda_copies)
 
     def fill(self, keep_first: bool) -> None:
-        """Put every copy somewhere; `keep_first`: what is held stays before anything else gets a place."""
+        """Put every copy somewhere. `keep_first`: held parts stay before anything else gets a place."""
         everything = range(len(self._parts))
         if keep_first:
-            # A part that more nodes hold than need to stays on the emptiest of them: those come last.
+            # A part may be held by more nodes than need to. It stays on the emptiest of them, which come last.
             surplus = [len(holders) > self._replicas for holders in self._holders]
             for part in sorted(everything, key=lambda part: (surplus[part], -self._size[part])):
                 self._keep(part)
@@ -146,7 +146,7 @@ class _Packing:
                     )
 
     def even_out(self) -> None:
-        """Bring the nodes that are off their fair share by more than the tolerance to their share."""
+        """Bring nodes to their fair share that are off it by more than the tolerance."""
         self._share = self._fair_shares([int(self._on_cuda[ranks].sum()) for ranks in self.ranks])
         tolerance = np.maximum(max(self._size, default=0), (self._share * TOLERANCE).astype(np.int64))
         moved = True
@@ -164,11 +164,11 @@ class _Packing:
         return self._limit - self._free - self._share
 
     def _urgency(self, part: int) -> tuple[float, int]:
-        """Sorts the parts for GPU memory before the others, hottest first; then the largest first."""
+        """Sorts the parts for GPU memory before the others, hottest first, and then the largest first."""
         return (-_heat(self._parts[part]) if self._cuda_copies[part] else 0.0, -self._size[part])
 
     def _keep(self, part: int) -> None:
-        """Leave copies on nodes that hold the part, as many on each device as there shall be."""
+        """Leave copies on nodes that hold the part, up to the number for each device."""
         on_cuda = self._cuda_copies[part]
         for device, copies in ((True, on_cuda), (False, self._replicas - on_cuda)):
             for _ in range(copies):
@@ -190,7 +190,7 @@ class _Packing:
         return False
 
     def _make_room(self, part: int) -> bool:
-        """Move one other part away so that a node has room for a copy; returns whether it did."""
+        """Move one other part away, so that a node has room for a copy. Returns whether it did."""
         for rank in np.argsort(-self._free, kind="stable").tolist():
             if rank in self.ranks[part]:
                 continue
@@ -206,16 +206,16 @@ class _Packing:
         return False
 
     def _open(self, part: int, spread: bool = True) -> Bools:
-        """Nodes with room for a copy that hold none, nor, with `spread`, is there one in the same place."""
+        """Nodes with room for a copy that hold none. With `spread`, no node in the same place holds one either."""
         open_ = self._free >= self._size[part]
         for rank in self.ranks[part]:
             open_[self._in_place[self._place_of[rank]] if spread else rank] = False
         return open_
 
     def _emptiest(self, part: int, ranks: Sequence[int] | Int64s) -> int:
-        """Of nodes equally empty the one that has the fewest parts in common with those where the part is already.
+        """Of equally empty nodes, the one with the fewest parts in common with the nodes that have the part already.
 
-        So the many share what one leaves behind: the reads when it dies, and the bytes to be moved.
+        So when a node dies, many nodes share its reads and the bytes to be moved.
         """
         excess = self._excess[ranks]
         tied = np.asarray(ranks)[excess == excess.min()]
@@ -238,7 +238,7 @@ class _Packing:
     # Evening out
 
     def _settle(self, rank: int) -> bool:
-        """Move parts off a node above its share, or onto one below, until it is there; returns whether any moved."""
+        """Move parts off a node above its share, or onto one below, until it is there. Returns whether any moved."""
         too_full = bool(self._excess[rank] > 0)
         moved = False
         while (self._excess[rank] > 0 if too_full else self._excess[rank] < 0) and self._improve(rank, too_full):
@@ -284,7 +284,7 @@ class _Packing:
     # Shares
 
     def _fair_shares(self, cuda_copies: Sequence[int]) -> Int64s:
-        """Bytes each node should hold, if so many copies of each part lie in GPU memory."""
+        """Bytes that each node should hold, given the number of copies of each part in GPU memory."""
         shares = np.zeros(len(self._nodes), dtype=np.int64)
         for device in (True, False):
             copies = [count if device else self._replicas - count for count in cuda_copies]
@@ -301,7 +301,7 @@ class _Packing:
         return shares
 
     def _split(self, total: int, most: int, groups: Iterable[list[int]]) -> Iterator[tuple[int, int]]:
-        """Split bytes by memory limit, but no group of nodes gets more than `most`: the others take it over."""
+        """Split bytes by memory limit. No group of nodes gets more than `most`, and the others take the rest over."""
         weights = {tuple(group): sum(int(self._limit[rank]) for rank in group) for group in groups}
         weight = sum(weights.values())
         for group, own in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
@@ -322,7 +322,7 @@ def _holders(parts: Sequence[PartDemand], nodes: Sequence[Node]) -> list[list[in
 
 
 def _places(nodes: Sequence[Node]) -> list[int]:
-    """For each node the number of its place: nodes of one topology value share it, a node without one has its own."""
+    """For each node the number of its place. Nodes of one topology value share it. A node without one has its own."""
     numbers: dict[tuple[str, str], int] = {}
     return [numbers.setdefault((node.topology, "" if node.topology else node.shard), len(numbers)) for node in nodes]
 
@@ -334,7 +334,7 @@ def _heat(part: PartDemand) -> float:
 def _cuda_copies(
     parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int, holders: Sequence[Sequence[int]]
 ) -> list[int]:
-    """How many copies of each part shall lie in GPU memory (rule 3)."""
+    """The number of copies of each part that belong in GPU memory (rule 3)."""
     cuda = {rank for rank, node in enumerate(nodes) if node.device == CUDA}
     room = sum(nodes[rank].memory_limit for rank in cuda)
     host_room = sum(node.memory_limit for node in nodes) - room

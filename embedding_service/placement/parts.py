@@ -1,4 +1,4 @@
-"""The name of a part, as everyone who places, holds or asks for one says it."""
+"""The name of a part, for all rooms that place, hold or ask for one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Deciding which shards hold which parts, with TorchRec's EmbeddingShardingPlanner.
 
-A copy of a part is to TorchRec a table of its own that is placed table-wise; a large table is thereby spread row-wise
-over the shards. A shard is a rank that offers either host memory (`ddr_cap`) or, on a GPU, device memory (`hbm_cap`).
-`StablePartitioner`, plugged in at the planner's own extension point, puts copies on ranks by the rules of `packing`.
+To TorchRec a copy of a part is a table of its own, placed table-wise. So a large table is spread row-wise over the
+shards. A shard is a rank that offers either host memory (`ddr_cap`) or, on a GPU, device memory (`hbm_cap`).
+`StablePartitioner` is plugged in at the planner's own extension point. It puts copies on ranks by the rules of
+`packing`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from embedding_service.placement.packing import check_fit, pack
 
 __all__ = ["Node", "PartDemand", "Placement", "StablePartitioner", "plan"]
 
-# TorchRec warns at every plan that the topology is not from its factory for training jobs, which knows none of ours.
+# TorchRec warns at every plan that the topology is not from its factory for training jobs. That knows none of ours.
 logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
 
 
 def plan(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int = 1) -> Placement:
-    """Place `replicas` copies of every part on different nodes, and move little; `packing` states the rules.
+    """Place `replicas` copies of every part on different nodes, and move little. `packing` states the rules.
 
     The order of `parts` and of `nodes` makes no difference. Nodes that drain get nothing.
 
     Raises:
-        PlacementError: they do not fit; the message says how many bytes are missing, or which part fits nowhere.
+        PlacementError: they do not fit. The message says how many bytes are missing, or which part fits nowhere.
     """
     parts = sorted(parts, key=lambda part: part.key)
     staying = sorted((node for node in nodes if not node.draining), key=lambda node: node.shard)
@@ -85,7 +86,7 @@ def _topology(nodes: Sequence[Node]) -> Topology:
     }
     return Topology(
         world_size=len(nodes),
-        compute_device="cpu",  # of a mixed topology it only decides which sharding types are known
+        compute_device="cpu",  # for a mixed topology it only decides which sharding types are known
         local_world_size=1,
         custom_topology_data=CustomTopologyData(memory, len(nodes)),
     )
@@ -96,7 +97,7 @@ def _table_wise(copies: Mapping[str, PartDemand]) -> dict[str, ParameterConstrai
 
 
 def _as_module(copies: Mapping[str, PartDemand]) -> torch.nn.ModuleDict:
-    """On the meta device; one collection for each row size, for the tables of a collection must agree in it."""
+    """Tables on the meta device, in one collection for each row size. Tables of a collection must agree in that."""
     tables: dict[str, list[EmbeddingConfig]] = {}
     for name, part in copies.items():
         config = EmbeddingConfig(
@@ -112,7 +113,7 @@ def _as_module(copies: Mapping[str, PartDemand]) -> torch.nn.ModuleDict:
 
 
 class _KnownCosts(ShardEstimator):
-    """A part takes its own bytes and the accesses measured; TorchRec's own estimators are for training's buffers."""
+    """A part costs its own bytes and the measured accesses. TorchRec's own estimators are for training's buffers."""
 
     def __init__(self, copies: Mapping[str, PartDemand]) -> None:
         self._copies = copies
@@ -128,7 +129,7 @@ class _KnownCosts(ShardEstimator):
 class StablePartitioner(Partitioner):
     """Gives every copy, an option named PARTINDEX_COPY, its rank by the rules of `packing`.
 
-    Raises PlacementError, which TorchRec lets through: there is no other proposal that could fit better.
+    Raises PlacementError. TorchRec lets it through, because no other proposal could fit better.
     """
 
     def __init__(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> None:

@@ -108,7 +108,7 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
         load.check()
         assert len({shard.topology for shard in running.status().shards}) == NODES
         for name in ("shard-1", "shard-2", "controller"):
-            assert f"{name} ended, Ray starts it anew" in running.output()
+            assert f"{name} ended, Ray starts it again" in running.output()
         processes = its_processes(running)
         assert running.end() == 0
         assert not [process for process in processes if process.is_running()]
@@ -137,7 +137,7 @@ def test_a_lost_node_costs_no_lookup_and_its_shard_comes_back_on_another(
                 until(lambda: load.lookups > asked + 50, "lookups with the new shard")
             load.check()
             assert raylet_of(shard_pids(running)[lost]) != node
-            assert f"{lost} ended, Ray starts it anew" in running.output()
+            assert f"{lost} ended, Ray starts it again" in running.output()
             assert running.end() == 0
 
 
