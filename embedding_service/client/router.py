@@ -173,13 +173,17 @@ class Router:
 
     def model(self, name: str, deadline: float) -> Steps[Model]:
         """A served model by `name` or `name@version`; raises NotFound, naming the served ones."""
-        routing = yield from self.routing(deadline)
-        try:
-            return routing.model(name)
-        except NotFound:
-            # It may have been published since we learnt the routing.
-            routing = yield from self.newest_routing(deadline)
-            return routing.model(name)
+        for attempt in itertools.count():
+            routing = yield from self.routing(deadline)
+            pause = self._pause(attempt)
+            # It may have been published since we learnt the routing; and where nobody knows that, it says nothing.
+            in_doubt = self._doubted is not None and self._clock() + pause < deadline
+            if routing.find(name) or (attempt and not in_doubt):
+                return routing.model(name)
+            if attempt:
+                yield pause
+            yield from self._refresh([], deadline, set())
+        raise AssertionError("unreachable")
 
     def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[None]:
         missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
@@ -207,9 +211,10 @@ class Router:
             redirects = self._judge(failures, avoid)
             missing = _still_missing(failures, nowhere)
             pause = self._pause(attempt)
-            if self._clock() + pause >= deadline:
+            if self._clock() + pause < deadline:
+                yield from self._refresh(redirects, deadline, avoid)
+            if self._clock() + pause >= deadline:  # asking for the routing may have taken all that was left
                 raise _gave_up(model, wants, missing, failures, routing)
-            yield from self._refresh(redirects, deadline, avoid)
             if self._routing is routing:
                 yield pause
         raise AssertionError("unreachable")

@@ -421,6 +421,40 @@ def test_a_client_starts_over_where_nobody_who_answers_knows_its_routing(clock: 
     assert len(shards.asked) == len(lookups_of(shards)) == 3
 
 
+def test_a_client_starts_over_for_a_model_that_its_routing_does_not_name(clock: Clock) -> None:
+    """Its routing is from before the model was there, and newer than the service now."""
+    now, before = routing([[0], [1], [2], [0]]), moved(routing([[0]] * 4), term=9)
+    del before.models[:]
+    shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
+    assert fetch(router, shards, IDS, seconds=30)[:, 0].tolist() == IDS
+    assert router.current is not None and router.current.age == (1, 1)
+    with pytest.raises(errors.NotFound):  # at once: everybody knows this routing
+        fetch(router, shards, IDS, name="n", seconds=30)
+    shards.left, router = {"h:11"}, Router(["h:1"], Routing(before), clock=clock)
+    with pytest.raises(errors.NotFound):
+        fetch(router, shards, IDS, seconds=30)
+    assert router.current is not None and router.current.age == (9, 1)
+
+
+def test_a_lookup_ends_by_its_deadline_though_asking_for_the_routing_takes_all_of_it(clock: Clock) -> None:
+    class Slow(Shards):
+        """All are dead; that nobody answers for the routing is found out only when it is too late."""
+
+        def answer(self, call: Call) -> Any:
+            if not isinstance(call.request, Request):
+                clock.pass_time(call.timeout)
+            return GONE
+
+    for seconds in (0.5, 1.9, 2.1, 2.5, 4.2, 5.0):
+        for _ in range(10):
+            shards, router = Slow(routing([[0]] * 4)), Router(["h:9"], Routing(routing([[0]] * 4)), clock=clock)
+            shards.pass_time = clock.pass_time
+            began = clock.now
+            with pytest.raises(errors.Unavailable):
+                fetch(router, shards, IDS, seconds=seconds)
+            assert clock.now - began <= seconds + 1e-6
+
+
 def test_a_client_does_not_go_back_while_somebody_knows_its_routing(clock: Clock) -> None:
     now = routing([[0], [1], [2], [0]])
     before = moved(now, term=9)
