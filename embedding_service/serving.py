@@ -21,11 +21,11 @@ from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
 from embedding_service.foreign import LineFormatter
 from embedding_service.front import Front, Options, open_front
+from embedding_service.grpc_codes import code_of
 from embedding_service.health import Health
 from embedding_service.machine import allow_many_files, complete_address, join_address, split_address
 from embedding_service.methods import Context, Method, Places
 from embedding_service.placement.routing import Routing
-from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
 
 log = logging.getLogger("embedding_service")

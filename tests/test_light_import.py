@@ -52,6 +52,7 @@ def test_naming_the_package_loads_not_even_torch() -> None:
     [
         ("cli, commands.up, store.store, controller.server, shard.memory", ("torch", "fbgemm_gpu", "torchrec")),
         ("cli, client.status, commands.query", ("torch", "numpy", "pydantic", "fsspec")),
+        ("cli, client.thin, commands.bench", ("torch", "pydantic", "fsspec")),
         ("shard.server", ("fbgemm_gpu", "torchrec", "sympy")),
         ("store.importing, commands.store", ("fbgemm_gpu", "torchrec", "sympy")),
     ],

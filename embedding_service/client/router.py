@@ -23,8 +23,8 @@ from embedding_service.client.breaker import Breaker
 from embedding_service.client.sinks import Sink
 from embedding_service.client.transport import Call, Failure, Transport
 from embedding_service.errors import DeadlineExceeded, NotFound, Overloaded, ProtocolError, Unavailable
+from embedding_service.grpc_codes import error_of
 from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
-from embedding_service.status import error_of
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.rows import Answer, Bytes, Request, Shape, lookup_request
 

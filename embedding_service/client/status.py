@@ -6,8 +6,8 @@ import grpc
 
 from embedding_service.client.channels import open_channel
 from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.grpc_codes import error_of
 from embedding_service.machine import split_address
-from embedding_service.status import error_of
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub

@@ -81,17 +81,18 @@ def bench(
 
 def _shape(address: str, name: str) -> tuple[int, int]:
     """Rows and dim of a served table. Raises NotFound, naming the served ones."""
-    from embedding_service import EmbeddingClient
+    from embedding_service.client.thin import list_models
 
     model_name, slash, table_name = name.partition("/")
     if not slash:
         raise InvalidRequest(f"table must be named as MODEL/TABLE, got {name!r}")
-    with EmbeddingClient(address, timeout=TIMEOUT) as client:
-        models = client.models()
+    models = list_models(address, TIMEOUT)
     for model in models:
-        if model_name in (model.name, f"{model.name}@{model.version}") and table_name in model.tables:
-            return model.tables[table_name][:2]
-    known = ", ".join(f"{model.name}/{table}" for model in models for table in model.tables)
+        if model_name in (model.name, f"{model.name}@{model.version}"):
+            for table in model.tables:
+                if table.name == table_name:
+                    return table.rows, table.dim
+    known = ", ".join(f"{model.name}/{table.name}" for model in models for table in model.tables)
     raise NotFound(f"no table {name!r} is served; there are: {known or 'none'}")
 
 

@@ -84,13 +84,12 @@ def _state(model: control.ModelStatus) -> str:
 
 def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:
     """Show what is served now, a line for each table."""
-    from embedding_service import EmbeddingClient
+    from embedding_service.client.thin import list_models
 
-    with EmbeddingClient(address) as client:
-        for model in client.models():
-            for table, (rows, dim, dtype) in model.tables.items():
-                family = f" ({model.family})" if model.family else ""
-                say(f"{model.name}@{model.version}/{table}: {rows:,} rows of {dim} {dtype}{family}")
+    for model in list_models(address):
+        family = f" ({model.family})" if model.family else ""
+        for table in model.tables:
+            say(f"{model.name}@{model.version}/{table.name}: {table.rows:,} rows of {table.dim} {table.dtype}{family}")
 
 
 def lookup(
@@ -103,11 +102,7 @@ def lookup(
     for position, row_id in enumerate(ids):
         if not -MOST_ID <= row_id < MOST_ID:
             raise OutOfRange(f"ids[{position}] is {row_id}: no table has as many rows, ids are below {MOST_ID:,}")
-    import torch
+    from embedding_service.client.thin import get_rows
 
-    from embedding_service import EmbeddingClient
-
-    with EmbeddingClient(address, timeout=timeout) as client:
-        rows = client.lookup(table, torch.tensor(ids, dtype=torch.int64))
-    for row_id, row in zip(ids, rows.tolist(), strict=True):
+    for row_id, row in zip(ids, get_rows(address, table, ids, timeout).tolist(), strict=True):
         say(f"{row_id}: " + " ".join(f"{value:.6g}" for value in row))

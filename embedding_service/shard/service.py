@@ -20,6 +20,7 @@ from embedding_service.client.sinks import StoredRows
 from embedding_service.client.transport import Transport
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.front import UNREAD_BYTES
+from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
@@ -35,7 +36,6 @@ from embedding_service.shard.held import (
     row_bytes_of,
 )
 from embedding_service.shard.holdings import Holdings
-from embedding_service.status import code_of
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lists import (
     LookupAsked,
