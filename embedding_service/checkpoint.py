@@ -203,7 +203,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         remedy = (
             "a single file's matrices can be imported with --generic TENSOR"
             if folder.exists()
-            else "there is none. One on a model hub is downloaded first"
+            else "there is none. Download it first if it is on a model hub"
         )
         raise ImportRefused(f"{folder} is no folder of a checkpoint: {remedy}")
     return read_json(folder, CONFIG_FILE)

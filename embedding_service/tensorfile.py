@@ -107,14 +107,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _span(name: str, entry: Any, start: int) -> TensorSpan:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {shown(name)} has not dtype, shape and data_offsets")
+        raise ValueError(f"tensor {shown(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"tensor {shown(name)} has a dtype that is not known: {shown(dtype)}")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"tensor {shown(name)} has a shape that is none")
+        raise ValueError(f"tensor {shown(name)} has no valid shape")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {shown(name)} has data_offsets that are none")
+        raise ValueError(f"tensor {shown(name)} has no valid data_offsets")
     begin, end = offsets
     if end - begin != tensor_bytes(dtype, shape):
         raise ValueError(f"tensor {shown(name)}: {dtype} {shown(shape)} does not fit the bytes {begin} to {end}")
@@ -135,7 +135,7 @@ def _check_cover(path: Path, spans: dict[str, TensorSpan], start: int, size: int
             raise ValueError(f"tensor {shown(name)} {between} {last}")
         end, last = span.offset + span.bytes, f"tensor {shown(name)}"
     if end > size:
-        raise BadTensorFile(f"{path} is cut short: {size:,} bytes, its header speaks of {end:,}")
+        raise BadTensorFile(f"{path} is cut short: {size:,} bytes, its header says {end:,}")
     if end < size:
         raise ValueError(f"it has {size - end:,} bytes that belong to no tensor")
 

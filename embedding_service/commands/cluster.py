@@ -40,7 +40,7 @@ def _check_advertised(address: str | None) -> str | None:
 AdvertiseOption = Annotated[
     str | None,
     typer.Option(
-        help="HOST or HOST:PORT under which others reach this process, where --listen does not say.",
+        help="HOST or HOST:PORT by which others reach this process, if that is not --listen.",
         callback=_check_advertised,
     ),
 ]
@@ -179,7 +179,7 @@ def shard(
         str, typer.Option(help="Zone or node of this shard: copies of a part go to different ones.")
     ] = "",
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM, wait at most so long until others hold this shard's parts.")
+        float, typer.Option(min=0, help="Seconds to wait at most, after SIGTERM, until others hold this shard's parts.")
     ] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
     processes: ProcessesOption = 1,

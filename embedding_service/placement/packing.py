@@ -77,7 +77,11 @@ def check_fit(parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int)
     usable = sum(min(node.memory_limit, once) for node in nodes)
     if once * replicas > usable:
         offered = sum(node.memory_limit for node in nodes)
-        idle = f", of which {offered - usable:,} are of no use as a shard holds a part once" if offered > usable else ""
+        idle = (
+            f", of which {offered - usable:,} are of no use because a shard holds a part once"
+            if offered > usable
+            else ""
+        )
         raise PlacementError(
             f"{_demand(parts, nodes, replicas)}{idle}: {once * replicas - usable:,} bytes are missing; "
             "add shards or raise --memory"

@@ -171,7 +171,7 @@ def test_another_family_is_refused(checkpoint: Any, tmp_path: Path) -> None:
         ({"vocab_size": 301}, r"embedders.0.weight is \[6151, 16\], but the config asks for \[6171, 16\]"),
         ({"vocab_size": "many"}, "config.json"),
         ({"emb_split_num": 3, "hidden_size": 96}, "lacks tensor model.ngram_embeddings.embedders.4.weight"),
-        ({"emb_split_num": 1, "hidden_size": 32}, "embedders.2.weight, but its config speaks of 2 heads"),
+        ({"emb_split_num": 1, "hidden_size": 32}, "embedders.2.weight, but its config has 2 heads"),
     ],
     ids=str,
 )

@@ -49,6 +49,6 @@ class LongcatImporter(FamilyImporter[LongcatHasher]):
             match = _HEAD.fullmatch(name)
             if match and int(match[1]) >= heads:
                 raise ImportRefused(
-                    f"{self._checkpoint.folder} holds tensor {name}, but its config speaks of {heads} heads: "
+                    f"{self._checkpoint.folder} holds tensor {name}, but its config has {heads} heads: "
                     "emb_neighbor_num or emb_split_num is not this checkpoint's"
                 )
