@@ -183,6 +183,10 @@ def shard(
     ] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads one gather may use.")] = 1,
     processes: ProcessesOption = 1,
+    near: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Unix socket at which clients of this machine get rows to read in place."),
+    ] = None,
     metrics_port: MetricsOption = 0,
 ) -> None:
     """A process that holds parts and answers lookups."""
@@ -203,6 +207,7 @@ def shard(
             drain_seconds=drain_seconds,
             threads=threads,
             processes=processes,
+            near=near,
             metrics_port=metrics_port,
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from embedding_service.address_space import round_up
 from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.late import late
-from embedding_service.rows.address_space import round_up
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.rows.pool import Pool
 from embedding_service.store.manifest import Part, Table

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from embedding_service.address_space import AddressSpace
 from embedding_service.formats import get_format
 from embedding_service.formats.fbgemm import fbgemm_operator
 from embedding_service.late import late
-from embedding_service.rows.address_space import AddressSpace
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace

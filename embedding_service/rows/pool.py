@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from embedding_service.address_space import round_up
 from embedding_service.late import late
-from embedding_service.rows.address_space import round_up
 
 if TYPE_CHECKING:
     import torch

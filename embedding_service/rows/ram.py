@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from embedding_service.rows.address_space import AddressSpace
+from embedding_service.address_space import AddressSpace
 from embedding_service.rows.base import Location
 from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part
@@ -13,17 +13,16 @@ from embedding_service.store.parts import Pace, read_into
 
 
 class RamTable(HostTable):
-    """Parts are read into memory once, hashed on the way.
-
-    Where it is shared the kernel gives huge pages only if /sys/kernel/mm/transparent_hugepage/shmem_enabled lets it.
-    """
+    """Parts are read into memory once, hashed on the way."""
 
     def location(self, part: Part, path: Path) -> Location:
         """In the memory of this process."""
-        return Location(f"/proc/{os.getpid()}/fd/{self._space.fd}", part.first_row * self.table.row_bytes)
+        fd, offset = self._space.file_at(part.first_row * self.table.row_bytes)
+        return Location(f"/proc/{os.getpid()}/fd/{fd}", offset)
 
     def _reserve(self) -> AddressSpace:
         return AddressSpace(self.table.bytes, shared=self.shared)
 
     def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
         read_into(path, part, self._space.map_memory(offset, part.bytes), pace)
+        self._space.seal(offset)

@@ -51,7 +51,7 @@ class Holdings:
         held: The parts that are verified and answer lookups.
         failures: Why a part that shall be held is not.
         changed: Set whenever `held` or `failures` changed.
-        sharing: Who else serves what is held; set before anything is.
+        sharing: Who else reads what is held; set before anything is.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Holdings:
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
         self.changed = asyncio.Event()
-        self.sharing: Sharing | None = None
+        self.sharing: list[Sharing] = []
         self._store = store
         self._tier = TIERS[tier]
         self._cache = cache
@@ -196,8 +196,8 @@ class Holdings:
         rows = self._rows(key)
         try:
             rows.load(part, path, self._pace)
-            if self.sharing:
-                self.sharing.hold(key, rows.table, rows.location(part, path))
+            for each in self.sharing:
+                each.hold(key, rows.table, rows.location(part, path))
         except CorruptPart:
             if not self._store.is_local:
                 path.unlink(missing_ok=True)  # a bad copy: the next try fetches another
@@ -207,14 +207,14 @@ class Holdings:
         with self._tables_lock:
             if key[:3] not in self._tables:
                 table = self._manifest(key).table(key.table)
-                self._tables[key[:3]] = self._tier(table, shared=True) if self.sharing else self._tier(table)
+                self._tables[key[:3]] = self._tier(table, shared=bool(self.sharing))
             return self._tables[key[:3]]
 
     def _drop(self, key: PartKey) -> None:
         self.held.discard(key)
         self.changed.set()
-        if self.sharing:
-            self.sharing.drop(key)
+        for each in self.sharing:
+            each.drop(key)
         self._tables[key[:3]].drop(self._part(key))
         self._taken -= self._part(key).bytes
         self._room.set()

@@ -34,6 +34,7 @@ from embedding_service.serving import (
 from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.memory import keep_freed_memory, memory_for_requests, offered_memory
+from embedding_service.shard.near import NearServer
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import LookupService
@@ -65,6 +66,7 @@ class ShardOptions:
         drain_seconds: After SIGTERM, how long to wait at most until others hold the parts of this shard.
         threads: torch threads a gather may use.
         processes: Processes that answer lookups, this one included.
+        near: Path of the Unix socket at which clients of this machine get the files of its parts; None: nowhere.
         metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
     """
 
@@ -82,6 +84,7 @@ class ShardOptions:
     drain_seconds: float = 60.0
     threads: int = 1
     processes: int = 1
+    near: str | None = None
     metrics_port: int = 0
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -92,8 +95,9 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
-    if options.processes > 1 and TIERS[options.tier].device != "cpu":
-        raise InvalidRequest(f"rows of tier {options.tier} lie with one process: leave --processes at 1")
+    if TIERS[options.tier].device != "cpu" and (options.processes > 1 or options.near):
+        remedy = "leave --near out" if options.near else "leave --processes at 1"
+        raise InvalidRequest(f"rows of tier {options.tier} lie with one process: {remedy}")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     # A network's filesystem may say that it has 8 EiB.
@@ -110,9 +114,14 @@ async def _serve(options: ShardOptions) -> None:
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]
     if options.shared_listen:
         fronts.append(await server.listen(options.shared_listen, shared=True))
+    incarnation = secrets.randbits(63)
+    near = None
+    if options.near:  # first among who shares: what is dropped is near no more before others give it up
+        near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses)
+        holdings.sharing.append(near)
     others = Processes(options.processes - 1, holdings.add_accesses)
     if options.processes > 1:
-        holdings.sharing = others
+        holdings.sharing.append(others)
     addresses = [front.address for front in fronts]
     folder = None
     if options.processes > 1:
@@ -127,6 +136,8 @@ async def _serve(options: ShardOptions) -> None:
         return service.counters + others.counters() + Counters(errors=server.refused)
 
     async def set_serving(serving: bool) -> None:
+        if near:
+            near.tell_age()  # before anybody is answered by the new routing
         others.set_serving(serving)
         await server.set_serving(serving)
 
@@ -137,7 +148,7 @@ async def _serve(options: ShardOptions) -> None:
         tier=options.tier,
         memory_limit=holdings.memory_limit,
         topology=options.topology,
-        incarnation=secrets.randbits(64),
+        incarnation=incarnation,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, counters, set_serving)
@@ -158,6 +169,8 @@ async def _serve(options: ShardOptions) -> None:
         await server.stop()  # what the others passed on ended before
         if folder:
             folder.cleanup()
+        if near:
+            near.close()
         await cancel([registering])
         transport.close()
         metrics.close()
@@ -175,9 +188,13 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
     yield gauge("held_bytes", "Bytes of rows held.", holdings.held_bytes)
     yield gauge("failing_parts", "Parts that shall be held and cannot be.", len(holdings.failures))
     yield gauge("memory_limit_bytes", "Bytes offered for rows.", holdings.memory_limit)
-    term, epoch = router.current.age if router.current else (0, 0)
+    term, epoch = _age(router)
     yield gauge("routing_term", "Term of the newest routing seen.", term)
     yield gauge("routing_epoch", "Epoch of the newest routing seen.", epoch)
+
+
+def _age(router: Router) -> tuple[int, int]:
+    return router.current.age if router.current else (0, 0)
 
 
 def default_memory_limit(options: ShardOptions) -> int:

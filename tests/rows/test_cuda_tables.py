@@ -15,9 +15,9 @@ import torch
 from support.checkpoints import engram_checkpoint
 from support.readers import reading
 
+from embedding_service.address_space import round_up
 from embedding_service.errors import CorruptPart, InvalidRequest, NotFound
 from embedding_service.rows import CudaCachedTable, CudaTable, RamTable, TableRows
-from embedding_service.rows.address_space import round_up
 from embedding_service.rows.cuda import FbgemmRowCache, RowCache, free_memory, require_cuda, require_fbgemm_cuda
 from embedding_service.rows.pool import Pool
 from embedding_service.store.importing import import_checkpoint

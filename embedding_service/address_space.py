@@ -10,10 +10,12 @@ to 64 bytes past a row's end, which may be the end of a part. Callers check what
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from embedding_service.late import late
@@ -28,8 +30,9 @@ HUGE_PAGE = 2 << 20
 
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_HUGEPAGE = 1, 3, 14
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_HUGEPAGE, _MADV_COLLAPSE = 1, 3, 14, 25
+# Nobody maps or opens the file for writing from now on; whoever has it mapped so already may go on. Python has no name.
+_FUTURE_WRITE = 16
 # Addresses without memory: they read as zeros.
 _NOTHING = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
 
@@ -38,14 +41,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _punch(fd: int, offset: int, nbytes: int) -> None:
-    """Give a file's memory back: what was there reads as zeros."""
-    if _libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
-        raise OSError(ctypes.get_errno(), "giving memory back failed")
 
 
 def round_up(nbytes: int, unit: int = PAGE) -> int:
@@ -60,27 +56,26 @@ class AddressSpace:
     `tensor` and views of it must not outlive it.
 
     Args:
-        shared: Memory is that of a file without a name, at the same offsets, which other processes can map.
+        shared: Each piece of memory is a file without a name, which other processes can map (`file_at`).
 
     Attributes:
-        fd: That file; None without one.
+        address: Of the first byte.
     """
 
     def __init__(self, nbytes: int, *, shared: bool = False) -> None:
         self.nbytes = nbytes
-        self.fd: int | None = None
+        self._files: dict[int, int] | None = None
         if shared:
-            self.fd = os.memfd_create("embedding-rows")
-            os.ftruncate(self.fd, round_up(nbytes))
-            weakref.finalize(self, os.close, self.fd)
+            self._files = {}
+            weakref.finalize(self, _close_all, self._files)
         # One huge page more than asked, so that the range can begin on a huge page's boundary.
         self._reserved = round_up(nbytes) + HUGE_PAGE
         self._origin = self._mmap(None, self._reserved, _PROT_READ, _NOTHING)
         # Not at the interpreter's exit: threads may still look at them then.
         weakref.finalize(self, _libc.munmap, self._origin, self._reserved).atexit = False
-        self._base = round_up(self._origin, HUGE_PAGE)
+        self.address = round_up(self._origin, HUGE_PAGE)
         self.tensor: torch.Tensor = torch.frombuffer(
-            (ctypes.c_uint8 * nbytes).from_address(self._base), dtype=torch.uint8
+            (ctypes.c_uint8 * nbytes).from_address(self.address), dtype=torch.uint8
         )
 
     def map_memory(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -88,12 +83,25 @@ class AddressSpace:
 
         Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
         """
-        if self.fd is None:
+        if self._files is None:
             address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS)
+            _libc.madvise(address, round_up(nbytes), _MADV_HUGEPAGE)
         else:
-            address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_SHARED, self.fd, offset)
-        _libc.madvise(address, round_up(nbytes), _MADV_HUGEPAGE)
+            self._files[offset] = fd = memory_file("embedding-rows", self._shift(offset) + round_up(nbytes))
+            address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_SHARED, fd, self._shift(offset))
+            _take_huge_pages(address, nbytes)
         return self.tensor[offset : offset + nbytes]
+
+    def file_at(self, offset: int) -> tuple[int, int]:
+        """The file of the memory at `offset`, of a `shared` one, and where in that file it begins."""
+        assert self._files is not None
+        return self._files[offset], self._shift(offset)
+
+    def seal(self, offset: int) -> None:
+        """Nobody else can write to the memory at `offset` from now on, nor cut it short. Where the kernel can: 5.1."""
+        if self._files is not None:
+            with suppress(OSError):
+                seal(self._files[offset])
 
     def map_file(self, offset: int, nbytes: int, fd: int, file_offset: int) -> torch.Tensor:
         """Show `nbytes` of an open file from `file_offset` (a multiple of the page size) at `offset`, read-only.
@@ -112,7 +120,10 @@ class AddressSpace:
         """
         page = ctypes.c_ubyte()
         for offset in offsets:
-            if _libc.mincore(self._base + offset // PAGE * PAGE, PAGE, ctypes.byref(page)) == 0 and not page.value & 1:
+            if (
+                _libc.mincore(self.address + offset // PAGE * PAGE, PAGE, ctypes.byref(page)) == 0
+                and not page.value & 1
+            ):
                 return False
         return True
 
@@ -120,20 +131,25 @@ class AddressSpace:
         """Have the pages of `nbytes` at each offset read from disk, all at a time; does not wait for them."""
         for offset in offsets:
             first = offset // PAGE * PAGE
-            _libc.madvise(self._base + first, offset + nbytes - first, _MADV_WILLNEED)
+            _libc.madvise(self.address + first, offset + nbytes - first, _MADV_WILLNEED)
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Give the memory behind [offset, offset + nbytes) back; the addresses stay reserved."""
         self._map(offset, nbytes, _PROT_READ, _NOTHING)
-        if self.fd is not None:
-            _punch(self.fd, offset, round_up(nbytes))
+        if self._files is not None and offset in self._files:
+            os.close(self._files.pop(offset))  # its memory goes once nobody has it mapped
+
+    @staticmethod
+    def _shift(offset: int) -> int:
+        """Where memory begins in its file: as far from a huge page's boundary as its address, so that it can be one."""
+        return offset % HUGE_PAGE
 
     def _map(self, offset: int, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
         if offset % PAGE or file_offset % PAGE:
             raise ValueError(f"offset {offset} and file offset {file_offset} must be multiples of {PAGE}")
         if not 0 <= offset <= offset + nbytes <= self.nbytes:
             raise ValueError(f"[{offset}, {offset + nbytes}) lies outside the {self.nbytes} reserved bytes")
-        return self._mmap(self._base + offset, round_up(nbytes), protection, flags | _MAP_FIXED, fd, file_offset)
+        return self._mmap(self.address + offset, round_up(nbytes), protection, flags | _MAP_FIXED, fd, file_offset)
 
     @staticmethod
     def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int = -1, file_offset: int = 0) -> int:
@@ -142,3 +158,45 @@ class AddressSpace:
             code = ctypes.get_errno()
             raise MemoryError(f"mapping {nbytes:,} bytes failed: {os.strerror(code)}")
         return int(result)
+
+
+def memory_file(name: str, nbytes: int) -> int:
+    """A file in memory, of zeros, which can be sealed: its descriptor. `name` is for people. Raises MemoryError."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise MemoryError(f"no file in memory: {error.strerror}") from error
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+def seal(fd: int) -> None:
+    """Let nobody write to a memory file but whoever has it mapped for that, nor change its size. Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+
+
+def sealed(fd: int) -> bool | None:
+    """Whether a memory file is sealed as `seal` does; None for a file that is none."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return None
+    return bool(seals & fcntl.F_SEAL_SHRINK and seals & (fcntl.F_SEAL_WRITE | _FUTURE_WRITE))
+
+
+def _take_huge_pages(address: int, nbytes: int) -> None:
+    """Back new memory of a file with huge pages where the kernel can (6.1), whatever its default for such memory is.
+
+    Rows at random take up to three times as long from small ones. A page is written to first, for there must be
+    something to collapse; without zeros to copy it costs no more than small pages do.
+    """
+    first, last = round_up(address, HUGE_PAGE), (address + nbytes) // HUGE_PAGE * HUGE_PAGE
+    for page in range(first, last, HUGE_PAGE):
+        ctypes.memset(page, 0, 1)
+        if _libc.madvise(page, HUGE_PAGE, _MADV_COLLAPSE):
+            return
+
+
+def _close_all(files: dict[int, int]) -> None:
+    for fd in files.values():
+        os.close(fd)

@@ -1,0 +1,393 @@
+"""Rows read in place: what is read is right, whatever becomes of the parts, the shard and their files.
+
+The rules N1 to N7 are those of docs/near.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.cluster import until
+from support.near import NearShard, near_reader, near_shard, read, stored_rows, wait_for
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.near.board import VERSION
+from embedding_service.near.reader import NearReader
+from embedding_service.wire import near_pb2 as near
+
+
+@pytest.fixture
+def shard(store: Path, tmp_path: Path) -> Iterator[NearShard]:
+    """One that holds all of model fp32, whose rows name themselves, in memory."""
+    with near_shard(tmp_path / "near", store, "fp32") as shard:
+        shard.hold()
+        yield shard
+
+
+@pytest.fixture
+def expected(store: Path) -> np.ndarray:
+    return stored_rows(store, "fp32")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter; those of pytest are their owner's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def some_ids(rows: int, count: int = 500) -> np.ndarray:
+    edges = [0, rows - 1, rows // 2, rows // 2, 0]
+    return np.concatenate([np.random.default_rng(7).integers(0, rows, count), edges]).astype(np.int64)
+
+
+def hello(shard: NearShard, version: int = VERSION, incarnation: int | None = None) -> socket.socket:
+    """A connection that said what it wants."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(20)
+    connection.connect(shard.place.path)
+    request = near.NearRequest(version=version, incarnation=incarnation or shard.place.incarnation)
+    connection.send(request.SerializeToString())
+    return connection
+
+
+def files_of(connection: socket.socket) -> tuple[near.NearAnswer, list[int]]:
+    """The next answer."""
+    packet, files, _, _ = socket.recv_fds(connection, 1 << 18, 64)
+    return near.NearAnswer.FromString(packet), files
+
+
+@pytest.mark.parametrize("tier", ["ram", "mmap"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "int4"])
+def test_n1_near_rows_are_the_stored_bytes(store: Path, tmp_path: Path, dtype: str, tier: str) -> None:
+    with near_shard(tmp_path / "near", store, dtype, tier) as shard, near_reader(shard) as reader:
+        shard.hold()
+        wait_for(reader, shard.key)
+        assert reader.states() == {"shard-1": "near"}
+        for ids in (some_ids(shard.table.rows), some_ids(shard.table.rows, 3000), np.array([5]), np.empty(0, np.int64)):
+            rows = read(reader, shard.key, ids)
+            assert rows is not None
+            assert np.array_equal(rows, stored_rows(store, dtype)[ids])
+
+
+def test_n1_a_shard_of_another_machine_is_not_tried(shard: NearShard) -> None:
+    reader = NearReader()
+    reader.follow([shard.place._replace(boot_id="of another machine"), shard.place._replace(path="")])
+    assert reader.states() == {}
+    assert reader.view() is None
+    reader.close()
+
+
+def test_n2_rows_of_a_dropped_part_are_left_out_and_come_back(shard: NearShard, expected: np.ndarray) -> None:
+    with near_reader(shard) as reader:
+        table = wait_for(reader, shard.key)
+        ids = np.arange(shard.table.rows)
+        shard.drop(1)
+        view = reader.view()
+        assert view is not None
+        rows = reader.read(view, table, ids)
+        if rows is None:  # the reader has made another view of it by now
+            wait_for(reader, shard.key, whole=False)
+            view = reader.view()
+            assert view is not None
+            rows = reader.read(view, view.tables[shard.key], ids)
+        assert rows is not None
+        left = ids[ids // shard.table.rows_per_part != 1]
+        assert rows.positions is not None
+        assert np.array_equal(rows.positions, left)
+        assert np.array_equal(rows.stored.numpy(), expected[left])
+        shard.hold(1)
+        wait_for(reader, shard.key)
+        again = read(reader, shard.key, ids)
+        assert again is not None
+        assert np.array_equal(again, expected)
+
+
+def test_n2_no_row_is_wrong_while_parts_come_and_go(shard: NearShard, expected: np.ndarray) -> None:
+    """Whole tables are read by three threads while parts are dropped and loaded again: a wrong row names itself."""
+    outcomes: Counter[str] = Counter()
+    done = threading.Event()
+
+    def look(reader: NearReader, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        while not done.is_set():
+            ids = random.integers(0, shard.table.rows, 2000)
+            rows = read(reader, shard.key, ids)
+            right = rows is not None and np.array_equal(rows, expected[ids])
+            outcomes["none" if rows is None else "right" if right else "wrong"] += 1
+
+    with near_reader(shard) as reader:
+        wait_for(reader, shard.key)
+        threads = [threading.Thread(target=look, args=(reader, seed)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        parts = len(shard.table.parts)
+        for turn in range(40):
+            shard.drop(turn % parts, (turn + 1) % parts)
+            shard.hold(turn % parts, (turn + 1) % parts)
+            if turn % 10 == 0:
+                before = outcomes["right"]
+                until(lambda before=before: outcomes["right"] > before, "right rows", seconds=20)  # type: ignore[misc]
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert outcomes["wrong"] == 0
+    assert outcomes["right"] > 0
+    assert outcomes["none"] > 0
+
+
+def test_n2_a_part_that_two_shards_hold_stays_near_when_one_goes(
+    store: Path, tmp_path: Path, expected: np.ndarray
+) -> None:
+    with (
+        near_shard(tmp_path / "one", store, "fp32", incarnation=1) as one,
+        near_shard(tmp_path / "two", store, "fp32", incarnation=2) as two,
+        near_reader(one, two) as reader,
+    ):
+        one.hold()
+        wait_for(reader, one.key)
+        two.hold(0, 1, 2)
+        until(lambda: reader.states() == {"shard-1": "near", "shard-2": "near"}, "both to be near", seconds=20)
+        one.stop()
+        ids = np.arange(3 * one.table.rows_per_part)
+
+        def there() -> bool:
+            rows = read(reader, one.key, ids)
+            assert rows is None or np.array_equal(rows, expected[ids])
+            return rows is not None
+
+        until(there, "the other shard's parts", seconds=20)
+
+
+def test_n3_a_reader_sees_that_a_shard_has_a_newer_routing(shard: NearShard) -> None:
+    with near_reader(shard) as reader:
+        wait_for(reader, shard.key)
+        shard.flip(7, 3)
+        assert reader.newer_than(7, 2) == "shard-1"
+        assert reader.newer_than(6, 9) == "shard-1"
+        assert reader.newer_than(7, 3) is None
+        assert reader.newer_than(8, 1) is None
+
+
+def test_n4_a_shard_that_hangs_is_not_near_until_it_goes_on(shard: NearShard, expected: np.ndarray) -> None:
+    with near_reader(shard) as reader:
+        wait_for(reader, shard.key)
+        shard.hang(3)
+        until(lambda: reader.view() is None, "the silence to be noticed", seconds=20)
+        assert read(reader, shard.key, np.arange(9)) is None
+        wait_for(reader, shard.key)
+        rows = read(reader, shard.key, np.arange(9))
+        assert rows is not None
+        assert np.array_equal(rows, expected[:9])
+
+
+def test_n4_what_is_mapped_is_given_back_when_the_shard_is_gone(shard: NearShard) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("embedding-rows")
+
+    with near_reader(shard) as reader:
+        wait_for(reader, shard.key)
+        assert mapped() > 0
+        shard.stop()
+        until(lambda: mapped() == 0, "the memory to be unmapped", seconds=20)
+        assert reader.view() is None
+        assert "near" not in reader.states()["shard-1"] or "No such file" in reader.states()["shard-1"]
+
+
+def test_n5_the_socket_is_this_users_alone(shard: NearShard) -> None:
+    status = Path(shard.place.path).stat()
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_uid == os.geteuid()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_n5_another_user_gets_nothing_though_the_socket_lets_it_in(shard: NearShard, open_folder: Path) -> None:
+    Path(shard.place.path).rename(open_folder / "near")
+    (open_folder / "near").chmod(0o666)
+    shard.place = shard.place._replace(path=str(open_folder / "near"))
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = b"?"
+        try:
+            os.setuid(65534)
+            answer, files = files_of(hello(shard))
+            outcome = f"{answer.refusal} {len(files)}".encode()
+        finally:
+            os.write(there, outcome)
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(here, 1000) == b"user 65534 is neither this shard's nor root 0"
+    os.close(here)
+    os.close(there)
+
+
+def test_a_shard_refuses_another_version_and_whoever_means_another_shard(shard: NearShard) -> None:
+    for options, why in (({"version": 9}, "version 1, the client 9"), ({"incarnation": 5}, "another shard")):
+        with hello(shard, **options) as connection:  # type: ignore[arg-type]
+            answer, files = files_of(connection)
+            assert why in answer.refusal
+            assert not files
+            assert connection.recv(9) == b""
+
+
+def test_a_reader_says_why_a_shard_is_not_near(shard: NearShard, tmp_path: Path) -> None:
+    reader = NearReader()
+    absent = shard.place._replace(shard="absent", path=str(tmp_path / "nobody"))
+    another = shard.place._replace(shard="another", incarnation=99)
+    reader.follow([absent, another, shard.place])
+    wait_for(reader, shard.key)
+    until(lambda: "another shard" in reader.states()["another"], "the refusal", seconds=20)
+    assert "No such file or directory" in reader.states()["absent"]
+    reader.close()
+
+
+def test_n6_a_hostile_client_cannot_change_a_row(shard: NearShard, expected: np.ndarray) -> None:
+    """It may be root: memory is sealed, whoever has it."""
+    with hello(shard) as connection:
+        answer, files = files_of(connection)
+        assert answer.board
+        connection.send(near.NearRequest(next=True).SerializeToString())
+        held, parts = files_of(connection)
+        assert len(held.held) == len(parts) > 0
+        for file in (*files, *parts):
+            with pytest.raises(OSError, match="not permitted"):
+                mmap.mmap(os.open(f"/proc/self/fd/{file}", os.O_RDWR), 4096)
+            for change in (lambda fd: os.pwrite(fd, b"x", 0), lambda fd: os.ftruncate(fd, 0)):
+                writable = os.open(f"/proc/self/fd/{file}", os.O_RDWR)
+                with pytest.raises(PermissionError):
+                    change(writable)
+                os.close(writable)
+            libc = ctypes.CDLL(None, use_errno=True)
+            page = mmap.mmap(file, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+            address = np.frombuffer(page, np.uint8).ctypes.data
+            assert libc.mprotect(ctypes.c_void_p(address), 4096, 3) == -1
+            os.close(file)
+    assert np.array_equal(shard.rows.gather(np.arange(shard.table.rows), "stored"), expected)
+
+
+def test_n2_a_client_that_takes_nothing_holds_nobody_up(shard: NearShard, expected: np.ndarray) -> None:
+    """It asks again and again and reads no answer, while parts come and go for another."""
+    with hello(shard) as connection, near_reader(shard) as reader:
+        connection.setblocking(False)
+        for _ in range(200):
+            try:
+                connection.send(near.NearRequest(next=True).SerializeToString())
+            except OSError:
+                break
+        for _ in range(5):
+            shard.drop(0, 1)
+            shard.hold(0, 1)
+        wait_for(reader, shard.key)
+        rows = read(reader, shard.key, np.arange(shard.table.rows))
+        assert rows is not None
+        assert np.array_equal(rows, expected)
+
+
+def test_a_hundred_clients_are_near_at_once_and_nothing_is_kept_of_those_that_end(
+    shard: NearShard, expected: np.ndarray
+) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    readers = [NearReader() for _ in range(100)]
+    for reader in readers:
+        reader.follow([shard.place])
+    ids = some_ids(shard.table.rows)
+    for reader in readers:
+        wait_for(reader, shard.key)
+        rows = read(reader, shard.key, ids)
+        assert rows is not None
+        assert np.array_equal(rows, expected[ids])
+    assert shard.server.clients == 100
+    for reader in readers:
+        reader.close()
+    until(lambda: shard.server.clients == 0, "the shard to forget them", seconds=20)
+    assert open_files() <= before
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(shard: NearShard) -> None:
+    child = os.fork()
+    if child == 0:
+        hello(shard)
+        time.sleep(60)
+        os._exit(1)
+    until(lambda: shard.server.clients == 1, "the client", seconds=20)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    until(lambda: shard.server.clients == 0, "the shard to forget it", seconds=20)
+
+
+def test_n7_rows_that_are_read_count_for_their_parts(shard: NearShard) -> None:
+    with near_reader(shard) as reader:
+        wait_for(reader, shard.key)
+        per_part = shard.table.rows_per_part
+        for _ in range(5):
+            assert read(reader, shard.key, np.array([0, 1, per_part])) is not None
+        until(lambda: shard.accesses == {0: 10, 1: 5}, f"the report, got {shard.accesses}", seconds=20)
+        assert shard.server.rows == 15
+
+
+def test_a_file_that_is_cut_short_costs_its_rows_and_no_process(store: Path, tmp_path: Path) -> None:
+    """The shard itself ends when it reads such rows; a client must not."""
+    copy = tmp_path / "store"
+    shutil.copytree(store / "fp16", copy / "fp16")
+    with near_shard(tmp_path / "near", copy, "fp16", "mmap") as shard, near_reader(shard) as reader:
+        shard.hold()
+        wait_for(reader, shard.key)
+        ids = np.arange(len(shard.table.parts)) * shard.table.rows_per_part + 100
+        assert read(reader, shard.key, ids) is not None
+        part = shard._store.part_path(shard.manifest, shard.table.parts[0])
+        os.truncate(part, 4096)
+        assert read(reader, shard.key, ids) is None
+        rows = read(reader, shard.key, ids[1:])
+        assert rows is not None
+        assert np.array_equal(rows, stored_rows(store, "fp16")[ids[1:]])
+
+
+def test_a_child_of_a_fork_and_its_parent_read_files_apart(store: Path, tmp_path: Path) -> None:
+    """What a thread copies rows of files into is its process's own."""
+    right = stored_rows(store, "fp16")
+    with near_shard(tmp_path / "near", store, "fp16", "mmap") as shard, near_reader(shard) as reader:
+        shard.hold()
+        wait_for(reader, shard.key)
+        ids = np.random.default_rng(1).integers(0, shard.table.rows, (2, 300, 500))
+        assert read(reader, shard.key, ids[0][0]) is not None
+        child = os.fork()
+        wrong = 0
+        for each in ids[child == 0]:
+            rows = read(reader, shard.key, each)
+            wrong += rows is not None and not np.array_equal(rows, right[each])
+        if child == 0:
+            os._exit(int(wrong > 0))
+        _, status = os.waitpid(child, 0)
+        assert (wrong, status) == (0, 0)
+
+
+def test_a_socket_that_nobody_listens_at_gives_way_and_one_in_use_does_not(
+    shard: NearShard, store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match="somebody listens there; give another path"):
+        NearShard(Path(shard.place.path), store, "fp16")
+    with pytest.raises(InvalidRequest, match="at most 107 bytes"):
+        NearShard(tmp_path / ("x" * 200), store, "fp16")
+    left = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(left))
+    with near_shard(left, store, "fp16") as another:
+        another.hold(0)
