@@ -175,6 +175,21 @@ def seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
 
 
+def can_seal() -> bool:
+    """Whether this kernel can: Linux 5.1 can, and not everything that looks like Linux."""
+    try:
+        fd = memory_file("embedding-trial", PAGE)
+    except MemoryError:
+        return False
+    try:
+        seal(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def sealed(fd: int) -> bool | None:
     """Whether a memory file is sealed as `seal` does; None for a file that is none."""
     try:

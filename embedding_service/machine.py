@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,14 @@ def prepare_local_ray() -> None:
         given = os.environ.get(variable, "")
         if given or variable != "no_grpc_proxy":
             os.environ[variable] = ",".join(filter(None, (given, "localhost", *sorted(own))))
+
+
+@cache
+def boot_id() -> str:
+    """Of this machine since it was started; containers of one machine share it. Empty where nobody knows it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def give_freed_memory_back() -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -244,7 +245,9 @@ class _Shard(_Process):
         # Found at each start: when a node is lost, Ray moves its shards.
         here = replace(options, host=ray.util.get_node_ip_address())
         node = ray.get_runtime_context().get_node_id()
-        super().__init__(name, [*up.shard_command(here, controller, name), f"--topology={node}"])
+        self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
+        command = up.shard_command(here, controller, name, self._sockets.name)
+        super().__init__(name, [*command, f"--topology={node}"])
 
 
 class _Server:

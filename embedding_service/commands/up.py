@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -69,12 +70,13 @@ def run(options: UpOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
     members: list[_Member] = []
+    sockets = tempfile.TemporaryDirectory(prefix="embedding-")
     try:
         controller = join_address(options.host, free_port(options.host))
         members.append(_Member("controller", controller_command(options, controller)))
         for index in range(options.shards):
             name = f"shard-{index}"
-            members.append(_Member(name, shard_command(options, controller, name)))
+            members.append(_Member(name, shard_command(options, controller, name, sockets.name)))
         status = wait_until_serving(controller, lambda: _check_alive(members), options.shards, console)
         for table in status_tables(status):
             console.print(table)
@@ -86,6 +88,7 @@ def run(options: UpOptions) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop_processes([member.popen for member in members])
+        sockets.cleanup()
 
 
 def check_store(url: str) -> None:
@@ -111,8 +114,8 @@ def controller_command(options: UpOptions, controller: str) -> list[str]:
     ]
 
 
-def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
-    """The arguments of one shard."""
+def shard_command(options: UpOptions, controller: str, name: str, folder: str) -> list[str]:
+    """The arguments of one shard; its socket for clients of this machine is in a folder of this user's alone."""
     command = [
         "shard",
         f"--store={options.store}",
@@ -124,6 +127,8 @@ def shard_command(options: UpOptions, controller: str, name: str) -> list[str]:
         f"--processes={options.processes}",
         "--drain-seconds=0",  # all of them end together
     ]
+    if not options.tier.startswith("cuda"):
+        command.append(f"--near={folder}/{name}")
     memory = options.memory
     if memory is None and options.tier in ("ram", "cuda", "cuda-cached"):
         from embedding_service.shard.memory import offered_memory

@@ -9,6 +9,7 @@ from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import MOST_PARTS, Manifest, part_file
 from embedding_service.store.store import Catalogue, natural_order
+from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 
 # Of each model its versions, oldest first.
@@ -145,16 +146,16 @@ def build_routing(
     serving: Iterable[Manifest],
     target: Mapping[PartKey, Sequence[str]],
     holders: Mapping[PartKey, list[str]],
-    addresses: Mapping[str, str],
+    shards: Mapping[str, wire.ShardAddress],
 ) -> wire.Routing:
     """The routing without its age: of each part those who hold it.
 
     Those who shall not go on holding it are named until all of its `target` hold it: were they left out sooner, a
     copy that is moving would be one copy less to survive a shard's death.
     """
-    names = sorted(addresses)
+    names = sorted(shards)
     index = {name: position for position, name in enumerate(names)}
-    routing = wire.Routing(shards=[wire.ShardAddress(id=name, address=addresses[name]) for name in names])
+    routing = wire.Routing(shards=[shards[name] for name in names])
     for manifest in serving:
         placement = routing.models.add(model=model_info(manifest))
         for table in manifest.tables:
@@ -167,6 +168,14 @@ def build_routing(
                 complete = staying and len(staying) == len(shall)
                 owners.parts.add(shards=[index[name] for name in (staying if complete else holding)])
     return routing
+
+
+def shard_address(report: control.ShardReport) -> wire.ShardAddress:
+    """How clients reach a shard, as it reported."""
+    shard = wire.ShardAddress(id=report.shard_id, address=report.address, topology=report.topology)
+    if report.near.path:
+        shard.near.CopyFrom(report.near)
+    return shard
 
 
 def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:

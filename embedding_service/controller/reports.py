@@ -30,6 +30,8 @@ def check_report(report: control.ShardReport, term: int, first: control.ShardRep
     """
     for name in ("shard_id", "address", "device", "tier", "topology"):
         _check_text(name, getattr(report, name))
+    for name in ("path", "boot_id"):
+        _check_text(f"near.{name}", getattr(report.near, name))
     if not report.shard_id:
         raise InvalidRequest("shard_id must not be empty")
     if report.device not in ("cpu", CUDA):

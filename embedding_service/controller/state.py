@@ -283,7 +283,7 @@ class ControllerState:
         yield from self.placing.update(self.wanted, served)
         shards, holders = self.fleet.shards, self.fleet.holders()  # planning took time
         self.wanted, serving = decisions.choose_versions(self.catalog, served, holders)
-        addresses = {name: shard.report.address for name, shard in shards.items()}
+        addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         self._publish(decisions.build_routing(serving, self.placing.reachable(), holders, addresses))
         self._assign()
 

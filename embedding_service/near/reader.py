@@ -15,8 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +24,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from embedding_service.address_space import PAGE, AddressSpace, sealed
+from embedding_service.machine import boot_id
 from embedding_service.near import through_kernel
 from embedding_service.near.board import (
     BEAT,
@@ -69,14 +68,6 @@ class Place(NamedTuple):
     path: str
     boot_id: str
     incarnation: int
-
-
-@cache
-def boot_id() -> str:
-    """Of this machine since it was started; containers of one machine share it. Empty where there is none."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
 
 
 class NearTable:
@@ -194,6 +185,7 @@ class NearReader:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._wake: socket.socket | None = None
+        self._woken: socket.socket | None = None
         # Of the thread alone.
         self._links: dict[str, _Link] = {}
         self._failed: dict[str, _Failed] = {}
@@ -266,18 +258,21 @@ class NearReader:
         self._poke()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        if self._wake is not None:
+            self._wake.close()
 
     def abandon(self) -> None:
         """In a child of a fork, whose parent goes on with this one: close its connections here."""
         self._view = View({}, ())
-        for link in self._links.values():
-            link.connection.close()
+        for each in (self._wake, self._woken, *(link.connection for link in self._links.values())):
+            if each is not None:
+                each.close()
 
     def _start(self) -> None:
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="embedding-near", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._woken,), name="embedding-near", daemon=True)
         self._thread.start()
 
     def _poke(self) -> None:
@@ -287,14 +282,14 @@ class NearReader:
 
     # From here on: the thread's.
 
-    def _run(self) -> None:
+    def _run(self, woken: socket.socket) -> None:
         self._boards = AddressSpace(MOST_SHARDS * BOARD_BYTES)
         self._peek = _words(self._boards).data
         reported = time.monotonic()
         try:
             while not self._closed:
                 self._connect()
-                self._wait()
+                self._wait(woken)
                 self._look()
                 if time.monotonic() - reported >= REPORT_SECONDS:
                     reported = time.monotonic()
@@ -303,19 +298,19 @@ class NearReader:
             self._view = View({}, ())
             for link in list(self._links.values()):
                 self._leave(link, "closed")
-            self._woken.close()
+            woken.close()
 
-    def _wait(self) -> None:
+    def _wait(self, woken: socket.socket) -> None:
         """Until somebody says something, or it is time to look at the beats."""
         with selectors.PollSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(woken, selectors.EVENT_READ)
             for link in self._links.values():
                 selector.register(link.connection, selectors.EVENT_READ, link)
             ready = [key.data for key, _ in selector.select(LOOK_SECONDS)]
         for link in ready:
             if link is None:
                 with suppress(OSError):
-                    self._woken.recv(4096)
+                    woken.recv(4096)
             elif self._links.get(link.place.shard) is link:
                 self._hear(link)
 

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from embedding_service.address_space import sealed
 from embedding_service.errors import InvalidRequest
 from embedding_service.foreign import shown
+from embedding_service.machine import boot_id
 from embedding_service.near.board import BEAT_SECONDS, VERSION, Board
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
@@ -95,7 +96,7 @@ class NearServer:
         age: Callable[[], tuple[int, int]],
         add_accesses: Callable[[TableKey, Ids], None],
     ) -> None:
-        self.path = path
+        self._path = os.path.realpath(path)
         self.rows = 0
         self._incarnation = incarnation
         self._age = age
@@ -114,6 +115,11 @@ class NearServer:
             raise
         self._loop.add_reader(self._socket, self._accept)
         self._beating = self._loop.create_task(self._beat())
+
+    @property
+    def place(self) -> wire.NearPlace:
+        """Where it is, as the routing tells clients."""
+        return wire.NearPlace(path=self._path, boot_id=boot_id(), incarnation=self._incarnation)
 
     @property
     def clients(self) -> int:
@@ -160,7 +166,7 @@ class NearServer:
         self._loop.remove_reader(self._socket)
         self._socket.close()
         with suppress(OSError):
-            Path(self.path).unlink()
+            Path(self._path).unlink()
         for key in list(self._generation_of):
             self.drop(key)
         for client in list(self._clients):

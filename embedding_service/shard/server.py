@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from prometheus_client.core import Metric
 
+from embedding_service.address_space import can_seal
 from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
@@ -116,7 +117,9 @@ async def _serve(options: ShardOptions) -> None:
         fronts.append(await server.listen(options.shared_listen, shared=True))
     incarnation = secrets.randbits(63)
     near = None
-    if options.near:  # first among who shares: what is dropped is near no more before others give it up
+    if options.near and not can_seal():
+        log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
+    elif options.near:  # first among who shares: what is dropped is near no more before others give it up
         near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses)
         holdings.sharing.append(near)
     others = Processes(options.processes - 1, holdings.add_accesses)
@@ -149,6 +152,7 @@ async def _serve(options: ShardOptions) -> None:
         memory_limit=holdings.memory_limit,
         topology=options.topology,
         incarnation=incarnation,
+        near=near.place if near else None,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, counters, set_serving)

@@ -21,7 +21,7 @@ class PartRef(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., table: _Optional[str] = ..., part: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "served", "models", "incarnation", "stats", "draining", "topology")
+    __slots__ = ("shard_id", "address", "device", "tier", "memory_limit", "has_parts", "parts", "part_accesses", "failures", "term", "epoch", "served", "models", "incarnation", "near", "stats", "draining", "topology")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class ShardReport(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NEAR_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
@@ -53,10 +54,11 @@ class ShardReport(_message.Message):
     served: _containers.RepeatedScalarFieldContainer[str]
     models: _containers.RepeatedCompositeFieldContainer[_embedding_pb2.ModelInfo]
     incarnation: int
+    near: _embedding_pb2.NearPlace
     stats: ShardStats
     draining: bool
     topology: str
-    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[_embedding_pb2.ModelInfo, _Mapping]]] = ..., incarnation: _Optional[int] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
+    def __init__(self, shard_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., tier: _Optional[str] = ..., memory_limit: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., part_accesses: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[_Union[PartFailure, _Mapping]]] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., served: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[_embedding_pb2.ModelInfo, _Mapping]]] = ..., incarnation: _Optional[int] = ..., near: _Optional[_Union[_embedding_pb2.NearPlace, _Mapping]] = ..., stats: _Optional[_Union[ShardStats, _Mapping]] = ..., draining: bool = ..., topology: _Optional[str] = ...) -> None: ...
 
 class PartFailure(_message.Message):
     __slots__ = ("part", "message")
@@ -67,7 +69,7 @@ class PartFailure(_message.Message):
     def __init__(self, part: _Optional[_Union[PartRef, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStats(_message.Message):
-    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes")
+    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows", "near_clients")
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +82,8 @@ class ShardStats(_message.Message):
     HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     ANONYMOUS_BYTES_FIELD_NUMBER: _ClassVar[int]
     FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NEAR_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NEAR_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     uptime_seconds: float
     lookups: int
@@ -92,7 +96,9 @@ class ShardStats(_message.Message):
     held_bytes: int
     anonymous_bytes: int
     file_bytes: int
-    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
+    near_rows: int
+    near_clients: int
+    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ..., near_clients: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("term", "has_parts", "parts", "routing", "released")

@@ -185,12 +185,26 @@ class Routing(_message.Message):
     def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardAddress, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelPlacement, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., controller: _Optional[str] = ...) -> None: ...
 
 class ShardAddress(_message.Message):
-    __slots__ = ("id", "address")
+    __slots__ = ("id", "address", "topology", "near")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    NEAR_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+    topology: str
+    near: NearPlace
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., topology: _Optional[str] = ..., near: _Optional[_Union[NearPlace, _Mapping]] = ...) -> None: ...
+
+class NearPlace(_message.Message):
+    __slots__ = ("path", "boot_id", "incarnation")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    boot_id: str
+    incarnation: int
+    def __init__(self, path: _Optional[str] = ..., boot_id: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ModelPlacement(_message.Message):
     __slots__ = ("model", "tables")

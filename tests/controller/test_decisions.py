@@ -10,6 +10,7 @@ from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
 
 
 def held(*manifests: Manifest, by: str = "a") -> dict[PartKey, list[str]]:
@@ -50,12 +51,25 @@ def test_a_plan_is_needed_when_copies_are_missing_or_their_shard_is_gone() -> No
     assert decisions.needs_plan([one, manifest("2")], target, {"a", "b"}, 1)
 
 
+def addresses_of(*names: str) -> dict[str, wire.ShardAddress]:
+    return {name: wire.ShardAddress(id=name, address="h:1") for name in names}
+
+
+def test_a_shards_place_and_topology_are_in_the_routing() -> None:
+    near = wire.NearPlace(path="/run/near", boot_id="this", incarnation=7)
+    report = control.ShardReport(shard_id="a", address="h:1", topology="zone", near=near)
+    routing = decisions.build_routing([], {}, {}, {"a": decisions.shard_address(report)})
+    assert routing.shards[0] == wire.ShardAddress(id="a", address="h:1", topology="zone", near=near)
+    report.ClearField("near")
+    assert not decisions.shard_address(report).HasField("near")
+
+
 def test_routing_names_those_who_hold_and_shall_hold() -> None:
     one = manifest("1")
     keys = decisions.part_keys(one)
     holders = {keys[0]: ["a", "b"], keys[1]: ["b"]}
     target = {keys[0]: ["b"], keys[1]: ["a"], keys[2]: ["a"]}
-    routing = decisions.build_routing([one], target, holders, {"a": "h:1", "b": "h:2"})
+    routing = decisions.build_routing([one], target, holders, addresses_of("a", "b"))
     owners = [[routing.shards[index].id for index in part.shards] for part in routing.models[0].tables[0].parts]
     # moving: the old holder answers until the new one has it; lost: nobody, and clients wait
     assert owners == [["b"], ["b"], []]
@@ -65,7 +79,7 @@ def test_routing_names_those_who_hold_and_shall_hold() -> None:
 def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_their_new_ones() -> None:
     one = manifest("1", parts=1)
     [key] = decisions.part_keys(one)
-    addresses = {"a": "h:1", "b": "h:2", "c": "h:3"}
+    addresses = addresses_of("a", "b", "c")
 
     def owners(target: list[str], holders: list[str]) -> list[str]:
         routing = decisions.build_routing([one], {key: target}, {key: holders}, addresses)

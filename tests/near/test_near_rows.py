@@ -302,7 +302,7 @@ def test_a_hundred_clients_are_near_at_once_and_nothing_is_kept_of_those_that_en
     shard: NearShard, expected: np.ndarray
 ) -> None:
     def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     before = open_files()
     readers = [NearReader() for _ in range(100)]
@@ -324,8 +324,9 @@ def test_a_hundred_clients_are_near_at_once_and_nothing_is_kept_of_those_that_en
 def test_a_client_that_is_killed_leaves_nothing_behind(shard: NearShard) -> None:
     child = os.fork()
     if child == 0:
-        hello(shard)
+        kept = hello(shard)
         time.sleep(60)
+        kept.close()
         os._exit(1)
     until(lambda: shard.server.clients == 1, "the client", seconds=20)
     os.kill(child, 9)

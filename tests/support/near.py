@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from embedding_service.near.reader import NearReader, NearTable, Place, boot_id
+from embedding_service.machine import boot_id
+from embedding_service.near.reader import NearReader, NearTable, Place
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS, TableRows
 from embedding_service.shard.near import NearServer
