@@ -369,15 +369,18 @@ def test_a_child_of_a_fork_and_its_parent_read_files_apart(store: Path, tmp_path
         wait_for(reader, shard.key)
         ids = np.random.default_rng(1).integers(0, shard.table.rows, (2, 300, 500))
         assert read(reader, shard.key, ids[0][0]) is not None
+        outcomes: Counter[str] = Counter()
         child = os.fork()
-        wrong = 0
-        for each in ids[child == 0]:
-            rows = read(reader, shard.key, each)
-            wrong += rows is not None and not np.array_equal(rows, right[each])
-        if child == 0:
-            os._exit(int(wrong > 0))
+        try:
+            for each in ids[int(child == 0)]:
+                rows = read(reader, shard.key, each)
+                right_rows = rows is not None and np.array_equal(rows, right[each])
+                outcomes["none" if rows is None else "right" if right_rows else "wrong"] += 1
+        finally:
+            if child == 0:
+                os._exit(int(outcomes["wrong"] > 0 or outcomes["right"] == 0))
         _, status = os.waitpid(child, 0)
-        assert (wrong, status) == (0, 0)
+        assert (outcomes["wrong"], status) == (0, 0)
 
 
 def test_a_socket_that_nobody_listens_at_gives_way_and_one_in_use_does_not(
