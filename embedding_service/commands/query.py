@@ -42,7 +42,7 @@ def status_tables(current: control.Status) -> list[rich.table.Table]:
     from rich.table import Table
 
     shards = Table("shard", "address", "tier", title="shards", title_justify="left")
-    for heading in ("parts", "held of limit", "anonymous + file", "lookups", "rows", "sent", "rows/s"):
+    for heading in ("parts", "held of limit", "anonymous + file", "lookups", "rows", "sent", "rows/s", "near rows"):
         shards.add_column(heading, justify="right")
     for shard in current.shards:
         stats = shard.stats
@@ -58,6 +58,7 @@ def status_tables(current: control.Status) -> list[rich.table.Table]:
             f"{stats.rows:,}",
             format_bytes(stats.row_bytes),
             f"{stats.rows_per_second:,.0f}",
+            f"{stats.near_rows:,}",
         )
     models = Table("model", "family", "tables", title="models", title_justify="left")
     for heading in ("rows", "size", "parts ready", "state"):

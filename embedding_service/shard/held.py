@@ -47,6 +47,7 @@ Tables = Callable[[str, str, str], TableRows | None]
 class Counters:
     """What a process did since it started. `rows` and `row_bytes` are those it answered with, `seconds` for how long.
 
+    `near_rows` are those that clients read in place, by what they said.
     `times` counts answers by the bucket of their time, the last one beyond all bounds.
     """
 
@@ -54,6 +55,7 @@ class Counters:
     rows: int = 0
     row_bytes: int = 0
     forwarded_rows: int = 0
+    near_rows: int = 0
     errors: int = 0
     seconds: float = 0.0
     times: list[int] = field(default_factory=lambda: [0] * (len(_BUCKETS) + 1))
@@ -64,6 +66,7 @@ class Counters:
             self.rows + other.rows,
             self.row_bytes + other.row_bytes,
             self.forwarded_rows + other.forwarded_rows,
+            self.near_rows + other.near_rows,
             self.errors + other.errors,
             self.seconds + other.seconds,
             [mine + theirs for mine, theirs in zip(self.times, other.times, strict=True)],

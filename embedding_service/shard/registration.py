@@ -138,6 +138,7 @@ class _Stats:
             rows=counters.rows,
             row_bytes=counters.row_bytes,
             forwarded_rows=counters.forwarded_rows,
+            near_rows=counters.near_rows,
             errors=counters.errors,
             lookups_per_second=lookups / seconds,
             rows_per_second=rows / seconds,

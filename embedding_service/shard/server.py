@@ -136,7 +136,8 @@ async def _serve(options: ShardOptions) -> None:
         )
 
     def counters() -> Counters:
-        return service.counters + others.counters() + Counters(errors=server.refused)
+        here = Counters(errors=server.refused, near_rows=near.rows if near else 0)
+        return service.counters + others.counters() + here
 
     async def set_serving(serving: bool) -> None:
         if near:
@@ -186,6 +187,7 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
     yield counter("lookups", "Lookups answered.", counters.lookups)
     yield counter("rows", "Rows answered.", counters.rows)
     yield counter("row_bytes", "Bytes of rows answered.", counters.row_bytes)
+    yield counter("near_rows", "Rows that clients of this machine read in place.", counters.near_rows)
     yield counter("forwarded_rows", "Rows asked of other shards for thin clients.", counters.forwarded_rows)
     yield counter("request_errors", "Requests ended with an error.", counters.errors)
     yield gauge("held_parts", "Parts held.", len(holdings.held))

@@ -69,7 +69,7 @@ class PartFailure(_message.Message):
     def __init__(self, part: _Optional[_Union[PartRef, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStats(_message.Message):
-    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows", "near_clients")
+    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows")
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
@@ -83,7 +83,6 @@ class ShardStats(_message.Message):
     ANONYMOUS_BYTES_FIELD_NUMBER: _ClassVar[int]
     FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NEAR_ROWS_FIELD_NUMBER: _ClassVar[int]
-    NEAR_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     uptime_seconds: float
     lookups: int
@@ -97,8 +96,7 @@ class ShardStats(_message.Message):
     anonymous_bytes: int
     file_bytes: int
     near_rows: int
-    near_clients: int
-    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ..., near_clients: _Optional[int] = ...) -> None: ...
+    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("term", "has_parts", "parts", "routing", "released")
