@@ -128,7 +128,7 @@ class AddressSpace:
         return True
 
     def read_ahead(self, offsets: Sequence[int], nbytes: int) -> None:
-        """Have the pages of `nbytes` at each offset read from disk, all at a time; does not wait for them."""
+        """Start reading the pages of `nbytes` at each offset from disk, in parallel. Does not wait for them."""
         for offset in offsets:
             first = offset // PAGE * PAGE
             _libc.madvise(self.address + first, offset + nbytes - first, _MADV_WILLNEED)

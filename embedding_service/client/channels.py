@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-# Rows come in messages larger than gRPC's 4 MB default; the server's own limits bound them. Addresses may change behind
+# Rows come in messages larger than gRPC's 4 MB default. The server's own limits bound them. Addresses may change behind
 # a name (a restarted pod), so connecting again must not back off for minutes.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", -1),
@@ -12,21 +12,21 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),  # also how long an attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # A pod that was replaced has its old name and a new address: look it up again at once, not every 30 s.
+    # A replaced pod has its old name and a new address. Look it up again at once, not every 30 s.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # A peer that hangs or was cut off does not close its connection: pings while calls wait find out.
+    # A peer that hangs or was cut off does not close its connection. Pings while calls wait find out.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # The service is reached directly, whatever http_proxy, https_proxy and grpc_proxy say: those are for the web.
+    # The service is reached directly. http_proxy, https_proxy and grpc_proxy are for the web.
     ("grpc.enable_http_proxy", 0),
 ]
 
 
 def open_channel(address: str) -> grpc.Channel:
-    """A channel for threads to host:port; it connects when it is first used."""
+    """A channel for threads to host:port. It connects when it is first used."""
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def open_channel_async(address: str) -> grpc.aio.Channel:
-    """A channel for the running event loop to host:port; it connects when it is first used."""
+    """A channel for the running event loop to host:port. It connects when it is first used."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -1,8 +1,8 @@
-"""What becomes of clients when their process forks, as PyTorch's DataLoader does on Linux.
+"""Clients and forks of their process, as PyTorch's DataLoader makes them on Linux.
 
 gRPC's threads do not live on in a child, and locks that they held stay held there. So before a fork every client lets
-its calls end and drops its connections, and afterwards parent and child connect again by themselves when they are used.
-What other libraries do with gRPC is not ours to stop: a child finds out whether its gRPC works before it is relied on.
+its calls end and drops its connections. Afterwards parent and child connect again when they are used. Other libraries
+may use gRPC as they like, so a child finds out whether its gRPC works before it relies on it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import grpc
 from embedding_service.client.channels import open_channel
 from embedding_service.errors import Unavailable
 
-# Seconds that a fork waits for calls under way; then they are cancelled, and asked again after the fork.
+# Seconds that a fork waits for calls under way. Then they are cancelled, and asked again after the fork.
 PATIENCE = 0.5
 # Seconds after which gRPC is taken not to work in a child. It answers in a few milliseconds.
 SIGN_OF_LIFE = 3.0
 
 
 class Forkable(Protocol):
-    """What is told of forks."""
+    """An object that is told of forks."""
 
     def before_fork(self, deadline: float) -> None:
         """Leave gRPC, by `deadline` on time.monotonic's clock, and begin no calls."""
@@ -39,7 +39,7 @@ class Forkable(Protocol):
 
 
 class _Process:
-    """What this process knows of forks. `broken` is the error of a child whose gRPC does not work."""
+    """This process's knowledge of forks. `broken` is the error of a child whose gRPC does not work."""
 
     def __init__(self) -> None:
         self.watched: weakref.WeakSet[Forkable] = weakref.WeakSet()
@@ -58,15 +58,15 @@ def watch(client: Forkable) -> None:
     _process.watched.add(client)
     if not _process.registered:
         _process.registered = True
-        # Opened first: with GRPC_ENABLE_FORK_SUPPORT=1 gRPC registers hooks too, and those that come later run earlier.
-        # It never connects. While there is a channel gRPC stays up, and stops its threads for a fork; without one it
-        # goes down on a thread of its own, and a child that is forked just then would wait for that one for ever.
+        # Opened first. With GRPC_ENABLE_FORK_SUPPORT=1 gRPC registers hooks too, and later hooks run earlier. The
+        # channel never connects. While there is a channel, gRPC stays up and stops its threads for a fork. Without one
+        # it goes down on a thread of its own, and a child that is forked just then would wait for that thread for ever.
         _process.idle = open_channel("127.0.0.1:1")
         os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
 
 
 def check_grpc() -> None:
-    """In a child of a fork, once: raise Unavailable, naming the remedy, where gRPC cannot be used."""
+    """Once in a child of a fork: raise Unavailable, naming the remedy, if gRPC cannot be used."""
     if not _process.unproved:
         return
     with _process.lock:

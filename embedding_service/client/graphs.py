@@ -1,7 +1,7 @@
-"""What remote modules are in graphs of torch.compile: operators that ask the service, and have no gradients.
+"""Remote modules in graphs of torch.compile. They are operators that ask the service, and have no gradients.
 
-A graph holds neither a module nor its client. It gets the module's handle as it gets its ids, so that one graph serves
-all modules whose rows are alike, and none is compiled again for a copy.
+A graph holds neither a module nor its client. It gets the module's handle as it gets its ids. So one graph serves all
+modules whose rows are alike, and a copy is not compiled again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from embedding_service.client.remote import RemoteEmbedding, RemoteModule, module_of
 from embedding_service.errors import InvalidRequest
 
-# The service is asked while a graph is made, not by it.
+# The service is asked while a graph is made, not by the graph.
 torch.compiler.assume_constant_result(RemoteEmbedding.learn_dim)
 
 
@@ -35,7 +35,7 @@ def look_up_between_graphs(module: RemoteModule, ids: Tensor, context: Tensor | 
 def look_up(ids: Tensor, context: Tensor | None, handle: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Integer ids [*] -> `dtype` [*, width] on their device, as the module of `handle` looks them up.
 
-    Raises what the module does; InvalidRequest where its rows have another width by now.
+    Raises what the module does, and InvalidRequest if its rows have another width by now.
     """
     module = module_of(handle)
     rows = module._ask(ids, context, dtype)
@@ -72,7 +72,7 @@ def _save_handle(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradients: Tensor) -> tuple[None, None, Tensor, None, None]:
-    """An operator, for a graph's backward half is traced when the graph is made and shall raise when it runs."""
+    """An operator, because a graph's backward half is traced when the graph is made, and must raise when it runs."""
     [handle] = ctx.saved_tensors
     return None, None, no_gradients(handle, gradients), None, None
 

@@ -1,4 +1,4 @@
-"""`RemoteEmbedding`: a module that stands where an nn.Embedding stood; and what all remote modules share."""
+"""`RemoteEmbedding`, a module that stands in place of an nn.Embedding, and what all remote modules share."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from embedding_service.client.client import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NoGradients
 from embedding_service.formats.plain import plain_dtypes
 
-# Of a handle: all of it fits a float64.
+# Bits of a handle. All of it fits a float64.
 _HANDLE_BITS = 53
 _SENT = frozenset(plain_dtypes().values())
 
 
 class RemoteModule(nn.Module):
-    """A module whose weights lie in the service: it has no parameters, and says so when it is asked for gradients.
+    """A module whose weights lie in the service. It has no parameters, and raises NoGradients if asked for gradients.
 
-    As with the module it stands for, what it returns requires gradients where autograd records, so that training
-    which would have changed the weights fails in `backward` instead of leaving them as they were without a word. Freeze
-    it with `requires_grad_(False)` to train the rest of a model. That must be said to this module: a model's own
-    `requires_grad_` speaks to parameters only.
+    Its results require gradients while autograd records, as with the module that it stands for. So training that would
+    have changed the weights fails in `backward`. Otherwise it would silently leave them as they were. Freeze this
+    module with `requires_grad_(False)` to train the rest of a model. A model's own `requires_grad_` reaches parameters
+    only.
 
-    Copies in this process share the client; a module that was pickled connects when it is first used. `state_dict`
-    holds nothing of it.
+    Copies in this process share the client. A pickled module connects when it is first used. `state_dict` holds nothing
+    of it.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         super().__init__()
-        # Where weights would lie, and as what: conversions of the model convert it. Not a buffer, for DDP and the like
-        # would send it about.
+        # It has the device and dtype that weights would have, and conversions of the model convert it. It is no buffer,
+        # because DDP and the like would send it about.
         self._stand_in = torch.empty(0, dtype=dtype, device=device or "cpu")
         self._handle = _handle(self, requires_grad=True)
 
@@ -52,7 +52,7 @@ class RemoteModule(nn.Module):
         self._handle = _handle(self, requires_grad=state["_handle"])
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze it with False; raises NoGradients with True."""
+        """Freeze it with False. Raises NoGradients with True."""
         if requires_grad:
             raise NoGradients(f"{self} cannot be trained: the service's tables only change by an import")
         self._handle.requires_grad_(False)
@@ -74,7 +74,7 @@ class RemoteModule(nn.Module):
         raise NotImplementedError
 
     def _width(self) -> int | None:
-        """Of what `_ask` returns, where that is known."""
+        """The width of what `_ask` returns, if it is known."""
         raise NotImplementedError
 
     def _in_graph(self, rows: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ _modules: WeakValueDictionary[float, RemoteModule] = WeakValueDictionary()
 def _handle(module: RemoteModule, *, requires_grad: bool) -> Tensor:
     """A tensor [1] that stands for the module in graphs.
 
-    Autograd records only what hangs on something that requires gradients, and a graph of torch.compile serves all
-    modules, as they are data to it. Nobody else's graph, read from a file, finds a module by chance.
-    Not of shape []: the compiler takes that for a number and analyses every graph twice.
+    Autograd records only what depends on something that requires gradients. A graph of torch.compile serves all
+    modules, because they are data to it. Another process's graph, read from a file, finds no module by chance. The
+    shape is not []: the compiler takes that for a number and analyses every graph twice.
     """
     number = float(secrets.randbits(_HANDLE_BITS))
     _modules[number] = module
@@ -110,7 +110,7 @@ def _handle(module: RemoteModule, *, requires_grad: bool) -> Tensor:
 
 
 def module_of(handle: Tensor) -> RemoteModule:
-    """Raises InvalidRequest where there is none."""
+    """The module of a handle. Raises InvalidRequest if there is none."""
     module = _modules.get(handle.item())
     if module is None:
         raise InvalidRequest(
@@ -121,17 +121,17 @@ def module_of(handle: Tensor) -> RemoteModule:
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What rows are asked for as that shall be `dtype`: float32 where that is none the service sends."""
+    """The dtype to ask for, to get `dtype`. It is float32 if the service does not send `dtype`."""
     return dtype if dtype in _SENT else torch.float32
 
 
 class _FromService(torch.autograd.Function):
-    """The edge of the graph: rows pass, gradients do not."""
+    """The edge of the graph. Rows pass it, gradients do not."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, handle: Tensor, module: nn.Module) -> Tensor:
         ctx.module = module
-        ctx.mark_dirty(rows)  # the same tensor, not a view of it: what follows may change it in place
+        ctx.mark_dirty(rows)  # the same tensor, not a view of it: later code may change it in place
         return rows
 
     @staticmethod
@@ -140,20 +140,20 @@ class _FromService(torch.autograd.Function):
 
 
 class RemoteEmbedding(RemoteModule):
-    """In place of an `nn.Embedding` whose weight lies in the service.
+    """Stands in place of an `nn.Embedding`. Its weight lies in the service.
 
     Rows are of `dtype` until the module or its model is converted (`half()`, `to(torch.bfloat16)`, ...), as with an
-    nn.Embedding; a dtype that the service does not send is converted from float32 here. They lie where the ids do.
+    nn.Embedding. A dtype that the service does not send is converted from float32 here. Rows lie where the ids do.
 
-    Gradients: as `RemoteModule` says, none; `backward` through what it returns raises NoGradients unless it is frozen.
+    It has no gradients, as `RemoteModule` says. `backward` through its results raises NoGradients unless it is frozen.
 
     Args:
         client: Shared, not owned: close it yourself.
         table: `model/table` or `model@version/table`.
-        dtype: A floating point one; None for torch's default, which is float32 unless it was set.
+        dtype: A floating point one. None takes torch's default, which is float32 unless it was set.
 
     Raises:
-        InvalidRequest: `dtype` is none of floating point.
+        InvalidRequest: `dtype` is not floating point.
     """
 
     def __init__(self, client: EmbeddingClient, table: str, dtype: torch.dtype | None = None) -> None:
@@ -163,15 +163,15 @@ class RemoteEmbedding(RemoteModule):
         super().__init__(dtype)
         self._client = client
         self.table = table
-        self._dim: int | None = None  # where a graph wanted to know
+        self._dim: int | None = None  # if a graph wanted to know
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The rows' dtype."""
         return self._stand_in.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Integer Tensor[*] -> Tensor[*, dim]; raises what `EmbeddingClient.lookup` raises."""
+        """Integer Tensor[*] -> Tensor[*, dim]. Raises what `EmbeddingClient.lookup` raises."""
         return self._look_up(ids, None, self.dtype)
 
     def extra_repr(self) -> str:
@@ -179,9 +179,9 @@ class RemoteEmbedding(RemoteModule):
         return f"{self.table!r}, dtype={self.dtype}"
 
     def learn_dim(self) -> None:
-        """Ask how wide the table is, which a graph is made for; and those of others, that they need none of their own.
+        """Ask how wide the table is, because a graph is made for that. Ask for other modules' tables too.
 
-        Not known afterwards where the service did not say so. A lookup will raise why.
+        If the service did not answer, the width stays unknown. A lookup will raise why.
         """
         none = torch.empty(0, dtype=torch.int64, device="cpu")
         for each in (self, *list(_modules.values())):

@@ -1,7 +1,7 @@
-"""Rows in memory, a file a tier. FBGEMM lives here.
+"""Rows in memory, a file for each tier. FBGEMM lives here.
 
-A new tier is one file beside `ram.py` with a subclass of `TableRows`, entered into `TIERS`, and its
-name into `commands.cluster.Tier`.
+A new tier is one file beside `ram.py` with a subclass of `TableRows`. Enter it into `TIERS`, and its name into
+`commands.cluster.Tier`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ STORED = "stored"
 
 
 class Location(NamedTuple):
-    """Where a part's rows begin in a file that may be mapped; `offset` is a multiple of the page size."""
+    """Where a part's rows begin in a file that may be mapped. `offset` is a multiple of the page size."""
 
     path: str
     offset: int
@@ -38,22 +38,22 @@ class Location(NamedTuple):
 class TableRows(ABC):
     """The parts of one table that a shard holds. Thread-safe: parts come and go while rows are gathered.
 
-    A part has a generation, another one each time it is loaded and 0 while it is not held. Who gathers looks at it
-    before and after, so that nobody has to be waited for when a part is dropped: rows read meanwhile are not used.
-    Memory that a gather may still look at must stay readable for that, whatever it then reads as.
+    A part has a generation. It changes with each load and is 0 while the part is not held. A gather compares
+    generations before and after, and discards the result if they differ (a seqlock). So nobody waits when a part is
+    dropped. Memory that a gather may still read must stay readable, but may hold anything.
 
     Args:
-        shared: Rows are to lie where other processes of this machine can map them (`location`).
+        shared: Whether other processes of this machine can map the rows (`location`).
 
     Attributes:
-        device: Whose memory answers: "cpu" or "cuda".
+        device: The device whose memory answers: "cpu" or "cuda".
     """
 
     device: ClassVar[str] = "cpu"
 
     @classmethod
     def prepare(cls, memory_limit: int) -> None:
-        """Called once in a process, before any table is made. Raises InvalidRequest where this tier cannot work."""
+        """Called once in a process, before any table is made. Raises InvalidRequest if this tier cannot work."""
         return  # most tiers need nothing
 
     def __init__(self, table: Table, *, shared: bool = False) -> None:
@@ -64,7 +64,7 @@ class TableRows(ABC):
         self._accesses = np.zeros(len(table.parts), dtype=np.int64)
 
     def load(self, part: Part, path: Path, pace: Pace = lambda chunk_bytes: None) -> None:
-        """Take a part in from its local file, reading at `pace`; it is held only once its checksum held.
+        """Take a part in from its local file, reading at `pace`. It is held only once its checksum held.
 
         Raises:
             CorruptPart: the file is not what the manifest says.
@@ -83,7 +83,7 @@ class TableRows(ABC):
         return np.flatnonzero(self._generation).tolist()
 
     def location(self, part: Part, path: Path) -> Location:
-        """Where other processes find a held part, which was loaded from `path`. For tables that are `shared`."""
+        """Where other processes find a held part that was loaded from `path`. For `shared` tables."""
         raise InvalidRequest("rows of this tier cannot be shared between processes: leave --processes at 1")
 
     def take_accesses(self) -> npt.NDArray[np.int64]:
@@ -96,7 +96,7 @@ class TableRows(ABC):
         self._accesses += accesses
 
     def accesses(self, part: int) -> int:
-        """Rows gathered from a part so far; threads that count at the same time may lose some."""
+        """Rows gathered from a part so far. Threads that count at the same time may lose some."""
         return int(self._accesses[part])
 
     def holds(self, ids: Ids) -> npt.NDArray[np.bool_]:
@@ -104,11 +104,11 @@ class TableRows(ABC):
         return self._generation[ids // self.table.rows_per_part] > 0
 
     def at_hand(self, ids: Ids) -> bool:
-        """Whether rows may be gathered on a thread that must not wait: none of those looked at lies on a disk only."""
+        """Whether rows may be gathered on a thread that must not wait. No sampled row lies on a disk only."""
         return True
 
     def read_ahead(self, ids: Ids) -> None:
-        """Have rows that are not at hand read all at a time, where a gather would read one after the other."""
+        """Start reading non-resident rows in parallel. A gather would read them one after the other."""
         return  # most tiers have no other place
 
     def gather(self, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
@@ -132,7 +132,7 @@ class TableRows(ABC):
         raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
 
     def close(self) -> None:
-        """Give all memory back; nothing is held afterwards."""
+        """Give all memory back. Nothing is held afterwards."""
         for index in self.held_parts():
             self.drop(self.table.parts[index])
 

@@ -1,4 +1,4 @@
-"""Tier `mmap`: rows stay in their files, and the page cache holds what is asked for: a table may exceed memory."""
+"""Tier `mmap`: rows stay in their files, and the page cache holds what was asked for. A table may exceed memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, part_layout, verify
 
-# Rows that are looked at to find out whether a batch is in memory: a microsecond each.
+# Rows that are sampled to find out whether a batch is in memory. Each takes a microsecond.
 _LOOKED_AT = 8
 
 
@@ -17,12 +17,12 @@ class FileTable(HostTable):
     """Rows that may have to come from a disk."""
 
     def at_hand(self, ids: Ids) -> bool:
-        """Whether some of the rows, as a sample, are in memory."""
+        """Whether a sample of the rows is in memory."""
         sample = ids[:: max(1, len(ids) // _LOOKED_AT)]
         return self._space.resident((sample * self.table.row_bytes).tolist())
 
     def read_ahead(self, ids: Ids) -> None:
-        """Does not wait for them."""
+        """Start reading the rows. Does not wait for them."""
         if not self.at_hand(ids):
             self._space.read_ahead((ids * self.table.row_bytes).tolist(), self.table.row_bytes)
 
@@ -35,7 +35,7 @@ class MappedTable(FileTable):
         self._locations: dict[int, Location] = {}
 
     def take(self, part: Part, location: Location) -> None:
-        """Map a part that the other process holds; it must be dropped here before it is dropped there."""
+        """Map a part that the other process holds. It must be dropped here before it is dropped there."""
         self._locations[part.index] = location
         self.load(part, Path(location.path))
 
@@ -45,7 +45,7 @@ class MappedTable(FileTable):
 
 
 class MmapTable(FileTable):
-    """Parts are mapped, not copied. Their checksum is taken once, before: that reads the file from end to end."""
+    """Parts are mapped, not copied. Their checksum is taken once before that, which reads the whole file."""
 
     def location(self, part: Part, path: Path) -> Location:
         """In the part's own file."""

@@ -1,4 +1,4 @@
-"""What a shard tells the controller, and what it does when told. No I/O and no waiting: `registration` has those."""
+"""What a shard reports to the controller, and what it does when told. It does no I/O. `registration` does that."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from embedding_service.wire import control_pb2 as control
 
 log = logging.getLogger(__name__)
 
-# How often the controller is told which parts are asked for how much, should nothing else change.
+# How often the controller hears the accesses of parts, if nothing else changes.
 ACCESSES_SECONDS = 30.0
 
 
 class Changed(Protocol):
-    """An asyncio.Event, or what stands for one."""
+    """An asyncio.Event, or a stand-in for one."""
 
     def is_set(self) -> bool:
         """Whether it is set."""
@@ -31,7 +31,7 @@ class Changed(Protocol):
 
 
 class Held(Protocol):
-    """What duties need of `Holdings`, which has the meanings."""
+    """What duties need of `Holdings`. Its docstrings explain them."""
 
     held: set[PartKey]
     failures: dict[PartKey, str]
@@ -56,7 +56,7 @@ class Duties:
 
     Attributes:
         draining: The shard wants to end.
-        released: It may: nobody is routed here any more.
+        released: The shard may end: no routing names it any more.
     """
 
     def __init__(self, about: control.ShardReport, holdings: Held, router: Router, clock: Callable[[], float]) -> None:
@@ -70,7 +70,7 @@ class Duties:
         self._term = 0
 
     def first_report(self, stats: control.ShardStats | None = None) -> control.ShardReport:
-        """Of a registration: everything."""
+        """The first report of a registration: everything."""
         self._holdings.changed.set()
         self._counted = self._clock()
         report = self.report(stats)
@@ -104,7 +104,7 @@ class Duties:
         return report
 
     def obey(self, assignment: control.Assignment) -> bool:
-        """Do what the controller says, unless a later one spoke; returns whether it brought a routing."""
+        """Do what the controller says, unless a later one spoke. Returns whether it brought a routing."""
         if assignment.term < self._term:
             log.warning("ignored an assignment of term %d, below term %d", assignment.term, self._term)
             return False

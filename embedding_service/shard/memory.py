@@ -7,18 +7,18 @@ import ctypes
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# glibc takes no more for the second; larger messages are mapped anew each time.
+# glibc takes no more for the second. Larger messages are mapped again each time.
 _KEPT, _LARGEST = 256 << 20, 32 << 20
 
 
-# What a process takes for itself: Python, torch, gRPC.
+# Bytes that a process takes for itself: Python, torch, gRPC.
 _PROCESS = 256 << 20
-# Of requests and answers under way in a process: less would be too little for a few of the largest.
+# Bytes of requests and answers under way in a process. The least has room for a few of the largest.
 _LEAST_UNDER_WAY, _MOST_UNDER_WAY = 128 << 20, 1 << 30
 
 
 def available_memory() -> int:
-    """Bytes this process may still use: the machine's available memory, or what its containers leave, if less."""
+    """Bytes that this process may still use: the machine's available memory, or what its containers leave, if less."""
     left = [limit - used for limit, used in containers()]
     return max(min([_machine("MemAvailable"), *left]), 0)
 
@@ -26,8 +26,9 @@ def available_memory() -> int:
 def memory_for_requests(rows: int, processes: int) -> int:
     """Bytes of requests and answers that may be under way in one of a shard's processes.
 
-    An equal share of three quarters of what the machine or the container leaves besides `rows` bytes of rows and the
-    processes themselves, within bounds. The rest is for what is not counted: small messages, and those not yet whole.
+    Three quarters of what the machine or the container leaves besides `rows` bytes of rows and the processes
+    themselves, within bounds, in equal shares. The rest is for what is not counted: small messages, and those not yet
+    whole.
     """
     limit = min([_machine("MemTotal"), *(limit for limit, _ in containers())])
     left = limit - rows - processes * _PROCESS
@@ -42,7 +43,7 @@ def _machine(field: str) -> int:
 def containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of each control group that this process is in and that has a limit.
 
-    In a container the root of what is mounted is often its own group, whatever the path says.
+    In a container the root of the mount is often its own group, even if the path says otherwise.
     """
     groups = dict(line.split(":", 2)[1:] for line in own.read_text().splitlines()) if own.exists() else {}
     found = []
@@ -61,11 +62,11 @@ def containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
 def offered_memory(tier: str) -> int:
     """Bytes to offer for rows that lie in memory: 80 % of this process's, of the GPU's for `cuda`.
 
-    60 % for `cuda-cached`: it locks more than it offers, for rows are padded there.
-    Raises InvalidRequest for `cuda` where there is no GPU.
+    It is 60 % for `cuda-cached`, which locks more than it offers, because rows are padded there.
+    Raises InvalidRequest for `cuda` if there is no GPU.
     """
     if tier == "cuda":
-        from embedding_service.rows.cuda import free_memory  # with torch, which not everybody has loaded here
+        from embedding_service.rows.cuda import free_memory  # with torch, which this process may not have loaded
 
         return free_memory() * 8 // 10
     return available_memory() * (6 if tier == "cuda-cached" else 8) // 10
@@ -79,11 +80,11 @@ def resident_bytes() -> tuple[int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what answers took for the next ones, up to 256 MiB.
+    """Have malloc keep the memory of answers for the next ones, up to 256 MiB.
 
-    By default it gives megabytes back to the kernel at once, and an answer of 6 MB then spends more time on page faults
-    than on anything else. One arena for all threads: each would keep so much, and give nothing to the others. Where the
-    C library is not glibc nothing changes.
+    By default it gives megabytes back to the kernel at once. An answer of 6 MB then spends more time on page faults
+    than on anything else. All threads share one arena. Otherwise each would keep as much, and give nothing to the
+    others. If the C library is not glibc, nothing changes.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)

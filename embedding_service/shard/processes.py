@@ -1,9 +1,9 @@
-"""Further processes of a shard: they listen on its port too and answer from the rows that its main process holds.
+"""Further processes of a shard. They listen on its port too, and answer from the rows that its main process holds.
 
 Python runs one thread at a time, so one process answers no more than one core can. The rows exist once: the main
 process loads them where others can map them (`TableRows.location`). It tells the others of each part that it holds, and
-before it gives one up; whatever they cannot answer they pass on to it, over a socket in a folder that is closed to
-others. The kernel spreads connections over all of them.
+before it gives one up. They pass on to it what they cannot answer, over a socket in a folder that is closed to other
+users. The kernel spreads connections over all of them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from embedding_service.store.manifest import Table
 
 log = logging.getLogger(__name__)
 
-# A process that does not take a message, or does not give a part up, is killed and started anew.
+# A process that does not take a message, or does not give a part up, is killed and replaced.
 PATIENCE = 1.0
-# Between a process's death and its successor's start.
+# Seconds between a process's death and its successor's start.
 PAUSE = 1.0
-# How often the main process is told what was counted.
+# How often the main process hears the counts.
 REPORT_SECONDS = 1.0
 
 # Model, version, table.
@@ -52,7 +52,7 @@ TableKey = tuple[str, str, str]
 
 
 class Settings(NamedTuple):
-    """How a process runs: `addresses` it shares, the `main` process's, torch `threads` of a gather.
+    """How a process runs: the `addresses` that it shares, the `main` process's address, torch `threads` of a gather.
 
     `budget`: bytes of requests and answers that may be under way in it.
     """
@@ -96,7 +96,7 @@ class _Stop(NamedTuple):
 
 
 class _Report(NamedTuple):
-    """What was counted since the process started; rows gathered from each part since the last report."""
+    """Counts since the process started, and rows gathered from each part since the last report."""
 
     counters: Counters
     accesses: Mapping[TableKey, Ids]
@@ -119,7 +119,7 @@ class Processes:
 
     Args:
         count: How many.
-        add_accesses: Told what they gathered: int64 [parts] of a table.
+        add_accesses: Called with what they gathered: int64 [parts] of a table.
     """
 
     def __init__(self, count: int, add_accesses: Callable[[TableKey, Ids], None]) -> None:
@@ -134,7 +134,7 @@ class Processes:
         self._threads: list[threading.Thread] = []
 
     def start(self, settings: Settings) -> None:
-        """Start them; they take part as soon as they listen."""
+        """Start them. They take part as soon as they listen."""
         for _ in range(self._count):
             thread = threading.Thread(target=self._keep_running, args=(settings,), name="process", daemon=True)
             self._threads.append(thread)
@@ -153,7 +153,7 @@ class Processes:
             thread.join()
 
     def counters(self) -> Counters:
-        """What all of them did, those that ended too."""
+        """What all of them did, ended ones included."""
         with self._lock:
             return sum((process.counters for process in self._running), self._ended)
 
@@ -227,7 +227,7 @@ class Processes:
 
     def _tell_held(self, process: _Process, part: PartKey) -> None:
         if not process.ready:
-            return  # it is told everything when it is
+            return  # it receives the full state once ready
         table, location = self._held[part]
         if part[:3] not in process.tables:
             process.tables.add(part[:3])
@@ -237,7 +237,7 @@ class Processes:
     def _tell(self, process: _Process, message: object) -> None:
         try:
             process.pipe.send(message)
-        except OSError:  # it has died, or takes nothing: `_keep_running` starts another
+        except OSError:  # it has died, or takes nothing. `_keep_running` starts another
             process.popen.kill()
 
 
@@ -291,7 +291,7 @@ class _Serving:
             await self._server.listen(address, shared=True)
         self._pipe.send(_Ready())
         self._told = self._loop.create_future()
-        # Not one of asyncio's, which it waits for at its end.
+        # Not one of asyncio's threads, which it waits for at its end.
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
         await first_of(self._told, self._server.death())
         await self._server.stop()
@@ -303,7 +303,7 @@ class _Serving:
             server.offer(f"{SERVICE}/{name}", Method(passed_on.handler(f"{SERVICE}/{name}")))
 
     def _follow(self) -> None:
-        """Do what the main process says, on a thread of its own: mapping a part may take a while."""
+        """Do what the main process says. A thread of its own does it, because mapping a part may take a while."""
         told = True
         try:
             while told:
@@ -317,7 +317,7 @@ class _Serving:
             self._loop.call_soon_threadsafe(self._told.set_result, None)
 
     def _obey(self, message: Any) -> bool:
-        """Do what was said; False: end."""
+        """Do what was said. False: end."""
         if isinstance(message, _Open):
             self._tables[message.key] = MappedTable(message.table)
         elif isinstance(message, _Hold):

@@ -1,6 +1,6 @@
-"""A shard's side of `ControlService.Register`: tell the controller what is held and do what it says, for life.
+"""A shard's side of `ControlService.Register`: report what is held, and do what the controller says, for life.
 
-Lookups go on while the controller is away; the next connection mends whatever was missed, for both sides send whole
+Lookups go on while the controller is away. The next connection repairs what was missed, because both sides send whole
 states.
 """
 
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-# A draining shard without a controller ends after so many seconds: longer than it takes to start a controller anew.
-# A second SIGTERM ends it at once.
+# Seconds after which a draining shard without a controller ends. Starting a controller again takes less. A second
+# SIGTERM ends the shard at once.
 CONTROLLER_PATIENCE = 30.0
-# Another shard has this one's id, or the controller takes nothing of the kind that this one reports.
+# Another shard has this one's id, or the controller does not accept what this one reports.
 _REFUSALS = (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.INVALID_ARGUMENT)
 
 
@@ -76,7 +76,7 @@ class Registration:
                 said = f"controller at {self._controller}: {error.code().name} {error.details()}"
                 if error.code() not in _REFUSALS:
                     log.warning("%s", said)
-                elif said != self._refused:  # until somebody does something about it, it is said again and again
+                elif said != self._refused:  # the controller says it again and again
                     log.error("refused, and goes on trying: %s", said)
                     self._refused = said
             self._connected = False
@@ -84,9 +84,9 @@ class Registration:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def drain(self, seconds: float) -> None:
-        """Ask the controller to have this shard's parts held elsewhere, and wait until nobody is routed here any more.
+        """Ask the controller to have this shard's parts held elsewhere, and wait until no routing names this shard.
 
-        Ends without that after `seconds`, or when there is no controller to ask, or one that refuses this shard.
+        Ends without that after `seconds`, if there is no controller to ask, or if it refuses this shard.
         """
         if not self._holdings.held or not seconds:
             return
@@ -107,7 +107,7 @@ class Registration:
         log.info("drained" if self._duties.released else f"not drained after {seconds:g} s")
 
     async def _reports(self) -> AsyncIterator[control.ShardReport]:
-        """Everything first, then heartbeats, at once where something changed."""
+        """Everything first, then heartbeats. A change is reported at once."""
         yield self._duties.first_report(self._stats.take())
         while True:
             with contextlib.suppress(TimeoutError):
