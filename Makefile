@@ -32,7 +32,7 @@ test: setup test-packages
 # The tests that start no service: about a minute.
 QUICK := formats ngram wire placement rows store/test_parts.py store/test_manifest.py store/test_store.py \
     controller/test_decisions.py client/test_router.py client/test_breaker.py client/test_sinks.py shard/test_pacer.py \
-    worker/test_sampling.py worker/test_text_stream.py test_public_kit.py
+    worker/test_sampling.py worker/test_text_stream.py test_public_kit.py test_prose.py
 quick: setup
 	$(BIN)/python -m pytest -m "not service" $(addprefix tests/,$(QUICK)) $(PYTEST_ARGS)
 

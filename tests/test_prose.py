@@ -1,4 +1,4 @@
-"""Texts and comments stay plain, and what they point to is there."""
+"""Texts, docstrings and comments stay plain, and what texts point to is there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from support.prose import reading_of
+from support.prose import Reading, reading_of
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/*.md")])
+ROOMS = [
+    *sorted(path.parent for path in ROOT.glob("embedding_service/*/__init__.py")),
+    *(ROOT / name for name in ("model_worker", "benchmarks", "examples", "protos", "tests")),
+]
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
@@ -19,8 +23,25 @@ def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_the_architecture_is_plain() -> None:
-    assert reading_of([ROOT / "ARCHITECTURE.md"]).is_plain
+def check_plain(reading: Reading) -> None:
+    longest = "\n".join(sorted(reading.sentences, key=lambda sentence: -len(sentence.split()))[:5])
+    words = f"median {reading.median:g} words, 9 of 10 at most {reading.nine_in_ten}"
+    assert reading.is_plain, f"{words}; the longest sentences:\n{longest}"
+    assert not [sentence for sentence in reading.sentences if sentence.count("; ") > 2]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=named)
+def test_a_text_is_plain(text: Path) -> None:
+    check_plain(reading_of([text]))
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=named)
+def test_docstrings_and_comments_are_plain(room: Path) -> None:
+    check_plain(reading_of(path for path in room.rglob("*.py") if "_pb2" not in path.name))
+
+
+def test_docstrings_and_comments_of_single_files_are_plain() -> None:
+    check_plain(reading_of(ROOT.glob("embedding_service/*.py")))
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=named)
@@ -42,10 +63,9 @@ def anchors(text: Path) -> set[str]:
 @pytest.mark.parametrize("text", TEXTS, ids=named)
 def test_the_tests_that_a_text_names_are_there(text: Path) -> None:
     for path, name in _TEST.findall(text.read_text()):
-        functions = [
-            node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)
-        ]
-        assert name in {function.name for function in functions}, f"{path}::{name}"
+        tree = ast.parse((ROOT / path).read_text())
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{path}::{name}"
 
 
 def test_every_rule_names_its_test() -> None:

@@ -1,7 +1,7 @@
 """Planning in a process of its own.
 
-For 10,000 parts and 1,000 shards TorchRec takes 10 s and keeps Python's lock: in the controller's own process nobody
-would be heard meanwhile, and shards that report every second would count as gone.
+For 10,000 parts and 1,000 shards TorchRec takes 10 s and keeps Python's lock. In the controller's own process, shards
+would not be heard all that time. They report every second, and would count as gone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Planning:
     async def plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
         """`placement.planner.plan`.
 
-        Raises PlacementError; RuntimeError where the process died twice or took over PLAN_SECONDS; EOFError once
-        closed; whatever else the planner fails with.
+        Raises PlacementError, or another error of the planner. Raises RuntimeError if the process died twice or took over
+        PLAN_SECONDS, and EOFError once closed.
         """
         for _ in range(2):
             asking = asyncio.ensure_future(asyncio.to_thread(_ask, self._pipe, (parts, nodes, replicas)))

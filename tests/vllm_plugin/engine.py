@@ -39,10 +39,10 @@ def register(model_class: str) -> None:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Generate greedily.
 
-    job: `model`, a checkpoint; `class`, see `register`, or "" for the plugin's; `options` of vllm.LLM; `rounds`, each
-    a list of prompts [tokens] that run together; `max_tokens` of each answer.
-    Returns `rounds` with each answer's `tokens`, the `logprobs` of its best ones and the `cached` tokens of its prompt;
-    bytes that were `loaded`, by the process's anonymous memory, and those of the model's `parameters`.
+    job: `model` is a checkpoint. `class` is for `register`, or "" for the plugin's. `options` are those of vllm.LLM.
+    `rounds` are lists of prompts [tokens] that run together, and `max_tokens` is that of each answer.
+    Returns `rounds` with each answer's `tokens`, the `logprobs` of its best ones and the `cached` tokens of its prompt.
+    Returns bytes that were `loaded`, by the process's anonymous memory, and those of the model's `parameters`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ NOWHERE = "127.0.0.1:1"
 
 
 def forged_reports(window: Window) -> None:
-    """A second shard of an id that is there; the largest numbers; fields without sense; text that is no name."""
+    """A second shard of an id that is there, the largest numbers, fields without sense, text that is no name."""
     values = window.values
     while window.open:
         for report in _forged(window):
