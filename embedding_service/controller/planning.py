@@ -35,8 +35,8 @@ class Planning:
     async def plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
         """`placement.planner.plan`.
 
-        Raises PlacementError, or another error of the planner. Raises RuntimeError if the process died twice or took over
-        PLAN_SECONDS, and EOFError once closed.
+        Raises PlacementError, or another error of the planner. Raises RuntimeError if the process died twice or took
+        over PLAN_SECONDS, and EOFError once closed.
         """
         for _ in range(2):
             asking = asyncio.ensure_future(asyncio.to_thread(_ask, self._pipe, (parts, nodes, replicas)))
