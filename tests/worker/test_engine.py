@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from model_worker.ends import end_tokens
 from model_worker.engine import Engine, EngineBusy, Event, Request
 from model_worker.longcat import LocalTables, load_model
 from model_worker.sampling import SamplingParams
+from model_worker.worker import Generation
 
 SECONDS = 60
 
@@ -300,3 +304,33 @@ def test_closing_fails_what_runs_and_waits(gated: tuple[Engine, Gate]) -> None:
         with pytest.raises(Unavailable, match="shutting down"):
             job.outcome()
     assert not engine.alive
+
+
+class Crowded:
+    """Stands for an engine that runs as many requests as make a stream pause for good. `emit`: of its one request."""
+
+    running = 10**9
+
+    def submit_all(self, choices: list[tuple[list[int], SamplingParams, Callable[[Event], None]]]) -> list[Any]:
+        [(_, _, self.emit)] = choices
+        return [SimpleNamespace(completion=[], cancel=lambda: None)]
+
+
+def test_what_comes_while_a_stream_pauses_goes_out_together_and_an_end_does_not_wait() -> None:
+    async def use() -> None:
+        engine: Any = Crowded()
+        events = Generation(engine, [([5, 6], greedy(8))], streamed=True).events()
+        engine.emit(Event("a"))
+        assert await anext(events) == [(0, Event("a"))]
+        following = asyncio.ensure_future(anext(events))
+        for text in "bc":
+            engine.emit(Event(text))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not following.done()
+        engine.emit(Event("d", "stop"))
+        async with asyncio.timeout(30):
+            assert await following == [(0, Event("b")), (0, Event("c")), (0, Event("d", "stop"))]
+        assert [each async for each in events] == []
+
+    asyncio.run(use())
