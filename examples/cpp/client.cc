@@ -82,7 +82,7 @@ class LookupStream {
   /** Throws LookupError. After a request that the service refuses the stream goes on, after any other error it is over. */
   Rows Lookup(const pb::LookupRequest& request) {
     pb::StreamLookupRequest asked;
-    asked.set_request_id(++last_id_);  // for those with several requests under way, which are answered in any order
+    asked.set_request_id(++last_id_);  // for clients with several requests under way: answers come in any order
     *asked.mutable_lookup() = request;
     pb::StreamLookupResponse answer;
     if (!stream_->Write(asked) || !stream_->Read(&answer)) {
@@ -116,8 +116,8 @@ std::vector<int64_t> Numbers(char** first, char** last) {
 void Run(const std::string& address, const std::string& model, const std::string& table,
          const std::vector<int64_t>& ids) {
   grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(-1);  // gRPC's own limit, 4 MiB, is less than many rows; the service has one too
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // the service is reached directly, whatever http_proxy says
+  arguments.SetMaxReceiveMessageSize(-1);  // gRPC's own limit, 4 MiB, is less than many rows. The service has one too
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // the service is reached directly, and not through http_proxy
   auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
   auto stub = pb::EmbeddingService::NewStub(channel);
 

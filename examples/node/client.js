@@ -25,8 +25,8 @@ const { EmbeddingService } = grpc.loadPackageDefinition(definition).embedding.v1
 /** A client of the service; its answers are promises. */
 class Embeddings {
   constructor(address) {
-    // Rows of many ids are more than the 4 MiB that grpc-js takes by default; the service has a limit of its own.
-    // The service is reached directly, whatever http_proxy says.
+    // Rows of many ids are more than the 4 MiB that grpc-js takes by default. The service has a limit of its own.
+    // The service is reached directly, and not through http_proxy.
     const options = { 'grpc.max_receive_message_length': -1, 'grpc.enable_http_proxy': 0 };
     this.stub = new EmbeddingService(address, grpc.credentials.createInsecure(), options);
   }
@@ -68,7 +68,7 @@ class Embeddings {
       stream.on('error', reject);
       stream.on('end', () => resolve(results));
       stream.on('data', ({ request_id: id, rows, error }) => {
-        // A bad request is answered with an error; the stream and the other requests go on.
+        // The answer to a bad request is an error. The stream and the other requests go on.
         results[id] = error ? { code: error.code, message: error.message } : rowsOf(rows);
       });
       requests.forEach(({ model, table, ids }, id) => {
