@@ -13,6 +13,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -145,7 +146,7 @@ class Router:
             if self._routing and self._routing.addresses and self._clock() >= self._looks_at:
                 self._looks_at = self._next_look()
                 address = self._chance.choice(self._routing.addresses)
-                yield Aside(_ask(address, self._routing, ROUTING_TIMEOUT), self._looked)
+                yield Aside(_ask(address, self._routing, ROUTING_TIMEOUT), partial(self._looked, self._routing))
             known = self._routing and self._routing.find(name)
             model = known or (yield from self.model(name, deadline))
             wants = list(wants_of(model))
@@ -161,9 +162,9 @@ class Router:
                 continue
             return wants
 
-    def _looked(self, outcome: Any) -> None:
+    def _looked(self, known: Routing, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
-            self._hear(outcome)
+            self._hear(outcome, known)
 
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
@@ -294,20 +295,25 @@ class Router:
             [answer] = yield [_ask(address, known, timeout)]
             if not isinstance(answer, wire.Routing):
                 continue
-            if known and not self._hear(answer):
+            if known and not self._hear(answer, known):
                 behind.append(address)
             elif not senders or self._routing is not known:
                 return
         if behind and known and self._doubt():
             yield from self._start_over(known, behind, deadline)
 
-    def _hear(self, answer: wire.Routing) -> bool:
-        """Take a newer routing in; returns whether who sent it knows one that is at least as new as this one was."""
-        age, known = (answer.term, answer.epoch), self._routing
-        if known and age < known.age:
+    def _hear(self, answer: wire.Routing, known: Routing) -> bool:
+        """Take a newer routing in than the one `known` to who asked; returns whether the sender's is at least as new.
+
+        One that is no newer came as its age alone. It must not be taken for a routing though another lookup may have
+        started over meanwhile, with an older one.
+        """
+        age = (answer.term, answer.epoch)
+        if age < known.age:
             return False
         self._doubted = None
-        self.adopt(Routing(answer))
+        if age > known.age:
+            self.adopt(Routing(answer))
         return True
 
     def _doubt(self) -> bool:
@@ -326,7 +332,7 @@ class Router:
         timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
         others = self._chance.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
         for answer in (yield [_ask(address, known, timeout) for address in others]):
-            if isinstance(answer, wire.Routing) and self._hear(answer):
+            if isinstance(answer, wire.Routing) and self._hear(answer, known):
                 return
         answers = yield [_ask(address, None, timeout) for address in behind]
         routings = [Routing(answer) for answer in answers if isinstance(answer, wire.Routing)]

@@ -436,6 +436,22 @@ def test_a_client_starts_over_for_a_model_that_its_routing_does_not_name(clock: 
     assert router.current is not None and router.current.age == (9, 1)
 
 
+def test_an_age_that_comes_after_another_lookup_started_over_is_no_routing(clock: Clock) -> None:
+    """Who is asked with a newer routing answers with the age of its own alone."""
+    now, before = routing([[0], [1], [2], [0]], epoch=2), moved(routing([[0]] * 4), term=9)
+    shards, router = Restarted(now, before, clock), Router(["h:1"], Routing(before), clock=clock)
+    asking = router.newest_routing(clock() + 60)
+    next(asking)
+    assert fetch(router, shards, IDS, seconds=30)[:, 0].tolist() == IDS
+    started_over = router.current
+    shards.now.epoch = 3
+    with pytest.raises(StopIteration):
+        asking.send([wire.Routing(term=1, epoch=3)])
+        asking.send([GONE])
+        asking.send([GONE])
+    assert router.current is started_over
+
+
 def test_a_lookup_ends_by_its_deadline_though_asking_for_the_routing_takes_all_of_it(clock: Clock) -> None:
     class Slow(Shards):
         """All are dead; that nobody answers for the routing is found out only when it is too late."""
