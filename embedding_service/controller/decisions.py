@@ -81,11 +81,13 @@ def settled(
         settle: Seconds without a new shard that are enough.
         patience: The most seconds to wait where they never are.
     """
-    if waited > patience and (shards or expected):
+    if not shards:
+        return False
+    if waited > patience:
         return True
     if expected:
         return shards >= expected and (quiet > settle or not returning)
-    return bool(shards) and quiet > settle
+    return quiet > settle
 
 
 def choose_versions(
@@ -147,11 +149,21 @@ def build_routing(
     target: Mapping[PartKey, Sequence[str]],
     holders: Mapping[PartKey, list[str]],
     shards: Mapping[str, wire.ShardAddress],
+    unable: Container[tuple[str, PartKey]] = frozenset(),
+    draining: Container[str] = frozenset(),
 ) -> wire.Routing:
     """The routing without its age: of each part those who hold it.
 
     Those who shall not go on holding it are named until all of its `target` hold it: were they left out sooner, a
     copy that is moving would be one copy less to survive a shard's death.
+
+    Args:
+        serving: The versions to be served.
+        target: For each part who shall hold it.
+        holders: And who does.
+        shards: Who is there, as clients see them.
+        unable: Who cannot load what. Who drains does not wait for those; others stand in for them.
+        draining: Who wants to leave.
     """
     names = sorted(shards)
     index = {name: position for position, name in enumerate(names)}
@@ -162,11 +174,14 @@ def build_routing(
             owners = placement.tables.add()
             for part in table.parts:
                 key = PartKey(manifest.model, manifest.version, table.name, part.index)
-                holding = holders.get(key, [])
-                shall = target.get(key, ())
+                holding, planned = holders.get(key, []), target.get(key, ())
+                shall = {name for name in planned if name in shards and (name, key) not in unable}
                 staying = [name for name in holding if name in shall]
-                complete = staying and len(staying) == len(shall)
-                owners.parts.add(shards=[index[name] for name in (staying if complete else holding)])
+                if staying and len(staying) == len(shall):
+                    others = [name for name in holding if name not in shall and name not in draining]
+                    named = {*staying, *others[: len(planned) - len(staying)]}
+                    holding = [name for name in holding if name in named]
+                owners.parts.add(shards=[index[name] for name in holding])
     return routing
 
 

@@ -42,10 +42,11 @@ class Left:
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look at the store found. None: it is away, and `problem` says why."""
+    """What a look at the store found. None: it is away, and `problem` says why. `noted`: the term in it; 0 for none."""
 
     found: Catalogue | None
     problem: str = ""
+    noted: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class TermRead:
 
 @dataclass(frozen=True)
 class TermNoted:
-    """Answers `NoteTerm`, whether the store took it or not."""
+    """Answers `NoteTerm`: whether the term is there now."""
+
+    is_there: bool
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class End:
-    """Another controller is there: end, and say so."""
+    """A controller that came later is there: end, and say so."""
 
     why: EmbeddingServiceError
 

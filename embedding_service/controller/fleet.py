@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -60,6 +60,11 @@ class Shard:
     def name(self) -> str:
         """Its shard id."""
         return self.report.shard_id
+
+    @property
+    def keeps(self) -> Set[PartKey]:
+        """What it holds, without what it was told to drop and may be dropping now."""
+        return self.held if self.assigned is None else self.held & self.assigned
 
     @property
     def knows(self) -> tuple[int, int]:
@@ -209,12 +214,12 @@ class Fleet:
         return total
 
     def holders(self) -> dict[PartKey, list[str]]:
-        """For each part the shards that hold it now, in the order of their topologies.
+        """For each part the shards that hold and keep it, in the order of their topologies.
 
         Where every topology holds every part once, the n-th holders of all parts are then the shards of one topology.
         """
         holders: dict[PartKey, list[str]] = {}
         for name, shard in sorted(self.shards.items(), key=lambda item: (item[1].report.topology, item[0])):
-            for key in shard.held:
+            for key in shard.keeps:
                 holders.setdefault(key, []).append(name)
         return holders

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 HEAT_SECONDS = 60.0
 # A planner that failed is not asked the same again before.
-REPLAN_SECONDS = 30.0
+REPLAN_SECONDS = 5.0
 
 
 class Placing:
@@ -67,13 +67,12 @@ class Placing:
         replicas = min(self._replicas, len(staying))
         about = ([replace(node, held=frozenset()) for node in nodes], set(names))
         changed = about != self._planned_for
-        if self._is_retry_due():
-            self._replan_at = 0.0
-        if not staying or (not changed and self._replan_at):
+        failed, retry = self._replan_at > 0, self._is_retry_due()
+        if not staying or (failed and not changed and not retry):
             return
         placed = [each for name, each in names.items() if name not in self._left_out]
         missing = decisions.needs_plan(placed, self.target, staying, replicas)
-        if missing or changed or self._is_heat_due():
+        if missing or changed or retry or self._is_heat_due():
             self._planned_for, self._planned_at = about, self._clock()
             self.replicas_problem = decisions.too_few_shards(self._replicas, replicas)
             yield from self._plan(decisions.by_importance(wanted, served), served, nodes, replicas)
@@ -106,14 +105,6 @@ class Placing:
         if problem and problem != self.problem:
             log.error("cannot place the models: %s", problem)
         self.problem = problem
-
-    def reachable(self) -> dict[PartKey, list[str]]:
-        """The target without shards that are gone or cannot load their part: nobody who leaves waits for those."""
-        shards = self._fleet.shards
-        return {
-            key: [name for name in names if name in shards and key not in shards[name].failures]
-            for key, names in self.target.items()
-        }
 
     def _demands(self, manifests: Sequence[Manifest]) -> list[PartDemand]:
         accesses = self._fleet.accesses()

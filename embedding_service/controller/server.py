@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     """Tells `state` what happens, and does what it says. Decides nothing."""
 
     def __init__(self, options: ControllerOptions, address: str) -> None:
-        self.state = ControllerState(options.settings(address), time.monotonic)
+        self.state = ControllerState(options.settings(address), time.monotonic, random.Random())
         self._store = options.store
         self._watch = StoreWatch(Store(options.store), self._looked)
         self._planning = Planning()
@@ -137,6 +138,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._sooner = asyncio.Event()
         self._published = asyncio.Event()
         self._ending = False
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # Shards and watchers
 
@@ -209,7 +211,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         """Until cancelled. Raises Unavailable where another controller is there."""
         tasks = [asyncio.create_task(each) for each in (self._watch.run(), self._tick(), self._answer())]
         try:
-            await first_of(*tasks)
+            await first_of(*tasks, self._over)
         finally:
             await cancel(tasks)
 
@@ -234,8 +236,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             case ReadTerm():
                 return TermRead(await self._watch.noted_term(), time.time_ns() // 1_000_000)
             case NoteTerm(term):
-                await self._watch.note_term(term)
-                return TermNoted()
+                return TermNoted(await self._watch.note_term(term))
             case Plan(parts, nodes, replicas):
                 try:
                     return Planned(await self._planning.plan(parts, nodes, replicas))
@@ -243,7 +244,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                     return Planned(error)
 
     def _looked(self) -> None:
-        self._handle(Looked(self._watch.found, self._watch.problem))
+        self._handle(Looked(self._watch.found, self._watch.problem, self._watch.noted))
 
     def _handle(self, event: Event) -> None:
         for instruction in self.state.handle(event):
@@ -262,8 +263,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 self._published = asyncio.Event()
             case ReadTerm() | NoteTerm() | Plan():
                 self._questions.put_nowait(instruction)
-            case End(why):
-                raise why
+            case End(why) if not self._over.done():
+                self._over.set_exception(why)
 
 
 async def _refuse(why: EmbeddingServiceError, context: Context) -> NoReturn:

@@ -2,7 +2,7 @@
 
 | state    | what it does                                                | left by                          |
 | -------- | ----------------------------------------------------------- | -------------------------------- |
-| settling | waits for shards                                            | enough are there, or time passed |
+| settling | looks at the store, takes its term, waits for shards        | enough are there, or time passed |
 | looking  | waits for the first look at the store                       | `Looked`                         |
 | quiet    | waits for a change, and a moment after the last decision    | a `Tick` that finds one          |
 | deciding | waits for an answer: the term that the store notes, a plan  | `TermRead`, `TermNoted`, `Planned` |
@@ -15,9 +15,11 @@ routing, and tells each shard what to hold. The rules are in ARCHITECTURE.md ("R
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import Any
 
 from embedding_service.controller import decisions
@@ -55,6 +57,10 @@ from embedding_service.wire import embedding_pb2 as wire
 log = logging.getLogger(__name__)
 
 TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
+# Terms are milliseconds of the clock, and up to so many more.
+TERM_SPREAD = 1024
+# A term that the store did not take is noted again after so long.
+NOTE_SECONDS = 10.0
 # Between two decisions: telling a shard takes about so long. 1,000 shards get a routing a second.
 SECONDS_A_SHARD = 0.001
 
@@ -98,6 +104,7 @@ class ControllerState:
 
     Args:
         clock: Seconds now.
+        chance: Tells terms apart.
 
     Attributes:
         phase: Where it is.
@@ -110,7 +117,7 @@ class ControllerState:
         term: The controller's own; 0 before the first decision.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float], chance: random.Random) -> None:
         self.settings = settings
         self.phase = Phase.SETTLING
         self.fleet = Fleet(settings.lost_after, clock)
@@ -121,10 +128,10 @@ class ControllerState:
         self.store_problem = ""
         self.routing: Routing | None = None
         self.term = 0
-        self._clock = clock
+        self._clock, self._chance = clock, chance
         self._began = clock()
         self._looked = False
-        self._noted = False
+        self._notes_at = 0.0
         self._dirty = True
         self._decides_at = 0.0
         self._decision: Generator[Question, Any, None] | None = None
@@ -141,9 +148,8 @@ class ControllerState:
                 self._hear(stream, report)
             case Left(stream):
                 self._leave(stream)
-            case Looked(found, problem):
-                self.found, self.store_problem = found, problem
-                self._looked = self._dirty = True
+            case Looked(found, problem, noted):
+                self._look(found, problem, noted)
             case Tick():
                 self._tick()
             case TermRead() | TermNoted() | Planned():
@@ -155,7 +161,7 @@ class ControllerState:
         """Seconds until the next `Tick` is wanted, at the latest."""
         if self.phase is Phase.SETTLING:
             return SETTLING_TICK_SECONDS
-        if self.phase is Phase.QUIET and self._dirty:
+        if self.phase is Phase.QUIET and self._dirty and self._decision is None:
             return min(max(self._decides_at - self._clock(), 0.0), TICK_SECONDS)
         return TICK_SECONDS
 
@@ -218,6 +224,23 @@ class ControllerState:
             log.error("refused shard %r at %r: %s", report.shard_id[:100], report.address[:100], why)
         self._out.append(Dismiss(stream, why))
 
+    # The store
+
+    def _look(self, found: Catalogue | None, problem: str, noted: int) -> None:
+        self.found, self.store_problem = found, problem
+        self._looked = self._dirty = True
+        if found and 0 < self.term < noted:
+            self._end(noted)
+        elif found and noted < self.term:  # lost, or the store could not be written to
+            self._notes_at = 0.0
+
+    def _end(self, term: int) -> None:
+        """There shall be one controller: the one that started last."""
+        self.phase = Phase.ENDED
+        self._out.append(
+            End(Unavailable(f"a controller of term {term} is there, above this one's {self.term}: ending"))
+        )
+
     # Deciding
 
     def _tick(self) -> None:
@@ -229,11 +252,18 @@ class ControllerState:
             self.phase = Phase.LOOKING
         if self.phase is Phase.LOOKING and self._looked:
             self.phase = Phase.QUIET
-        changed = self._dirty or self._graces_end() or self.placing.is_due()
-        if self.phase is Phase.QUIET and changed and self._clock() >= self._decides_at:
+        if self._decision is not None:
+            return
+        if self._looked and (not self.term or (self.phase is Phase.SETTLING and self._is_note_due())):
+            self._decision = self._take_term()
+            self._go_on(None)
+        elif self.phase is Phase.QUIET and self._clock() >= self._decides_at and self._has_changed():
             self.phase, self._dirty = Phase.DECIDING, False
             self._decision = self._decide()
             self._go_on(None)
+
+    def _has_changed(self) -> bool:
+        return self._dirty or self._graces_end() or self.placing.is_due() or self._is_note_due()
 
     def _go_on(self, answer: TermRead | TermNoted | Planned | None) -> None:
         """Go on with the decision to its next question or its end."""
@@ -243,10 +273,10 @@ class ControllerState:
             self._out.append(self._decision.send(answer))
         except StopIteration:
             self._decision = None
-            # What was told is taken in before there is more.
-            self._decides_at = self._clock() + SECONDS_A_SHARD * len(self.fleet.shards)
             if self.phase is Phase.DECIDING:
                 self.phase = Phase.QUIET
+                # What was told is taken in before there is more.
+                self._decides_at = self._clock() + SECONDS_A_SHARD * len(self.fleet.shards)
 
     def _is_settled(self) -> bool:
         """Wait for the shards: the first to come must not get everything, nor a restart move what is still held."""
@@ -271,7 +301,7 @@ class ControllerState:
 
     def _decide(self) -> Generator[Question, Any, None]:
         """One decision: yields questions, and is sent the answers."""
-        if not (yield from self._take_term()):
+        if not (yield from self._keep_term()):
             return
         if self.routing:
             served = [(model.name, model.version) for model in self.routing.models]
@@ -284,36 +314,54 @@ class ControllerState:
         shards, holders = self.fleet.shards, self.fleet.holders()  # planning took time
         self.wanted, serving = decisions.choose_versions(self.catalog, served, holders)
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
-        self._publish(decisions.build_routing(serving, self.placing.reachable(), holders, addresses))
+        unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
+        draining = {name for name, shard in shards.items() if shard.report.draining}
+        target = self.placing.target
+        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining))
         self._assign()
 
-    def _take_term(self) -> Generator[Question, Any, bool]:
-        """At the first decision: above every term that a shard has seen, and above those of controllers before.
+    def _take_term(self) -> Generator[Question, Any, None]:
+        """At the start: above every term that a shard has seen, and above those of controllers before.
 
-        For the latter there is the term noted in the store, and the clock. Ends when another controller took a term
-        above ours: it started later, and there shall be one. Where the store says that ours is the last controller's, a
-        higher term is a report's alone, and ends nobody. Returns whether it stays.
+        For the latter there is the term noted in the store, and the clock. It is noted before shards are waited for: a
+        controller that is still there learns so that this one came, and lets its shards go.
         """
         if not self.term:
             read: TermRead = yield ReadTerm()
-            self.term = max(self.fleet.newest_term + 1, read.noted + 1, read.clock)
-        if not self._noted and self.found and self.found.manifests:  # else it may be no store
-            self._noted = True
-            yield NoteTerm(self.term)
+            least = max(self.fleet.newest_term + 1, read.noted + 1, read.clock)
+            # Not two alike, should two controllers start at a time and neither be able to note its term.
+            self.term = least + self._chance.randrange(TERM_SPREAD)
+        yield from self._note_term()
+
+    def _note_term(self) -> Generator[Question, Any, None]:
+        """Where it is not noted, in what is a store for sure."""
+        if self._is_note_due():
+            self._notes_at = inf
+            noted: TermNoted = yield NoteTerm(self.term)
+            if not noted.is_there:
+                self._notes_at = min(self._notes_at, self._clock() + NOTE_SECONDS)
+
+    def _is_note_due(self) -> bool:
+        return self._clock() >= self._notes_at and self.found is not None and bool(self.found.manifests)
+
+    def _keep_term(self) -> Generator[Question, Any, bool]:
+        """Before each decision: still the highest? Returns whether this controller stays.
+
+        It ends when another controller took a term above ours. Where the store says that ours is the last controller's,
+        a higher term is a report's alone, and ends nobody.
+        """
+        yield from self._note_term()
         newest = self.fleet.newest_term
-        if newest <= self.term:
+        if newest < self.term or (newest == self.term and self.routing):
             return True
-        if (yield ReadTerm()).noted != self.term:
-            self.phase = Phase.ENDED
-            self._out.append(
-                End(Unavailable(f"a controller of term {newest} is there, above this one's {self.term}: ending"))
-            )
+        if self.routing and (yield ReadTerm()).noted != self.term:
+            self._end(newest)
             return False
         log.warning(
             "a shard knows term %d, which no controller noted after this one's %d: going above", newest, self.term
         )
-        self.term = newest + 1
-        yield NoteTerm(self.term)
+        self.term, self._notes_at = newest + 1, 0.0
+        yield from self._note_term()
         return True
 
     def _publish(self, routing: wire.Routing) -> None:
@@ -342,7 +390,7 @@ class ControllerState:
         for name, shard in self.fleet.shards.items():
             keep = planned.get(name, set()) | routed.get(name, set())
             keep |= {key for key in shard.held if key[:2] not in known and self._may_be_there(key)}
-            leaving = shard.held - keep
+            leaving = shard.keeps - keep
             shard.grace = {key: shard.grace.get(key, now + self.settings.grace) for key in leaving}
             assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
             released = shard.report.draining and (not assigned or self._all_drain())

@@ -28,19 +28,22 @@ class StoreWatch:
     """Looks at a store every SCAN_SECONDS, once at a time.
 
     Args:
-        changed: Called after the first look, or STALL_SECONDS without one, and whenever what was found changed, or the
-            store went or came back.
+        changed: Called after the first look, or STALL_SECONDS without one, and whenever what was found or the noted
+            term changed, or the store went or came back.
 
     Attributes:
         found: What was found last; None while the store cannot be read.
+        noted: The term that a controller noted there; 0 where there is none.
         problem: Why it cannot be read, in one line.
     """
 
     def __init__(self, store: Store, changed: Callable[[], None]) -> None:
         self.found: Catalogue | None = None
+        self.noted = 0
         self.problem = ""
         self._store, self._changed = store, changed
         self._last = Catalogue()
+        self._said = ""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -49,25 +52,28 @@ class StoreWatch:
             await asyncio.sleep(SCAN_SECONDS)
 
     async def _look(self) -> None:
-        looking = apart(self._store.catalogue, self._last)
+        looking = apart(self._read)
         done, _ = await asyncio.wait([looking], timeout=STALL_SECONDS)
         if not done:
             self._is_away(f"store {self._store.url} has not answered for {STALL_SECONDS:g} s: is it away?")
             await asyncio.wait([looking])
         try:
-            self._found(looking.result())
+            self._found(*looking.result())
         except Exception as error:  # filesystems raise what their libraries do
             reason = " ".join(str(error).split()) or type(error).__name__
             self._is_away(f"store {self._store.url} cannot be read: {reason}")
 
-    def _found(self, found: Catalogue) -> None:
+    def _read(self) -> tuple[Catalogue, int]:
+        return self._store.catalogue(self._last), self._read_term()
+
+    def _found(self, found: Catalogue, noted: int) -> None:
         for name, problem in found.problems.items():
             if self._last.problems.get(name) != problem:
                 log.warning("%s", problem)
         if self.problem:
             log.info("store %s can be read again", self._store.url)
-        changed = self.found is None or found != self.found
-        self.found, self.problem, self._last = found, "", found
+        changed = self.found is None or (found, noted) != (self.found, self.noted)
+        self.found, self.noted, self.problem, self._last = found, noted, "", found
         if changed:
             self._changed()
 
@@ -84,13 +90,9 @@ class StoreWatch:
 
         A store that is no folder of this machine's notes none: then the clock and the shards must do.
         """
-        if not self._store.is_local:
-            return 0
-        with contextlib.suppress(OSError, ValueError, TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_SECONDS):
-                text = await apart(self._read_term)
-            if 0 < int(text) <= MOST_TERM:
-                return int(text)
+                return await apart(self._read_term)
         return 0
 
     async def note_term(self, term: int) -> bool:
@@ -101,7 +103,10 @@ class StoreWatch:
             async with asyncio.timeout(TERM_SECONDS):
                 await apart(self._write_term, term)
         except (OSError, TimeoutError) as error:
-            log.info("term %d is not noted in store %s: %s", term, self._store.url, error or "no answer")
+            why = f"term {term} is not noted in store {self._store.url}: {error or 'no answer'}"
+            if why != self._said:
+                log.info("%s", why)
+                self._said = why
             return False
         return await self.noted_term() == term
 
@@ -109,9 +114,13 @@ class StoreWatch:
     def _term_path(self) -> Path:
         return Path(self._store.location(TERM_FILE))
 
-    def _read_term(self) -> str:
-        with self._term_path.open() as file:
-            return file.read(32)
+    def _read_term(self) -> int:
+        if not self._store.is_local:
+            return 0
+        with contextlib.suppress(OSError, ValueError), self._term_path.open() as file:
+            term = int(file.read(32))
+            return term if 0 < term <= MOST_TERM else 0
+        return 0
 
     def _write_term(self, term: int) -> None:
         self._term_path.parent.mkdir(exist_ok=True)

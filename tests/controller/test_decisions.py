@@ -91,6 +91,24 @@ def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_the
     assert owners(target=[], holders=["b"]) == ["b"]
 
 
+def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
+    one = manifest("1", parts=1)
+    [key] = decisions.part_keys(one)
+    addresses = addresses_of("a", "b", "c")
+
+    def owners(holders: list[str], draining: str = "", unable: str = "c") -> list[str]:
+        cannot = {(name, key) for name in unable}
+        routing = decisions.build_routing([one], {key: ["a", "c"]}, {key: holders}, addresses, cannot, set(draining))
+        return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
+
+    assert owners(["a", "b"]) == ["a", "b"]  # b stands in for c
+    assert owners(["a", "b"], draining="b") == ["a"]  # and need not, where it wants to leave
+    assert owners(["b"], draining="b") == ["b"]
+    assert owners(["a", "b", "c"], unable="") == ["a", "c"]
+    del addresses["c"]  # gone, and not yet planned for anew
+    assert owners(["a", "b"], unable="") == ["a", "b"]
+
+
 def join(fleet: Fleet, report: control.ShardReport) -> Shard:
     """On a stream of its own."""
     fleet.join(object(), report)

@@ -1,5 +1,6 @@
 """The controller's state machine by itself: events in, instructions out, at a time that the test says."""
 
+import random
 from collections.abc import Iterable
 
 import pytest
@@ -29,7 +30,7 @@ from embedding_service.controller.events import (
 from embedding_service.controller.fleet import IdTaken
 from embedding_service.controller.placing import REPLAN_SECONDS
 from embedding_service.controller.presenter import problems_of
-from embedding_service.controller.state import ControllerState, Phase, Settings
+from embedding_service.controller.state import NOTE_SECONDS, ControllerState, Phase, Settings
 from embedding_service.errors import InvalidRequest, PlacementError
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest
@@ -39,6 +40,13 @@ from embedding_service.wire import control_pb2 as control
 CLOCK_MS = 5_000
 
 
+class NoChance(random.Random):
+    """The least of all that it may be."""
+
+    def randrange(self, *bounds: int, **_: int) -> int:  # type: ignore[override]
+        return 0
+
+
 class World:
     """Answers what a state asks, and lets shards obey at once; `noted` is the term in the store."""
 
@@ -46,8 +54,9 @@ class World:
         self.now = 100.0
         self.answers = answers
         self.noted = 0
+        self.takes_notes = True
         self.settings = Settings("h:9", **{"settle": 1.0, "lost_after": 5.0, "grace": 2.0, **settings})  # type: ignore[arg-type]
-        self.state = ControllerState(self.settings, lambda: self.now)
+        self.state = ControllerState(self.settings, lambda: self.now, NoChance())
         self.done: list[Instruction] = []
         self.reports: dict[str, control.ShardReport] = {}
 
@@ -68,8 +77,9 @@ class World:
             case ReadTerm():
                 return TermRead(self.noted, CLOCK_MS)
             case NoteTerm(term):
-                self.noted = max(self.noted, term)
-                return TermNoted()
+                if self.takes_notes:
+                    self.noted = max(self.noted, term)
+                return TermNoted(self.noted == term)
             case Plan(parts, nodes, replicas):
                 try:
                     return Planned(plan(parts, nodes, replicas))
@@ -147,9 +157,11 @@ def test_from_its_first_shards_to_a_served_model() -> None:
     assert world.state.phase is Phase.LOOKING and world.state.message("a") is None
     assert world.feed(Looked(Catalogue({"m": [ONE]}))) == []
     assert world.feed(Tick()) == [ReadTerm()]
-    assert world.pass_time(1) == [] and world.state.phase is Phase.DECIDING
+    assert world.pass_time(1) == [] and world.state.phase is Phase.QUIET
     assert world.feed(TermRead(7, CLOCK_MS)) == [NoteTerm(CLOCK_MS)]
-    [question] = world.feed(TermNoted())
+    assert world.feed(TermNoted(True)) == []
+    [question] = world.feed(Tick())
+    assert world.state.phase is Phase.DECIDING
     assert isinstance(question, Plan) and len(question.parts) == 3 and question.replicas == 1
     done = world.feed(Planned(plan(question.parts, question.nodes, question.replicas)))
     assert kinds(done) == ["Publish", "Tell", "Tell"]
@@ -202,6 +214,46 @@ def test_a_controller_that_came_later_ends_it() -> None:
     assert f"a controller of term {world.noted} is there" in str(end.why)
     assert world.state.phase is Phase.ENDED
     assert world.feed(Tick()) == world.join("c") == []
+
+
+def test_a_controller_learns_from_the_store_that_another_one_came_and_lets_its_shards_go() -> None:
+    """Though none of its shards knows: the later one waits for them."""
+    world = World()
+    world.serve(ONE)
+    later = World(expect_shards=2)
+    later.noted = world.noted
+    later.feed(Looked(Catalogue({"m": [ONE]}), noted=later.noted))
+    later.pass_time(1)
+    assert later.state.phase is Phase.SETTLING and later.noted > world.noted
+    [end] = world.feed(Looked(Catalogue({"m": [ONE]}), noted=later.noted))
+    assert isinstance(end, End)
+
+
+def test_a_term_that_the_store_did_not_take_or_lost_is_noted_again() -> None:
+    world = World()
+    world.takes_notes = False
+    world.serve(ONE)
+    assert world.noted == 0
+    world.takes_notes = True
+    world.pass_time(NOTE_SECONDS + 1)
+    assert world.noted == world.state.term
+    world.noted = 0
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    world.pass_time(1)
+    assert world.noted == world.state.term
+    assert "NoteTerm" not in kinds(world.pass_time(60))
+
+
+def test_without_a_shard_there_is_no_routing() -> None:
+    """Clients would take one that names nothing for news."""
+    world = World(expect_shards=2, patience=10.0)
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    world.pass_time(20)
+    assert world.state.routing is None
+    assert "waiting for shards: 0 registered, 2 expected" in [each.message for each in problems_of(world.state, "s")]
+    world.join("a")
+    world.pass_time(0.5)
+    assert world.state.routing is not None
 
 
 def test_a_term_that_no_controller_noted_ends_nobody() -> None:
@@ -259,6 +311,25 @@ def test_what_a_shard_leaves_is_kept_for_the_grace_time_after_all_new_copies_are
     assert "a" not in world.state.fleet.shards
 
 
+def test_a_part_that_a_shard_was_told_to_drop_is_not_routed_to_it_though_it_reports_it() -> None:
+    """What was told may be on its way still."""
+    world = World()
+    world.serve(ONE, shards="a")
+    world.reports["a"].draining = True
+    world.report("a")
+    world.join("b")
+    world.pass_time(1)
+    world.obey("b")
+    world.pass_time(4)
+    assert world.owners() == [["b"]] * 3 and world.state.fleet.shards["a"].assigned == frozenset()
+    assert len(world.reports["a"].parts) == 3
+    world.report("b", has_parts=True)
+    del world.reports["b"].parts[:]
+    world.report("b")
+    world.pass_time(0.5)
+    assert world.owners() == [[]] * 3
+
+
 def test_a_new_version_takes_over_whole_and_in_one_routing() -> None:
     world = World()
     world.serve(ONE)
@@ -296,7 +367,8 @@ def test_a_planner_that_failed_is_asked_again_later() -> None:
     world.feed(Looked(Catalogue({"m": [ONE]})))
     world.pass_time(2)
     world.feed(TermRead(0, CLOCK_MS))
-    world.feed(TermNoted())
+    world.feed(TermNoted(True))
+    world.feed(Tick())
     assert world.state.phase is Phase.DECIDING
     world.now += 100  # it took that long to fail
     world.feed(Planned(RuntimeError("died")))
@@ -346,6 +418,7 @@ def test_decisions_are_a_while_apart_where_there_are_many_shards() -> None:
     world.feed(Looked(Catalogue({"m": [ONE]})))
     for number in range(200):
         world.join(f"s{number}")
+    world.feed(Tick())
     assert isinstance(world.feed(Tick())[-1], Tell)
     world.report("s3", failures=[control.PartFailure(part=KEYS[0].to_wire(), message="torn")])
     assert 0 < world.state.tick_in() <= 0.2001
