@@ -31,7 +31,7 @@ HUGE_PAGE = 2 << 20
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_HUGEPAGE, _MADV_COLLAPSE = 1, 3, 14, 25
-# Nobody maps or opens the file for writing from now on; whoever has it mapped so already may go on. Python has no name.
+# From now on nobody maps or opens the file for writing. Existing mappings may go on. Python has no name for it.
 _FUTURE_WRITE = 16
 # Addresses without memory: they read as zeros.
 _NOTHING = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
@@ -171,7 +171,7 @@ def memory_file(name: str, nbytes: int) -> int:
 
 
 def seal(fd: int) -> None:
-    """Let nobody write to a memory file but whoever has it mapped for that, nor change its size. Raises OSError."""
+    """Let nobody write to a memory file, except by mappings that exist, nor change its size. Raises OSError."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
 
 

@@ -1,1 +1,1 @@
-"""The routing's keeper: `fleet` is what shards report, `decisions` what follows from it, `server` the process."""
+"""The routing's keeper. `fleet` is what shards report, `decisions` follow from it, `server` is the process."""

@@ -26,7 +26,7 @@ PLAN_SECONDS = 120.0
 
 
 class Planning:
-    """A process that plans, one plan at a time; it ends with the thread that made it."""
+    """A process that plans, one plan at a time. It ends with the thread that made it."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -62,7 +62,7 @@ class Planning:
         )
 
     def close(self) -> None:
-        """End it; who waits for a plan is told."""
+        """End it. A caller that waits for a plan is told."""
         self._closed = True
         self._end()
 
@@ -102,7 +102,7 @@ def main(pipe: Connection) -> None:
             arguments = pipe.recv()
             try:
                 answer: Placement | Exception = plan(*arguments)
-            except Exception as error:  # whatever it is, who waits for the plan raises it
+            except Exception as error:  # any error: the caller that waits for the plan raises it
                 answer = error
             pipe.send(answer)
     except (EOFError, OSError):

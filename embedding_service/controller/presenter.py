@@ -17,7 +17,7 @@ MOST_PROBLEMS = 100
 
 
 def status_of(state: ControllerState, store: str) -> control.Status:
-    """Everything a person wants to know; `store` is its path or URL."""
+    """Everything that a person wants to know. `store` is its path or URL."""
     holders = state.fleet.holders()
     served = {model.full_name for model in state.routing.models} if state.routing else set()
     status = control.Status(problems=list(problems_of(state, store)))
@@ -57,7 +57,7 @@ def metrics_of(state: ControllerState, store: str) -> Iterator[Metric]:
 
 
 def problems_of(state: ControllerState, store: str) -> Iterator[control.Problem]:
-    """What stands in the way, the first MOST_PROBLEMS of it."""
+    """The first MOST_PROBLEMS of what stands in the way."""
     problems = _all_problems(state, store)
     yield from islice(problems, MOST_PROBLEMS)
     if more := sum(1 for _ in problems):

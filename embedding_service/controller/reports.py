@@ -1,4 +1,4 @@
-"""What a shard may report. Whatever else is refused where it comes in: behind the door nobody checks again."""
+"""What a shard may report. Anything else is refused where it comes in. No later code checks again."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from embedding_service.wire import control_pb2 as control
 MOST_ACCESSES = 1 << 60
 MOST_PARTS = 1 << 18
 MOST_VERSIONS = 10_000
-# Of an address, an id, a topology; host names have at most 253 characters.
+# Characters of an address, an id, a topology. Host names have at most 253.
 MOST_CHARACTERS = 300
-# Terms are milliseconds of the clock. One from so far ahead would leave no controller any to follow with.
+# Terms are milliseconds of the clock. A higher one would leave no controller any to follow with.
 MOST_TERM = 1 << 52
-# Of what a shard says that it cannot load.
+# Failures to load that a shard reports.
 MOST_FAILURES, FAILURE_CHARACTERS = 1_000, 500
 
 
@@ -23,8 +23,8 @@ def check_report(report: control.ShardReport, term: int, first: control.ShardRep
 
     Args:
         report: As it came.
-        term: The controller's own, which may be above what is taken from others.
-        first: The first report of the same stream, which this one must not contradict.
+        term: The controller's own, which may be above the bound for others.
+        first: The first report of the same stream. This one must not contradict it.
 
     Raises InvalidRequest, naming the field and its bound.
     """

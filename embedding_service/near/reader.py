@@ -422,7 +422,7 @@ class NearReader:
                 if mapping and mapping.link is link and mapping.generation == generation:
                     del table.parts[place[1]]
                     gone[place] = table
-        self._show()  # before: whoever reads zeros must find another view
+        self._show()  # before that: a reader of zeros must find another view
         for (_, index), table in gone.items():
             table.space.unmap(index * table.part_bytes, _rows_of(table.info, index) * table.info.row_bytes)
         for key in [key for key, table in self._tables.items() if not table.parts]:
@@ -524,7 +524,7 @@ def _check_part(table: _Mapped, part: near.NearPart, file: int) -> int:
 
 
 def _is_memory(file: int, nbytes: int) -> bool:
-    """Whether it is memory of so many bytes that cannot become shorter."""
+    """Whether it is memory of this many bytes that cannot become shorter."""
     return bool(sealed(file)) and os.fstat(file).st_size >= nbytes
 
 

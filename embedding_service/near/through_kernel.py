@@ -1,8 +1,8 @@
 """Copying rows of mapped files in a way that survives what may become of a file.
 
-Whoever reads a page of a file that was cut short, or that its disk cannot give, is killed by a signal (SIGBUS). The
+A file may be cut short, or its disk may fail. A process that then reads the page is killed by a signal (SIGBUS). The
 kernel, asked to write such a page somewhere, answers with an error instead. So rows of files are written from where
-they are mapped into memory of this thread's own, a thousand a call.
+they are mapped into memory of this thread's own, a thousand in a call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Scratch(threading.local):
     memory: _Memory | None = None
 
     def take(self, nbytes: int) -> _Memory:
-        """At least so many bytes; raises MemoryError."""
+        """At least `nbytes` bytes. Raises MemoryError."""
         if self.memory is None or nbytes > len(self.memory.bytes):
             self.memory = None  # before the new one is made: never twice the bytes
             self.memory = _Memory(nbytes)

@@ -35,7 +35,7 @@ Kernel = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class HostTable(TableRows):
-    """Parts side by side in one `AddressSpace`, so that a row id is an index whatever part it lies in."""
+    """Parts side by side in one `AddressSpace`, so that a row id is an index in any part."""
 
     def __init__(self, table: Table, *, shared: bool = False) -> None:
         super().__init__(table, shared=shared)
