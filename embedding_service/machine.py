@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import resource
 import signal
 import socket
 import stat
-from collections.abc import Iterator
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -112,40 +112,6 @@ def end_with_parent(how: signal.Signals) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, how)
 
 
-def hang_up(address: str) -> None:
-    """Close what this process has open at a port of its own: who listens there, and every connection that came there.
-
-    What was sent arrives, and nothing more is sent. Does nothing for an address that is no HOST:PORT.
-    """
-    if address.startswith("unix"):
-        return
-    _, port = split_address(address)
-    there = {file: each for file, each in _sockets() if each.family in _TCP and each.getsockname()[1] == port}
-    listening = [file for file, each in there.items() if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
-    # Those first: clients come again at once. In their place comes a socket that nobody reaches, for whoever has the
-    # number would call an end of listening a failure.
-    for file in listening:
-        there.pop(file).close()
-        with socket.socket() as unreachable:
-            os.dup2(unreachable.fileno(), file)
-    for each in there.values():
-        with contextlib.suppress(OSError):  # closed by the other side
-            each.shutdown(socket.SHUT_RDWR)
-
-
-def _sockets() -> Iterator[tuple[int, socket.socket]]:
-    """All that this process has open, each under a further descriptor: its own, and that."""
-    for file in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        try:
-            copy = os.dup(file)
-        except OSError:  # closed since
-            continue
-        if stat.S_ISSOCK(os.fstat(copy).st_mode):
-            yield file, socket.socket(fileno=copy)
-        else:
-            os.close(copy)
-
-
 def prepare_local_ray() -> None:
     """Set the environment of a Ray that starts here, before ray is imported.
 
@@ -169,6 +135,15 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
+
+
+def spare_collections() -> None:
+    """Have Python look for no garbage in what is in memory by now, which is mostly what was imported.
+
+    A full collection walks through all of that and holds everything up, 90 ms in a shard. What a few clients send can
+    bring one about.
+    """
+    gc.freeze()
 
 
 def give_freed_memory_back() -> None:

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
+from embedding_service.floods import FloodGuard
 from embedding_service.foreign import LineFormatter
 from embedding_service.front import Front, Options, open_front
 from embedding_service.grpc_codes import code_of
@@ -82,6 +83,7 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self._options = Options(self._methods, self._budget, limits.request_bytes, self._on_refused, self._on_death)
         self._fronts: list[Front] = []
+        self._guard = FloodGuard(self._options.arrivals)
         self._streams = Places(*STREAMS)
         self._services = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self)  # type: ignore[no-untyped-call]
@@ -117,6 +119,8 @@ class Server:
             self._watching = asyncio.create_task(self._budget.watch())
         front = await open_front(address, self._options, shared=shared, private=private)
         self._fronts.append(front)
+        if not private:
+            self._guard.watch(split_address(front.address)[1])
         return front
 
     async def set_serving(self, serving: bool) -> None:
@@ -132,6 +136,7 @@ class Server:
         """Take no more calls, let those under way end for STOP_GRACE seconds, then cut them."""
         await self.health.end()
         await asyncio.gather(*(front.stop() for front in self._fronts))
+        await asyncio.to_thread(self._guard.stop)
         if self._watching:
             await cancel([self._watching])
 

@@ -40,6 +40,7 @@ from embedding_service.controller.presenter import metrics_of, status_of
 from embedding_service.controller.state import ControllerState, Settings
 from embedding_service.controller.watch import StoreWatch
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.machine import spare_collections
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter
 from embedding_service.placement.routing import Routing
@@ -284,6 +285,7 @@ async def _serve(options: ControllerOptions) -> None:
     server.add(add_ControlServiceServicer_to_server, controller, "embedding.v1.ControlService")
     server.add(add_EmbeddingServiceServicer_to_server, controller, "embedding.v1.EmbeddingService")
     front = await server.listen(options.listen)
+    spare_collections()
     await server.set_serving(True)
     log.info("listening on %s", front.address)
 

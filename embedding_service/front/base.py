@@ -16,6 +16,7 @@ import grpc
 
 from embedding_service.budget import Budget
 from embedding_service.errors import InvalidRequest
+from embedding_service.floods import Arrivals
 from embedding_service.machine import room_for_connections, split_address
 from embedding_service.methods import Method
 
@@ -23,6 +24,8 @@ from embedding_service.methods import Method
 STOP_GRACE = 1.0
 # Calls open at a time on a connection, each with its request in memory; clients queue further ones.
 CALLS = 256
+# Calls of all connections that may wait for the thread that takes them.
+WAITING_CALLS = 16384
 # Answers up to this are made where the request came in: gathering 1,024 tokens takes about 2 ms.
 AT_ONCE_BYTES = 8 << 20
 # So are answers to requests up to this. Reading a larger one may take milliseconds, which are spent one at a time.
@@ -36,6 +39,10 @@ REQUEST_COPIES, ANSWER_COPIES = 3, 2
 STREAM_WINDOW = 8
 # Bytes of a call's headers: beyond the first some calls are refused, beyond the second all are.
 METADATA_BYTES, MOST_METADATA_BYTES = 8 << 10, 16 << 10
+# A field counts for 32 at least. gRPC hands us more than that of clients that do not acknowledge the limits.
+MOST_FIELDS = MOST_METADATA_BYTES // 32
+# Bytes that gRPC takes from a connection at a time.
+READ_BYTES = 64 << 10
 # Between the last answer and the end: until it has left this machine.
 LAST_ANSWER_SECONDS = 0.25
 # How often a front that ends looks whether its calls have ended.
@@ -60,6 +67,7 @@ class Options:
         request_bytes: Larger messages are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
         refused: Told of each call that was refused before a handler saw it. Any thread.
         died: Told what ended a front that was not told to end, on the event loop.
+        arrivals: Told of each call and message.
     """
 
     methods: Mapping[bytes, Method]
@@ -67,6 +75,7 @@ class Options:
     request_bytes: int
     refused: Callable[[], None] = lambda: None
     died: Callable[[BaseException], None] = lambda error: None
+    arrivals: Arrivals = field(default_factory=Arrivals)
     # Reads large messages, one at a time: Python's lock is held for as long as protobuf takes.
     reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reading"))
 
@@ -177,6 +186,9 @@ def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, in
         ("grpc.max_receive_message_length", request_bytes + 65536),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", CALLS),
+        # Beyond the first some are cancelled, whosever they are, beyond the second all.
+        ("grpc.server.max_pending_requests", WAITING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * WAITING_CALLS),
         # The next ones are closed as they come.
         ("grpc.max_allowed_incoming_connections", room_for_connections()),
         ("grpc.so_reuseport", 1 if shared else 0),
@@ -189,6 +201,8 @@ def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, in
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # Of what came on a connection, so much is read and looked through before it is another one's turn.
+        ("grpc.experimental.tcp_max_read_chunk_size", READ_BYTES),
     ]
 
 

@@ -209,6 +209,8 @@ class Call:
     # Events
 
     def _on_received(self, message: bytes | None) -> None:
+        if message is not None:
+            self._front.options.arrivals.count(self._peer, len(message))
         if self.over:
             self.on_taken()
         elif message is None:

@@ -12,7 +12,8 @@ import grpc
 
 from embedding_service.budget import COUNTED_BYTES
 from embedding_service.errors import InvalidRequest
-from embedding_service.front.base import ENDS, PEER, SHOWN_BYTES, STREAM_WINDOW, Front, Rpc
+from embedding_service.floods import CALL_BYTES
+from embedding_service.front.base import ENDS, MOST_FIELDS, PEER, SHOWN_BYTES, STREAM_WINDOW, Front, Rpc
 from embedding_service.front.call import Call, Malformed, host_of, settle
 from embedding_service.methods import Aborted, Context, Method
 
@@ -20,6 +21,9 @@ from embedding_service.methods import Aborted, Context, Method
 def take(front: Front, rpc: Rpc) -> Call:
     """Begin to answer a new call."""
     call = _call_of(front, rpc)
+    front.options.arrivals.count(rpc.peer, CALL_BYTES)
+    if len(rpc.metadata) > MOST_FIELDS:
+        front.options.arrivals.blame(host_of(rpc.peer))
     front.calls.add(call)
     call.begin()
     return call

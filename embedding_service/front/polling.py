@@ -25,7 +25,7 @@ from embedding_service.front.base import (
 from embedding_service.front.call import Call
 from embedding_service.front.kinds import take
 from embedding_service.grpc_core import Event, Port, ServerCall
-from embedding_service.machine import hang_up
+from embedding_service.sockets import hang_up
 
 log = logging.getLogger(__name__)
 

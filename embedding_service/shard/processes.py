@@ -28,7 +28,7 @@ from embedding_service.budget import Budget
 from embedding_service.client.channels import open_channel_async
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.front import PEER
-from embedding_service.machine import end_with_parent
+from embedding_service.machine import end_with_parent, spare_collections
 from embedding_service.methods import Context, Method
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
@@ -289,6 +289,7 @@ class _Serving:
         self._server.add(self._offer, _PassedOn(self._settings.main), SERVICE)
         for address in self._settings.addresses:
             await self._server.listen(address, shared=True)
+        spare_collections()
         self._pipe.send(_Ready())
         self._told = self._loop.create_future()
         # Not one of asyncio's threads, which it waits for at its end.

@@ -19,7 +19,7 @@ from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
-from embedding_service.machine import check_free
+from embedding_service.machine import check_free, spare_collections
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.rows import TIERS
@@ -134,6 +134,8 @@ async def _serve(options: ShardOptions) -> None:
         others.start(
             Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads, budget.most)
         )
+
+    spare_collections()
 
     def counters() -> Counters:
         here = Counters(errors=server.refused, near_rows=near.rows if near else 0)

@@ -19,7 +19,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LOOKUP = b"/embedding.v1.EmbeddingService/Lookup"
 # Of a frame, where nobody asked for more.
 _LARGEST = 1 << 14
-_DATA, _HEADERS, _RESET, _SETTINGS, _CONTINUATION = 0, 1, 3, 4, 9
+_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _CONTINUATION = 0, 1, 3, 4, 6, 9
 _END_STREAM, _END_HEADERS = 1, 4
 _CANCEL = 8
 Fields = Sequence[tuple[bytes, bytes]]
@@ -74,6 +74,21 @@ class Raw:
         self.socket.close()
 
 
+def further_headers(fields: Fields) -> bytes:
+    """The bytes of further header fields of a connection's first call, whose headers `Raw.flood` did not end."""
+    return _frames(_CONTINUATION, 1, _block(fields), end_headers=False)
+
+
+def further_references(count: int) -> bytes:
+    """The same, of as many fields of a byte each: references to the protocol's table."""
+    return _frames(_CONTINUATION, 1, b"\xa0" * count, end_headers=False)
+
+
+def pings(count: int) -> bytes:
+    """The bytes of pings that nobody asked for."""
+    return _frame(_PING, 0, 0, bytes(8)) * count
+
+
 def half_a_lookup(length: int, sent: bytes, *, end: bool) -> bytes:
     """The bytes of a connection with a Lookup whose message is said to have `length` bytes, of which `sent` come.
 
@@ -103,11 +118,19 @@ def _headers(stream: int, path: bytes, extra: Fields = (), *, end_headers: bool 
         (b"content-type", b"application/grpc"),
         *extra,
     )
-    block = b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in fields)
+    return _frames(_HEADERS, stream, _block(fields), end_headers=end_headers)
+
+
+def _block(fields: Fields) -> bytes:
+    return b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in fields)
+
+
+def _frames(first: int, stream: int, block: bytes, *, end_headers: bool) -> bytes:
+    """A block of header fields: one frame of the first kind, then CONTINUATION frames."""
     pieces = [block[start : start + _LARGEST] for start in range(0, len(block), _LARGEST)]
     last = len(pieces) - 1 if end_headers else -1
     return b"".join(
-        _frame(_CONTINUATION if number else _HEADERS, _END_HEADERS if number == last else 0, stream, piece)
+        _frame(_CONTINUATION if number else first, _END_HEADERS if number == last else 0, stream, piece)
         for number, piece in enumerate(pieces)
     )
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from embedding_service.wire import embedding_pb2 as wire
 from support.attack.window import Window, drained
-from support.hostile import LOOKUP, Raw, dial
+from support.hostile import LOOKUP, Raw, dial, further_references, pings
 
 # Above a member's limit of open files, which `__main__` sets.
 CONNECTIONS = 1200
@@ -28,7 +28,7 @@ def calls_given_up(window: Window) -> None:
 
 
 def header_floods(window: Window) -> None:
-    """Up to 4 MB of header fields on a call, fields without end, very long ones, and very many."""
+    """Up to 4 MB of header fields on a call: without end, very long, very many, of a byte each; and pings."""
     values = window.values
     while window.open:
         for address in window.members:
@@ -38,7 +38,10 @@ def header_floods(window: Window) -> None:
                     kept.append(raw := Raw(address))
                     count, length = values.choice(((1, 4 << 20), (200_000, 1), (1000, 4000), (20, 100), (1, 16 << 10)))
                     fields = [(b"x-%d" % number, b"v" * length) for number in range(count)]
-                    raw.flood(LOOKUP, fields, end_headers=values.random() < 0.5)
+                    ends = values.random() < 0.5
+                    raw.flood(LOOKUP, fields, end_headers=ends)
+                    more = pings(50_000) if ends else further_references(500_000)
+                    raw.socket.sendall(more if values.random() < 0.3 else b"")
             window.rest(0.1)
             for raw in kept:
                 raw.close()

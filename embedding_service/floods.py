@@ -1,0 +1,251 @@
+"""Cuts connections that take everybody's time with bytes that are no messages.
+
+gRPC's core reads header fields, pings and settings on a few threads that read for all connections. It refuses what is
+too much only afterwards, and as long as a client has not acknowledged its limits it hands us all that came. So a few
+connections that send such bytes without pause would keep all others waiting, for seconds.
+
+A thread looks at short intervals how much of a core gRPC's threads took. Where that is much, it compares what came on
+each connection with the messages that we were given from it. Honest connections are never compared while nothing is
+wrong: what they cost is a few microseconds a look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from embedding_service.sockets import MOST_HOSTS, Connection, address_of, connections_at, cut, keep_out
+
+log = logging.getLogger(__name__)
+
+# Between two looks, and between those during a flood.
+CALM_SECONDS, LOOK_SECONDS = 0.02, 0.01
+# A share of a core. Where gRPC's threads take less, they keep nobody waiting.
+BUSY = 0.1
+# What honest traffic may cost them at most, for a byte and for a message or a call. That is ten times what it does.
+BYTE_SECONDS, MESSAGE_SECONDS = 15e-9, 150e-6
+# During a flood a connection is cut when so many more bytes came than its messages have; one of a host that was cut
+# before, when so many. A large message counts when it is whole.
+FREE_BYTES, FREE_BYTES_AGAIN = 256 << 10, 32 << 10
+# For what a call has besides its messages.
+CALL_BYTES = 8 << 10
+# For how long a host is remembered, and for how long none of its connections come in once it was cut again.
+MEMORY_SECONDS, OUT_SECONDS = 10.0, 1.0
+# For how long it is looked where nothing is found.
+DOUBT_SECONDS = 0.05
+# After looks that cost so much time and found nothing, that many times it passes before the next one.
+REST, LEAST_REST = 50, 0.2
+# Between two lines of the log.
+LOG_SECONDS = 10.0
+# How gRPC calls the threads that read.
+READERS = "event_engine"
+
+
+class Arrivals:
+    """What arrived in calls and messages by peer, counted only during looks. `count` is for the fronts' threads.
+
+    Attributes:
+        count_of_all: Calls and messages since `begin`.
+        blamed: Hosts, as gRPC names them, that sent what they were told not to.
+    """
+
+    def __init__(self) -> None:
+        self._nbytes: dict[str, int] | None = None
+        self.count_of_all = 0
+        self.blamed: set[str] = set()
+
+    def count(self, peer: str, nbytes: int) -> None:
+        """A call or a message came."""
+        counted = self._nbytes
+        if counted is not None:
+            # Frames have a header for each 16 KiB.
+            counted[peer] = counted.get(peer, 0) + nbytes + (nbytes >> 10) + 16
+            self.count_of_all += 1
+
+    def blame(self, host: str) -> None:
+        """A host does not keep to what it was told."""
+        self.blamed.add(host)
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._nbytes, self.count_of_all = {}, 0
+
+    def end(self) -> None:
+        """Count no more."""
+        self._nbytes = None
+
+    def of(self, peer: str) -> int:
+        """Bytes that came from a peer since `begin`, with what they take on the wire."""
+        return (self._nbytes or {}).get(peer, 0)
+
+
+class FloodGuard:
+    """The thread that looks, once there is a port to watch.
+
+    Attributes:
+        cuts: Connections that were cut.
+    """
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        self.cuts = 0
+        self._arrivals = arrivals
+        self._ports: set[int] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="floods", daemon=True)
+        self._is_reader: dict[int, bool] = {}
+        self._spent = self._looked = self._flooded = self._logged = 0.0
+        # During looks: how many bytes had come when they began, and what there was at the last one.
+        self._at_first: dict[str, int] | None = None
+        self._there: dict[str, Connection] = {}
+        self._arrived = 0
+        # Bytes that were no messages, by connection, and by host those of connections that have gone.
+        self._extras: dict[str, int] = {}
+        self._gone: dict[str, int] = {}
+        # When hosts were cut, and until when they are out.
+        self._cut_at: dict[str, float] = {}
+        self._out_until: dict[str, float] = {}
+
+    def watch(self, port: int) -> None:
+        """Guard a port of this process, too."""
+        self._ports.add(port)
+        if not self._thread.ident:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End. Everybody may come in again."""
+        self._over.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._looked, self._spent = time.monotonic(), self._reading_seconds()
+        pause = CALM_SECONDS
+        while not self._over.wait(pause):
+            try:
+                pause = self._look(time.monotonic())
+            except Exception:
+                log.exception("floods are not looked for any more")
+                break
+        self._arrivals.end()
+        if self._out_until:
+            keep_out(self._ports, ())
+
+    def _look(self, now: float) -> float:
+        """One look; seconds until the next one."""
+        spent = self._reading_seconds()
+        used, self._spent = spent - self._spent, spent
+        passed, self._looked = now - self._looked, now
+        self._keep_out(now)
+        if self._at_first is None:
+            if used > BUSY * passed:
+                self._begin(now)
+            return CALM_SECONDS if self._at_first is None else LOOK_SECONDS
+        there = self._connections()
+        excess = used - self._honest_seconds(there)
+        self._there = there
+        if excess > BUSY * passed:
+            self._flooded = now
+            self._judge(now)
+        took = time.monotonic() - now
+        if now - self._flooded > (MEMORY_SECONDS if self._cut_at else DOUBT_SECONDS):
+            self._end()
+            return max(LEAST_REST, REST * took)
+        return max(LOOK_SECONDS, took)
+
+    def _begin(self, now: float) -> None:
+        self._arrivals.begin()
+        self._arrived = 0
+        self._there = self._connections()
+        self._at_first = {peer: each.read for peer, each in self._there.items()}
+        self._flooded = now
+
+    def _connections(self) -> dict[str, Connection]:
+        """Those that are there, by peer. What peers left behind that have gone is dropped: nobody waits for answers."""
+        there = {}
+        for each in connections_at(self._ports):
+            if each.peer:
+                there[each.peer] = each
+            elif each.unread:
+                cut(each)
+        return there
+
+    def _end(self) -> None:
+        self._arrivals.end()
+        self._at_first = None
+        self._there, self._extras = {}, {}
+        self._cut_at, self._gone = {}, {}
+
+    def _honest_seconds(self, there: dict[str, Connection]) -> float:
+        """What gRPC's threads may have taken for what moved since the last look."""
+        moved = 0
+        for peer, each in there.items():
+            before = self._there.get(peer)
+            moved += each.read + each.sent - (before.read + before.sent if before else 0)
+        arrived = self._arrivals.count_of_all
+        messages, self._arrived = arrived - self._arrived, arrived
+        return BYTE_SECONDS * moved + MESSAGE_SECONDS * messages
+
+    def _judge(self, now: float) -> None:
+        """Cut those that brought more than their messages have, and keep their hosts out."""
+        assert self._at_first is not None
+        extras, self._extras = self._extras, {}
+        for each in self._there.values():
+            known = self._at_first.get(each.peer)
+            # Of one that came during the flood, what gRPC has not read yet counts too.
+            came = each.read - known if known is not None else each.read + each.unread
+            extra = self._extras[each.peer] = came - self._arrivals.of(each.peer)
+            again = now - self._cut_at.get(each.host, -MEMORY_SECONDS) < MEMORY_SECONDS
+            if extra > (FREE_BYTES_AGAIN if again else FREE_BYTES):
+                cut(each)
+                self.cuts += 1
+                self._tell(each, extra, now)
+                self._cut_at[each.host] = now
+                self._arrivals.blame(each.host)
+        for peer in extras.keys() - self._extras.keys():
+            host = peer.rpartition(":")[0]
+            self._gone[host] = self._gone.get(host, 0) + max(extras[peer], 0)
+            if self._gone[host] > FREE_BYTES:
+                self._gone[host] = 0
+                self._cut_at[host] = now
+                self._arrivals.blame(host)
+        self._keep_out(now)
+
+    def _keep_out(self, now: float) -> None:
+        """Keep out those that were blamed, and let others in again."""
+        out = {host: until for host, until in self._out_until.items() if until > now}
+        while self._arrivals.blamed and len(out) < MOST_HOSTS:
+            out[self._arrivals.blamed.pop()] = now + OUT_SECONDS
+        if out.keys() != self._out_until.keys():
+            keep_out(self._ports, out)
+        self._out_until = out
+
+    def _tell(self, connection: Connection, extra: int, now: float) -> None:
+        if now - self._logged > LOG_SECONDS:
+            self._logged = now
+            log.warning(
+                "cut a connection of %s, which sent %s bytes that are no messages and kept others waiting: %s were "
+                "cut so far",
+                address_of(connection.host),
+                f"{extra:,}",
+                f"{self.cuts:,}",
+            )
+
+    def _reading_seconds(self) -> float:
+        """CPU that gRPC's reading threads took so far."""
+        threads = Path("/proc/self/task")
+        known, self._is_reader = self._is_reader, {}
+        spent = 0.0
+        for thread in map(int, os.listdir(threads)):  # noqa: PTH208 (a tenth of iterdir's time)
+            with contextlib.suppress(OSError):  # ended since
+                is_reader = known.get(thread)
+                if is_reader is None:
+                    is_reader = (threads / str(thread) / "comm").read_text().strip() == READERS
+                self._is_reader[thread] = is_reader
+                if is_reader:
+                    # The kernel's number of a thread's CPU clock.
+                    spent += time.clock_gettime(~thread << 3 | 6)
+        return spent
