@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo quick test client-tests vllm chaos attack e2e lint proto bench clean
+.PHONY: setup test-packages demo quick test client-tests public-grpc vllm chaos attack e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -44,7 +44,8 @@ $(VLLM)/.set-up: requirements/vllm.txt pyproject.toml
 	$(VLLM)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The client's side with another grpcio, in an environment of its own, against the service of `make setup`.
+# Whether the core of another grpcio can be used, and the client's side with it: in an environment of its own, against
+# the service of `make setup`.
 GRPCIO ?= 1.74.0
 CLIENT := .venv-client
 client-tests: setup
@@ -52,8 +53,14 @@ client-tests: setup
 	$(CLIENT)/bin/pip install -qq --editable . torch==2.13.0 grpcio==$(GRPCIO)
 	$(CLIENT)/bin/pip install -qq pytest pytest-timeout hypothesis psutil safetensors tokenizers pydantic fsspec xxhash \
 	    grpcio-health-checking==$(GRPCIO) grpcio-reflection==$(GRPCIO)
+	$(CLIENT)/bin/python -m embedding_service.grpc_core
 	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(CLIENT)/bin/python -m pytest tests/client tests/wire tests/ngram/test_longcat.py \
 	    --ignore tests/client/test_torchrec.py $(PYTEST_ARGS)
+
+# Rooms that speak gRPC, where grpc's public API serves in place of its core (embedding_service/grpc_core.py).
+public-grpc: setup
+	EMBEDDING_SERVICE_GRPC=public $(BIN)/python -m pytest tests/test_front.py tests/test_drains.py tests/test_budget.py \
+	    tests/client tests/shard tests/controller $(PYTEST_ARGS)
 
 vllm: setup $(VLLM)/.set-up
 	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)

@@ -8,8 +8,9 @@ Two things are faster this way, and grpc's public API has neither (BENCHMARKS.md
   each answer from a thread of its own to the thread that waits.
 
 Private names may change with any release. `why_public` tries all of them once in a process, before the first use.
-Where one is gone or behaves otherwise, grpc's public API serves: `front.public` and the public stream. The variable
-EMBEDDING_SERVICE_GRPC=public asks for that. `python -m embedding_service.grpc_core` says what this grpcio allows.
+Where one is gone or behaves otherwise, grpc's public API serves: `front.public` and the public stream. A lookup then
+takes longer (BENCHMARKS.md). The variable EMBEDDING_SERVICE_GRPC=public asks for that. `python -m
+embedding_service.grpc_core` says whether the core of this grpcio can be used.
 
 | private name | what for |
 | --- | --- |
@@ -23,6 +24,7 @@ EMBEDDING_SERVICE_GRPC=public asks for that. `python -m embedding_service.grpc_c
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import time
@@ -38,6 +40,8 @@ try:
 except ImportError:  # `why_public` names it
     cygrpc = None
 
+log = logging.getLogger(__name__)
+
 VARIABLE, PUBLIC = "EMBEDDING_SERVICE_GRPC", "public"
 # Seconds that each step of the trial may take. All of them together take a few milliseconds.
 PATIENCE = 5.0
@@ -47,14 +51,19 @@ PATIENCE = 5.0
 def why_public() -> str:
     """Why grpc's public API has to serve in this process, in one line; empty where its core can be used.
 
-    Raises InvalidRequest where the variable has a value that means nothing.
+    The log says so once. Raises InvalidRequest where the variable has a value that means nothing.
     """
     asked = os.environ.get(VARIABLE, "")
-    if asked == PUBLIC:
-        return f"{VARIABLE} is {PUBLIC}"
-    if asked:
+    if asked not in ("", PUBLIC):
         raise InvalidRequest(f"{VARIABLE} must be {PUBLIC!r} or not set, got {asked!r}")
-    return differs()
+    why = f"{VARIABLE} is {PUBLIC}" if asked else differs()
+    if why:
+        log.log(
+            logging.INFO if asked else logging.WARNING, "calls go by grpc's public API, which takes longer: %s", why
+        )
+    else:
+        log.info("calls go by the core of grpcio %s", grpc.__version__)
+    return why
 
 
 def differs() -> str:
@@ -318,4 +327,6 @@ def _ignored(_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(differs() or None)
+    found = differs()
+    print(found or f"the core of grpcio {grpc.__version__} can be used")
+    sys.exit(bool(found))

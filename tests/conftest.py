@@ -11,7 +11,7 @@ import torch
 from support.checkpoints import longcat_checkpoint
 from support.cluster import Up, dead_proxies, up
 
-from embedding_service import EmbeddingClient
+from embedding_service import EmbeddingClient, grpc_core
 from embedding_service.store.importing import import_checkpoint
 
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -23,9 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "service" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.service)
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+        skip(items, "gpu", "needs a CUDA device; there is none here")
+    if grpc_core.why_public():
+        skip(items, "polling", f"needs gRPC's core: {grpc_core.why_public()}")
+
+
+def skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

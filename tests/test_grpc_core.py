@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
 from embedding_service import grpc_core
@@ -76,6 +78,22 @@ def test_the_trial_finds_names_that_mean_something_else(monkeypatch: pytest.Monk
     assert "there is no grpc._cython.cygrpc" in grpc_core.differs()
 
 
+def test_the_log_says_once_which_api_serves_and_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv(grpc_core.VARIABLE, raising=False)
+    for _ in range(2):
+        grpc_core.why_public()
+    grpc_core.why_public.cache_clear()
+    monkeypatch.setattr(grpc_core, "cygrpc", None)
+    grpc_core.why_public()
+    core, public = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert core == ("INFO", f"calls go by the core of grpcio {grpc.__version__}")
+    assert public[0] == "WARNING"
+    assert public[1].startswith("calls go by grpc's public API, which takes longer: private names of grpc ")
+
+
 def test_the_variable_asks_for_the_public_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(grpc_core.VARIABLE, "public")
     assert grpc_core.why_public() == "EMBEDDING_SERVICE_GRPC is public"
@@ -97,4 +115,4 @@ def test_the_trial_is_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "embedding_service.grpc_core"], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout) == (0, f"the core of grpcio {grpc.__version__} can be used\n")

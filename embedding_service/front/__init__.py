@@ -3,13 +3,16 @@
 A call that can be answered at once is, where it came in. All else goes to a coroutine on the process's event loop, by
 one table of methods. A method that is not in the table is refused, whatever bytes its name has.
 
-`polling` is the port and its thread, `kinds` has the kinds of calls.
+`polling` is the front that is used, on gRPC's core. `public` takes its place where `grpc_core` says so. `kinds` has the
+kinds of calls, the same for both.
 """
 
 from __future__ import annotations
 
+from embedding_service import grpc_core
 from embedding_service.front.base import PEER, REQUEST_COPIES, UNREAD_BYTES, Front, Options
 from embedding_service.front.polling import PollingFront
+from embedding_service.front.public import PublicFront
 
 __all__ = ["PEER", "REQUEST_COPIES", "UNREAD_BYTES", "Front", "Options", "open_front"]
 
@@ -26,6 +29,7 @@ async def open_front(address: str, options: Options, *, shared: bool = False, pr
     Raises:
         InvalidRequest: Names an address that cannot be had.
     """
-    front = PollingFront(address, options, shared=shared, private=private)
+    kind = PublicFront if grpc_core.why_public() else PollingFront
+    front = kind(address, options, shared=shared, private=private)
     await front.start()
     return front

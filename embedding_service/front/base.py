@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,6 +20,8 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.floods import Arrivals
 from embedding_service.machine import room_for_connections, split_address
 from embedding_service.methods import Method
+
+log = logging.getLogger(__name__)
 
 # How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
 STOP_GRACE = 1.0
@@ -120,13 +123,16 @@ class Rpc(Protocol):
         """Send the call's status, after a last message if there is one. From any thread."""
 
 
-class Ending(Protocol):
-    """A call, as a front that ends sees it."""
+class Answered(Protocol):
+    """A call, as its front sees it."""
 
     refused: bool
 
     def end_stream(self) -> None:
         """The process ends: let go of a call that would not end by itself."""
+
+    def fail(self) -> None:
+        """End the call with the exception that is being handled."""
 
 
 class Front(ABC):
@@ -147,7 +153,7 @@ class Front(ABC):
         self.options = options
         self.private = private
         self.loop = asyncio.get_running_loop()
-        self.calls: set[Ending] = set()
+        self.calls: set[Answered] = set()
         self.unread: Counter[str] = Counter()
         self.ending = False
         self._ends_since = self._busy = 0.0
@@ -164,6 +170,17 @@ class Front(ABC):
         """Have work done on the event loop, unless that has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(work, *arguments)
+
+    def tell(self, tag: Callable[[Any], None], outcome: Any) -> None:
+        """Call a tag. What it raises ends its call."""
+        try:
+            tag(outcome)
+        except Exception:
+            call = getattr(tag, "__self__", None)
+            if call in self.calls:
+                call.fail()
+            else:
+                log.exception("a call failed")
 
     def begin_to_end(self) -> None:
         """Let go of calls that would not end by themselves. Where calls are answered, like `has_ended`."""

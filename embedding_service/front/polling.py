@@ -22,7 +22,6 @@ from embedding_service.front.base import (
     channel_arguments,
     with_port,
 )
-from embedding_service.front.call import Call
 from embedding_service.front.kinds import take
 from embedding_service.grpc_core import Event, Port, ServerCall
 from embedding_service.sockets import hang_up
@@ -97,14 +96,7 @@ class PollingFront(Front):
     def _handle(self, event: Event) -> None:
         if event.tag == self._take:
             self._ask_for_next(event.outcome)
-        try:
-            event.tag(event.outcome)
-        except Exception:
-            call = getattr(event.tag, "__self__", None)
-            if isinstance(call, Call):
-                call.fail()
-            else:
-                log.exception("a call failed")
+        self.tell(event.tag, event.outcome)
 
     def _ask_for_next(self, call: Any) -> None:
         """A new call came, or the server is shut down. Raises where no further call would come."""

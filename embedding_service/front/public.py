@@ -1,0 +1,227 @@
+"""The front of last resort: grpc's public asyncio server, where `grpc_core` cannot be used.
+
+It answers the same calls by the same code (`kinds`), on the event loop. Limits, refusals, health and drains are alike,
+for they are channel arguments, or ours. What is not alike:
+
+- Everything takes longer: each message passes from a thread of grpc's to the loop and back (BENCHMARKS.md).
+- Rows are gathered on the event loop, so one that is stuck answers nothing at all.
+- An open call costs two tasks of the loop, an idle health watch too.
+- A method's name that is no UTF-8 ends grpc's server. It lets calls under way end and takes no more. Then this front
+  begins another server at its address, ten times a second at most. Until then connections are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import grpc
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.front.base import (
+    ENDING_TICK,
+    Front,
+    Options,
+    cannot_listen,
+    channel_arguments,
+    with_port,
+)
+from embedding_service.front.call import settle
+from embedding_service.front.kinds import take
+from embedding_service.machine import hang_up
+
+log = logging.getLogger(__name__)
+
+# Seconds between the end of a server and the begin of the next, and how often that is tried.
+PAUSE, TRIES = 0.1, 50
+# Seconds that calls have to end where their server takes no more.
+LEFT_SECONDS = 60.0
+
+# The loop takes calls later than they come. gRPC would cancel some beyond 1,000 that wait for it, whose callers do not
+# know that they may ask again. A connection has CALLS at most.
+_PENDING = [("grpc.server.max_pending_requests", 1 << 20), ("grpc.server.max_pending_requests_hard_limit", 1 << 20)]
+
+
+class PublicFront(Front):
+    """A port and grpc's asyncio server; see `Front`."""
+
+    def __init__(self, address: str, options: Options, *, shared: bool = False, private: bool = False) -> None:
+        super().__init__(address, options, private=private)
+        self._arguments = partial(channel_arguments, options.request_bytes, shared=shared)
+        self._servers: set[grpc.aio.Server] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """See `Front`."""
+        self._keeping = self.loop.create_task(self._keep_serving(await self._serve()))
+
+    async def stop(self) -> None:
+        """See `Front`."""
+        self.ending = True
+        if self._keeping:
+            self._keeping.cancel()
+        if not self._servers:
+            return
+        self.begin_to_end()
+        while not self.has_ended():
+            await asyncio.sleep(ENDING_TICK)
+        # As where we poll: for those who hear no answer the connection is closed, which is UNAVAILABLE.
+        hang_up(self.address)
+        await asyncio.gather(*(self._stop(server, None) for server in list(self._servers)))
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run a coroutine beside what runs here. On the event loop."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def answer(self, path: bytes, _: Any, context: grpc.aio.ServicerContext) -> None:
+        """A call's handler, as grpc wants it: returns when the call has its status."""
+        rpc = _PublicCall(self, path, context)
+        take(self, rpc)
+        await rpc.until_ended()
+
+    async def _serve(self) -> set[asyncio.Task[Any]]:
+        """Begin a server: the tasks that grpc began for it. Raises InvalidRequest where the address cannot be had."""
+        server = grpc.aio.server(handlers=[_Handlers(self)], options=[*self._arguments(), *_PENDING])
+        try:
+            bound = server.add_insecure_port(self.address)
+        except RuntimeError:
+            raise cannot_listen(self.address) from None
+        self.address = with_port(self.address, bound)
+        before = asyncio.all_tasks()
+        await server.start()
+        self._servers.add(server)
+        return asyncio.all_tasks() - before
+
+    async def _stop(self, server: grpc.aio.Server, seconds: float | None) -> None:
+        await server.stop(seconds)
+        self._servers.discard(server)
+
+    async def _keep_serving(self, tasks: set[asyncio.Task[Any]]) -> None:
+        """Begin another server whenever grpc's ends by itself: nothing tells of it but an error of one of its tasks."""
+        try:
+            while True:
+                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                errors = [task.exception() for task in ended if not task.cancelled() and task.exception()]
+                log.warning("grpc's server at %s ended, another begins: %r", self.address, errors)
+                await asyncio.sleep(PAUSE)
+                for call in list(self.calls):
+                    call.end_stream()
+                for server in list(self._servers):
+                    self.run(self._stop(server, LEFT_SECONDS))
+                tasks = await self._serve_again()
+        except Exception as error:
+            log.critical("grpc's server at %s cannot be begun again", self.address, exc_info=True)
+            self.options.died(error)
+
+    async def _serve_again(self) -> set[asyncio.Task[Any]]:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(InvalidRequest):  # the one before has not left the port yet
+                return await self._serve()
+            await asyncio.sleep(PAUSE)
+        return await self._serve()
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """All methods, and those that are none. On the wire, calls of all kinds are streams of messages both ways."""
+
+    def __init__(self, front: PublicFront) -> None:
+        self._front = front
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        return grpc.stream_stream_rpc_method_handler(partial(self._front.answer, details.method.encode()))
+
+
+class _Status(NamedTuple):
+    code: grpc.StatusCode
+    details: str
+    trailing: tuple[tuple[str, str], ...]
+    message: bytes | None
+    tag: Callable[[None], None]
+
+
+class _PublicCall:
+    """A call of grpc's asyncio server as an `Rpc`. Tags are called on the event loop."""
+
+    def __init__(self, front: PublicFront, path: bytes, context: grpc.aio.ServicerContext) -> None:
+        remaining = context.time_remaining()
+        self.path = path
+        self.peer: str = context.peer()
+        self.due = math.inf if remaining is None else time.time() + remaining
+        self.metadata = context.invocation_metadata() or ()
+        self._front = front
+        self._context = context
+        self._status: asyncio.Future[_Status] = front.loop.create_future()
+
+    async def until_ended(self) -> None:
+        """Send the status when there is one."""
+        try:
+            status = await self._status
+            if status.message is not None:
+                await self._context.write(status.message)
+            self._context.set_trailing_metadata(status.trailing)
+            if status.code is not grpc.StatusCode.OK:
+                await self._context.abort(status.code, status.details, status.trailing)
+        except asyncio.CancelledError:
+            self._cancelled = True
+            raise
+
+    def await_close(self, tag: Callable[[bool], None]) -> None:
+        """See `Rpc`."""
+        self._context.add_done_callback(lambda _: self._on_done(tag))
+
+    def receive(self, tag: Callable[[bytes | None], None]) -> None:
+        """See `Rpc`."""
+        self._do(self._read(), tag)
+
+    def send(self, message: bytes, tag: Callable[[None], None]) -> None:
+        """See `Rpc`."""
+        self._do(self._context.write(message), tag)
+
+    def exchange(self, message: bytes, tag: Callable[[bytes | None], None]) -> None:
+        """See `Rpc`."""
+        self._do(self._write_and_read(message), tag)
+
+    def end(
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        trailing: Iterable[tuple[str, str]],
+        message: bytes | None,
+        tag: Callable[[None], None],
+    ) -> None:
+        """See `Rpc`."""
+        self._front.to_loop(settle, self._status, _Status(code, details, tuple(trailing), message, tag))
+
+    _cancelled = False
+
+    def _do(self, work: Coroutine[Any, Any, Any], tag: Callable[[Any], None]) -> None:
+        self._front.to_loop(self._front.run, self._tell(work, tag))
+
+    async def _tell(self, work: Coroutine[Any, Any, Any], tag: Callable[[Any], None]) -> None:
+        try:
+            outcome = await work
+        except grpc.aio.BaseError:  # the call has ended
+            outcome = None
+        self._front.tell(tag, outcome)
+
+    async def _read(self) -> bytes | None:
+        message = await self._context.read()
+        return None if message is grpc.aio.EOF else message  # type: ignore[no-any-return]
+
+    async def _write_and_read(self, message: bytes) -> bytes | None:
+        await self._context.write(message)
+        return await self._read()
+
+    def _on_done(self, on_close: Callable[[bool], None]) -> None:
+        self._front.tell(on_close, self._cancelled)
+        if self._status.done() and not self._status.cancelled():
+            self._front.tell(self._status.result().tag, None)
