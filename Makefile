@@ -59,8 +59,8 @@ client-tests: setup
 
 # Rooms that speak gRPC, where grpc's public API serves in place of its core (embedding_service/grpc_core.py).
 public-grpc: setup
-	EMBEDDING_SERVICE_GRPC=public $(BIN)/python -m pytest tests/test_front.py tests/test_drains.py tests/test_budget.py \
-	    tests/client tests/shard tests/controller $(PYTEST_ARGS)
+	EMBEDDING_SERVICE_GRPC=public $(BIN)/python -m pytest tests/test_front.py tests/test_floods.py tests/test_drains.py \
+	    tests/test_budget.py tests/client tests/shard tests/controller $(PYTEST_ARGS)
 
 vllm: setup $(VLLM)/.set-up
 	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)

@@ -12,7 +12,7 @@ import pytest
 from embedding_service.grpc_core import PUBLIC, VARIABLE
 
 # What meets the front and the client's streams; `make public-grpc` runs whole rooms.
-FILES = ("test_front.py", "test_drains.py", "client/test_streams.py")
+FILES = ("test_front.py", "test_floods.py", "test_drains.py", "client/test_streams.py")
 
 
 @pytest.mark.polling

@@ -34,7 +34,7 @@ from embedding_service.front.base import (
 )
 from embedding_service.front.call import settle
 from embedding_service.front.kinds import take
-from embedding_service.machine import hang_up
+from embedding_service.sockets import hang_up
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,6 @@ log = logging.getLogger(__name__)
 PAUSE, TRIES = 0.1, 50
 # Seconds that calls have to end where their server takes no more.
 LEFT_SECONDS = 60.0
-
-# The loop takes calls later than they come. gRPC would cancel some beyond 1,000 that wait for it, whose callers do not
-# know that they may ask again. A connection has CALLS at most.
-_PENDING = [("grpc.server.max_pending_requests", 1 << 20), ("grpc.server.max_pending_requests_hard_limit", 1 << 20)]
 
 
 class PublicFront(Front):
@@ -90,7 +86,7 @@ class PublicFront(Front):
 
     async def _serve(self) -> set[asyncio.Task[Any]]:
         """Begin a server: the tasks that grpc began for it. Raises InvalidRequest where the address cannot be had."""
-        server = grpc.aio.server(handlers=[_Handlers(self)], options=[*self._arguments(), *_PENDING])
+        server = grpc.aio.server(handlers=[_Handlers(self)], options=self._arguments())
         try:
             bound = server.add_insecure_port(self.address)
         except RuntimeError:
