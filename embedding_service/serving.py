@@ -31,18 +31,18 @@ from embedding_service.wire import embedding_pb2 as wire
 
 log = logging.getLogger("embedding_service")
 
-# Streams that may be open in a process, in all and of one host: those that a task answers, and those that wait for
-# something to happen at no cost but memory. A thousand shards of one host register, and it may watch ten times as much.
+# Streams that may be open in a process, in all and from one host: those that a task answers, and those that wait and
+# cost only memory. A thousand shards of one host register, and it may watch ten times as much.
 STREAMS, IDLE_STREAMS = (4096, 2048), (16384, 12288)
-# Bytes under way in a process that answers with no rows.
+# Bytes under way in a process that answers without rows.
 BUDGET_BYTES = 256 << 20
-# The health service's name for "this process answers", whatever it has to answer with: restart it only without that.
+# The health service's name for "this process answers", even without a routing. Restart it only without that.
 ALIVE = "alive"
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask for, in bytes: of the request itself and of the rows it is answered with."""
+    """Limits of one request, in bytes: of the request itself and of the rows in its answer."""
 
     request_bytes: int = 16 << 20
     response_bytes: int = 64 << 20
@@ -52,7 +52,7 @@ class RequestLimits:
         return wire.Limits(request_bytes=self.request_bytes, response_bytes=self.response_bytes)
 
     def check_response(self, ids: int, row_bytes: int) -> None:
-        """Raise RequestTooLarge if the rows of so many ids are over the limit."""
+        """Raise RequestTooLarge if the rows of `ids` ids are over the limit."""
         if ids * row_bytes > self.response_bytes:
             raise RequestTooLarge(
                 f"{ids:,} rows of {row_bytes:,} bytes are {ids * row_bytes:,} bytes, over this service's limit of "
@@ -61,13 +61,13 @@ class RequestLimits:
 
 
 class Server:
-    """What a process answers, at any number of addresses: health and reflection, and what is added.
+    """All that a process answers, at any number of addresses: health, reflection, and what is added.
 
     To be made on the event loop that answers. Generated code takes it for a gRPC server.
 
     Args:
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
-        budget: Of bytes under way in this process.
+        budget: The bytes under way in this process.
 
     Attributes:
         refused: Calls that were refused before a handler saw them.
@@ -129,7 +129,7 @@ class Server:
             await self.health.set(name, serving)
 
     async def death(self) -> None:
-        """Raises when no calls are answered any more at one of the addresses; else never returns."""
+        """Raises when no calls are answered any more at one of the addresses. Otherwise it never returns."""
         await asyncio.shield(self._died)
 
     async def stop(self) -> None:
@@ -150,7 +150,7 @@ class Server:
 
 
 def _is_written(handler: Any) -> bool:
-    """Whether a method is this service's: those of generated code, which only say that they are not, are no coroutines.
+    """Whether a method is written. Those of generated code only say that they are missing, and are no coroutines.
 
     A controller has none of the lookups that its service declares.
     """
@@ -160,14 +160,14 @@ def _is_written(handler: Any) -> bool:
 
 
 class RoutingService:
-    """The part of EmbeddingService that only needs the routing: shards and controller both answer it."""
+    """The part of EmbeddingService that needs only the routing. Shards and controller both answer it."""
 
     def current_routing(self) -> Routing | None:
-        """The routing now; None before the first one came."""
+        """The routing now. None before the first one came."""
         raise NotImplementedError
 
     def known_routing(self) -> Routing:
-        """The routing now; raises Unavailable before the first one came."""
+        """The routing now. Raises Unavailable before the first one came."""
         routing = self.current_routing()
         if routing is None:
             raise Unavailable(
@@ -177,7 +177,7 @@ class RoutingService:
         return routing
 
     async def GetRouting(self, request: wire.GetRoutingRequest, context: Context) -> wire.Routing:
-        """Where every part lies; to who knows that already, only how old it is."""
+        """Where every part lies. The request carries the caller's age, and a routing is returned only if newer."""
         try:
             routing = self.known_routing()
         except EmbeddingServiceError as error:
@@ -210,7 +210,7 @@ def told_to_end() -> asyncio.Event:
 
 
 async def first_of(*awaitables: Awaitable[object]) -> None:
-    """Wait until one of them ends; raise what it raised. Coroutines among them are then cancelled, tasks are not."""
+    """Wait until one of them ends, and raise what it raised. Then cancel coroutines among them, but no tasks."""
     tasks = [asyncio.ensure_future(each) for each in awaitables]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -237,7 +237,7 @@ def log_to_stderr(name: str) -> None:
 
 
 def run_process(name: str, main: Callable[[], object]) -> None:
-    """Run a server process's coroutine: logging set up, a deliberate error as one line and exit code 1."""
+    """Run a server process's coroutine, with logging. A deliberate error is one line and exit code 1."""
     log_to_stderr(name)
     allow_many_files()
     try:
@@ -248,7 +248,7 @@ def run_process(name: str, main: Callable[[], object]) -> None:
 
 
 def reachable_address(listen: str, advertise: str | None) -> str:
-    """The address others shall use: as given, or the one listened on, with this host's name for a wildcard."""
+    """The address for others: as given, or the one listened on, with this host's name for a wildcard."""
     if advertise:
         return complete_address(advertise, split_address(listen)[1])
     host, port = split_address(listen)

@@ -105,7 +105,7 @@ def keep_out(ports: Collection[int], hosts: Collection[str]) -> None:
 
 
 def hang_up(address: str) -> None:
-    """Close what this process has open at a port of its own: who listens there, and every connection that came there.
+    """Close what this process has open at a port of its own: the listening socket, and the connections that came there.
 
     What was sent arrives, and nothing more is sent. Does nothing for an address that is no HOST:PORT.
     """

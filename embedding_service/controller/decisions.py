@@ -12,7 +12,7 @@ from embedding_service.store.store import Catalogue, natural_order
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 
-# Of each model its versions, oldest first.
+# For each model its versions, oldest first.
 Catalog = Mapping[str, Sequence[Manifest]]
 
 
@@ -26,18 +26,18 @@ def part_keys(manifest: Manifest) -> list[PartKey]:
 
 
 def is_away(found: Catalogue | None, served: Iterable[object]) -> bool:
-    """Whether the store counts as away: it could not be read, or is empty, as a folder is that nothing is mounted on.
+    """Whether the store counts as away: it could not be read, or is empty like a folder with nothing mounted on it.
 
-    Only where nothing is served is an empty store just that.
+    While nothing is served, an empty store is just empty.
     """
     return found is None or (found.is_empty and any(True for _ in served))
 
 
 def known_versions(found: Catalogue | None, before: Catalog, served: Mapping[tuple[str, str], Manifest]) -> Catalog:
-    """What is known of the store's models: what was found, and of what could not be looked at what was known.
+    """The known versions of the store's models: those found, and those known before that could not be looked at.
 
-    A version leaves only where the store could be read and does not have it any more. `served` is what the shards say
-    of the versions that they serve, for a controller that has never seen the store.
+    A version leaves only if the store could be read and does not have it any more. `served` is what the shards say of
+    the versions that they serve, for a controller that has never seen the store.
     """
     kept = {**served, **{(each.model, each.version): each for versions in before.values() for each in versions}}
     known = {
@@ -56,7 +56,7 @@ def known_versions(found: Catalogue | None, before: Catalog, served: Mapping[tup
 
 
 def never_served(catalog: Catalog) -> Iterator[str]:
-    """What was imported after the newest version and is not served, for its name sorts before that one's."""
+    """Versions imported after the newest one that are not served, because their names sort before its name."""
     for model, versions in catalog.items():
         newest = versions[-1]
         for each in versions[:-1]:
@@ -74,12 +74,12 @@ def settled(
 
     Args:
         shards: Shards that are there.
-        expected: Shards to wait for; 0: until no more come.
+        expected: Shards to wait for. 0: until no more come.
         waited: Seconds since the start.
         quiet: Seconds since a shard came that was not there before.
-        returning: Shards are there that served before: there may be more of them by now than were expected.
+        returning: Shards are there that served before. There may be more of them by now than were expected.
         settle: Seconds without a new shard that are enough.
-        patience: The most seconds to wait where they never are.
+        patience: The most seconds to wait in all.
     """
     if not shards:
         return False
@@ -93,10 +93,10 @@ def settled(
 def choose_versions(
     catalog: Catalog, served: Iterable[tuple[str, str]], holders: Mapping[PartKey, list[str]]
 ) -> tuple[list[Manifest], list[Manifest]]:
-    """Which versions shall be held, and which of them are served.
+    """Which versions are wanted, and which of them are served.
 
-    Of each model the newest version is wanted. It is served once every part of it is held, and goes on being served
-    from then on; until that moment the version served before it is wanted and served too.
+    The newest version of each model is wanted. It is served once every part of it is held, and from then on. Until that
+    moment the version served before it is wanted and served too.
 
     Returns:
         (wanted, to be served), each model's versions oldest first.
@@ -117,14 +117,14 @@ def choose_versions(
 
 
 def by_importance(wanted: Iterable[Manifest], served: Container[tuple[str, str]]) -> list[Manifest]:
-    """What is served first, then the smallest: where not all fits, the last ones are left out."""
+    """What is served comes first, then the smallest. If not all fits, the last ones are left out."""
     return sorted(
         wanted, key=lambda each: ((each.model, each.version) not in served, each.bytes, each.model, each.version)
     )
 
 
 def too_few_shards(wanted: int, replicas: int) -> str:
-    """What to say where there are fewer copies than wanted, which is better than none; nothing where there are not."""
+    """A message if there are fewer copies than wanted, which is better than none. Otherwise an empty text."""
     if replicas >= wanted:
         return ""
     return (
@@ -136,7 +136,7 @@ def too_few_shards(wanted: int, replicas: int) -> str:
 def needs_plan(
     wanted: Iterable[Manifest], target: Mapping[PartKey, Sequence[str]], shards: set[str], replicas: int
 ) -> bool:
-    """Whether a part has fewer copies planned on shards that are there than it shall have."""
+    """Whether fewer copies of a part are planned on present shards than are wanted."""
     return any(
         sum(shard in shards for shard in target.get(key, ())) < replicas
         for manifest in wanted
@@ -152,10 +152,10 @@ def build_routing(
     unable: Container[tuple[str, PartKey]] = frozenset(),
     draining: Container[str] = frozenset(),
 ) -> wire.Routing:
-    """The routing without its age: of each part those who hold it.
+    """The routing without its age: the holders of each part.
 
-    Those who shall not go on holding it are named until all of its `target` hold it: were they left out sooner, a
-    copy that is moving would be one copy less to survive a shard's death.
+    Old holders are named until all of its `target` hold it. If they were left out sooner, a copy that moves would be
+    one copy less to survive a shard's death.
 
     Args:
         serving: The versions to be served.
@@ -207,7 +207,7 @@ def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:
 
 
 def manifest_of(info: wire.ModelInfo) -> Manifest:
-    """A version as a shard knows it, in a manifest; the parts' checksums, which only readers need, are not known.
+    """A version as a shard knows it, in a manifest. It has no checksums of parts, which only readers need.
 
     Raises InvalidRequest for what no manifest could say.
     """

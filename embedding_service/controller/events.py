@@ -1,4 +1,4 @@
-"""What the controller's state is told, and what it has done about it: all that passes between `state` and the world."""
+"""Events that the controller's state is told, and instructions that it gives. Nothing else passes in or out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedding_service.placement.routing import Routing
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
 
-# A shard's registration, as the world names it; the state only compares it.
+# A shard's registration, as the world names it. The state only compares it.
 Stream = Hashable
 
 # Events
@@ -19,7 +19,7 @@ Stream = Hashable
 
 @dataclass(frozen=True)
 class Joined:
-    """A stream began; the first report on it."""
+    """A stream began. This is its first report."""
 
     stream: Stream
     report: control.ShardReport
@@ -66,14 +66,14 @@ class TermNoted:
 
 @dataclass(frozen=True)
 class Planned:
-    """Answers `Plan`: a placement, or why there is none. PlacementError: what was asked for does not fit."""
+    """Answers `Plan` with a placement, or why there is none. PlacementError: the parts do not fit."""
 
     outcome: Placement | Exception
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passed. Nothing is decided but at a tick, or where an answer lets a decision go on."""
+    """Time passed. A decision begins only at a tick, and goes on only at an answer."""
 
 
 Event = Joined | Reported | Left | Looked | TermRead | TermNoted | Planned | Tick
@@ -83,14 +83,14 @@ Event = Joined | Reported | Left | Looked | TermRead | TermNoted | Planned | Tic
 
 @dataclass(frozen=True)
 class Tell:
-    """There is news for a shard: take `ControllerState.message` as soon as its stream can carry one."""
+    """There is news for a shard. Take `ControllerState.message` as soon as its stream can carry one."""
 
     stream: Stream
 
 
 @dataclass(frozen=True)
 class Dismiss:
-    """End a stream. `why`: the error that it ends with; None: as a stream ends."""
+    """End a stream. `why` is the error that it ends with. None: as a stream ends."""
 
     stream: Stream
     why: EmbeddingServiceError | None = None
@@ -110,14 +110,14 @@ class ReadTerm:
 
 @dataclass(frozen=True)
 class NoteTerm:
-    """Write the term into the store, unless a higher one is there; answer with `TermNoted`."""
+    """Write the term into the store, unless a higher one is there. Answer with `TermNoted`."""
 
     term: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Place `replicas` copies of the parts on the nodes; answer with `Planned`."""
+    """Place `replicas` copies of the parts on the nodes. Answer with `Planned`."""
 
     parts: Sequence[PartDemand]
     nodes: Sequence[Node]

@@ -1,4 +1,4 @@
-"""The shards as they report themselves. Soft state: a controller that starts anew is told everything again."""
+"""The shards as they report themselves. This is soft state: a restarted controller is told everything again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from embedding_service.store.manifest import Manifest
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 
-# A controller that looks at its shards seldom has no time to hear them: seconds that count as silence a look, at most.
+# The most seconds of silence that one look counts. A controller that looks seldom has no time to hear its shards.
 LONGEST_LOOK = 1.0
-# A shard reports every second: one that was heard of so lately is alive, and keeps its id.
+# A shard reports every second. One that was heard of within this time is alive, and keeps its id.
 ALIVE_SECONDS = 3.0
-# What was refused is a problem for so long; those who go on trying do it every 2 s.
+# Seconds for which a refusal is a problem. A refused shard tries again every 2 s.
 REFUSAL_SECONDS = 10.0
 MOST_REFUSALS = 100
 
@@ -37,10 +37,10 @@ class Shard:
         stream: Its registration.
         heard: When it last reported, by the fleet's clock.
         described: The versions it served when it registered.
-        assigned: What it shall hold; None before the first decision.
+        assigned: The parts that it is to hold. None before the first decision.
         sent: Age of the routing that it was last sent on this connection.
         released: It is draining and may end.
-        grace: Parts it holds and shall hold no longer, and until when it keeps them for clients who do not know yet.
+        grace: Parts that it is to drop, and until when it keeps them for clients that do not know yet.
     """
 
     stream: Stream
@@ -78,7 +78,7 @@ def _described(info: wire.ModelInfo) -> Manifest:
 
 @lru_cache(maxsize=256)
 def _manifest_of(info: bytes) -> Manifest:
-    """All shards say the same of a version, and a large one takes a while."""
+    """A version's manifest. All shards say the same of it, and a large one takes a while."""
     return decisions.manifest_of(wire.ModelInfo.FromString(info))
 
 
@@ -86,13 +86,13 @@ class Fleet:
     """All shards that are there, or were until a moment ago.
 
     Args:
-        lost_after: Seconds without a word after which a shard counts as gone. They are counted by a clock that stands
-            still while this process does not listen: a controller that was held up hears first what came meanwhile.
+        lost_after: Seconds of silence after which a shard counts as gone. Each check counts at most 1 s of silence, so
+            a stalled controller reads queued heartbeats before it declares a shard dead.
         clock: Seconds now.
 
     Attributes:
         shards: By their ids.
-        joined: When a shard came that was not there before.
+        joined: When a new shard came last.
     """
 
     def __init__(self, lost_after: float, clock: Callable[[], float]) -> None:
@@ -106,7 +106,7 @@ class Fleet:
         self._refusals: dict[str, tuple[str, float]] = {}
 
     def shard_of(self, stream: Stream) -> Shard | None:
-        """Whose stream that is; None for one that counts no more."""
+        """The shard of a stream. None for a stream that counts no more."""
         return self._streams.get(stream)
 
     @property
@@ -127,12 +127,12 @@ class Fleet:
         return {name: described[name] for name in self.last_served() if name in described}
 
     def join(self, stream: Stream, report: control.ShardReport) -> Shard | None:
-        """A shard registers, for the first time or again; returns what was known by its id before.
+        """A shard registers, for the first time or again. Returns what was known by its id before.
 
-        Of two processes with one id the first stays, and the other is refused, for as long as the first is heard of. A
-        process that was restarted while its old connection hangs has to wait for that silence.
+        Of two processes with one id the first stays while it is heard of, and the other is refused. A process that was
+        restarted while its old connection hangs must wait for that silence.
 
-        Raises IdTaken; InvalidRequest for versions that cannot be.
+        Raises IdTaken, and InvalidRequest for versions that cannot be.
         """
         known = self.shards.get(report.shard_id)
         another = known is not None and known.report.incarnation != report.incarnation
@@ -151,13 +151,13 @@ class Fleet:
         return known
 
     def remove(self, shard: Shard) -> None:
-        """It is no member any more, nor is anything heard from its stream."""
+        """Make it a member no more, and hear nothing from its stream."""
         self._streams.pop(shard.stream, None)
         if self.shards.get(shard.name) is shard:
             del self.shards[shard.name]
 
     def refuse(self, shard_id: str, why: Exception) -> bool:
-        """Remember that somebody was refused; returns whether that is news."""
+        """Remember that a shard was refused. Returns whether that is news."""
         now = self._clock()
         self._refusals = {
             name: refusal for name, refusal in self._refusals.items() if now - refusal[1] < REFUSAL_SECONDS
@@ -174,7 +174,7 @@ class Fleet:
         return [why for _, (why, when) in sorted(self._refusals.items()) if now - when < REFUSAL_SECONDS]
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
-        """Take a report in; returns whether it calls for a decision."""
+        """Take a report in. Returns whether it calls for a decision."""
         before = (shard.held, shard.failures, shard.report.draining)
         another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
         shard.report, shard.heard = report, self._listened
@@ -196,7 +196,7 @@ class Fleet:
             self.remove(shard)
 
     def forget_lost(self) -> list[Shard]:
-        """Look who was not heard of for too long, and drop them; returns them."""
+        """Drop the shards that were silent for too long, and return them."""
         now = self._clock()
         self._listened += min(now - self._looked, LONGEST_LOOK)
         self._looked = now
@@ -216,7 +216,7 @@ class Fleet:
     def holders(self) -> dict[PartKey, list[str]]:
         """For each part the shards that hold and keep it, in the order of their topologies.
 
-        Where every topology holds every part once, the n-th holders of all parts are then the shards of one topology.
+        If every topology holds every part once, the n-th holders of all parts are the shards of one topology.
         """
         holders: dict[PartKey, list[str]] = {}
         for name, shard in sorted(self.shards.items(), key=lambda item: (item[1].report.topology, item[0])):

@@ -1,4 +1,4 @@
-"""Where the copies of all parts shall lie: when to plan anew, and for which of the versions there is room."""
+"""Where the copies of all parts belong: when to plan, and which versions there is room for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPLAN_SECONDS = 5.0
 
 
 class Placing:
-    """The newest plan, and what it was made for. Does no planning itself: it asks for plans.
+    """The newest plan, and what it was made for. It does not plan by itself, but asks for plans.
 
     Args:
         replicas: Copies that are wanted of every part.
@@ -30,7 +30,7 @@ class Placing:
         clock: Seconds now.
 
     Attributes:
-        target: For each part the shards that shall hold it.
+        target: For each part the shards that are to hold it.
         problem: Why not everything is placed, or "".
         replicas_problem: Why there are fewer copies than wanted, or "".
     """
@@ -53,14 +53,14 @@ class Placing:
         return 0 < self._replan_at <= self._clock()
 
     def _is_heat_due(self) -> bool:
-        """Which parts belong into GPU memory changes with what is asked for: look again now and then."""
+        """Whether to look again for hot parts. Those that belong in GPU memory change with what is asked for."""
         gpus = any(shard.report.device == CUDA for shard in self._fleet.shards.values())
         return gpus and self._clock() - self._planned_at > HEAT_SECONDS
 
     def update(
         self, wanted: Sequence[Manifest], served: Sequence[tuple[str, str]]
     ) -> Generator[Question, Planned, None]:
-        """Place anew when a copy is missing, or when shards or versions came, went or changed."""
+        """Place when a copy is missing, or when shards or versions came, went or changed."""
         names = {(each.model, each.version): each for each in wanted}
         nodes = [_node(shard, names) for _, shard in sorted(self._fleet.shards.items())]
         staying = {node.shard for node in nodes if not node.draining}
@@ -84,7 +84,7 @@ class Placing:
         fits, fails = sum((each.model, each.version) in served for each in manifests) - 1, len(manifests) + 1
         placement: Placement | None = None
         problem, self._replan_at, count = "", 0.0, len(manifests)
-        while fails - fits > 1:  # so many fit, and so many do not
+        while fails - fits > 1:  # `fits` versions fit, and `fails` do not
             answer = yield Plan(self._demands(manifests[:count]), nodes, replicas)
             if isinstance(answer.outcome, Placement):
                 placement, fits = answer.outcome, count
@@ -118,7 +118,7 @@ class Placing:
 
 
 def _node(shard: Shard, wanted: Container[tuple[str, str]]) -> Node:
-    """A shard as the planner sees it, which knows nothing of versions that are not wanted."""
+    """A shard as the planner sees it. The planner knows nothing of versions that are not wanted."""
     report = shard.report
     return Node(
         shard.name,

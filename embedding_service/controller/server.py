@@ -1,4 +1,4 @@
-"""The controller process: carries messages between its state and shards, the store, the planner and who asks."""
+"""The controller process. It carries messages between its state and shards, the store, the planner and clients."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ class ControllerOptions:
 
     Attributes:
         store: Path or URL of the store whose models are served, each in its newest version.
-        listen: host:port; port 0 takes a free one.
-        advertise: How others reach it, where that is not `listen`.
+        listen: host:port. Port 0 takes a free one.
+        advertise: How others reach it, if that is not `listen`.
         replicas: Copies of every part, each on another shard.
-        expect_shards: The first plan waits for so many shards (at most `patience` seconds); 0: until none has come for
+        expect_shards: The first plan waits for this many shards, at most `patience` seconds. 0: until none has come for
             `settle` seconds.
-        lost_after: Seconds without a word after which a shard counts as gone.
+        lost_after: Seconds of silence after which a shard counts as gone.
         grace: Seconds a shard keeps a part after the routing stopped naming it.
-        limits: What one lookup may ask for; clients learn it from the routing.
-        metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
+        limits: What one lookup may ask for. Clients learn it from the routing.
+        metrics_port: Port of Prometheus metrics, on the host of `listen`. 0: none.
     """
 
     store: str
@@ -94,7 +94,7 @@ class ControllerOptions:
     metrics_port: int = 0
 
     def settings(self, address: str) -> Settings:
-        """What of these is its state's business; `address` is where it is reached."""
+        """The settings for its state. `address` is where clients reach it."""
         return Settings(
             address,
             replicas=self.replicas,
@@ -112,7 +112,7 @@ class _Stream:
 
     Attributes:
         outbox: Set when there is something to tell the shard.
-        is_over: The state has ended it, for the error `why` if there is one.
+        is_over: The state has ended it, with the error `why` if there is one.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class _Stream:
 
 
 class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceServicer):
-    """Tells `state` what happens, and does what it says. Decides nothing."""
+    """Tells `state` what happens, and does what it says. It decides nothing."""
 
     def __init__(self, options: ControllerOptions, address: str) -> None:
         self.state = ControllerState(options.settings(address), time.monotonic, random.Random())
@@ -199,7 +199,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         return metrics_of(self.state, self._store)
 
     async def end_streams(self) -> None:
-        """Let go of shards and watchers; they come again to whoever follows."""
+        """Let go of shards and watchers. They come again to the next controller."""
         self._ending = True
         self._planning.close()
         for stream in self._streams:
@@ -209,7 +209,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     # The state: what happens goes in, what it wants done comes out
 
     async def run(self) -> None:
-        """Until cancelled. Raises Unavailable where another controller is there."""
+        """Run until cancelled. Raises Unavailable if another controller is there."""
         tasks = [asyncio.create_task(each) for each in (self._watch.run(), self._tick(), self._answer())]
         try:
             await first_of(*tasks, self._over)
@@ -223,12 +223,12 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             self._tick_at = time.monotonic() + wait
             self._sooner.clear()
             with contextlib.suppress(TimeoutError):
-                # Not wait_for: Python 3.11's drops a cancellation that comes as the event is set, as at the end.
+                # Not wait_for. Python 3.11's drops a cancellation that comes as the event is set, as at the end.
                 async with asyncio.timeout(wait):
                     await self._sooner.wait()
 
     async def _answer(self) -> None:
-        """The state asks one thing at a time; shards are heard meanwhile."""
+        """The state asks one thing at a time. Shards are heard all the while."""
         while True:
             self._handle(await self._answer_to(await self._questions.get()))
 
@@ -241,7 +241,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             case Plan(parts, nodes, replicas):
                 try:
                     return Planned(await self._planning.plan(parts, nodes, replicas))
-                except Exception as error:  # whatever it is, the state goes on
+                except Exception as error:  # any error: the state goes on
                     return Planned(error)
 
     def _looked(self) -> None:

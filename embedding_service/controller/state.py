@@ -1,4 +1,4 @@
-"""The controller as a state machine: what it is told goes in, what it has done about it comes out. No I/O, no waiting.
+"""The controller as a state machine: events go in, instructions come out. It does no I/O and does not wait.
 
 | state    | what it does                                                | left by                          |
 | -------- | ----------------------------------------------------------- | -------------------------------- |
@@ -61,7 +61,7 @@ TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
 TERM_SPREAD = 1024
 # A term that the store did not take is noted again after so long.
 NOTE_SECONDS = 10.0
-# Between two decisions: telling a shard takes about so long. 1,000 shards get a routing a second.
+# Pause between two decisions for each shard: telling one takes about that. 1,000 shards get a routing a second.
 SECONDS_A_SHARD = 0.001
 
 
@@ -80,13 +80,13 @@ class Settings:
     """What the controller is to keep.
 
     Attributes:
-        address: Where clients and shards reach it; the routing says so.
+        address: Where clients and shards reach it. The routing says so.
         replicas: Copies of every part, each on another shard.
-        expect_shards: The first plan waits for so many shards (at most `patience` seconds); 0: until none has come for
+        expect_shards: The first plan waits for this many shards, at most `patience` seconds. 0: until none has come for
             `settle` seconds.
-        lost_after: Seconds without a word after which a shard counts as gone.
+        lost_after: Seconds of silence after which a shard counts as gone.
         grace: Seconds a shard keeps a part after the routing stopped naming it.
-        limits: What one lookup may ask for; clients learn it from the routing.
+        limits: What one lookup may ask for. Clients learn it from the routing.
     """
 
     address: str
@@ -109,12 +109,12 @@ class ControllerState:
     Attributes:
         phase: Where it is.
         fleet: The shards.
-        placing: What shall be where.
+        placing: Which shard is to hold which part.
         catalog: The versions that are known.
-        wanted: Those that shall be held.
+        wanted: The versions that are to be held.
         found, store_problem: The last look at the store.
         routing: The one that was last published.
-        term: The controller's own; 0 before the first decision.
+        term: The controller's own. 0 before the first decision.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float], chance: random.Random) -> None:
@@ -138,7 +138,7 @@ class ControllerState:
         self._out: list[Instruction] = []
 
     def handle(self, event: Event) -> list[Instruction]:
-        """Take an event in; returns what is to be done about it, in that order."""
+        """Take an event in. Returns what to do about it, in that order."""
         if self.phase is Phase.ENDED:
             return []
         match event:
@@ -166,7 +166,7 @@ class ControllerState:
         return TICK_SECONDS
 
     def message(self, stream: Stream) -> control.Assignment | None:
-        """What a shard is to be told now; None where nothing is, yet. It counts as told."""
+        """The message for a shard now, or None. It counts as told."""
         shard = self.fleet.shard_of(stream)
         if shard is None or shard.assigned is None:
             return None
@@ -247,7 +247,7 @@ class ControllerState:
         for shard in self.fleet.forget_lost():
             log.warning("shard %s was not heard of for %g s: gone", shard.name, self.settings.lost_after)
             self._dirty = True
-            self._out.append(Dismiss(shard.stream))  # should its stream still be open: it must register again
+            self._out.append(Dismiss(shard.stream))  # if its stream is still open, it must register again
         if self.phase is Phase.SETTLING and self._is_settled():
             self.phase = Phase.LOOKING
         if self.phase is Phase.LOOKING and self._looked:
@@ -275,11 +275,11 @@ class ControllerState:
             self._decision = None
             if self.phase is Phase.DECIDING:
                 self.phase = Phase.QUIET
-                # What was told is taken in before there is more.
+                # Shards take in what they were told before there is more.
                 self._decides_at = self._clock() + SECONDS_A_SHARD * len(self.fleet.shards)
 
     def _is_settled(self) -> bool:
-        """Wait for the shards: the first to come must not get everything, nor a restart move what is still held."""
+        """Whether the expected shards are there. The first must not get everything, and a restart must move nothing."""
         now, settings = self._clock(), self.settings
         return decisions.settled(
             len(self.fleet.shards),
@@ -300,7 +300,7 @@ class ControllerState:
         )
 
     def _decide(self) -> Generator[Question, Any, None]:
-        """One decision: yields questions, and is sent the answers."""
+        """One decision. It yields questions, and is sent the answers."""
         if not (yield from self._keep_term()):
             return
         if self.routing:
@@ -377,7 +377,7 @@ class ControllerState:
         log.info("published routing (%d, %d): %d models", routing.term, routing.epoch, len(routing.models))
 
     def _assign(self) -> None:
-        """Tell each shard what to hold: what was planned for it, and for a grace time what clients may still ask."""
+        """Tell each shard what to hold: its planned parts, and for a grace time those that clients may still want."""
         assert self.routing
         routed = decisions.routed_parts(self.routing.message)
         planned: dict[str, set[PartKey]] = {}
@@ -400,9 +400,9 @@ class ControllerState:
                 self._out.append(Tell(shard.stream))
 
     def _may_be_there(self, key: PartKey) -> bool:
-        """Whether the store may have the part's version, for all that could be read of it."""
+        """Whether the store may have the part's version, as far as it could be read."""
         return self.found is None or self.found.cannot_tell(key.model, key.version)
 
     def _all_drain(self) -> bool:
-        """Nobody is left to take anything over."""
+        """Whether all shards drain, so that none is left to take parts over."""
         return all(shard.report.draining for shard in self.fleet.shards.values())

@@ -1,4 +1,4 @@
-"""The store as the controller sees it: looked at again and again, by threads that may hang as the store does."""
+"""The store as the controller sees it. Threads look at it again and again, and may hang as the store does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StoreWatch:
             term changed, or the store went or came back.
 
     Attributes:
-        found: What was found last; None while the store cannot be read.
+        found: The last finding. None while the store cannot be read.
         noted: The term that a controller noted there; 0 where there is none.
         problem: Why it cannot be read, in one line.
     """
@@ -86,9 +86,9 @@ class StoreWatch:
     # The term
 
     async def noted_term(self) -> int:
-        """The highest term that a controller noted in the store; 0 where there is none, or it cannot be read soon.
+        """The highest term that a controller noted in the store. 0 if there is none, or it cannot be read soon.
 
-        A store that is no folder of this machine's notes none: then the clock and the shards must do.
+        A store that is no folder of this machine notes none. Then the clock and the shards must do.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_SECONDS):
@@ -96,7 +96,7 @@ class StoreWatch:
         return 0
 
     async def note_term(self, term: int) -> bool:
-        """Write a term into the store, unless a higher one is there; returns whether ours is there now."""
+        """Write a term into the store, unless a higher one is there. Returns whether ours is there now."""
         if not self._store.is_local or await self.noted_term() > term:
             return False
         try:

@@ -1,7 +1,7 @@
 """What clients connect to: a port, and how its calls are answered.
 
-A call that can be answered at once is, where it came in. All else goes to a coroutine on the process's event loop, by
-one table of methods. A method that is not in the table is refused, whatever bytes its name has.
+A call that can be answered at once is answered where it came in. All others go to a coroutine on the process's event
+loop, by one table of methods. A method that is not in the table is refused, whatever bytes its name has.
 
 `polling` is the front that is used, on gRPC's core. `public` takes its place where `grpc_core` says so. `kinds` has the
 kinds of calls, the same for both.
@@ -24,7 +24,8 @@ async def open_front(address: str, options: Options, *, shared: bool = False, pr
         address: host:port, port 0 takes a free one; or unix:path.
         options: What all fronts of the process have in common.
         shared: Several processes listen on this same port, and the kernel spreads connections over them.
-        private: Only processes of this service can reach the address: they pass calls on and are believed whose.
+        private: Only processes of this service can reach the address. They pass calls on, and their word on the peer
+            counts.
 
     Raises:
         InvalidRequest: Names an address that cannot be had.

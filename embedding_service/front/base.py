@@ -23,9 +23,9 @@ from embedding_service.methods import Method
 
 log = logging.getLogger(__name__)
 
-# How long calls under way may take to end after SIGTERM; then they are cut. Everything together stays under 5 s.
+# Seconds that calls under way may take to end after SIGTERM. Then they are cut. Everything together stays under 5 s.
 STOP_GRACE = 1.0
-# Calls open at a time on a connection, each with its request in memory; clients queue further ones.
+# Calls open at a time on a connection, each with its request in memory. Clients queue further ones.
 CALLS = 256
 # Calls of all connections that may wait for the thread that takes them.
 WAITING_CALLS = 16384
@@ -38,21 +38,21 @@ REQUEST_AT_ONCE_BYTES = 128 << 10
 UNREAD_BYTES = 128 << 20
 # Memory that a message takes: a request as it came, cut up, and as numbers; an answer here and in gRPC.
 REQUEST_COPIES, ANSWER_COPIES = 3, 2
-# Requests of one stream that are under way at a time, where each is answered by itself.
+# Requests of one stream under way at a time, if each is answered by itself.
 STREAM_WINDOW = 8
-# Bytes of a call's headers: beyond the first some calls are refused, beyond the second all are.
+# Bytes of a call's headers. Beyond the first some calls are refused, beyond the second all are.
 METADATA_BYTES, MOST_METADATA_BYTES = 8 << 10, 16 << 10
 # A field counts for 32 at least. gRPC hands us more than that of clients that do not acknowledge the limits.
 MOST_FIELDS = MOST_METADATA_BYTES // 32
 # Bytes that gRPC takes from a connection at a time.
 READ_BYTES = 64 << 10
-# Between the last answer and the end: until it has left this machine.
+# Seconds between the last answer and the end, for the answer to leave this machine.
 LAST_ANSWER_SECONDS = 0.25
 # How often a front that ends looks whether its calls have ended.
 ENDING_TICK = 0.01
 # Bytes of a method's name that an error repeats.
 SHOWN_BYTES = 100
-# What a process passes a call on to another one with, on a private address: whose call it is.
+# Metadata of a call that a process passes on, on a private address: whose call it is.
 PEER = "embedding-peer"
 
 ENDS = "this server is ending: ask another one, or this address again in a moment"
@@ -66,10 +66,10 @@ class Options:
 
     Attributes:
         methods: By their path, as "/package.Service/Method".
-        budget: Of bytes under way.
+        budget: The bytes under way.
         request_bytes: Larger messages are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
-        refused: Told of each call that was refused before a handler saw it. Any thread.
-        died: Told what ended a front that was not told to end, on the event loop.
+        refused: Called for each call that was refused before a handler saw it, on any thread.
+        died: Called with what ended a front that was not told to end, on the event loop.
         arrivals: Told of each call and message.
     """
 
@@ -89,9 +89,9 @@ class Rpc(Protocol):
     Each `tag` is called once, where the front's calls are answered. One message may be on its way each way at a time.
 
     Attributes:
-        path: Of the method, as "/package.Service/Method". Any bytes.
+        path: The method's, as "/package.Service/Method". Any bytes.
         peer: Whose connection it is.
-        due: The client's deadline on time.time's clock; far in the future without one.
+        due: The client's deadline on time.time's clock. Far in the future without one.
         metadata: What the client sent with it.
     """
 
@@ -101,13 +101,13 @@ class Rpc(Protocol):
     metadata: Sequence[tuple[str, str | bytes]]
 
     def await_close(self, tag: Callable[[bool], None]) -> None:
-        """Have it told that the client's side has ended: True where the client gave up, or its deadline passed."""
+        """Call the tag when the client's side has ended: True if the client gave up, or its deadline passed."""
 
     def receive(self, tag: Callable[[bytes | None], None]) -> None:
-        """Ask for a message; None: no more will come."""
+        """Ask for a message. None: no more will come."""
 
     def send(self, message: bytes, tag: Callable[[None], None]) -> None:
-        """Send a message; the tag is called when the connection took it. From any thread."""
+        """Send a message, from any thread. The tag is called when the connection took it."""
 
     def exchange(self, message: bytes, tag: Callable[[bytes | None], None]) -> None:
         """`send`, then `receive`."""
@@ -120,7 +120,7 @@ class Rpc(Protocol):
         message: bytes | None,
         tag: Callable[[None], None],
     ) -> None:
-        """Send the call's status, after a last message if there is one. From any thread."""
+        """Send the call's status, from any thread, after a last message if there is one."""
 
 
 class Answered(Protocol):
@@ -129,7 +129,7 @@ class Answered(Protocol):
     refused: bool
 
     def end_stream(self) -> None:
-        """The process ends: let go of a call that would not end by itself."""
+        """The process ends. Let go of a call that would not end by itself."""
 
     def fail(self) -> None:
         """End the call with the exception that is being handled."""
@@ -140,7 +140,8 @@ class Front(ABC):
 
     Args:
         address: host:port to listen on, port 0 takes a free one; or unix:path.
-        private: Only processes of this service can reach the address: they pass calls on and are believed whose.
+        private: Only processes of this service can reach the address. They pass calls on, and their word on the peer
+            counts.
 
     Attributes:
         calls: Those that have not ended.
@@ -164,7 +165,7 @@ class Front(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds; then hang up."""
+        """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds. Then hang up."""
 
     def to_loop(self, work: Callable[..., object], *arguments: Any) -> None:
         """Have work done on the event loop, unless that has ended."""
@@ -189,7 +190,7 @@ class Front(ABC):
             call.end_stream()
 
     def has_ended(self) -> bool:
-        """Whether to cut connections: a moment after the last answer, for which calls have STOP_GRACE seconds."""
+        """Whether to cut connections: a moment after the last answer, at the latest after STOP_GRACE seconds."""
         now = time.monotonic()
         if any(not call.refused for call in list(self.calls)):
             self._busy = now
@@ -197,7 +198,7 @@ class Front(ABC):
 
 
 def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, int]]:
-    """What gRPC is told about a port. `shared`: several processes listen on it; the kernel spreads connections."""
+    """Options of a port for gRPC. `shared`: several processes listen on it, and the kernel spreads connections."""
     return [
         # Room for what a request holds besides its ids.
         ("grpc.max_receive_message_length", request_bytes + 65536),
@@ -211,9 +212,9 @@ def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, in
         ("grpc.so_reuseport", 1 if shared else 0),
         ("grpc.max_metadata_size", METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MOST_METADATA_BYTES),
-        # None: a few compressed bytes may be a thousand times as many, and ids hardly get fewer by it.
+        # None. A few compressed bytes may become a thousand times as many, and ids hardly shrink by it.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Clients may ping while they wait (client/transport.py); and we find out about those cut off.
+        # Clients may ping while they wait (client/transport.py). And we find out about those cut off.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 20_000),

@@ -34,9 +34,9 @@ class Malformed(Exception):
 
 
 class Call:
-    """A call of a client. What begins with `on_`, and all tags, run where the front's calls are answered.
+    """A call of a client. Methods that begin with `on_`, and all tags, run where the front's calls are answered.
 
-    For a front that polls that is its thread, for a public one the event loop.
+    That is the thread of a front that polls, and the event loop of a public one.
     """
 
     refused = False
@@ -54,7 +54,7 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """Nothing may be sent any more."""
+        """Whether nothing may be sent any more."""
         return self.cancelled or self._ended
 
     def begin(self) -> None:
@@ -73,27 +73,27 @@ class Call:
         """The client has gone, or its deadline has passed."""
 
     def end_stream(self) -> None:
-        """The process ends: let go of a call that would not end by itself."""
+        """The process ends. Let go of a call that would not end by itself."""
 
     def receive(self) -> None:
         """Wait for the next message."""
         self._rpc.receive(self._on_received)
 
     def send(self, message: bytes, tag: Callable[[None], None]) -> bool:
-        """Start sending, from any thread; False where nothing may be sent any more. One message at a time."""
+        """Start sending, from any thread, one message at a time. False if nothing may be sent any more."""
         with self._lock:
             if not self.over:
                 self._rpc.send(message, tag)
             return not self.over
 
     def exchange(self, message: bytes) -> None:
-        """Send, and wait for the next message: one event in place of two. Does nothing where the call is over."""
+        """Send, and wait for the next message: one event in place of two. Does nothing if the call is over."""
         with self._lock:
             if not self.over:
                 self._rpc.exchange(message, self._on_received)
 
     async def sent(self, message: bytes, on_sent: Callable[[], None] = lambda: None) -> bool:
-        """Send from the event loop: returns once it was taken, or False when the client has gone."""
+        """Send from the event loop. Returns once it was taken, or False if the client has gone."""
         taken = self._front.loop.create_future()
 
         def tag(_: None) -> None:
@@ -127,15 +127,15 @@ class Call:
     # Memory
 
     def room(self) -> int:
-        """Bytes that an answer may have here and now: a client that does not read gets no more memory than its share.
+        """Bytes that an answer may have here and now. A client that does not read gets no more memory than its share.
 
-        What is larger waits for its turn on the event loop.
+        A larger answer waits for its turn on the event loop.
         """
         left = max(COUNTED_BYTES, self._front.options.budget.left // ANSWER_COPIES)
         return min(AT_ONCE_BYTES, UNREAD_BYTES - self._front.unread[self._peer], left)
 
     def admit(self, message: bytes) -> int | None:
-        """Bytes that count for a message until it was answered; None where there are none: the call is refused."""
+        """Bytes that count for a message until it was answered. None if there are none left: the call is refused."""
         nbytes = REQUEST_COPIES * len(message) if len(message) >= COUNTED_BYTES else 0
         if nbytes and not self._front.options.budget.take(nbytes):
             self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, self._front.options.budget.refusal(nbytes))
@@ -143,7 +143,7 @@ class Call:
         return nbytes
 
     def count(self, nbytes: int) -> None:
-        """That many more bytes are unread; `on_taken` takes all of this call off again."""
+        """`nbytes` more are unread. `on_taken` takes all of this call off again."""
         if nbytes >= COUNTED_BYTES:
             self._unread += nbytes
             self._front.unread[self._peer] += nbytes
@@ -162,7 +162,7 @@ class Call:
     # Handlers
 
     def at_once(self, message: bytes) -> bytes | None:
-        """The answer where it may be made here."""
+        """The answer, if it may be made here."""
         if self._method.at_once is None or len(message) > REQUEST_AT_ONCE_BYTES:
             return None
         return self._method.at_once(message, self.room())
@@ -244,5 +244,5 @@ def settle(future: asyncio.Future[Any], result: Any) -> None:
 
 
 def host_of(peer: str) -> str:
-    """Of a connection, without its port."""
+    """The host of a connection, without its port."""
     return peer.rpartition(":")[0]

@@ -56,7 +56,7 @@ def _peer(front: Front, rpc: Rpc) -> str:
 
 
 class _Refused(Call):
-    """A call that is answered with a status whatever it holds."""
+    """A call that is answered with a status, whatever it holds."""
 
     refused = True
 
@@ -116,7 +116,7 @@ class _Unary(Call):
 
 
 class _Stream(Call):
-    """A call of which a side streams, and the task that answers it."""
+    """A call with a side that streams, and the task that answers it."""
 
     _task: asyncio.Task[None] | None = None
     _received: asyncio.Future[bytes | None] | None = None
@@ -184,13 +184,13 @@ class _Stream(Call):
 
 
 class _Each(Call):
-    """A stream of messages that are answered one by one. What can be at once is; the others by tasks, a window."""
+    """A stream of messages that are answered one by one: at once if possible, else by tasks, a window of them."""
 
     def __init__(self, front: Front, rpc: Rpc, peer: str, method: Method) -> None:
         super().__init__(front, rpc, peer, method)
         self._waiting = 0
         self._paused = self._last = self._ends = False
-        # Of tasks: gRPC takes one message at a time.
+        # The tasks' turn, because gRPC takes one message at a time.
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -276,7 +276,7 @@ class _Each(Call):
 
 
 class _Watch(Call):
-    """A call that is told something now and then: no task waits for that, and no thread."""
+    """A call that is told something now and then. No task waits for that, and no thread."""
 
     def __init__(self, front: Front, rpc: Rpc, peer: str, method: Method) -> None:
         super().__init__(front, rpc, peer, method)

@@ -1,4 +1,4 @@
-"""The front of speed: the thread that polls gRPC's queue answers what it can at once.
+"""The fast front: the thread that polls gRPC's queue answers at once what it can.
 
 grpc's servers for Python hand every message from a polling thread to a worker or an event loop, and the answer back.
 For a small lookup that costs more than everything else together.
@@ -33,7 +33,7 @@ TICK = 0.1
 
 
 class PollingFront(Front):
-    """A port and the thread that serves it; see `Front`."""
+    """A port and the thread that serves it. See `Front`."""
 
     def __init__(self, address: str, options: Options, *, shared: bool = False, private: bool = False) -> None:
         super().__init__(address, options, private=private)
@@ -63,7 +63,7 @@ class PollingFront(Front):
         except BaseException as error:
             log.critical("the thread that serves %s died", self.address, exc_info=True)
             self.to_loop(self.options.died, error)
-            # A process that lives and serves nothing is worse than none, should its event loop be stuck too.
+            # A process that lives and serves nothing is worse than none. Its event loop may be stuck too.
             time.sleep(3 * STOP_GRACE)
             os._exit(1)
 
@@ -74,8 +74,8 @@ class PollingFront(Front):
         while not self.has_ended():
             self._look(ENDING_TICK)
         self._shut = True
-        # gRPC cancels the calls that it took in and did not pass on. Their callers must not hear of that, for they do
-        # not know that they may ask again. For them the connection is closed, which is UNAVAILABLE.
+        # gRPC cancels the calls that it took in and did not pass on. Their callers must not hear of that, because
+        # they would not know that they may ask again. For them the connection is closed, which is UNAVAILABLE.
         hang_up(self.address)
         self._port.shut_down(self._on_stopped)
         give_up = time.monotonic() + STOP_GRACE
@@ -88,7 +88,7 @@ class PollingFront(Front):
             self._handle(event)
 
     def _look(self, seconds: float) -> None:
-        """Wait for an event, and handle it. Keeps nothing of it, for a call that has ended must go."""
+        """Wait for an event, and handle it. Keeps nothing of it, because a call that has ended must go."""
         event = self._port.poll(time.time() + seconds)
         if event is not None:
             self._handle(event)
@@ -99,7 +99,7 @@ class PollingFront(Front):
         self.tell(event.tag, event.outcome)
 
     def _ask_for_next(self, call: Any) -> None:
-        """A new call came, or the server is shut down. Raises where no further call would come."""
+        """A new call came, or the server is shut down. Raises if no further call would come."""
         if not self._shut:
             if call is None:
                 raise RuntimeError("gRPC gives no more calls")
