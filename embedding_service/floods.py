@@ -28,8 +28,8 @@ CALM_SECONDS, LOOK_SECONDS = 0.02, 0.01
 BUSY = 0.1
 # What honest traffic may cost them at most, for a byte and for a message or a call. That is ten times what it does.
 BYTE_SECONDS, MESSAGE_SECONDS = 15e-9, 150e-6
-# During a flood a connection is cut when so many more bytes came than its messages have; one of a host that was cut
-# before, when so many. A large message counts when it is whole.
+# During a flood, these are the most bytes that may come on a connection beyond those of its messages. It is cut after
+# that. The second number is for hosts that were cut before. A large message counts when it is whole.
 FREE_BYTES, FREE_BYTES_AGAIN = 256 << 10, 32 << 10
 # For what a call has besides its messages.
 CALL_BYTES = 8 << 10

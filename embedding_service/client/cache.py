@@ -107,7 +107,7 @@ class RowCache:
         return self._bytes // (len(self._slots) + 1) >= WAYS * (row_bytes + _SLOT_BYTES)
 
     def _make_room(self, row_bytes: int) -> None:
-        """Rows of another width need slots of their own: those of all widths begin anew, with an even share each."""
+        """Rows of another width need slots of their own. Slots of all widths begin empty, each with an even share."""
         if row_bytes in self._slots:
             return
         widths = {row_bytes, *(group.row_bytes for group in self._groups)}

@@ -159,11 +159,11 @@ def build_routing(
 
     Args:
         serving: The versions to be served.
-        target: For each part who shall hold it.
-        holders: And who does.
-        shards: Who is there, as clients see them.
-        unable: Who cannot load what. Who drains does not wait for those; others stand in for them.
-        draining: Who wants to leave.
+        target: The shards that the plan gives each part.
+        holders: The shards that hold each part.
+        shards: All that are there, as clients see them.
+        unable: Shards with parts that they cannot load. A shard that drains does not wait for them.
+        draining: Shards that want to leave.
     """
     names = sorted(shards)
     index = {name: position for position, name in enumerate(names)}
@@ -175,10 +175,10 @@ def build_routing(
             for part in table.parts:
                 key = PartKey(manifest.model, manifest.version, table.name, part.index)
                 holding, planned = holders.get(key, []), target.get(key, ())
-                shall = {name for name in planned if name in shards and (name, key) not in unable}
-                staying = [name for name in holding if name in shall]
-                if staying and len(staying) == len(shall):
-                    others = [name for name in holding if name not in shall and name not in draining]
+                chosen = {name for name in planned if name in shards and (name, key) not in unable}
+                staying = [name for name in holding if name in chosen]
+                if staying and len(staying) == len(chosen):
+                    others = [name for name in holding if name not in chosen and name not in draining]
                     named = {*staying, *others[: len(planned) - len(staying)]}
                     holding = [name for name in holding if name in named]
                 owners.parts.add(shards=[index[name] for name in holding])

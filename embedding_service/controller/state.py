@@ -57,9 +57,9 @@ from embedding_service.wire import embedding_pb2 as wire
 log = logging.getLogger(__name__)
 
 TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
-# Terms are milliseconds of the clock, and up to so many more.
+# Terms are milliseconds of the clock, and up to this many more.
 TERM_SPREAD = 1024
-# A term that the store did not take is noted again after so long.
+# A term that the store did not take is noted again after this time.
 NOTE_SECONDS = 10.0
 # Pause between two decisions for each shard: telling one takes about that. 1,000 shards get a routing a second.
 SECONDS_A_SHARD = 0.001
@@ -235,7 +235,7 @@ class ControllerState:
             self._notes_at = 0.0
 
     def _end(self, term: int) -> None:
-        """There shall be one controller: the one that started last."""
+        """End, since a controller with a later term is there. One controller leads: the one that started last."""
         self.phase = Phase.ENDED
         self._out.append(
             End(Unavailable(f"a controller of term {term} is there, above this one's {self.term}: ending"))

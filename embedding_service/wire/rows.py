@@ -37,7 +37,7 @@ _new_bytes.restype = ctypes.py_object
 _new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 # A bytes object is a header, the bytes, and a zero that the type's basic size counts.
 _BYTES_HEADER = bytes.__basicsize__ - 1
-# Up to so many bytes copying an array takes less time than making one that is not numpy's own.
+# Up to this many bytes, copying an array takes less time than making one that is not numpy's own.
 _SMALL = 16 << 10
 # Bytes; what numpy and torch ask for, and where the bytes of a bytes object begin.
 _ALIGNMENT = 16
@@ -132,7 +132,7 @@ class Request(NamedTuple):
 def lookup_request(
     model: str, table: str, encoding: int, term: int, epoch: int, ids: npt.NDArray[np.int64], rows: int
 ) -> Request:
-    """A request for `ids` [n] of a table of so many rows: 4 bytes an id where they suffice."""
+    """A request for `ids` [n] of a table of `rows` rows: 4 bytes an id if they suffice."""
     narrow = rows <= 1 << 32
     head = _before_ids(model, table, encoding, term, epoch, narrow)
     return Request(head, ids.astype("<u4" if narrow else "<i8").tobytes())

@@ -120,7 +120,7 @@ class World:
         return done
 
     def serve(self, *versions: Manifest, shards: str = "ab") -> None:
-        """Until these shards hold what they shall."""
+        """Until these shards hold all that they were told."""
         for name in shards:
             self.join(name)
         self.feed(Looked(Catalogue({"m": list(versions)})))

@@ -15,7 +15,7 @@ SCAN = 3.0
 
 
 def accidents(window: Window) -> None:
-    """One after the other, each for as long as the controller takes to see it; once it is started again meanwhile."""
+    """Two groups, one after the other, each until the controller sees it. It starts again during the first."""
     makers = window.values.sample(_ACCIDENTS, len(_ACCIDENTS))
     together, last = makers[: len(makers) // 2], makers[len(makers) // 2 :]
     for number, some in enumerate((together, last)):

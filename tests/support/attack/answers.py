@@ -33,7 +33,7 @@ def _ask(window: Window, address: str, message: bytes) -> None:
                 break
             with window.tried("asked"):
                 raw.call(LOOKUP, message)
-            window.rest(0.004)  # flow control: what was sent is taken in meanwhile, and its bytes are given free again
+            window.rest(0.004)  # flow control: the peer reads what was sent and frees its bytes
     window.rest(3)
     for raw in connections:
         raw.close()
