@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import longcat_checkpoint
-from support.cluster import Up, dead_proxies, up
+from support.cluster import Up, dead_proxies, serving
 
 from embedding_service import EmbeddingClient, grpc_core
 from embedding_service.store.importing import import_checkpoint
@@ -51,11 +51,11 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`up` with three shards over `store`, for tests that change nothing. Its proxies answer nobody."""
+    """Three shards over `store`, for tests that change nothing. Its proxies answer nobody."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:
             dead_proxies(environment)
-            running = stack.enter_context(up(tmp_path_factory.mktemp("service"), store, 3))
+            running = stack.enter_context(serving(tmp_path_factory.mktemp("service"), store, 3))
         yield running
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import longcat_checkpoint, longcat_table
-from support.cluster import Up, up
+from support.cluster import Up, serving
 
 from embedding_service import EmbeddingClient, errors
 from embedding_service.client import client as client_module
@@ -161,7 +161,7 @@ def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monke
     import_checkpoint(longcat_checkpoint(tmp_path / "one"), str(store), "m", dtype="fp32", version="1")
     ids, old, new = torch.arange(40), longcat_table(1)[:40], longcat_table(2)[:40]
     with (
-        up(tmp_path, store, 2) as running,
+        serving(tmp_path, store, 2) as running,
         EmbeddingClient(running.address, timeout=30, cache_bytes=MIB) as cached,
     ):
         assert torch.equal(cached.lookup("m/ngram", ids), old)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import engram_checkpoint, engram_tables, qwen4_exp_checkpoint, qwen4_exp_tables
-from support.cluster import Up, up
+from support.cluster import Up, serving
 
 from embedding_service import EmbeddingClient, NgramHasher
 from embedding_service.errors import InvalidRequest
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def families(folder: Path) -> Iterator[Up]:
     """Three shards that serve them."""
-    with up(folder, folder / "store", 3) as running:
+    with serving(folder, folder / "store", 3) as running:
         yield running
 
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 import torch
 from support.checkpoints import longcat_table
-from support.cluster import until, up
+from support.cluster import serving, until
 
 from embedding_service import EmbeddingClient
 from embedding_service.client.hedging import LEAST, HedgingTransport
@@ -90,7 +90,7 @@ def test_a_failure_counts_only_when_nobody_is_left(hedging: HedgingTransport, sc
 
 
 def test_a_client_that_hedges_gets_the_same_rows(store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, 3, "--replicas=2") as running, EmbeddingClient(running.address, hedge=True) as client:
+    with serving(tmp_path, store, 3, replicas=2) as running, EmbeddingClient(running.address, hedge=True) as client:
         for seed in range(40):
             ids = torch.randint(0, len(longcat_table()), (200,), generator=torch.Generator().manual_seed(seed))
             assert torch.equal(client.lookup("fp32/ngram", ids), longcat_table()[ids])

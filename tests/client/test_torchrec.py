@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.cluster import Up, until, up
+from support.cluster import Up, serving, until
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -56,7 +56,7 @@ def rec_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Three shards that serve model `rec` with the tables of WEIGHTS."""
     folder = tmp_path_factory.mktemp("rec")
     publish(folder, "1", WEIGHTS)
-    with up(folder, folder / "store", 3) as running:
+    with serving(folder, folder / "store", 3) as running:
         yield running
 
 
@@ -284,7 +284,7 @@ def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
     old = torch.stack([tables["goods"][5], tables["words"][5]])
     publish(tmp_path, "1", tables)
     with (
-        up(tmp_path, tmp_path / "store", 2) as running,
+        serving(tmp_path, tmp_path / "store", 2) as running,
         EmbeddingClient(running.address, timeout=30) as client,
     ):
         remote, pinned = (RemoteEmbeddingCollection(client, name, made) for name in ("rec", "rec@1"))
@@ -313,7 +313,7 @@ def test_the_page_on_other_models_does_what_it_says(tmp_path: Path) -> None:
     [command] = re.findall(r"^    embedding-service (import .*)$", page, re.MULTILINE)
     arguments = command.replace("STORE", "store").split()
     subprocess.run([sys.executable, "-m", "embedding_service", *arguments], cwd=tmp_path, check=True, timeout=120)
-    with up(tmp_path, tmp_path / "store", 2) as running:
+    with serving(tmp_path, tmp_path / "store", 2) as running:
         names: dict[str, Any] = {}
         for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
             exec(block.replace("localhost:7070", running.address), names)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from support.checkpoints import longcat_table
-from support.cluster import Up, free_port, until, up
+from support.cluster import UpCommand, free_port, until, up
 from support.load import Load
 
 from embedding_service import EmbeddingClient
@@ -49,7 +49,7 @@ def run_up(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # type: ignore[call-overload]
 
 
-def shard_pids(running: Up) -> dict[str, int]:
+def shard_pids(running: UpCommand) -> dict[str, int]:
     """The processes of the shards that hold all their parts. Empty while the controller does not answer."""
     try:
         shards = running.status().shards
@@ -58,7 +58,7 @@ def shard_pids(running: Up) -> dict[str, int]:
     return {shard.shard_id: shard.stats.pid for shard in shards if shard.parts and not shard.parts_missing}
 
 
-def controller_process(running: Up) -> psutil.Process | None:
+def controller_process(running: UpCommand) -> psutil.Process | None:
     """Its address, in the line that says that everything is ready, is the same at each of its starts."""
     address = running.output().partition(", controller ")[2].split()[0]
     for process in psutil.process_iter(["cmdline"]):
@@ -67,7 +67,7 @@ def controller_process(running: Up) -> psutil.Process | None:
     return None
 
 
-def its_processes(running: Up) -> list[psutil.Process]:
+def its_processes(running: UpCommand) -> list[psutil.Process]:
     """Of controller and shards, and of their actors."""
     controller = controller_process(running)
     assert controller
@@ -82,7 +82,7 @@ def raylet_of(pid: int) -> psutil.Process:
     return next(process for process in psutil.Process(pid).parents() if process.name() == "raylet")
 
 
-def wait_for_another(running: Up, name: str, pid: int) -> None:
+def wait_for_another(running: UpCommand, name: str, pid: int) -> None:
     """Until a process other than `pid` holds that shard's parts."""
     until(lambda: shard_pids(running).get(name, pid) != pid, f"another process of {name}")
 
@@ -150,7 +150,7 @@ def test_its_processes_end_when_it_is_killed(ray_cluster: str, store: Path, tmp_
 
 def test_more_shards_than_there_is_room_for(ray_cluster: str, store: Path, tmp_path: Path) -> None:
     """And what others took before, whether told to end or killed, is free again."""
-    running = Up(tmp_path / "up.log", store, NODES + 1, f"--ray={ray_cluster}")
+    running = UpCommand(tmp_path / "up.log", store, NODES + 1, f"--ray={ray_cluster}")
     try:
         running.wait_for("waiting for nodes")
         assert f"no room for {NODES + 1} shards of 1 CPU and 5" in running.output()
@@ -173,7 +173,7 @@ def test_gpu_shards_ask_ray_for_gpus(store: Path) -> None:
 
 
 def test_shards_share_gpus_where_there_are_more_of_them(ray_cluster: str, store: Path, tmp_path: Path) -> None:
-    running = Up(tmp_path / "up.log", store, NODES + 1, f"--ray={ray_cluster}", "--tier=cuda")
+    running = UpCommand(tmp_path / "up.log", store, NODES + 1, f"--ray={ray_cluster}", "--tier=cuda")
     try:
         running.wait_for("waiting for nodes")
         assert f"no room for {NODES + 1} shards of 1 CPU, 0.5 GPU and" in running.output()

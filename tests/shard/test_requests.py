@@ -294,7 +294,7 @@ def test_health_and_reflection_on_every_process(service: Up) -> None:
 def test_nothing_listens_beyond_loopback(service: Up) -> None:
     import psutil
 
-    processes = [psutil.Process(service.popen.pid), *psutil.Process(service.popen.pid).children(recursive=True)]
+    processes = service.family()
     listening = [
         connection.laddr.ip
         for process in processes

@@ -1,8 +1,14 @@
-"""Real processes for tests: `up`, or a controller and shards one by one. Each ends with its context manager."""
+"""Real processes for tests: `up`, a service, or a controller and shards one by one.
+
+Each ends with its context manager. All but `up` and its members are forked from one process that has imported torch.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 import psutil
@@ -22,6 +28,7 @@ from embedding_service.errors import EmbeddingServiceError
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
+from support.zygote import Forked, Zygote
 
 START_SECONDS = 180
 READY = "ready: "  # `up` says it when all is served
@@ -29,12 +36,29 @@ READY = "ready: "  # `up` says it when all is served
 PYTHON = os.environ.get("EMBEDDING_SERVICE_PYTHON", sys.executable)
 T = TypeVar("T")
 
+# Below the ports that the kernel gives to connections, so that none of those takes a port before its listener does.
+# Each test process begins somewhere else.
+PORTS = range(10_000, 32_000)
+_ports = itertools.cycle(PORTS)
+next(itertools.islice(_ports, (start := random.SystemRandom().randrange(len(PORTS))), start), None)
+
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on at the moment, another one each time."""
+    for port in _ports:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port")
+
+
+@functools.cache
+def zygote() -> Zygote:
+    """This process's own, from the first time it is asked for."""
+    return Zygote.start()
 
 
 def proxies_of_nobody() -> dict[str, str]:
@@ -63,17 +87,24 @@ def until(condition: Callable[[], T | None], what: str, seconds: float = START_S
 class Process:
     """One command of `embedding-service` with its output in a file."""
 
-    def __init__(self, log: Path, *arguments: str, within: Sequence[str] = ()) -> None:
-        """`within`: a command that runs another, as `ip netns exec NAME` does."""
+    popen: subprocess.Popen[bytes] | Forked
+
+    def __init__(self, log: Path, *arguments: str, within: Sequence[str] = (), forked: bool = True) -> None:
+        """`within`: a command that runs another, as `ip netns exec NAME` does. `forked`: by the zygote if it can."""
         self.log = log
-        self._command = [*within, PYTHON, "-m", "embedding_service", *arguments]
+        self._arguments = arguments
+        self._within = within
+        self._forked = forked and not within and sys.executable == PYTHON
         self._start()
 
     def _start(self) -> None:
+        self.log.touch()
+        if self._forked and zygote().suits():
+            self.popen = zygote().fork(self._arguments, log=self.log)
+            return
+        command = [*self._within, PYTHON, "-m", "embedding_service", *self._arguments]
         with self.log.open("ab") as output:
-            self.popen = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
         """All it printed so far."""
@@ -113,13 +144,35 @@ class Process:
         return int(line.split()[1]) * 1024
 
 
-class Up(Process):
+class Up(Protocol):
+    """What answers lookups at one address while tests change nothing, or end and restart it."""
+
+    address: str
+
+    def restart(self) -> None:
+        """Start it again after its end; returns when it is ready."""
+
+    def end(self) -> object:
+        """End it."""
+
+    def output(self) -> str:
+        """All that its processes printed so far."""
+
+    def family(self) -> list[psutil.Process]:
+        """Its processes."""
+
+    def status(self) -> control.Status:
+        """The controller's view."""
+
+
+class UpCommand(Process):
     """`embedding-service up`. `address` answers for all of its shards, and stays over restarts."""
 
     def __init__(self, log: Path, store: Path, shards: int, *options: str) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         port = self.address.rpartition(":")[2]
-        super().__init__(log, "up", f"--store={store}", f"--shards={shards}", f"--port={port}", *options)
+        where = (f"--store={store}", f"--shards={shards}", f"--port={port}")
+        super().__init__(log, "up", *where, *options, forked=False)
 
     def restart(self) -> None:
         """Start it again after its end. Returns when it is ready."""
@@ -138,14 +191,80 @@ class Up(Process):
 
 
 @contextmanager
-def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[Up]:
+def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[UpCommand]:
     """A running `up` that is ready. It is ended afterwards."""
-    process = Up(folder / "up.log", store, shards, *options)
+    process = UpCommand(folder / "up.log", store, shards, *options)
     try:
         process.wait_for(READY)
         yield process
     finally:
         process.end()
+
+
+class Members:
+    """What `up` starts, with the same arguments, but forked: a controller and shards with one address for all."""
+
+    def __init__(self, folder: Path, store: Path, shards: int, replicas: int, memory: int | None) -> None:
+        from embedding_service.commands.up import UpOptions, controller_command, shard_command
+
+        self.address = f"127.0.0.1:{free_port()}"
+        self._folder = folder
+        self._controller = f"127.0.0.1:{free_port()}"
+        port = int(self.address.rpartition(":")[2])
+        options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1)
+        self._commands = {f"shard-{n}": shard_command(options, self._controller, f"shard-{n}") for n in range(shards)}
+        self._commands["controller"] = controller_command(options, self._controller)
+        self._processes: list[Process] = []
+
+    def restart(self) -> None:
+        """Start them; returns when all is served."""
+        from rich.console import Console
+
+        from embedding_service.commands.up import wait_until_serving
+
+        self._processes = [Process(self._folder / f"{name}.log", *each) for name, each in self._commands.items()]
+        with (self._folder / "waiting.log").open("w") as said:
+            wait_until_serving(self._controller, self._check, len(self._commands) - 1, Console(file=said))
+
+    def end(self) -> None:
+        """End them."""
+        for process in self._processes:
+            process.popen.terminate()
+        for process in self._processes:
+            process.end()
+
+    def output(self) -> str:
+        """All they printed so far."""
+        return "".join(process.output() for process in self._processes)
+
+    def family(self) -> list[psutil.Process]:
+        """They and what they started."""
+        first = [psutil.Process(process.popen.pid) for process in self._processes]
+        return [*first, *(child for each in first for child in each.children(recursive=True))]
+
+    def status(self) -> control.Status:
+        """The controller's view."""
+        return get_status(self.address)
+
+    def _check(self) -> None:
+        for process in self._processes:
+            assert process.runs, process.output()
+
+
+@contextmanager
+def serving(folder: Path, store: Path, shards: int, *, replicas: int = 1, memory: int | None = None) -> Iterator[Up]:
+    """A running service that is ready; ended afterwards. `memory`: bytes a shard, None for what `up` gives it."""
+    if sys.executable != PYTHON:
+        options = (f"--replicas={replicas}", *([f"--memory={memory}"] if memory else []))
+        with up(folder, store, shards, *options) as running:
+            yield running
+        return
+    members = Members(folder, store, shards, replicas, memory)
+    try:
+        members.restart()
+        yield members
+    finally:
+        members.end()
 
 
 class Cluster:

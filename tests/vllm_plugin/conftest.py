@@ -10,7 +10,7 @@ import pytest
 import small_models
 from engines import Answers, python
 from small_models import SmallModel, small_model
-from support.cluster import Up, up
+from support.cluster import Up, serving
 
 from embedding_service.store.importing import import_checkpoint
 
@@ -35,7 +35,7 @@ def tables(models: dict[str, SmallModel], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("vllm-tables")
     for model in models.values():
         import_checkpoint(model.whole, str(folder / "store"), model.name, dtype="keep", part_bytes=4 << 20)
-    with up(folder, folder / "store", 2) as running:
+    with serving(folder, folder / "store", 2) as running:
         yield running
 
 

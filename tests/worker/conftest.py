@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import write_checkpoint
-from support.cluster import Up, up
+from support.cluster import Up, serving
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
 from embedding_service import EmbeddingClient
@@ -57,7 +57,7 @@ def model_store(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tables(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The service that serves the small model. A test may end it, and must restart it."""
-    with up(tmp_path_factory.mktemp("tables"), model_store, 2, "--memory=64MiB") as running:
+    with serving(tmp_path_factory.mktemp("tables"), model_store, 2, memory=64 << 20) as running:
         yield running
 
 

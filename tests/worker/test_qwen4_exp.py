@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import VOCAB, write_tokenizer
-from support.cluster import Up, up
+from support.cluster import Up, serving
 from test_engine import Job, greedy, prompts
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
@@ -107,7 +107,7 @@ def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Two shards with the tables in the checkpoint's own dtype, in many parts."""
     home = tmp_path_factory.mktemp("qwen-store")
     import_checkpoint(folder, str(home / "store"), "qwen", dtype="keep", part_bytes=8 << 10)
-    with up(home, home / "store", 2, "--memory=64MiB") as running:
+    with serving(home, home / "store", 2, memory=64 << 20) as running:
         yield running
 
 
@@ -228,7 +228,7 @@ def test_the_model_with_vision(folder: Path, client: EmbeddingClient, tmp_path: 
     folder = write(tmp_path / "vision", whole, torch.float32)
     import_checkpoint(folder, str(tmp_path / "store"), "seeing", dtype="keep")
     with (
-        up(tmp_path, tmp_path / "store", 2, "--memory=64MiB") as tables,
+        serving(tmp_path, tmp_path / "store", 2, memory=64 << 20) as tables,
         EmbeddingClient(tables.address, timeout=30) as connected,
     ):
         here = Qwen4ExpForConditionalGeneration.from_pretrained(folder).eval()

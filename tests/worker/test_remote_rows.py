@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import VOCAB, write_checkpoint
-from support.cluster import up
+from support.cluster import serving
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import LongcatFlashForCausalLM
@@ -77,7 +77,7 @@ def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", stored)
     import_checkpoint(folder, str(tmp_path / "store"), "half", dtype="keep", part_bytes=16 << 10)
     with (
-        up(tmp_path, tmp_path / "store", 2, "--memory=64MiB") as tables,
+        serving(tmp_path, tmp_path / "store", 2, memory=64 << 20) as tables,
         EmbeddingClient(tables.address, timeout=30) as client,
     ):
         here, there = load_model(folder), load_model(folder)

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import psutil
 
-from support.cluster import READY, Up, free_port, until
+from support.cluster import READY, UpCommand, free_port, until
 
 
 class WorkerService:
@@ -32,7 +32,7 @@ class WorkerService:
         checkpoint, store = self._folder / "small", self._folder / "small-store"
         write_checkpoint(checkpoint)
         import_checkpoint(checkpoint, str(store), "small", dtype="fp32")
-        tables = Up(self._folder / "small.log", store, 1, "--memory=64MiB")
+        tables = UpCommand(self._folder / "small.log", store, 1, "--memory=64MiB")
         self._stack.callback(tables.end)
         tables.wait_for(READY)
         command = [sys.executable, "-m", "model_worker", "serve", str(checkpoint), f"--embeddings={tables.address}"]
