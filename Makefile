@@ -26,15 +26,15 @@ test-packages:
 	    || { apt-get update && apt-get install --yes --no-install-recommends $(CPP_PACKAGES); } \
 	    || echo "no packages for the C++ example: $(CPP_PACKAGES)"
 
+# Workers of pytest-xdist: many tests wait more than they compute.
+TEST_WORKERS ?= 2
+SIDE_BY_SIDE := --numprocesses=$(TEST_WORKERS) --dist=loadgroup --no-loadscope-reorder
 test: setup test-packages
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-# The tests that start no service: about a minute.
-QUICK := formats ngram wire placement rows store/test_parts.py store/test_manifest.py store/test_store.py \
-    controller/test_decisions.py client/test_router.py client/test_breaker.py client/test_sinks.py shard/test_pacer.py \
-    worker/test_sampling.py worker/test_text_stream.py test_public_kit.py test_prose.py
+# The tests that start no service, in less than a minute.
 quick: setup
-	$(BIN)/python -m pytest -m "not service" $(addprefix tests/,$(QUICK)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not service and not slow" $(PYTEST_ARGS)
 
 # vLLM with its tables in the service, in an environment of its own that holds the client's side; 10 minutes for the tests on 2 cores.
 VLLM := .venv-vllm
@@ -87,6 +87,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 proto: setup
 	$(BIN)/python protos/generate.py

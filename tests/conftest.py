@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import cluster
 from support.checkpoints import longcat_checkpoint
 from support.cluster import Up, dead_proxies, serving
 
@@ -17,21 +18,38 @@ from embedding_service.store.importing import import_checkpoint
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
+# Fixtures that start processes of the service.
+SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the running service; skip what needs a GPU where there is none."""
+    """Mark what uses a running service; keep together what shares fixtures; skip what needs a GPU where there is none.
+
+    Tests of a file run on one worker of pytest-xdist. Those of the group "heavy", which use the whole machine, come
+    first and on one worker, so that no two of them run side by side.
+    """
     for item in items:
-        if "service" in getattr(item, "fixturenames", ()):
+        if not SERVICES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.service)
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     if not torch.cuda.is_available():
         skip(items, "gpu", "needs a CUDA device; there is none here")
     if grpc_core.why_public():
         skip(items, "polling", f"needs gRPC's core: {grpc_core.why_public()}")
+    items.sort(key=lambda item: ("heavy",) not in [mark.args for mark in item.iter_markers("xdist_group")])
 
 
 def skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let processes of the service start in a test, or in the fixtures made for it, only if it says so."""
+    cluster.may_start = item.get_closest_marker("service") is not None
 
 
 @pytest.fixture(scope="session")

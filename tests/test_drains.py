@@ -18,6 +18,8 @@ from support.toy import TOY, Request, toy_server
 
 from embedding_service.wire import embedding_pb2 as wire
 
+pytestmark = pytest.mark.service
+
 CALLS = 64
 OWN = [("grpc.use_local_subchannel_pool", 1)]
 

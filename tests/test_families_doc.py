@@ -10,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+pytestmark = pytest.mark.service
 
 ROOT = Path(__file__).parent.parent
 STEP = re.compile(r"^\d\. `(embedding_service/\S+\.py)`.*?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)

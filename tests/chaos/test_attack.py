@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 from support.attack.__main__ import run
 
+pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+
 CLASSES = ("odd method paths", "malformed protobuf", "forged reports")
 
 

@@ -16,6 +16,8 @@ from support.cluster import Up, until, up
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture
 def running(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Up]:

@@ -32,6 +32,8 @@ from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
+pytestmark = pytest.mark.service
+
 MIB = 1 << 20
 
 

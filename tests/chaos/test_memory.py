@@ -19,6 +19,8 @@ from support.load import Load
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
+pytestmark = pytest.mark.service
+
 MIB = 1 << 20
 LIMIT = 1 << 30
 OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]

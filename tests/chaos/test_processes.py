@@ -19,6 +19,8 @@ from support.load import Load
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
+pytestmark = pytest.mark.service
+
 ROWS = len(longcat_table())
 CONNECTIONS = 24
 

@@ -19,6 +19,8 @@ from embedding_service.rows import TIERS
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 
+pytestmark = pytest.mark.service
+
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

@@ -20,6 +20,8 @@ from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 
+pytestmark = pytest.mark.service
+
 PART_BYTES = 64 << 10
 
 

@@ -17,6 +17,8 @@ from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
+pytestmark = pytest.mark.service
+
 PART_BYTES = 64 << 10
 
 

@@ -11,6 +11,8 @@ from support.load import Load
 
 from embedding_service.store.importing import import_checkpoint
 
+pytestmark = pytest.mark.service
+
 COPIES = 2
 LOST_AFTER = 2.0
 DRAIN_SECONDS = 60.0

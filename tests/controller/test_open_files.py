@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from support.cluster import Process, free_port
+
+pytestmark = pytest.mark.service
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(store: Path, tmp_path: Path) -> None:

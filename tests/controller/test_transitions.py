@@ -14,6 +14,8 @@ from embedding_service.serving import ALIVE
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 
+pytestmark = pytest.mark.service
+
 PARTS_MOVED = "holds m@1/ngram"
 
 

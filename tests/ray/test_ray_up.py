@@ -20,6 +20,8 @@ from support.load import Load
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
 
+pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+
 # Each node has room for one shard.
 NODES = 3
 TABLE = "fp32/ngram"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from support.checkpoints import longcat_table
@@ -10,6 +11,8 @@ from support.cluster import cluster, free_port, until
 
 from embedding_service import EmbeddingClient
 from embedding_service.store.importing import import_checkpoint
+
+pytestmark = pytest.mark.service
 
 
 def scrape(port: int) -> dict[str, float]:

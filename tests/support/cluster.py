@@ -35,6 +35,8 @@ READY = "ready: "  # `up` says it when all is served
 # Of an environment that has the service's packages, where that of the tests has the client's alone.
 PYTHON = os.environ.get("EMBEDDING_SERVICE_PYTHON", sys.executable)
 T = TypeVar("T")
+# Whether the test that runs is marked `service`; `make quick` leaves those out.
+may_start = True
 
 # Below the ports that the kernel gives to connections, so that none of those takes a port before its listener does.
 # Each test process begins somewhere else.
@@ -98,6 +100,7 @@ class Process:
         self._start()
 
     def _start(self) -> None:
+        assert may_start, "a test that starts processes of the service needs the mark `service`"
         self.log.touch()
         if self._forked and zygote().suits():
             self.popen = zygote().fork(self._arguments, log=self.log)
