@@ -245,7 +245,7 @@ def main() -> None:
                             seen = lookups(
                                 client,
                                 manifest,
-                                lambda ids_of=ids_of, tokens=tokens: ids_of(tokens),
+                                lambda ids_of=ids_of, tokens=tokens: ids_of(tokens),  # type: ignore[misc]
                                 tokens,
                                 arguments.seconds,
                             )

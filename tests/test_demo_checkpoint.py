@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,20 +18,21 @@ TEXT = "The import statement. Function calls are evaluated from left to right."
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_checkpoint", SCRIPT)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def checkpoint(demo, tmp_path_factory):
+def checkpoint(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.make_checkpoint(tmp_path_factory.mktemp("demo") / "checkpoint", steps=40)
 
 
 @pytest.fixture(scope="module")
-def tensors(checkpoint):
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor by its name, through the index."""
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 1
@@ -42,20 +44,22 @@ def tensors(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def config(checkpoint):
+def config(checkpoint: Path) -> LongcatFlashConfig:
     """The base model's config. It must bear the base model's type, by which transformers joins the experts' tensors."""
     keys = json.loads((checkpoint / "config.json").read_text())
     return LongcatFlashConfig(**{key: value for key, value in keys.items() if key != "model_type"})
 
 
-def test_config_names_the_architecture_and_its_ngram_geometry(checkpoint):
+def test_config_names_the_architecture_and_its_ngram_geometry(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["architectures"] == ["LongcatFlashNgramForCausalLM"]
     hasher = NgramHasher.from_config(checkpoint)
     assert (hasher.family, hasher.num_heads, hasher.context_length) == ("longcat", 12, 3)
 
 
-def test_tables_and_projections_have_the_published_names_and_shapes(checkpoint, tensors):
+def test_tables_and_projections_have_the_published_names_and_shapes(
+    checkpoint: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     rows = NgramHasher.from_config(checkpoint).tables[0].head_rows
     for head in range(12):
         assert tensors[f"model.ngram_embeddings.embedders.{head}.weight"].shape == (rows[head], 16)
@@ -64,14 +68,16 @@ def test_tables_and_projections_have_the_published_names_and_shapes(checkpoint, 
     assert in_tables > 0.9 * sum(t.numel() for t in tensors.values())
 
 
-def test_transformers_loads_the_dense_half(checkpoint, config):
-    _, report = LongcatFlashForCausalLM.from_pretrained(checkpoint, config=config, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["mismatched_keys"]
-    assert all(name.startswith("model.ngram_embeddings.") for name in report["unexpected_keys"])
+def test_transformers_loads_the_dense_half(checkpoint: Path, config: LongcatFlashConfig) -> None:
+    _, report = LongcatFlashForCausalLM.from_pretrained(checkpoint, config=config, output_loading_info=True)  # type: ignore[misc]
+    assert not report["missing_keys"]  # type: ignore[has-type]
+    assert not report["mismatched_keys"]  # type: ignore[has-type]
+    assert all(name.startswith("model.ngram_embeddings.") for name in report["unexpected_keys"])  # type: ignore[has-type]
 
 
-def test_the_model_fuses_by_the_published_formula(demo, checkpoint, config, tensors):
+def test_the_model_fuses_by_the_published_formula(
+    demo: ModuleType, checkpoint: Path, config: LongcatFlashConfig, tensors: dict[str, torch.Tensor]
+) -> None:
     """Its logits equal those of transformers' model fed the formula, a token and a head at a time."""
     tokens = torch.tensor([[9, 300, 2, 41, 1200, 7]])
     ids = NgramHasher.from_config(checkpoint).row_ids(tokens)[0, :, 0]
@@ -90,7 +96,7 @@ def test_the_model_fuses_by_the_published_formula(demo, checkpoint, config, tens
         torch.testing.assert_close(whole(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_learns_and_needs_its_tables(demo, checkpoint, config):
+def test_it_learns_and_needs_its_tables(demo: ModuleType, checkpoint: Path, config: LongcatFlashConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = demo.LongcatFlashNgramForCausalLM.from_pretrained(checkpoint, config=config)
     tokens = torch.tensor([tokenizer.encode(TEXT)])
@@ -103,7 +109,7 @@ def test_it_learns_and_needs_its_tables(demo, checkpoint, config):
     assert without_tables > trained + 0.2
 
 
-def test_tokenizer_round_trips_any_text_and_has_a_chat_template(checkpoint):
+def test_tokenizer_round_trips_any_text_and_has_a_chat_template(checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for text in (TEXT, 'def f(x):\n\treturn x  # "€ 日本 🐈"'):
         ids = tokenizer.encode(text)
@@ -114,14 +120,14 @@ def test_tokenizer_round_trips_any_text_and_has_a_chat_template(checkpoint):
     assert chat == "Function calls\n\n"
 
 
-def test_a_checkpoint_that_is_there_is_kept(demo, checkpoint):
+def test_a_checkpoint_that_is_there_is_kept(demo: ModuleType, checkpoint: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
     assert demo.make_checkpoint(checkpoint) == checkpoint
     assert {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
     assert [folder.name for folder in checkpoint.parent.iterdir()] == ["checkpoint"]
 
 
-def test_a_folder_with_something_else_is_left_alone(demo, tmp_path):
+def test_a_folder_with_something_else_is_left_alone(demo: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds no checkpoint"):
         demo.make_checkpoint(tmp_path)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -42,7 +43,7 @@ def channel(toy: ToyServer) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def ask(channel: grpc.Channel, method: str, text: str = "", timeout: float = 30, **options: object) -> str:
+def ask(channel: grpc.Channel, method: str, text: str = "", timeout: float = 30, **options: Any) -> str:
     call = channel.unary_unary(f"/{TOY}/{method}", Request.SerializeToString, Request.FromString)
     return str(call(Request(service=text), timeout=timeout, **options).service)
 
@@ -51,7 +52,7 @@ def texts(*given: str) -> Iterator[object]:
     return iter([Request(service=text) for text in given])
 
 
-def code_of(call: object) -> str:
+def code_of(call: Callable[[], object]) -> str:
     with pytest.raises(grpc.RpcError) as raised:
         call()
     return str(raised.value.code().name)
@@ -323,7 +324,7 @@ def held_open(end: threading.Event) -> Iterator[object]:
     end.wait(60)
 
 
-def code_of_chat(chat: Callable[..., Iterator[object]]) -> str:
+def code_of_chat(chat: Callable[..., Iterator[Any]]) -> str:
     try:
         return "OK" if [each.service for each in chat(texts("a"), timeout=60)] == ["A"] else "wrong"
     except grpc.RpcError as error:
@@ -350,7 +351,7 @@ def test_a_client_that_does_not_read_gets_no_more_than_a_stream_holds(toy: ToySe
 # Health
 
 
-def watch(channel: grpc.Channel, service: str = "", **options: object) -> Iterator[int]:
+def watch(channel: grpc.Channel, service: str = "", **options: Any) -> Iterator[int]:
     for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service), **options):
         yield answer.status
 

@@ -103,7 +103,7 @@ def _held(shard: psutil.Process, pipes: Sequence[Connection], count: int, of_cli
     before, began = cpu_seconds([shard.pid]), time.perf_counter()
     time.sleep(seconds)
     idle = (cpu_seconds([shard.pid]) - before) / (time.perf_counter() - began)
-    costs = []
+    costs: list[float] = []
     for used in (1, count):
         before, began, asked = cpu_seconds([shard.pid]), time.perf_counter(), 0
         for pipe in pipes[-1:] if used == 1 else pipes:
@@ -112,4 +112,5 @@ def _held(shard: psutil.Process, pipes: Sequence[Connection], count: int, of_cli
             asked += LOOKUPS
         took = time.perf_counter() - began
         costs.append((cpu_seconds([shard.pid]) - before - idle * took) / asked)
-    return Held(count, shard.memory_info().rss, shard.num_fds(), idle, *costs, of_client)
+    per_lookup, turns = costs
+    return Held(count, shard.memory_info().rss, shard.num_fds(), idle, per_lookup, turns, of_client)

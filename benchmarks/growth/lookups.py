@@ -133,9 +133,9 @@ def _calls(client: EmbeddingClient, point: Point, seed: int) -> list[Callable[[]
     count = max(16, min(MOST_READY, READY_ROWS // point.rows))
     if point.model == "layers":
         tokens = torch.randint(VOCAB, (count, point.tokens, 1), generator=random)
-        return [lambda each=each: client.lookup_ngrams("layers", each, dtype=torch.float16) for each in tokens]
+        return [partial(client.lookup_ngrams, "layers", each, dtype=torch.float16) for each in tokens]
     ids = torch.randint(ROWS, (count, point.rows), generator=random)
-    return [lambda each=each: client.lookup(f"{point.model}/rows", each, dtype=torch.float16) for each in ids]
+    return [partial(client.lookup, f"{point.model}/rows", each, dtype=torch.float16) for each in ids]
 
 
 def _counted(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
@@ -143,11 +143,11 @@ def _counted(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
     sent: list[int] = []
     plain = GrpcTransport.exchange
 
-    def counting(transport: GrpcTransport, calls: Any) -> list[Any]:
+    def counting(transport: GrpcTransport, calls: Any) -> Any:
         sent.extend(call.shape.nbytes for call in calls if call.shape is not None)
         return plain(transport, calls)
 
-    GrpcTransport.exchange = counting  # type: ignore[method-assign]
+    GrpcTransport.exchange = counting  # type: ignore[assignment, method-assign]
     try:
         for call in calls:
             call()

@@ -91,7 +91,7 @@ def crowd(processes: int, cores: int) -> float:
     return max(0.0, 1 - cores / processes)
 
 
-def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> Floats:
+def fit(terms: Sequence[Sequence[float]] | Floats, seconds: Sequence[float] | Floats) -> Floats:
     """Coefficients, none below 0, with the least sum of squared relative errors.
 
     terms: [points, coefficients]. Raises ValueError for fewer points than coefficients.

@@ -255,7 +255,7 @@ def _ask_for_routing(address: str, pid: int, idle: float) -> tuple[wire.Routing,
         costs = []
         for request in (wire.GetRoutingRequest(), wire.GetRoutingRequest(term=routing.term, epoch=routing.epoch)):
             began = time.perf_counter()
-            cpu = _cpu_of(pid, lambda request=request: [stub.GetRouting(request) for _ in range(ASKED)])
+            cpu = _cpu_of(pid, lambda request=request: [stub.GetRouting(request) for _ in range(ASKED)])  # type: ignore[misc]
             costs.append((cpu - idle * (time.perf_counter() - began)) / ASKED)
     return routing, costs[0], costs[1]
 

@@ -29,7 +29,7 @@ from embedding_service.torchrec import RemoteEmbeddingBagCollection, RemoteEmbed
 
 ROWS = len(longcat_table())
 IDS = torch.tensor([[5, 7], [19_000, 5]])
-CONFIG = {"name": "ngram", "embedding_dim": DIM, "num_embeddings": ROWS, "feature_names": ["ngram"]}
+CONFIG: dict[str, Any] = {"name": "ngram", "embedding_dim": DIM, "num_embeddings": ROWS, "feature_names": ["ngram"]}
 
 
 def features(count: int = 4) -> KeyedJaggedTensor:
@@ -175,7 +175,7 @@ def test_copies_share_the_client(client: EmbeddingClient) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     averaged.update_parameters(model)
     for twin in (copy.deepcopy(model), copy.copy(model), averaged.module):
-        assert twin.first._client is client
+        assert twin.first._client is client  # type: ignore[union-attr]
         assert torch.equal(twin(IDS), model(IDS))
     twin = copy.deepcopy(model)
     assert not twin.first(IDS).requires_grad

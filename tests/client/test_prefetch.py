@@ -1,6 +1,7 @@
 """Lookups that run ahead: their rows, their errors, and changes to the caller's tensors."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
 import pytest
@@ -13,7 +14,7 @@ from embedding_service.client import client as client_module
 
 
 @pytest.fixture
-def busy(service: Up, monkeypatch: pytest.MonkeyPatch):
+def busy(service: Up, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EmbeddingClient, threading.Event]]:
     """A client whose only thread for prefetching is held until the event is set."""
     monkeypatch.setattr(client_module, "MOST_AHEAD", 1)
     go_on = threading.Event()

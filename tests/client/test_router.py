@@ -164,7 +164,8 @@ def test_a_few_are_asked_for_a_newer_routing_and_not_always_who_sends_away() -> 
         shards = Shards(routing([[1]] * 4, epoch=2))
         fetch(router, shards, [5])
         [asked] = [call for call in shards.asked if isinstance(call.request, wire.GetRoutingRequest)]
-        assert (asked.request.term, asked.request.epoch) == (1, 1)  # a routing that is no newer need not be sent
+        # A routing that is no newer need not be sent.
+        assert (asked.request.term, asked.request.epoch) == (1, 1)  # type: ignore[union-attr]
         asked_after_a_flip.append(asked.address)
         shards = Shards(old)
         router = Router(["h:2"], Routing(old))

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -58,7 +58,9 @@ def assert_ended(outcome: bytes | Ended, code: grpc.StatusCode, message: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_answers_in_turn_and_outlives_errors(channel: grpc.Channel, kind: type[Stream]) -> None:
+def test_a_stream_answers_in_turn_and_outlives_errors(
+    channel: grpc.Channel, kind: Callable[[grpc.Channel], Stream]
+) -> None:
     stream = kind(channel)
     for number in range(5):
         ids = [number, 2 * number + 1]
@@ -75,7 +77,7 @@ def test_a_stream_answers_in_turn_and_outlives_errors(channel: grpc.Channel, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_watchdog_ends_a_stream_whose_answer_is_late(
-    one_shard: Cluster, channel: grpc.Channel, kind: type[Stream]
+    one_shard: Cluster, channel: grpc.Channel, kind: Callable[[grpc.Channel], Stream]
 ) -> None:
     stream, watchdog = kind(channel), Watchdog()
     stream.send(request(channel, [1]))

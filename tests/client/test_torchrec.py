@@ -66,7 +66,9 @@ def rec(rec_service: Up) -> Iterator[EmbeddingClient]:
         yield client
 
 
-def features(lengths: Callable[[torch.Generator], torch.Tensor] | None = None, weighted: bool = False):
+def features(
+    lengths: Callable[[torch.Generator], torch.Tensor] | None = None, weighted: bool = False
+) -> KeyedJaggedTensor:
     """[5 keys, 6 bags] with empty bags, repetitions, and ids that suit every table of the key."""
     generator = torch.Generator().manual_seed(7)
     counts = torch.randint(0, 4, (len(KEYS) * BATCH,), generator=generator) if lengths is None else lengths(generator)
@@ -101,13 +103,13 @@ def configs() -> list[EmbeddingConfig]:
 
 def with_weights(module: torch.nn.Module, tables: torch.nn.ModuleDict) -> torch.nn.Module:
     for name, table in tables.items():
-        table.weight.data.copy_(WEIGHTS[name])
+        table.weight.data.copy_(WEIGHTS[name])  # type: ignore[operator]
     return module
 
 
 @pytest.mark.parametrize("lengths", [None, empty], ids=["jagged", "all empty"])
 @pytest.mark.parametrize("need_indices", [False, True])
-def test_unpooled_rows_equal_torchrecs(rec: EmbeddingClient, lengths, need_indices: bool) -> None:
+def test_unpooled_rows_equal_torchrecs(rec: EmbeddingClient, lengths: Any, need_indices: bool) -> None:
     local = EmbeddingCollection(configs(), need_indices=need_indices)
     expected = with_weights(local, local.embeddings)(features(lengths))
     remote = RemoteEmbeddingCollection(rec, "rec", configs(), need_indices=need_indices)
@@ -128,7 +130,7 @@ def test_unpooled_rows_equal_torchrecs(rec: EmbeddingClient, lengths, need_indic
 @pytest.mark.parametrize(
     ("pooling", "weighted"), [(PoolingType.SUM, False), (PoolingType.MEAN, False), (PoolingType.SUM, True)]
 )
-def test_pooled_bags_equal_torchrecs(rec: EmbeddingClient, lengths, pooling: PoolingType, weighted: bool) -> None:
+def test_pooled_bags_equal_torchrecs(rec: EmbeddingClient, lengths: Any, pooling: PoolingType, weighted: bool) -> None:
     local = EmbeddingBagCollection(bag_configs(pooling), is_weighted=weighted)
     expected = with_weights(local, local.embedding_bags)(features(lengths, weighted))
     remote = RemoteEmbeddingBagCollection(rec, "rec", bag_configs(pooling), is_weighted=weighted)
@@ -162,11 +164,14 @@ def test_bags_told_apart_only_by_inverse_indices(rec: EmbeddingClient) -> None:
     assert torch.equal(found, local(bags).values())
 
 
-def test_a_batch_asks_for_each_table_once_and_for_all_at_the_same_time(rec: EmbeddingClient, monkeypatch) -> None:
-    remote, together, asked = RemoteEmbeddingCollection(rec, "rec", configs()), threading.Barrier(4, timeout=30), {}
+def test_a_batch_asks_for_each_table_once_and_for_all_at_the_same_time(
+    rec: EmbeddingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, together = RemoteEmbeddingCollection(rec, "rec", configs()), threading.Barrier(4, timeout=30)
+    asked: dict[str, torch.Tensor] = {}
     lookup = rec.lookup
 
-    def spy(table: str, ids: torch.Tensor, **options) -> torch.Tensor:
+    def spy(table: str, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         together.wait()  # breaks unless all four are under way
         assert asked.setdefault(table, ids) is ids
         return lookup(table, ids, **options)
@@ -229,7 +234,7 @@ def test_where_nothing_is_recorded_outputs_need_no_gradients(rec: EmbeddingClien
         assert torch.equal(remote(torch.tensor([1])), WEIGHTS["words"][[1]])
 
 
-def words(**changes: object) -> list[EmbeddingBagConfig]:
+def words(**changes: Any) -> list[EmbeddingBagConfig]:
     return [EmbeddingBagConfig(**({"name": "words", "num_embeddings": 700, "embedding_dim": DIM} | changes))]
 
 
@@ -245,12 +250,14 @@ def words(**changes: object) -> list[EmbeddingBagConfig]:
         ([], False, "got none"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(rec: EmbeddingClient, tables, weighted: bool, message: str) -> None:
+def test_configs_that_do_not_fit_are_refused(rec: EmbeddingClient, tables: Any, weighted: bool, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         RemoteEmbeddingBagCollection(rec, "rec", tables, is_weighted=weighted)
 
 
-def test_tables_of_different_dims_make_no_unpooled_collection(rec: EmbeddingClient, monkeypatch) -> None:
+def test_tables_of_different_dims_make_no_unpooled_collection(
+    rec: EmbeddingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = rec.models()
     served[0].tables["words"] = (700, 8, "fp32")
     monkeypatch.setattr(rec, "models", lambda: served)

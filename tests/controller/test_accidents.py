@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -121,7 +122,7 @@ def described(**table: int) -> list[dict[str, object]]:
     return [{"name": "m", "version": "1", "tables": [{"name": "t", **table}]}]
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "memory_limit must be at most": {"memory_limit": 2**64 - 1},
     "part_accesses must be at most": {"parts": [control.PartRef(model="m")], "part_accesses": [2**64 - 1]},
     "part_accesses must be one for each of": {"part_accesses": [1]},
@@ -142,7 +143,7 @@ REFUSED = {
 
 def test_a_report_that_no_shard_would_send_is_refused_and_ends_nobody(running: Cluster) -> None:
     before = running.wait_serving()
-    sound = {"shard_id": "stranger", "address": "127.0.0.1:9", "device": "cpu", "has_parts": True}
+    sound: dict[str, Any] = {"shard_id": "stranger", "address": "127.0.0.1:9", "device": "cpu", "has_parts": True}
     with grpc.insecure_channel(running.controller_address) as channel:
         register = ControlServiceStub(channel).Register
 

@@ -1,5 +1,7 @@
 """What the controller decides, from given states."""
 
+from typing import Any
+
 import pytest
 from support.manifests import manifest
 
@@ -118,7 +120,7 @@ def join(fleet: Fleet, report: control.ShardReport) -> Shard:
 def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     keys = decisions.part_keys(manifest("1"))
 
-    def report(name: str, held: list[PartKey], accesses: list[int], **fields: bool) -> control.ShardReport:
+    def report(name: str, held: list[PartKey], accesses: list[int], **fields: Any) -> control.ShardReport:
         parts = [key.to_wire() for key in held]
         return control.ShardReport(shard_id=name, has_parts=True, parts=parts, part_accesses=accesses, **fields)
 

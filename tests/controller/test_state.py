@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from support.manifests import manifest
@@ -87,14 +88,14 @@ class World:
                     return Planned(error)
         return None
 
-    def join(self, name: str, held: Iterable[PartKey] = (), **fields: object) -> list[Instruction]:
+    def join(self, name: str, held: Iterable[PartKey] = (), **fields: Any) -> list[Instruction]:
         """A shard registers on a stream of its name."""
         fields = {"memory_limit": 1 << 30, "device": "cpu", "address": f"h:{ord(name[0])}", **fields}
         parts = [key.to_wire() for key in held]
         self.reports[name] = control.ShardReport(shard_id=name, has_parts=True, parts=parts, **fields)
         return self.feed(Joined(name, self.reports[name]))
 
-    def report(self, name: str, **fields: object) -> list[Instruction]:
+    def report(self, name: str, **fields: Any) -> list[Instruction]:
         report = control.ShardReport()
         report.CopyFrom(self.reports[name])
         report.MergeFrom(control.ShardReport(**fields))

@@ -54,7 +54,7 @@ def test_a_store_that_stalls_is_away_until_it_answers_and_keeps_nobody(
         assert stalling.looks == 1  # no second thread waits beside the first
         stalling.answers.set()
         await until(lambda: watch.found is not None)
-        assert watch.problem == "" and "fp32" in watch.found.manifests  # type: ignore[union-attr]
+        assert watch.problem == "" and watch.found and "fp32" in watch.found.manifests
         stalling.answers.clear()
         await until(lambda: watch.found is None)
         assert changes[0] and not changes[1] and changes[2]

@@ -61,7 +61,7 @@ class Cluster:
                 self.add_service(manifest)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         for pod in self.pods.values():
             pod.ended.set()
         self.save_logs()
@@ -204,7 +204,7 @@ class Pod:
         self.ended.set()
         self.thread.join()
         self.cluster.podman("stop", f"--time={grace}", self.name, timeout=grace + 60)
-        self.exit_code = int(self.cluster.podman("inspect", "--format={{.State.ExitCode}}", self.name))
+        self.exit_code = int(self.cluster.podman("inspect", "--format={{.State.ExitCode}}", self.name))  # type: ignore[assignment]
         self.cluster.say(f"{self.name} took {time.monotonic() - began:.1f} s to end, exit code {self.exit_code}")
         self.cluster.podman("logs", self.name, check=False, log=self.cluster.folder / f"{self.name}.log")
         self.cluster.podman("rm", "--force", self.name)

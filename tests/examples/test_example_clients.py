@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ IDS = [3, 5, 8, 3]
 NO_NETWORK = ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT", "ENETUNREACH", "ENOTCACHED")
 
 
-def run(*command: str | Path, timeout: float = 150, **options) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, timeout: float = 150, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, **options)
 
 

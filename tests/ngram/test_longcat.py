@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from embedding_service.ngram import NO_TOKEN, LongcatHasher, NgramHasher, TableS
 EOS = 2
 
 
-def config(vocab_size=131072, ratio=78, n=4, k=4, eos=EOS):
+def config(vocab_size: int = 131072, ratio: float = 78, n: int = 4, k: int = 4, eos: Any = EOS) -> dict[str, Any]:
     return {
         "model_type": "longcat_flash_ngram",
         "architectures": ["LongcatFlashNgramForCausalLM"],
@@ -38,7 +40,7 @@ GEOMETRIES = [
 ]
 
 
-def reference(config, sequence):
+def reference(config: dict[str, Any], sequence: list[int]) -> list[list[int]]:
     """[S][H] ids of one sequence that starts at its first token, one token and one head at a time."""
     v, n_max, k = config["vocab_size"], config["emb_neighbor_num"], config["emb_split_num"]
     ids = []
@@ -58,19 +60,19 @@ def reference(config, sequence):
     return ids
 
 
-def ids_of(hasher, sequence, context=None):
-    context = None if context is None else torch.tensor([context], dtype=torch.int64)
-    return hasher.row_ids(torch.tensor([sequence], dtype=torch.int64), context)[0, :, 0].tolist()
+def ids_of(hasher: NgramHasher, sequence: list[int], context: list[int] | None = None) -> Any:
+    before = None if context is None else torch.tensor([context], dtype=torch.int64)
+    return hasher.row_ids(torch.tensor([sequence], dtype=torch.int64), before)[0, :, 0].tolist()
 
 
-def test_flash_lite_geometry():
+def test_flash_lite_geometry() -> None:
     hasher = NgramHasher.from_config(LITE)
     assert hasher.family == "longcat"
     assert hasher.tables == (TableShape("ngram", 122_683_536, tuple(10_223_617 + 2 * i for i in range(12))),)
     assert (hasher.num_tables, hasher.num_heads, hasher.context_length) == (1, 12, 3)
 
 
-def test_golden_vector():
+def test_golden_vector() -> None:
     """Worked by hand: V^2 = 2^34, rows of head 0 = 10223617, of head 4 = 10223625, of head 8 = 10223633."""
     ids = ids_of(NgramHasher.from_config(LITE), [7, 3, 5])
     starts = [sum(10_223_617 + 2 * i for i in range(head)) for head in (0, 4, 8)]
@@ -82,7 +84,7 @@ def test_golden_vector():
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"V{g['vocab_size']}r{g['ngram_vocab_size_ratio']}")
-def test_ids_equal_the_reference(geometry):
+def test_ids_equal_the_reference(geometry: dict[str, Any]) -> None:
     """Random tokens, and the largest ones everywhere, which make the largest sums."""
     hasher = NgramHasher.from_config(geometry)
     top = geometry["vocab_size"] - 1
@@ -99,17 +101,17 @@ def test_ids_equal_the_reference(geometry):
     "sequence",
     [[11, 523, EOS, 44, 7, 88, 4], [EOS, 5, EOS, EOS, 9, 13, 21, EOS], [EOS] * 5, [9, EOS], [EOS, 9], [1, 2, 3, 2, 5]],
 )
-def test_eos_ends_a_segment(sequence):
+def test_eos_ends_a_segment(sequence: list[int]) -> None:
     assert ids_of(NgramHasher.from_config(LITE), sequence) == reference(LITE, sequence)
 
 
-def test_look_back_stops_after_an_eos_but_the_eos_itself_looks_back():
+def test_look_back_stops_after_an_eos_but_the_eos_itself_looks_back() -> None:
     hasher = NgramHasher.from_config(LITE)
     assert ids_of(hasher, [11, 523, EOS, 44, 7])[3:] == ids_of(hasher, [44, 7])
     assert ids_of(hasher, [11, EOS])[1] != ids_of(hasher, [EOS])[0]
 
 
-def test_every_listed_eos_ends_a_segment_and_none_ends_nothing():
+def test_every_listed_eos_ends_a_segment_and_none_ends_nothing() -> None:
     several = NgramHasher.from_config(config(eos=[2, 9]))
     assert ids_of(several, [4, 9, 5, 2, 6]) == [
         *ids_of(several, [4, 9]),
@@ -120,19 +122,19 @@ def test_every_listed_eos_ends_a_segment_and_none_ends_nothing():
     assert ids_of(none, [4, 2, 6]) == reference(config(eos=-7), [4, 2, 6])
 
 
-def test_an_absent_eos_key_means_the_published_default():
+def test_an_absent_eos_key_means_the_published_default() -> None:
     absent = {key: value for key, value in LITE.items() if key != "eos_token_id"}
     assert NgramHasher.from_config(absent).params()["eos_token_ids"] == [2]
 
 
-def test_left_padding_changes_nothing_after_it_and_padded_ids_are_token_0s():
+def test_left_padding_changes_nothing_after_it_and_padded_ids_are_token_0s() -> None:
     hasher = NgramHasher.from_config(LITE)
     padded = ids_of(hasher, [NO_TOKEN, NO_TOKEN, 8, 9, 10, 11])
     assert padded[2:] == ids_of(hasher, [8, 9, 10, 11])
     assert padded[:2] == [*ids_of(hasher, [0]), *ids_of(hasher, [0])]
 
 
-def test_a_batch_equals_its_sequences_alone():
+def test_a_batch_equals_its_sequences_alone() -> None:
     hasher = NgramHasher.from_config(LITE)
     batch = torch.tensor([[NO_TOKEN, NO_TOKEN, 5, 6], [7, EOS, 9, 10], [11, 12, 13, 14]])
     context = torch.tensor([[NO_TOKEN] * 3, [1, 3, 4], [NO_TOKEN, EOS, 8]])
@@ -142,19 +144,19 @@ def test_a_batch_equals_its_sequences_alone():
 
 
 @pytest.mark.parametrize("context", [[], [5], [5, 6], [5, 6, 7], [3, 5, 6, 7], [3, EOS, 7], [NO_TOKEN, 6, 7]])
-def test_a_context_of_any_width_counts_by_its_last_tokens(context):
+def test_a_context_of_any_width_counts_by_its_last_tokens(context: Any) -> None:
     hasher = NgramHasher.from_config(LITE)
     assert ids_of(hasher, [8, 9], context) == reference(LITE, [*context, 8, 9])[len(context) :]
 
 
-def test_next_context_is_padded_on_the_left():
+def test_next_context_is_padded_on_the_left() -> None:
     hasher = NgramHasher.from_config(LITE)
     assert hasher.next_context(torch.tensor([[5]])).tolist() == [[NO_TOKEN, NO_TOKEN, 5]]
     assert hasher.next_context(torch.tensor([[5]]), torch.tensor([[1, 2, 3, 4]])).tolist() == [[3, 4, 5]]
     assert hasher.next_context(torch.empty(2, 0, dtype=torch.int64)).tolist() == [[NO_TOKEN] * 3] * 2
 
 
-def test_next_context_does_not_share_memory_with_its_input():
+def test_next_context_does_not_share_memory_with_its_input() -> None:
     tokens = torch.tensor([[5, 6, 7, 8]])
     context = NgramHasher.from_config(LITE).next_context(tokens)
     tokens.zero_()
@@ -162,14 +164,14 @@ def test_next_context_does_not_share_memory_with_its_input():
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
-def test_empty_input_gives_empty_ids(shape):
+def test_empty_input_gives_empty_ids(shape: tuple[int, int]) -> None:
     hasher = NgramHasher.from_config(LITE)
     assert hasher.row_ids(torch.empty(shape, dtype=torch.int64)).shape == (*shape, 1, 12)
 
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
+def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data: st.DataObject) -> None:
     vocab_size = data.draw(st.sampled_from([4, 50, 131072]))
     geometry = config(
         vocab_size,
@@ -214,14 +216,14 @@ def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
         (torch.tensor([[1]]), torch.tensor([[-5, 3]]), r"context\[0, -2\] is -5"),
     ],
 )
-def test_bad_tokens_are_refused_by_position_and_bound(tokens, context, says):
+def test_bad_tokens_are_refused_by_position_and_bound(tokens: Any, context: Any, says: str) -> None:
     hasher = NgramHasher.from_config(LITE)
     for call in (hasher.row_ids, hasher.next_context):
         with pytest.raises(InvalidRequest, match=says):
             call(tokens, context)
 
 
-def test_a_config_may_come_as_object_mapping_folder_or_file(tmp_path):
+def test_a_config_may_come_as_object_mapping_folder_or_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LITE))
     wanted = NgramHasher.from_config(LITE).params()
     as_object = LongcatFlashConfig(**{key: value for key, value in LITE.items() if key != "model_type"})
@@ -229,7 +231,7 @@ def test_a_config_may_come_as_object_mapping_folder_or_file(tmp_path):
         assert NgramHasher.from_config(form).params() == wanted
 
 
-def test_the_older_keys_mean_the_same():
+def test_the_older_keys_mean_the_same() -> None:
     older = {
         "model_type": None,
         "architectures": ["LongcatCausalLM"],
@@ -243,13 +245,13 @@ def test_the_older_keys_mean_the_same():
     assert NgramHasher.from_config(older).tables[0].head_rows[0] == 16_476_898
 
 
-def test_keys_alone_are_enough_where_a_config_names_no_architecture():
+def test_keys_alone_are_enough_where_a_config_names_no_architecture() -> None:
     bare = {key: value for key, value in LITE.items() if key not in ("model_type", "architectures")}
     assert NgramHasher.from_config(bare).params() == NgramHasher.from_config(LITE).params()
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"V{g['vocab_size']}r{g['ngram_vocab_size_ratio']}")
-def test_params_survive_json_and_give_the_same_ids(geometry):
+def test_params_survive_json_and_give_the_same_ids(geometry: dict[str, Any]) -> None:
     hasher = NgramHasher.from_config(geometry)
     again = NgramHasher.from_params(hasher.family, json.loads(json.dumps(hasher.params())))
     tokens = torch.tensor([[1, EOS, 3, 4, 5, 0, 63]])
@@ -258,7 +260,7 @@ def test_params_survive_json_and_give_the_same_ids(geometry):
     assert torch.equal(again.row_ids(tokens), hasher.row_ids(tokens))
 
 
-def test_a_hasher_can_be_pickled_and_made_where_the_default_device_is_another():
+def test_a_hasher_can_be_pickled_and_made_where_the_default_device_is_another() -> None:
     with torch.device("meta"):
         hasher = NgramHasher.from_config(LITE)
     tokens = torch.tensor([[1, 5, 3]])
@@ -286,7 +288,7 @@ def test_a_hasher_can_be_pickled_and_made_where_the_default_device_is_another():
         (7, "got int"),
     ],
 )
-def test_bad_configs_are_refused(bad, says):
+def test_bad_configs_are_refused(bad: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         NgramHasher.from_config(bad)
 
@@ -299,7 +301,7 @@ def test_bad_configs_are_refused(bad, says):
         ("longcat", {"a": 1}, "'a'"),
     ],
 )
-def test_bad_params_are_refused(family, params, says):
+def test_bad_params_are_refused(family: str, params: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         NgramHasher.from_params(family, params)
 
@@ -307,7 +309,7 @@ def test_bad_params_are_refused(family, params, says):
 @pytest.mark.parametrize(
     ("text", "says"), [(None, "is .* a checkpoint"), ("{", "not JSON"), ("[]", "not a JSON object")]
 )
-def test_a_folder_without_a_config_is_refused(tmp_path, text, says):
+def test_a_folder_without_a_config_is_refused(tmp_path: Path, text: Any, says: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(StoreError, match=says):
@@ -316,7 +318,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path, text, says):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ids_on_a_cuda_device_equal_those_on_the_cpu():
+def test_ids_on_a_cuda_device_equal_those_on_the_cpu() -> None:
     hasher = NgramHasher.from_config(LITE)
     tokens = torch.randint(0, 131072, (4, 1000), generator=torch.Generator().manual_seed(2))
     tokens[0, :9], tokens[1, 50], tokens[2] = NO_TOKEN, EOS, 131071

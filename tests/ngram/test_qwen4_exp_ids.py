@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from embedding_service.ngram import NO_TOKEN, NgramHasher
 EOS = 5
 
 
-def config(**keys):
+def config(**keys: Any) -> Qwen4ExpTextConfig:
     """A text config of transformers' own; by default of Qwen3.8-Flash-Next's hashing geometry."""
     geometry = {"ple_layer_ids": [2], "eos_token_id": EOS, "num_hidden_layers": 8, "ple_embed_dim": 2560}
     return Qwen4ExpTextConfig(**{**geometry, **keys})
@@ -30,22 +32,24 @@ GEOMETRIES = {
 }
 
 
-def splitmix64(state):
+def splitmix64(state: int) -> int:
     z = (state + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
 
 
-def is_prime(n):
+def is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
-def reference(config, sequence):
+def reference(config: Qwen4ExpTextConfig, sequence: list[int]) -> Any:
     """[S][L][H] ids of one sequence that starts at its first token, one token, layer and head at a time."""
     heads = config.heads_per_ngram * (config.ngram_size - 1)
     half = (2**63 - 1) // config.vocab_size // 2
-    primes, ids = [], [[] for _ in sequence]
+    assert config.ple_layer_ids
+    primes: list[int] = []
+    ids: list[list[list[int]]] = [[] for _ in sequence]
     candidate = config.ngram_vocab_size_base
     while len(primes) < heads * len(config.ple_layer_ids):
         if is_prime(candidate):
@@ -69,33 +73,33 @@ def reference(config, sequence):
     return ids
 
 
-def modules(config, monkeypatch):
+def modules(config: Qwen4ExpTextConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The n-gram embedding of each PLE layer, transformers' own; instead of rows it gives the ids it would read."""
 
     class Ids(torch.nn.Module):
-        def __init__(self, rows, dim):
+        def __init__(self, rows: int, dim: int) -> None:
             super().__init__()
             self.rows, self.weight = rows, torch.empty(1)
 
-        def forward(self, ids):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return ids.unsqueeze(-1)
 
     with monkeypatch.context() as patch:
         patch.setattr(theirs.nn, "Embedding", Ids)
         return [
-            theirs.Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, layer - 1, index)
-            for index, layer in enumerate(config.ple_layer_ids)
+            theirs.Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, layer - 1, index)  # type: ignore[arg-type]
+            for index, layer in enumerate(config.ple_layer_ids)  # type: ignore[arg-type]
         ]
 
 
-def random_tokens(config, batch, length, seed=0):
+def random_tokens(config: Qwen4ExpTextConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     tokens = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
     tokens[torch.rand(batch, length, generator=torch.Generator().manual_seed(seed + 1)) < 0.15] = EOS
     return tokens
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_ids_and_rows_are_those_of_transformers(name, monkeypatch):
+def test_ids_and_rows_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = GEOMETRIES[name]
     hasher = NgramHasher.from_config(geometry)
     tokens = random_tokens(geometry, 6, 400)
@@ -107,7 +111,7 @@ def test_ids_and_rows_are_those_of_transformers(name, monkeypatch):
     assert torch.equal(hasher.row_ids(tokens), expected)
 
 
-def test_token_by_token_ids_are_those_of_transformers_with_its_cache(monkeypatch):
+def test_token_by_token_ids_are_those_of_transformers_with_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = GEOMETRIES["three layers"]
     hasher, layers = NgramHasher.from_config(geometry), modules(geometry, monkeypatch)
     tokens = random_tokens(geometry, 3, 40)
@@ -119,14 +123,14 @@ def test_token_by_token_ids_are_those_of_transformers_with_its_cache(monkeypatch
         context = hasher.next_context(chunk, context)
 
 
-def test_flash_next_geometry():
+def test_flash_next_geometry() -> None:
     hasher = NgramHasher.from_config(GEOMETRIES["flash-next"])
     assert (hasher.family, hasher.num_tables, hasher.num_heads, hasher.context_length) == ("qwen4_exp", 1, 16, 2)
     assert hasher.tables[0].rows == 320_001_536
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_ids_equal_the_reference_in_plain_integers(name):
+def test_ids_equal_the_reference_in_plain_integers(name: str) -> None:
     geometry = GEOMETRIES[name]
     hasher = NgramHasher.from_config(geometry)
     batch = [*random_tokens(geometry, 3, 40).tolist(), [geometry.vocab_size - 1] * 40, [0, EOS] * 20]
@@ -139,7 +143,7 @@ def test_ids_equal_the_reference_in_plain_integers(name):
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
+def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data: st.DataObject) -> None:
     geometry = GEOMETRIES[data.draw(st.sampled_from(["three layers", "4-grams", "bigrams"]))]
     hasher = NgramHasher.from_config(geometry)
     length = data.draw(st.integers(1, 20))
@@ -155,7 +159,7 @@ def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data):
     assert torch.equal(torch.cat(pieces, 1), whole)
 
 
-def test_padding_is_hashed_as_the_eos_that_transformers_puts_there(monkeypatch):
+def test_padding_is_hashed_as_the_eos_that_transformers_puts_there(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = GEOMETRIES["flash-next"]
     [layer] = modules(geometry, monkeypatch)
     padded = torch.tensor([[NO_TOKEN, NO_TOKEN, 8, 9, 10]])
@@ -163,7 +167,7 @@ def test_padding_is_hashed_as_the_eos_that_transformers_puts_there(monkeypatch):
     assert torch.equal(NgramHasher.from_config(geometry).row_ids(padded)[:, :, 0], expected)
 
 
-def test_a_config_may_nest_the_text_model_and_leave_defaults_out(tmp_path):
+def test_a_config_may_nest_the_text_model_and_leave_defaults_out(tmp_path: Path) -> None:
     text = {"ple_layer_ids": [2], "num_hidden_layers": 4, "eos_token_id": [EOS, 9]}
     wanted = NgramHasher.from_config(GEOMETRIES["flash-next"]).params()
     Qwen4ExpConfig(text_config=text).save_pretrained(tmp_path)
@@ -171,7 +175,7 @@ def test_a_config_may_nest_the_text_model_and_leave_defaults_out(tmp_path):
         assert NgramHasher.from_config(form).params() == wanted
 
 
-def test_params_survive_json_and_pickle():
+def test_params_survive_json_and_pickle() -> None:
     hasher = NgramHasher.from_config(GEOMETRIES["three layers"])
     tokens = torch.tensor([[1, EOS, 3, 4, 5, 0, 63]])
     for again in (
@@ -194,7 +198,7 @@ def test_params_survive_json_and_pickle():
         ({"vocab_size": "9"}, "do not fit"),
     ],
 )
-def test_bad_configs_are_refused(bad, says):
+def test_bad_configs_are_refused(bad: Any, says: str) -> None:
     keys = {"model_type": "qwen4_exp", "text_config": {"ple_layer_ids": [2], "eos_token_id": EOS, **bad}}
     with pytest.raises(InvalidRequest, match=says):
         NgramHasher.from_config(keys)
@@ -202,7 +206,7 @@ def test_bad_configs_are_refused(bad, says):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ids_on_a_cuda_device_equal_those_on_the_cpu():
+def test_ids_on_a_cuda_device_equal_those_on_the_cpu() -> None:
     hasher = NgramHasher.from_config(GEOMETRIES["flash-next"])
     tokens = random_tokens(GEOMETRIES["flash-next"], 4, 1000)
     assert torch.equal(hasher.row_ids(tokens.cuda()).cpu(), hasher.row_ids(tokens))

@@ -1,6 +1,7 @@
 """Requests of every kind, good and bad, from a thin client that uses the protos alone."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -30,7 +31,7 @@ def stub(channel: grpc.Channel) -> EmbeddingServiceStub:
     return EmbeddingServiceStub(channel)
 
 
-def request(**fields: object) -> wire.LookupRequest:
+def request(**fields: Any) -> wire.LookupRequest:
     return wire.LookupRequest(**{"model": "fp32", "table": "ngram", **fields})
 
 
@@ -92,7 +93,7 @@ def test_no_ids_are_answered_with_no_rows(stub: EmbeddingServiceStub) -> None:
     assert (answer.rows, answer.dim, answer.row_bytes) == (b"", DIM, 4 * DIM)
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown model": (dict(model="nope", ids=[1]), "NOT_FOUND", "'nope'.*served models: .*fp32@1.*int8@1"),
     "unknown version": (dict(model="fp32@7", ids=[1]), "NOT_FOUND", "'fp32@7'.*fp32@1"),
     "no model": (dict(model="", ids=[1]), "NOT_FOUND", "served models"),
@@ -267,7 +268,7 @@ def test_ngrams_are_hashed_by_the_service_as_by_the_client(stub: EmbeddingServic
         (dict(token_ids=[1] * 200_000), "RESOURCE_EXHAUSTED", "over this service's limit"),
     ],
 )
-def test_bad_ngram_requests(stub: EmbeddingServiceStub, fields: dict[str, object], code: str, message: str) -> None:
+def test_bad_ngram_requests(stub: EmbeddingServiceStub, fields: dict[str, Any], code: str, message: str) -> None:
     with pytest.raises(grpc.RpcError, match=message) as caught:
         stub.LookupNgrams(wire.LookupNgramsRequest(**{"model": "fp32", **fields}))
     assert caught.value.code().name == code

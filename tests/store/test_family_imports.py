@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def stored_rows(store: Path, manifest: Manifest, name: str) -> torch.Tensor:
     return torch.cat(parts).view(torch.uint8).view(-1, table.row_bytes)
 
 
-def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """Change a checkpoint's tensors."""
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
@@ -44,7 +45,7 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None])
     return checkpoint
 
 
-def reconfigure(checkpoint: Path, **keys: object) -> Path:
+def reconfigure(checkpoint: Path, **keys: Any) -> Path:
     """Change a checkpoint's config."""
     file = checkpoint / "config.json"
     config = json.loads(file.read_text())
@@ -53,7 +54,7 @@ def reconfigure(checkpoint: Path, **keys: object) -> Path:
     return checkpoint
 
 
-def refused(checkpoint: Path, message: str, **options: object) -> None:
+def refused(checkpoint: Path, message: str, **options: Any) -> None:
     """Import, and expect ImportRefused with this message and a store without a trace of it."""
     store = checkpoint.parent / "refused"
     with pytest.raises(ImportRefused, match=message):
@@ -214,7 +215,7 @@ def test_an_interrupted_import_goes_on_with_the_second_table(tmp_path: Path) -> 
         if done > 0.9 * total:
             raise Interrupted
 
-    options = {"dtype": "keep", "part_bytes": PART_BYTES}
+    options: dict[str, Any] = {"dtype": "keep", "part_bytes": PART_BYTES}
     with pytest.raises(Interrupted):
         import_checkpoint(checkpoint, store, "tiny", progress=stop, **options)
     assert Store(store).models() == []

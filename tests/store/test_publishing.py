@@ -62,7 +62,8 @@ def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
     cls, scheme = (Draft, "") if kind == "local" else (RemoteDraft, "simplecache::file://")
     real, seen = cls.publish, set()
     for step in range(1, MOST_STEPS):
-        url, had_it = f"{scheme}{tmp_path}/store-{step}", []
+        url = f"{scheme}{tmp_path}/store-{step}"
+        had_it: list[bool] = []
 
         def killed(draft: Draft, manifest: Manifest, step: int = step, had_it: list[bool] = had_it) -> None:
             had_it.append(publish_and_die(lambda: real(draft, manifest), step))

@@ -25,7 +25,8 @@ class _NgramLlama(LlamaForCausalLM):
         return published.LongcatNgramModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        ngrams, rest = [], []
+        ngrams: list[tuple[str, Tensor]] = []
+        rest: list[tuple[str, Tensor]] = []
         for name, weight in weights:
             (ngrams if "ngram_embeddings" in name else rest).append((name, weight))
         loaded = {f"model.{self.model.ngram_embeddings.load_weight(name, weight)}" for name, weight in ngrams}

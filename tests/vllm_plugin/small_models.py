@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from embedding_service.ngram import NgramHasher
 
 # A multiple of 256: vLLM's kernel for zero experts leaves the rest out.
 VOCAB, HIDDEN, EOS = 500, 768, 2
-LONGCAT = {
+LONGCAT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "num_layers": 2,
@@ -44,7 +45,7 @@ LONGCAT = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
 }
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 128,
@@ -60,7 +61,7 @@ ARCHITECTURE = "LongcatFlashNgramForCausalLM"
 NGRAMS = {"ngram_vocab_size_ratio": 50, "emb_neighbor_num": 4, "emb_split_num": 2}
 
 
-QWEN4_EXP = {
+QWEN4_EXP: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -134,7 +135,7 @@ def qwen4_exp_checkpoint(folder: Path) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.1)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
 
 

@@ -25,7 +25,7 @@ def message(shape: Shape) -> wire.LookupResponse:
         rows=content(shape).tobytes(),
         row_bytes=shape.row_bytes,
         dim=shape.dim,
-        encoding=shape.encoding,
+        encoding=shape.encoding,  # type: ignore[arg-type]
         version=shape.version,
     )
 

@@ -3,6 +3,7 @@
 import json
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from embedding_service.ngram import NgramHasher
 VOCAB = 500
 CONTEXT = 2048
 HIDDEN = 48
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "num_layers": 2,
@@ -35,7 +36,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-NGRAM_CONFIG = {"ngram_vocab_size_ratio": 1.5, "emb_neighbor_num": 4, "emb_split_num": 2}
+NGRAM_CONFIG: dict[str, Any] = {"ngram_vocab_size_ratio": 1.5, "emb_neighbor_num": 4, "emb_split_num": 2}
 HEADS = 6
 DIM = HIDDEN // HEADS
 CHAT_TEMPLATE = (
@@ -59,7 +60,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
 def write_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as published: no weights for the zero experts, the tables in a file of their own."""
     torch.manual_seed(7)
-    model = LongcatFlashForCausalLM(LongcatFlashConfig(**CONFIG)).to(dtype)
+    model = LongcatFlashForCausalLM(LongcatFlashConfig(**CONFIG)).to(dtype)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             # Far from the usual small values, so that a wrong row or position shows in every logit.

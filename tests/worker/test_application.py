@@ -14,10 +14,10 @@ from model_worker.worker import WorkerConfig
 
 def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embeddings: str) -> None:
     arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3, "cache_bytes": "2MiB"}
-    bound = build_as_ray_does(build, arguments)._bound_deployment
+    bound = build_as_ray_does(build, arguments)._bound_deployment  # type: ignore[arg-type]
     assert bound.init_args == (WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20),)
 
 
 def test_an_argument_that_is_wrong_is_named() -> None:
     with pytest.raises(ValidationError, match="batch_size"):
-        build_as_ray_does(build, {"checkpoint": "/c", "embeddings": "localhost:1", "batch_size": 3})
+        build_as_ray_does(build, {"checkpoint": "/c", "embeddings": "localhost:1", "batch_size": 3})  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def prompts(count: int, longest: int = 40) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
-def greedy(tokens: int = 24, **others: object) -> SamplingParams:
+def greedy(tokens: int = 24, **others: Any) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=0, **others)
 
 
@@ -135,7 +135,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
-def change(file: Path, **keys: object) -> None:
+def change(file: Path, **keys: Any) -> None:
     """Change keys of a JSON file, which is made where there is none."""
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(before | keys))
@@ -149,7 +149,7 @@ def test_it_ends_where_generate_ends(folder: Path, tokenizer: PreTrainedTokenize
     change(folder / "generation_config.json", eos_token_id=[usual[9], usual[6]])
     model = attached(folder)
     end = usual.index(usual[6]) + 1
-    generated = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+    generated = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]  # type: ignore[misc]
     assert generated.tolist() == usual[:end]
     ending = Engine(model, tokenizer)
     try:
@@ -163,7 +163,7 @@ def test_it_ends_where_generate_ends(folder: Path, tokenizer: PreTrainedTokenize
         ending.close()
 
 
-def ends(config: dict[str, object], generation: dict[str, object], tokenizer: object) -> frozenset[int]:
+def ends(config: dict[str, Any], generation: dict[str, Any], tokenizer: object) -> frozenset[int]:
     text = Qwen4ExpTextConfig(vocab_size=VOCAB, ple_layer_ids=[1], eos_token_id=2)
     return end_tokens(Qwen4ExpConfig(text_config=text.to_dict(), **config), GenerationConfig(**generation), tokenizer)
 
@@ -240,7 +240,7 @@ class Gate(LocalTables):
         self.fails_at: int | None = None
         """A batch of this many sequences fails."""
 
-    def lookup_ngrams(self, model: str, token_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def lookup_ngrams(self, model: str, token_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self.open.wait(SECONDS)
         if self.fails_at == len(token_ids):
             raise Unavailable("no shard answers")

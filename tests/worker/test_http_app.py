@@ -66,7 +66,7 @@ def refusal(answer: Any, status: int = 400) -> tuple[str | None, str]:
 
 def test_choices_are_numbered_across_the_prompts(client: openai.OpenAI) -> None:
     prompts = ["A list", "naïve", "one two three"]
-    options = {"model": "small", "max_tokens": 6, "seed": 11, "n": 2}
+    options: dict[str, Any] = {"model": "small", "max_tokens": 6, "seed": 11, "n": 2}
     alone = [client.completions.create(prompt=prompt, **options) for prompt in prompts]
     answer = client.completions.create(prompt=prompts, **options)
     assert [choice.index for choice in answer.choices] == list(range(6))
@@ -88,7 +88,7 @@ def test_choices_are_numbered_across_the_prompts(client: openai.OpenAI) -> None:
 
 def test_several_prompts_of_ids(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["A", "one two"]
-    options = {"model": "small", "max_tokens": 5, "temperature": 0, "logprobs": 1}
+    options: dict[str, Any] = {"model": "small", "max_tokens": 5, "temperature": 0, "logprobs": 1}
     by_text = client.completions.create(prompt=texts, **options)
     by_ids = client.completions.create(prompt=[tokenizer.encode(text) for text in texts], **options)
     assert [choice.text for choice in by_ids.choices] == [choice.text for choice in by_text.choices]
@@ -136,8 +136,8 @@ def dumps(message: Any) -> list[Any]:
 
 
 def test_a_second_turn_takes_what_the_first_gave(client: openai.OpenAI) -> None:
-    ask = {"role": "user", "content": "What is a list?"}
-    options = {"model": "small", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    ask: Any = {"role": "user", "content": "What is a list?"}
+    options: dict[str, Any] = {"model": "small", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
     first = client.chat.completions.create(messages=[ask], **options).choices[0].message
     expected = client.chat.completions.create(
         messages=[ask, {"role": "assistant", "content": first.content}, ask], **options
@@ -163,7 +163,7 @@ NEUTRAL = {
     "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": True, "stop_token_ids": [],
     "chat_template_kwargs": {}, "add_generation_prompt": True, "min_tokens": 0, "max_tokens": None, "seed": None,
 }  # fmt: skip
-QUIET_MESSAGE = {
+QUIET_MESSAGE: dict[str, Any] = {
     "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "name": None,
     "reasoning_content": None,
 }  # fmt: skip
@@ -392,7 +392,7 @@ def test_the_longest_prompt_that_fits(http: TestClient, tokenizer: PreTrainedTok
 
 # Values at their ends
 
-NUMBERS = st.one_of(
+NUMBERS: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from(
         [0, -0.0, 1, -1, 2, 1e-300, 5e-324, 1e-45, 1e-38, 1 - 1e-17, 1 + 1e-15, 1e300, float("inf"), float("-inf"),
          float("nan"), 2**31, 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**64, 2**70, 10**400, True, None, "1", [], {}]

@@ -33,7 +33,7 @@ class Server:
         self.cut_off = threading.Event()
         [middleware] = guard_proxy()
         GuardedHttp.most = MOST
-        app = middleware.cls(self.app, *middleware.args, seconds=SECONDS, held_bytes=2 * MAX_BODY_BYTES)
+        app = middleware.cls(self.app, *middleware.args, seconds=SECONDS, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
         config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
@@ -267,4 +267,4 @@ def test_the_client_that_goes_while_it_sends() -> None:
     limited: Callable[..., Any] = WholeBodies(app)
     asyncio.run(limited({"type": "http", "headers": []}, receive, send))
     assert calls == sent == []
-    assert limited._held == 0
+    assert limited._held == 0  # type: ignore[attr-defined]

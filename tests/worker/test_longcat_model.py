@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def step_by_step(model: LongcatFlashForCausalLM, prompt: torch.Tensor, new_token
     return sequence[:, prompt.shape[1] :]
 
 
-def greedy(model: LongcatFlashForCausalLM, prompt: torch.Tensor, new_tokens: int, **options: object) -> torch.Tensor:
-    out = model.generate(
+def greedy(model: LongcatFlashForCausalLM, prompt: torch.Tensor, new_tokens: int, **options: Any) -> torch.Tensor:
+    out = model.generate(  # type: ignore[misc]
         prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None, **options
     )
     return out[:, prompt.shape[1] :]
@@ -314,7 +315,7 @@ def test_a_failed_lookup_leaves_the_cache_as_it_was(model_folder: Path) -> None:
     class Broken(LocalTables):
         broken = False
 
-        def lookup_ngrams(self, *args: object, **kwargs: object) -> torch.Tensor:
+        def lookup_ngrams(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.broken:
                 raise EmbeddingServiceError("gone")
             return super().lookup_ngrams(*args, **kwargs)
@@ -356,7 +357,7 @@ def test_attach_refuses_tables_of_another_model(model_folder: Path) -> None:
 
 def test_attach_refuses_rows_of_another_width(model_folder: Path) -> None:
     class Wider(LocalTables):
-        def lookup_ngrams(self, *args: object, **kwargs: object) -> torch.Tensor:
+        def lookup_ngrams(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().lookup_ngrams(*args, **kwargs).repeat(1, 1, 1, 1, 2)
 
     with pytest.raises(InvalidRequest, match=f"{2 * HEADS * DIM} values wide.*{HEADS * DIM}"):

@@ -235,9 +235,9 @@ def test_the_model_with_vision(folder: Path, client: EmbeddingClient, tmp_path: 
         there = load_model(folder).eval()
         attach(there, connected, "seeing")
         assert isinstance(there, Qwen4ExpForConditionalGeneration)
-        options = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
         assert torch.equal(there(some_ids()).logits, here(some_ids()).logits)
-        assert torch.equal(there.generate(some_ids(), **options), here.generate(some_ids(), **options))
+        assert torch.equal(there.generate(some_ids(), **options), here.generate(some_ids(), **options))  # type: ignore[arg-type, misc]
 
 
 # Loading
@@ -337,7 +337,7 @@ def test_rows_are_fetched_while_earlier_layers_run(watched: tuple[Any, Watched],
     source.open.clear()
     asked_before: list[int] = []
 
-    def first_layer_ran(*_: object) -> None:
+    def first_layer_ran(*_: Any) -> None:
         asked_before.append(source.ahead)
         source.open.set()
 
@@ -366,7 +366,7 @@ def test_a_slow_lookup_has_the_look_back_of_its_own_step(watched: tuple[Any, Wat
 
 def test_one_lookup_a_step_for_all_layers(watched: tuple[Any, Watched]) -> None:
     model, source = watched
-    options = {"eos_token_id": None, "pad_token_id": 0, "attention_mask": left_padding()}
+    options: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "attention_mask": left_padding()}
     model.generate(some_ids(), max_new_tokens=15, prefill_chunk_size=10, **options)
     # 24 tokens in three chunks, then one token a step, the last of which is not run.
     assert (source.ahead, source.at_once) == (3 + 14, 0)
@@ -399,7 +399,7 @@ def test_copies_and_conversions_of_an_attached_model(there: Any, client: Embeddi
         asked = prefetch.lookups.count
         assert torch.equal(copied(ids).logits, expected)
         assert prefetch.lookups.count == asked + 1  # its own hook asked for what its own tables need
-    prefetch.source.close()
+    prefetch.source.close()  # type: ignore[attr-defined]
     for dtype in (torch.bfloat16, torch.float16):
         logits = twin.to(dtype)(ids).logits
         assert (logits.dtype, bool(torch.isfinite(logits).all())) == (dtype, True)
@@ -467,7 +467,12 @@ def test_the_engine_batches_it(folder: Path, here: Any, there: Any) -> None:
     finally:
         running.close()
     for (prompt, tokens), given in zip(asked, together, strict=True):
-        options = {"max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        options: dict[str, Any] = {
+            "max_new_tokens": tokens,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "do_sample": False,
+        }
         assert given == here.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
@@ -482,7 +487,7 @@ def test_a_worker_serves_it(folder: Path, service: Up, here: Any) -> None:
             events = worker.generate([(prompt, each) for each in params], streamed=True).events()
             return "".join([event.text async for together in events for _, event in together])
 
-        options = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
         expected = here.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
         assert asyncio.run(generate()) == worker.tokenizer.decode(expected, skip_special_tokens=True)
         info = worker.info()

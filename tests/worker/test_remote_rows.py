@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_logits_are_identical(model: LongcatFlashForCausalLM, remote_model: Long
     ids=lambda options: "-".join(options) or "greedy",
 )
 def test_generation_is_identical(
-    model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM, options: dict[str, object]
+    model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM, options: dict[str, Any]
 ) -> None:
     ids = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(4))
     same(model, remote_model, ids, options)
@@ -63,10 +64,12 @@ def test_assisted_generation_is_identical(
     """Guesses are taken back: the look-back must be, too."""
     ids = torch.randint(3, VOCAB, (1, 12), generator=torch.Generator().manual_seed(4))
     ids[0, 6:] = ids[0, :6]
-    options = {"prompt_lookup_num_tokens": 3} if assistant == "the prompt" else {"assistant_model": remote_model}
+    options: dict[str, Any] = (
+        {"prompt_lookup_num_tokens": 3} if assistant == "the prompt" else {"assistant_model": remote_model}
+    )
     same(model, remote_model, ids, options)
-    plain = model.generate(ids, **OPTIONS)
-    assert torch.equal(remote_model.generate(ids, **OPTIONS, **options), plain)
+    plain = model.generate(ids, **OPTIONS)  # type: ignore[misc]
+    assert torch.equal(remote_model.generate(ids, **OPTIONS, **options), plain)  # type: ignore[arg-type, misc]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -89,20 +92,20 @@ def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
         same(here, there, ids, {})
 
 
-OPTIONS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def same(
-    here: LongcatFlashForCausalLM, there: LongcatFlashForCausalLM, ids: torch.Tensor, options: dict[str, object]
+    here: LongcatFlashForCausalLM, there: LongcatFlashForCausalLM, ids: torch.Tensor, options: dict[str, Any]
 ) -> None:
     """Both generate the same tokens from the same logits."""
     options = OPTIONS | {"output_logits": True, "return_dict_in_generate": True} | options
     given = []
     for model in (here, there):
         torch.manual_seed(1)
-        given.append(model.generate(ids, **options))
-    assert torch.equal(given[0].sequences, given[1].sequences)
-    assert all(torch.equal(a, b) for a, b in zip(given[0].logits, given[1].logits, strict=True))
+        given.append(model.generate(ids, **options))  # type: ignore[misc]
+    assert torch.equal(given[0].sequences, given[1].sequences)  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(given[0].logits, given[1].logits, strict=True))  # type: ignore[arg-type, union-attr]
 
 
 def test_training_fails_until_the_rows_are_frozen(model_folder: Path, remote: EmbeddingClient) -> None:
@@ -127,7 +130,9 @@ def test_attach_says_what_is_wrong_with_the_service(model_folder: Path, remote: 
         attach(load_model(model_folder), nobody, "small")
 
 
-def test_a_compiled_model_gives_the_same_logits(model: LongcatFlashForCausalLM, remote_model) -> None:
+def test_a_compiled_model_gives_the_same_logits(
+    model: LongcatFlashForCausalLM, remote_model: LongcatFlashForCausalLM
+) -> None:
     """The graphs are those of the model's own code, which breaks them where it asks which experts were hit."""
     torch.compiler.reset()
     counters.clear()

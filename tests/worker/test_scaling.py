@@ -102,7 +102,7 @@ def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tabl
         answers: list[Future[int]] = []
         for number in (1, 2):
             answers.append(pool.submit(long_answer, server))
-            until(lambda number=number: len(busy(server)) == number, f"{number} replicas to be busy")
+            until(lambda number=number: len(busy(server)) == number, f"{number} replicas to be busy")  # type: ignore[misc]
         # One replica could hold both: the other goes, and no new request reaches it.
         until(lambda: len({server.info()["pid"] for _ in range(20)}) == 1, "new requests to go to one replica")
         assert [answer.done() for answer in answers] == [False, False]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -58,7 +59,7 @@ class Server:
         until(printed, "the server")
 
     def metrics_url(self) -> str:
-        return re.search(r"metrics at (\S+)\)", self.log.read_text())[1]
+        return re.findall(r"metrics at (\S+)\)", self.log.read_text())[0]
 
     def family(self) -> list[psutil.Process]:
         """The process and all that came from it."""
@@ -98,7 +99,7 @@ def client(server: Server) -> openai.OpenAI:
 def expected(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str]:
     """Greedy tokens after PROMPT and their text, from the tables in this process, without a cache."""
     tokens = without_a_cache(model, tokenizer.encode(PROMPT), 24)
-    return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
+    return tokens, tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +130,9 @@ def test_completion(client: openai.OpenAI, expected: tuple[list[int], str], toke
     assert answer.model == "small"
     assert [choice.text for choice in answer.choices] == [text]
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT))
-    assert answer.usage.completion_tokens == len(tokens)
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT))  # type: ignore[union-attr]
+    assert answer.usage.completion_tokens == len(tokens)  # type: ignore[union-attr]
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens  # type: ignore[union-attr]
 
 
 def test_completion_of_token_ids(
@@ -159,14 +160,20 @@ def test_streamed_completion(client: openai.OpenAI, expected: tuple[list[int], s
     assert "".join(chunk.choices[0].text for chunk in pieces) == expected[1]
     assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert usage.choices == []
-    assert usage.usage.completion_tokens == len(expected[0])
+    assert usage.usage.completion_tokens == len(expected[0])  # type: ignore[union-attr]
     assert len({chunk.id for chunk in chunks}) == 1
 
 
 def test_a_stop_string(client: openai.OpenAI, expected: tuple[list[int], str]) -> None:
     text = expected[1]
     stop = text[6:9]
-    options = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "stop": ["never seen", stop]}
+    options: dict[str, Any] = {
+        "model": "small",
+        "prompt": PROMPT,
+        "max_tokens": 24,
+        "temperature": 0,
+        "stop": ["never seen", stop],
+    }
     answer = client.completions.create(**options)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
     streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True))
@@ -180,7 +187,7 @@ def test_chat(client: openai.OpenAI, model: LongcatFlashForCausalLM, tokenizer: 
     ]
     prompt = tokenizer.encode("<system>Be brief.\n<user>What is a list?\n<assistant>", add_special_tokens=False)
     text = tokenizer.decode(without_a_cache(model, prompt, 12), skip_special_tokens=True)
-    options = {"model": "small", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
+    options: dict[str, Any] = {"model": "small", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
     answer = client.chat.completions.create(**options)
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.role == "assistant"
@@ -197,7 +204,13 @@ def test_chat(client: openai.OpenAI, model: LongcatFlashForCausalLM, tokenizer: 
 
 def test_sampling_with_a_seed(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str:
-        options = {"model": "small", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.9, "top_p": 0.9}
+        options: dict[str, Any] = {
+            "model": "small",
+            "prompt": PROMPT,
+            "max_tokens": 20,
+            "temperature": 0.9,
+            "top_p": 0.9,
+        }
         return client.completions.create(**options, seed=seed).choices[0].text
 
     assert sample(1) == sample(1)
@@ -206,7 +219,7 @@ def test_sampling_with_a_seed(client: openai.OpenAI) -> None:
 
 def test_several_choices(client: openai.OpenAI, expected: tuple[list[int], str]) -> None:
     """Choice i is what a request of its own with the seed plus i gives; a stream tells them apart by index."""
-    options = {"model": "small", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.9}
+    options: dict[str, Any] = {"model": "small", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.9}
     alone = [client.completions.create(**options, seed=seed).choices[0].text for seed in (5, 6, 7)]
     answer = client.completions.create(**options, seed=5, n=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -217,7 +230,7 @@ def test_several_choices(client: openai.OpenAI, expected: tuple[list[int], str])
     assert sorted(piece.index for piece in pieces if piece.finish_reason) == [0, 1, 2]
 
     messages = [{"role": "user", "content": "What is a list?"}]
-    chat = {"model": "small", "messages": messages, "max_tokens": 8, "seed": 5, "n": 2}
+    chat: dict[str, Any] = {"model": "small", "messages": messages, "max_tokens": 8, "seed": 5, "n": 2}
     whole = [choice.message.content for choice in client.chat.completions.create(**chat).choices]
     deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**chat, stream=True)]
     assert [delta.delta.role for delta in deltas].count("assistant") == 2
@@ -241,14 +254,14 @@ def test_log_probabilities_of_a_completion(
     logprobs: torch.Tensor,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    options = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 3}
+    options: dict[str, Any] = {"model": "small", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 3}
     told = client.completions.create(**options).choices[0].logprobs
     spelled = [tokenizer.decode([token]) for token in expected[0]]
     assert told.tokens == spelled
     assert told.token_logprobs == pytest.approx(
         [float(row[token]) for row, token in zip(logprobs, expected[0], strict=True)], abs=1e-4
     )
-    assert told.text_offset == [len("".join(spelled[:number])) for number in range(len(spelled))]
+    assert told.text_offset == [len("".join(spelled[:number])) for number in range(len(spelled))]  # type: ignore[arg-type]
     for place, row in zip(told.top_logprobs, logprobs, strict=True):
         assert list(place.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
@@ -263,7 +276,7 @@ def test_log_probabilities_of_a_completion(
 
 def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "What is a list?"}]
-    options = {"model": "small", "messages": messages, "max_tokens": 12, "temperature": 0}
+    options: dict[str, Any] = {"model": "small", "messages": messages, "max_tokens": 12, "temperature": 0}
     answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     content = answer.choices[0].logprobs.content
     assert len(content) == answer.usage.completion_tokens

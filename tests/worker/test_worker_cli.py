@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -37,7 +38,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def config(**keys: object) -> Callable[[Path], object]:
+def config(**keys: Any) -> Callable[[Path], object]:
     """Changes a checkpoint's config.json."""
 
     def change(folder: Path) -> None:
@@ -54,7 +55,12 @@ def write(name: str, content: bytes) -> Callable[[Path], object]:
 
 def remove(pattern: str) -> Callable[[Path], object]:
     """Removes files of a checkpoint."""
-    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
+
+    def unlink(folder: Path) -> None:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+    return unlink
 
 
 DENSE = "model-00001-of-00002.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 
@@ -28,7 +29,7 @@ def forged_reports(window: Window) -> None:
 def _forged(window: Window) -> list[control.ShardReport]:
     values = window.values
     part = control.PartRef(model="m", version="9", table="ngram", part=values.randrange(1 << 32))
-    broken = dict(address=NOWHERE, device="cpu", tier="ram")
+    broken: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram")
     # The names that __main__ gives them.
     taken = values.choice([name for name in window.pids if name != "controller"])
     return [
@@ -57,7 +58,7 @@ def huge_reports(window: Window) -> None:
         message = "[/x] \x1b[31m " + "f" * (window.values.randrange(1, 8) * MIB)
         failures = [control.PartFailure(part=parts[0], message=message)]
         failures += [control.PartFailure(part=part, message="broken") for part in parts[:20_000]]
-        about = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1, has_parts=True)
+        about: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1, has_parts=True)
         _register(window, control.ShardReport(shard_id="long", parts=parts, **about), 0.5)
         _register(window, control.ShardReport(shard_id="failing", failures=failures, **about), 1.0)
 
@@ -67,7 +68,7 @@ def come_and_go(window: Window) -> None:
     number = 0
     while window.open:
         number += 1
-        about = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1 << 20, has_parts=True)
+        about: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1 << 20, has_parts=True)
         _register(window, control.ShardReport(shard_id=f"guest-{number % 3}", **about), 0.25)
         window.rest(0.25)
 

@@ -58,7 +58,7 @@ def _small(window: Window) -> wire.LookupRequest:
             wire.LookupRequest(model="m", table="[/red]\x1b[31m\n"),
             wire.LookupRequest(model="m@1", table="ngram", ids=[1], epoch=(1 << 64) - 1, term=(1 << 64) - 1),
             wire.LookupRequest(model="m@9", table="ngram", ids=[1], epoch=1),
-            wire.LookupRequest(model="m", table="ngram", ids=[1], encoding=window.values.randrange(5, 1 << 31)),
+            wire.LookupRequest(model="m", table="ngram", ids=[1], encoding=window.values.randrange(5, 1 << 31)),  # type: ignore[arg-type]
         )
     )
 
