@@ -155,6 +155,7 @@ def test_threads_share_a_cache_that_is_too_small(service: Up) -> None:
     assert not wrong
 
 
+@pytest.mark.service
 def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "TRUSTED_SECONDS", 0.2)
     store = tmp_path / "store"

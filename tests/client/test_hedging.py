@@ -89,6 +89,7 @@ def test_a_failure_counts_only_when_nobody_is_left(hedging: HedgingTransport, sc
     assert hedging.send(call("gone", "fast")).result(5) in (GONE, "answer of fast")
 
 
+@pytest.mark.service
 def test_a_client_that_hedges_gets_the_same_rows(store: Path, tmp_path: Path) -> None:
     with serving(tmp_path, store, 3, replicas=2) as running, EmbeddingClient(running.address, hedge=True) as client:
         for seed in range(40):

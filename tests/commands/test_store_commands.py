@@ -14,6 +14,8 @@ from embedding_service.commands import store as store_commands
 from embedding_service.errors import InvalidRequest, OutOfRange
 from embedding_service.store import Store
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "embedding_service"]
 
 

@@ -43,6 +43,7 @@ def assigned(controller: Controller) -> set[str]:
     return {key.model for key in controller.state.fleet.shards["a"].assigned or ()}
 
 
+@pytest.mark.slow
 def test_a_planner_that_does_not_come_back_is_replaced_and_asked_again(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_planner_that_does_not_come_back_is_replaced_and_asked_again(
     decide(store, 1 << 30, check)
 
 
+@pytest.mark.slow
 def test_versions_that_do_not_fit_are_left_out_and_the_others_are_placed(store: Path) -> None:
     small = sorted(Store(store).newest(), key=lambda manifest: manifest.bytes)
     largest = small.pop()

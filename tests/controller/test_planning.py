@@ -14,6 +14,7 @@ PARTS = [PartDemand(PartKey("m", "1", "t", index), 1000, 260) for index in range
 NODES = [Node("a", 1 << 20), Node("b", 1 << 20)]
 
 
+@pytest.mark.slow
 def test_it_plans_says_what_does_not_fit_and_is_replaced_when_it_dies() -> None:
     others = set(psutil.Process().children())
 

@@ -16,6 +16,8 @@ from support.cluster import Up
 
 from embedding_service import EmbeddingClient
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 IDS = [3, 5, 8, 3]

@@ -214,6 +214,7 @@ def test_real_row_sizes() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_decoding_loads_no_fbgemm() -> None:
     code = (
         "import sys, torch\n"

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,7 +216,9 @@ class Members:
         self._controller = f"127.0.0.1:{free_port()}"
         port = int(self.address.rpartition(":")[2])
         options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1)
-        self._commands = {f"shard-{n}": shard_command(options, self._controller, f"shard-{n}") for n in range(shards)}
+        self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
+        names = [f"shard-{number}" for number in range(shards)]
+        self._commands = {name: shard_command(options, self._controller, name, self._sockets.name) for name in names}
         self._commands["controller"] = controller_command(options, self._controller)
         self._processes: list[Process] = []
 

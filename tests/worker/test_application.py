@@ -11,6 +11,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary 
 from model_worker.application import build
 from model_worker.worker import WorkerConfig
 
+pytestmark = pytest.mark.slow
+
 
 def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embeddings: str) -> None:
     arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3, "cache_bytes": "2MiB"}

@@ -32,6 +32,8 @@ from model_worker.longcat import LocalTables, load_model
 from model_worker.sampling import SamplingParams
 from model_worker.worker import Generation
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60
 
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from model_worker.http_app import build_app
 from model_worker.worker import Worker, WorkerConfig
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The import statement, naïvely"
 MAX_BATCH, MAX_QUEUE = 2, 6
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

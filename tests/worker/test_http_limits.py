@@ -20,6 +20,8 @@ from support.cluster import until
 from model_worker import http_limits
 from model_worker.http_limits import MAX_BODY_BYTES, MAX_HEAD_BYTES, GuardedHttp, WholeBodies, guard_proxy
 
+pytestmark = pytest.mark.slow
+
 MOST = 8
 SECONDS = 2.0
 HEAD = b"POST / HTTP/1.1\r\nHost: test\r\n"

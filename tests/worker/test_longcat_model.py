@@ -21,6 +21,8 @@ from embedding_service.store.split import split_checkpoint
 from model_worker import attach
 from model_worker.longcat import LocalTables, load_model
 
+pytestmark = pytest.mark.slow
+
 EOS = CONFIG["eos_token_id"]
 WORDS = "model.embed_tokens.weight"
 OTHER_WORDS = "model.ngram_embeddings.word_embeddings.weight"

@@ -42,6 +42,8 @@ from model_worker.qwen4_exp import RemoteTable
 from model_worker.sampling import SamplingParams
 from model_worker.worker import Worker, WorkerConfig
 
+pytestmark = pytest.mark.slow
+
 EOS = 2
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -221,6 +223,7 @@ def test_a_loaded_model_gives_up_its_tables(folder: Path, client: EmbeddingClien
     assert torch.equal(loaded(some_ids()).logits, here(some_ids()).logits)
 
 
+@pytest.mark.service
 def test_the_model_with_vision(folder: Path, client: EmbeddingClient, tmp_path: Path) -> None:
     torch.manual_seed(8)
     config = Qwen4ExpConfig(text_config=TEXT, vision_config=VISION)

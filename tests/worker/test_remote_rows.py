@@ -21,6 +21,8 @@ from embedding_service.store.importing import import_checkpoint
 from model_worker import attach
 from model_worker.longcat import LocalTables, load_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def remote_model(model_folder: Path, remote: EmbeddingClient) -> LongcatFlashForCausalLM:
@@ -72,6 +74,7 @@ def test_assisted_generation_is_identical(
     assert torch.equal(remote_model.generate(ids, **OPTIONS, **options), plain)  # type: ignore[arg-type, misc]
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
     """Tables and weights as the checkpoint has them, through the service unchanged."""

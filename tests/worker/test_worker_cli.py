@@ -23,6 +23,8 @@ from model_worker.http_app import build_app
 from model_worker.progress import StartProgress
 from model_worker.worker import Worker, WorkerConfig
 
+pytestmark = pytest.mark.slow
+
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """Exit code and stderr of `model-worker` with these arguments, but for the lines that tell what it waits for."""
