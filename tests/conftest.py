@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from support import cluster
 from support.checkpoints import longcat_checkpoint
 from support.cluster import Up, dead_proxies, serving
@@ -15,9 +16,11 @@ from support.cluster import Up, dead_proxies, serving
 from embedding_service import EmbeddingClient, grpc_core
 from embedding_service.store.importing import import_checkpoint
 
+# No test asserts a duration.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
-
-
 # Fixtures that start processes of the service.
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, LongcatFlashConfig, LongcatFlashForCausa
 
 from embedding_service.ngram import NgramHasher
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "demo" / "make_checkpoint.py"
 TEXT = "The import statement. Function calls are evaluated from left to right."
 

@@ -401,6 +401,7 @@ def code_of_or_ok(channel: grpc.Channel) -> str:
 
 
 @pytest.mark.polling
+@pytest.mark.slow
 def test_idle_watches_cost_no_thread_and_no_work(toy: ToyServer) -> None:
     """8 connections of 250 each. The clients' own threads end with each call: they are grpc's."""
     channels = [grpc.insecure_channel(toy.address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(8)]

@@ -27,6 +27,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_using_the_client_side_loads_nothing_heavy() -> None:
     loaded = run_python(
         "import sys, torch\n"
@@ -47,6 +48,7 @@ def test_naming_the_package_loads_not_even_torch() -> None:
     assert "torch" not in loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
@@ -65,6 +67,7 @@ def test_each_process_loads_only_what_it_needs(modules: str, heavy: tuple[str, .
     assert not set(loaded) & set(heavy)
 
 
+@pytest.mark.slow
 def test_decoding_in_a_shard_and_quantizing_load_no_package_of_fbgemm() -> None:
     loaded = run_python(
         "import sys, torch\n"

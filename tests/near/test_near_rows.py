@@ -183,6 +183,7 @@ def test_n3_a_reader_sees_that_a_shard_has_a_newer_routing(shard: NearShard) -> 
         assert reader.newer_than(8, 1) is None
 
 
+@pytest.mark.slow
 def test_n4_a_shard_that_hangs_is_not_near_until_it_goes_on(shard: NearShard, expected: np.ndarray) -> None:
     with near_reader(shard) as reader:
         wait_for(reader, shard.key)

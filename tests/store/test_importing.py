@@ -289,6 +289,7 @@ def kill_halfway(checkpoint: Any, store: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in parts}
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_where_it_was(make_checkpoint: Make, tmp_path: Path) -> None:
     store = tmp_path / "store"
     checkpoint = make_checkpoint().write()
@@ -309,6 +310,7 @@ def test_a_killed_import_goes_on_where_it_was(make_checkpoint: Make, tmp_path: P
     assert [path.name for path in (store / "tiny").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["dtype", "part size", "checkpoint", "config"])
 def test_an_import_of_something_else_begins_again(make_checkpoint: Make, tmp_path: Path, change: str) -> None:
     store = tmp_path / "store"
@@ -384,6 +386,7 @@ def test_files_that_are_in_the_way_are_not_touched(checkpoint: Any, tmp_path: Pa
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_import_takes_less_memory_than_four_parts(tmp_path: Path) -> None:
     from benchmarks.import_memory import make_checkpoint, watch_import
 

@@ -94,6 +94,7 @@ def test_all_pieces_are_what_is_decoded_and_come_at_once(name: str, data: st.Dat
     assert sent + stream.finish() == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 def test_a_stop_string_ends_it_wherever_tokens_begin(name: str, data: st.DataObject) -> None:
