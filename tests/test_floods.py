@@ -289,7 +289,7 @@ def test_who_sends_more_fields_than_it_was_told_is_kept_out_for_a_while(toy: Toy
 
             def is_out() -> bool:
                 try:
-                    socket.create_connection(("127.0.0.1", *port), 0.05).close()
+                    socket.create_connection(("127.0.0.1", *port), 0.05).close()  # type: ignore[arg-type]
                 except TimeoutError:
                     return True
                 return False
