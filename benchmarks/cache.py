@@ -34,7 +34,7 @@ from rich.table import Table
 from benchmarks.data import HEADS, VOCAB, make_data, text_tokenizer
 from benchmarks.peers.base import service
 from embedding_service import EmbeddingClient, NgramHasher
-from embedding_service.client.cache import Group, RowCache
+from embedding_service.client.kept import KeptRows, Kind
 
 MIB = 1 << 20
 SIZES = (0, 4, 16, 64, 256)
@@ -100,13 +100,13 @@ def full_size_hasher() -> NgramHasher:
 def hits_by_order(tokens: list[int], cache_bytes: int) -> list[float]:
     """The hit rate of 2-, 3- and 4-grams' rows, one token a lookup, from an empty cache on."""
     ids = full_size_hasher().row_ids(torch.tensor([tokens])).view(-1, HEADS).numpy()
-    cache, group = RowCache(cache_bytes), Group("m@1", "ngram", 0, STORED_BYTES)
+    cache, kind = KeptRows(cache_bytes), Kind("m@1", "ngram", 0, STORED_BYTES)
     hits, nothing = np.zeros(HEADS), np.zeros((HEADS, STORED_BYTES), np.uint8)
     for token in ids:
-        here, _ = cache.find(group, token)
+        here, _ = cache.find(kind, token)
         hits += here
         missing = token[~here]
-        cache.keep(group, missing, nothing[: len(missing)])
+        cache.keep(kind, missing, nothing[: len(missing)])
     return [float(share) for share in hits.reshape(len(ORDERS), -1).mean(1) / len(ids)]
 
 

@@ -31,7 +31,7 @@ from embedding_service.client.streams import Ended, open_stream
 from embedding_service.placement.routing import Routing
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from embedding_service.wire.rows import lookup_request
+from embedding_service.wire.lookup_codec import encode_lookup
 
 CLIENTS = 2
 # Connections of each client: the kernel spreads connections, not lookups, over processes.
@@ -73,7 +73,7 @@ def _requests(data: Data, routing: Routing, tokens: int) -> list[bytes]:
     model = routing.model(MODEL)
     table = model.table(TABLE)
     return [
-        lookup_request(model.full_name, TABLE, wire.ROW_ENCODING_STORED, *routing.age, ids, table.rows).streamed()
+        encode_lookup(model.full_name, TABLE, wire.ROW_ENCODING_STORED, *routing.age, ids, table.rows).streamed
         for ids in data.requests("uniform", tokens, seed=1)
     ]
 

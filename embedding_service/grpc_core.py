@@ -84,9 +84,16 @@ class ClientCall:
         channel: A channel for threads.
         method: Its path, as "/package.Service/Method".
         due: On time.time's clock; None: never.
+        ended: Makes what `receive` returns of a call that has ended, from its status code and details.
     """
 
-    def __init__(self, channel: grpc.Channel, method: bytes, due: float | None = None) -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        method: bytes,
+        due: float | None = None,
+        ended: Callable[[int, str], Any] = lambda code, details: (code, details),
+    ) -> None:
         begin = (
             ((cygrpc.SendInitialMetadataOperation(None, 0),), None),
             ((cygrpc.ReceiveStatusOnClientOperation(0),), None),
@@ -96,25 +103,32 @@ class ClientCall:
         self._call = segregated_call(0, method, None, due, None, None, begin, None)
         self._message_kind = cygrpc.OperationType.receive_message
         self._status_kind = cygrpc.OperationType.receive_status_on_client
+        self._make_end, self._end = ended, None
 
     def exchange(self, message: bytes) -> bool:
         """Send a message and ask for one; False where the call has ended."""
+        if self._end is not None:
+            return False
         operations = (cygrpc.SendMessageOperation(message, 0), cygrpc.ReceiveMessageOperation(0))
-        return bool(self._call.operate(operations, None))
+        if self._call.operate(operations, None):
+            return True
+        self._end = self._make_end(0, "")
+        return False
 
-    def receive(self) -> bytes | tuple[int, str]:
-        """Wait for the message that was asked for; the call's status code and details where it has ended."""
-        while True:
+    def receive(self) -> Any:
+        """Wait for the message that was asked for: bytes, or what `ended` makes where the call has ended."""
+        while self._end is None:
             for operation in self._call.next_event().batch_operations:
                 kind = operation.type()
                 if kind == self._message_kind and (message := operation.message()) is not None:
                     return message  # type: ignore[no-any-return]
                 if kind == self._status_kind:
-                    return operation.code(), _text(operation.details())
+                    self._end = self._make_end(operation.code(), _text(operation.details()))
+        return self._end
 
-    def cancel(self, code: int, details: str) -> None:
+    def cancel(self, code: grpc.StatusCode, message: str) -> None:
         """End the call; `receive` returns this status."""
-        self._call.cancel(code, details)
+        self._call.cancel(code.value[0], message)
 
 
 class Event(NamedTuple):
@@ -303,7 +317,7 @@ def _try_a_call(port: Port, channel: grpc.Channel) -> None:
     _check("the last answer", theirs.receive(), b"9")
     _check("the status", theirs.receive(), (grpc.StatusCode.ABORTED.value[0], "6"))
     _check("a call that has ended", theirs.exchange(b"10"), False)
-    theirs.cancel(grpc.StatusCode.CANCELLED.value[0], "too late")
+    theirs.cancel(grpc.StatusCode.CANCELLED, "too late")
     _check("a call's two ends", {_next(port), _next(port)}, {None, False})
 
 

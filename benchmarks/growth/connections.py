@@ -26,7 +26,7 @@ from embedding_service.client.streams import Ended, Stream, open_stream
 from embedding_service.placement.routing import Routing
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from embedding_service.wire.rows import lookup_request
+from embedding_service.wire.lookup_codec import encode_lookup
 
 # Of one client process.
 AT_A_TIME = 250
@@ -59,7 +59,7 @@ def _open(pipe: Connection, address: str, count: int) -> None:
     table = model.table("rows")
     ids = np.random.default_rng(1).integers(0, ROWS, (64, HEADS))
     requests = [
-        lookup_request(model.full_name, "rows", wire.ROW_ENCODING_STORED, *routing.age, each, table.rows).streamed()
+        encode_lookup(model.full_name, "rows", wire.ROW_ENCODING_STORED, *routing.age, each, table.rows).streamed
         for each in ids
     ]
     channels, streams, before = [], [], psutil.Process().memory_info().rss

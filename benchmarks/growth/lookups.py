@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -141,18 +141,20 @@ def _calls(client: EmbeddingClient, point: Point, seed: int) -> list[Callable[[]
 def _counted(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
     """Requests and bytes of rows of a lookup, as they are sent. Nothing is measured then."""
     sent: list[int] = []
-    plain = GrpcTransport.exchange
+    plain = {name: getattr(GrpcTransport, name) for name in ("exchange", "exchange_in_turn")}
 
-    def counting(transport: GrpcTransport, calls: Any) -> Any:
+    def counting(exchange: Callable[..., Any], transport: GrpcTransport, calls: Any) -> Any:
         sent.extend(call.shape.nbytes for call in calls if call.shape is not None)
-        return plain(transport, calls)
+        return exchange(transport, calls)
 
-    GrpcTransport.exchange = counting  # type: ignore[assignment, method-assign]
+    for name, exchange in plain.items():
+        setattr(GrpcTransport, name, partialmethod(partial(counting, exchange)))
     try:
         for call in calls:
             call()
     finally:
-        GrpcTransport.exchange = plain  # type: ignore[method-assign]
+        for name, exchange in plain.items():
+            setattr(GrpcTransport, name, exchange)
     return len(sent) / len(calls), sum(sent) / len(calls)
 
 

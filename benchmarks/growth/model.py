@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.client.router import PIECE_BYTES
+from embedding_service.client.owners import PIECE_BYTES
 
 Floats = npt.NDArray[np.float64]
 

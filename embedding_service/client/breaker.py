@@ -22,47 +22,50 @@ class Breaker:
 
     An address that failed rests for 0.5 s, and twice as long after each further failure, to 8 s. When its rest is over
     one caller tries it; the others go on avoiding it until that one was answered.
+
+    Attributes:
+        failing: What is remembered, by address. Others may look whether it is empty, which is the usual case.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failing: dict[str, _Failing] = {}
+        self.failing: dict[str, _Failing] = {}
         self._lock = threading.Lock()
 
     def failed(self, address: str) -> None:
         """It did not answer, or too late."""
         with self._lock:
-            known = self._failing.get(address)
+            known = self.failing.get(address)
             rest = min(2 * known.rest, LONGEST_REST) if known else FIRST_REST
-            self._failing[address] = _Failing(rest, self._clock() + rest)
+            self.failing[address] = _Failing(rest, self._clock() + rest)
 
     def answered(self, address: str) -> None:
         """It answers: whatever was remembered is forgotten."""
-        if address in self._failing:  # the usual case costs no lock
+        if address in self.failing:  # the usual case costs no lock
             with self._lock:
-                self._failing.pop(address, None)
+                self.failing.pop(address, None)
 
     def resting(self) -> tuple[Set[str], Set[str]]:
         """Addresses to avoid now; and those whose rest is over, which this caller may try, or must leave `untried`."""
-        if not self._failing:
+        if not self.failing:
             return _NONE, _NONE
         with self._lock:
             now = self._clock()
-            due = {address for address, failing in self._failing.items() if failing.until <= now}
+            due = {address for address, failing in self.failing.items() if failing.until <= now}
             for address in due:
-                self._failing[address].until = now + self._failing[address].rest
-            return self._failing.keys() - due, due
+                self.failing[address].until = now + self.failing[address].rest
+            return self.failing.keys() - due, due
 
     def untried(self, addresses: Set[str]) -> None:
         """The caller whose turn it was to try these had no use for them: it is the next one's turn."""
         with self._lock:
             now = self._clock()
-            for address in addresses & self._failing.keys():
-                self._failing[address].until = now
+            for address in addresses & self.failing.keys():
+                self.failing[address].until = now
 
     def forget_others(self, addresses: Collection[str]) -> None:
         """Remember nothing of an address that is not one of these: it is not in use any more."""
-        if self._failing:
+        if self.failing:
             with self._lock:
-                for address in self._failing.keys() - set(addresses):
-                    del self._failing[address]
+                for address in self.failing.keys() - set(addresses):
+                    del self.failing[address]

@@ -12,14 +12,12 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
-from embedding_service.wire.rows import Answer, Request
-
-if TYPE_CHECKING:
-    from embedding_service.client.transport import Call
+from embedding_service.client.calls import Call
+from embedding_service.wire.lookup_codec import Answer, EncodedLookup, join_lookups
 
 # Bytes of rows of a call that waits for others, and of a request of several calls.
 SMALL, FULL = 64 << 10, 1 << 20
@@ -32,49 +30,49 @@ class Coalescer:
 
     def __init__(self, send: Callable[[Call], Future[Any]]) -> None:
         self._send = send
-        self._groups: dict[Any, _Group] = {}
+        self._open: dict[Any, _Together] = {}
 
     async def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes, as `Transport.exchange` for the running loop."""
+        """`GrpcTransport.exchange` for the running loop."""
         loop = asyncio.get_running_loop()
         return [await outcome for outcome in [self._begin(call, loop) for call in calls]]
 
     def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-        if not isinstance(call.request, Request) or call.alternative or _nbytes(call) > SMALL:
+        if not isinstance(call.request, EncodedLookup) or call.nbytes > SMALL:
             return asyncio.wrap_future(self._send(call), loop=loop)
         key = (loop, call.address, call.request.head, math.floor(math.log(call.timeout, _ALIKE)))
-        group = self._groups.get(key)
-        if group is None or group.nbytes + _nbytes(call) > FULL:
-            group = self._groups[key] = _Group()
-            loop.call_soon(self._flush, key, group)
+        joint = self._open.get(key)
+        if joint is None or joint.nbytes + call.nbytes > FULL:
+            joint = self._open[key] = _Together()
+            loop.call_soon(self._flush, key, joint)
         waiting = loop.create_future()
-        group.add(call, waiting)
+        joint.add(call, waiting)
         return waiting
 
-    def _flush(self, key: Any, group: _Group) -> None:
-        if self._groups.get(key) is group:
-            del self._groups[key]
-        self._ask(group)
+    def _flush(self, key: Any, joint: _Together) -> None:
+        if self._open.get(key) is joint:
+            del self._open[key]
+        self._ask(joint)
 
-    def _ask(self, group: _Group) -> None:
+    def _ask(self, joint: _Together) -> None:
         try:
-            answer = asyncio.wrap_future(self._send(group.joined()))
+            answer = asyncio.wrap_future(self._send(joint.joined()))
         except Exception as error:
-            group.fail(error)
+            joint.fail(error)
         else:
-            answer.add_done_callback(lambda answered: self._settle(group, answered.result()))
+            answer.add_done_callback(lambda answered: self._settle(joint, answered.result()))
 
-    def _settle(self, group: _Group, outcome: Any) -> None:
-        if len(group.members) > 1 and getattr(outcome, "code", None) is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            for call, waiting in group.members:  # a service that answers less than FULL at a time
-                alone = _Group()
+    def _settle(self, joint: _Together, outcome: Any) -> None:
+        if len(joint.members) > 1 and getattr(outcome, "code", None) is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            for call, waiting in joint.members:  # a service that answers less than FULL at a time
+                alone = _Together()
                 alone.add(call, waiting)
                 self._ask(alone)
         else:
-            group.settle(outcome)
+            joint.settle(outcome)
 
 
-class _Group:
+class _Together:
     """Calls that differ in their rows only, and who waits for each."""
 
     def __init__(self) -> None:
@@ -83,7 +81,7 @@ class _Group:
 
     def add(self, call: Call, waiting: asyncio.Future[Any]) -> None:
         """One more."""
-        self.nbytes += _nbytes(call)
+        self.nbytes += call.nbytes
         self.members.append((call, waiting))
 
     def joined(self) -> Call:
@@ -93,9 +91,8 @@ class _Group:
         if len(calls) == 1:
             return first
         assert first.shape is not None
-        requests = [call.request for call in calls if isinstance(call.request, Request)]
         return first._replace(
-            request=Request(requests[0].head, b"".join(request.ids for request in requests)),
+            request=join_lookups([call.request for call in calls if isinstance(call.request, EncodedLookup)]),
             shape=first.shape._replace(count=self.nbytes // first.shape.row_bytes),
             timeout=min(call.timeout for call in calls),
         )
@@ -105,7 +102,7 @@ class _Group:
         split = isinstance(outcome, Answer) and len(outcome.rows) == self.nbytes
         start = 0
         for call, waiting in self.members:
-            end = start + _nbytes(call)
+            end = start + call.nbytes
             if not waiting.done():  # nobody waits where the task was cancelled
                 waiting.set_result(outcome._replace(rows=outcome.rows[start:end]) if split else outcome)
             start = end
@@ -115,7 +112,3 @@ class _Group:
         for _, waiting in self.members:
             if not waiting.done():
                 waiting.set_exception(error)
-
-
-def _nbytes(call: Call) -> int:
-    return call.shape.nbytes if call.shape else 0

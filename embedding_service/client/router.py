@@ -1,45 +1,41 @@
 """Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
 
-`Router.fetch` is a generator of steps: it yields what shall be sent (a list of `Call`s, all at once) or how long to
-wait (seconds), and is sent the answers in the same order, an iterable that may wait for each; or an `Aside`, which
-nobody waits for. `run` and `run_async` drive it for threads and for asyncio; shards drive the same code to forward what
-they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the protocol").
+`Router.fetch` is a generator of steps (`client.steps`), which drivers for threads and for asyncio carry out. Shards
+drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the
+protocol").
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from embedding_service.client.breaker import Breaker
-from embedding_service.client.sinks import Sink
-from embedding_service.client.transport import Call, Failure, Transport
+from embedding_service.client.calls import Call, Failure
+from embedding_service.client.owners import (
+    Leg,
+    Missing,
+    Standing,
+    cut,
+    has_other,
+    share_out,
+    standing_of,
+    still_missing,
+)
+from embedding_service.client.patience import LEARN, SLOWEST, Patience
+from embedding_service.client.steps import Aside, Exchange, Pause, Steps
+from embedding_service.client.wants import FEW_BYTES, Want
 from embedding_service.errors import DeadlineExceeded, NotFound, Overloaded, ProtocolError, Unavailable
 from embedding_service.grpc_codes import error_of
-from embedding_service.placement.routing import Ids, Model, Routing, Table, check_ids
+from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Bytes, Request, Shape, lookup_request
-
-T = TypeVar("T")
-
-
-class Aside(NamedTuple):
-    """A call that nobody waits for; `done` gets its outcome, on any thread."""
-
-    call: Call
-    done: Callable[[Any], None]
-
-
-Steps = Generator[list[Call] | float | Aside, Any, T]
+from embedding_service.wire.lookup_codec import Answer, Shape, encode_lookup
 
 # A shard that takes this long for its routing is not worth waiting for: another one knows it too.
 ROUTING_TIMEOUT = 2.0
@@ -55,31 +51,25 @@ ASKED_BEFORE_STARTING_OVER = 64
 DOUBT_ENDS_SECONDS = 10.0
 # Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
 ATTEMPT_TIMEOUT = 2.0
-# More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
-# and are decoded.
-PIECE_BYTES = 2 << 20
 
 
-class Want(NamedTuple):
-    """Rows of one table: `ids` int64 [n], `encoding` of the answer and its bytes a row, and where they go."""
+class _Round(NamedTuple):
+    """What is asked at the same time: legs with their calls, `nbytes` of rows; and what nobody holds at the moment."""
 
-    table: Table
-    ids: Ids
-    encoding: int
-    row_bytes: int
-    sink: Sink
-
-
-class _Leg(NamedTuple):
-    """What one shard is asked of one want: the rows at `positions` of its ids; None: all, in their order."""
-
-    want: int
-    positions: Ids | None
-    call: Call
+    legs: list[Leg]
+    calls: list[Call]
+    nowhere: Missing
+    nbytes: int
+    timeout: float
 
 
-class _StartedOver(Exception):
-    """An older routing was taken: what was fetched by the one before does not count."""
+class _Failed(NamedTuple):
+    """A leg that brought no rows. `late`: seconds after which it was given up for other owners; 0 where it was not."""
+
+    leg: Leg
+    address: str
+    failure: Failure
+    late: float
 
 
 class Router:
@@ -90,7 +80,7 @@ class Router:
     Args:
         seeds: Addresses that are asked for the first routing.
         routing: What is known already.
-        alternatives: Give each call another owner to ask, for a `HedgingTransport`; that makes more and smaller calls.
+        hedge: Ask another owner when a shard takes unusually long.
         clock: Seconds now; deadlines are on it.
         chance: Draws turns, pauses and whom to ask; None: one of its own.
     """
@@ -100,16 +90,17 @@ class Router:
         seeds: Sequence[str],
         routing: Routing | None = None,
         *,
-        alternatives: bool = False,
+        hedge: bool = False,
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
     ) -> None:
         self._seeds = list(seeds)
         self._routing = routing
-        self._alternatives = alternatives
         self._clock = clock
         self._chance = chance or random.Random()
         self._breaker = Breaker(clock)
+        self._hedge = hedge
+        self._patience = Patience()
         self._turn = itertools.count(self._chance.randrange(1 << 16))
         self._looks_at = self._next_look()
         self._doubted: tuple[float, float] | None = None  # since when, and when last, nobody knew this routing
@@ -132,35 +123,33 @@ class Router:
         assert self._routing is not None
         return self._routing
 
-    def fetch(self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float) -> Steps[list[Want]]:
+    def fetch(self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float) -> Steps[Sequence[Want]]:
         """Get rows of one version of a model: the wants whose sinks have all their rows.
 
-        `wants_of` is called again should that version be replaced meanwhile, and gives new sinks then, so that versions
-        are never mixed.
+        `wants_of` checks its ids. Where the version is replaced during the lookup it is called again, and gives new
+        sinks then, so versions are never mixed.
 
         Raises:
             NotFound, OutOfRange, InvalidRequest, RequestTooLarge: what the request asks for does not exist.
             Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
         """
         while True:
-            if self._routing and self._routing.addresses and self._clock() >= self._looks_at:
+            routing = self._routing or (yield from self.routing(deadline))
+            if self._clock() >= self._looks_at and routing.addresses:
                 self._looks_at = self._next_look()
-                address = self._chance.choice(self._routing.addresses)
-                yield Aside(_ask(address, self._routing, ROUTING_TIMEOUT), partial(self._looked, self._routing))
-            known = self._routing and self._routing.find(name)
-            model = known or (yield from self.model(name, deadline))
-            wants = list(wants_of(model))
-            for want in wants:
-                check_ids(want.ids, want.table.rows, f"{model.full_name}/{want.table.name}")
+                address = self._chance.choice(routing.addresses)
+                yield Aside(_ask(address, routing, ROUTING_TIMEOUT), partial(self._looked, routing))
+            model = routing.by_name.get(name)
+            if model is None:
+                yield from self.model(name, deadline)  # raises, or learns a routing that has it
+                continue
+            wants = wants_of(model)
             try:
-                yield from self._fetch_version(model, wants, deadline)
+                if (yield from self._fetch_version(routing, model, wants, deadline)):
+                    return wants
             except NotFound:
                 if name == model.full_name:
-                    raise
-                continue  # the version was retired while we asked: take the one that replaced it
-            except _StartedOver:
-                continue
-            return wants
+                    raise  # else the version was retired: the one that replaced it is next
 
     def _looked(self, known: Routing, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
@@ -179,97 +168,134 @@ class Router:
             pause = self._pause(attempt)
             # It may have been published since we learnt the routing; and where nobody knows that, it says nothing.
             in_doubt = self._doubted is not None and self._clock() + pause < deadline
-            if routing.find(name) or (attempt and not in_doubt):
+            if name in routing.by_name or (attempt and not in_doubt):
                 return routing.model(name)
             if attempt:
-                yield pause
+                yield Pause(pause)
             yield from self._refresh([], deadline, set())
         raise AssertionError("unreachable")
 
-    def _fetch_version(self, model: Model, wants: Sequence[Want], deadline: float) -> Steps[None]:
-        missing: dict[int, Ids | None] = {index: None for index, want in enumerate(wants) if len(want.ids)}
+    def _fetch_version(self, routing: Routing, model: Model, wants: Sequence[Want], deadline: float) -> Steps[bool]:
+        """Fill all sinks. False: an older routing was taken, so what was fetched by the one before does not count."""
+        missing: Missing = {index: None for index, want in enumerate(wants) if len(want.ids)}
+        if not missing:
+            return True
         avoid: set[str] = set()
-        newest = (0, 0)
-        for attempt in itertools.count():
-            routing = self._routing or (yield from self.routing(deadline))
-            if routing.age < newest:
-                raise _StartedOver
-            newest = routing.age
-            current = routing.model(model.full_name)
-            timeout = _attempt_timeout(attempt, current, deadline - self._clock())
-            legs, nowhere = self._legs(routing, current, wants, missing, avoid, timeout)
-            answers = yield [leg.call for leg in legs]
-            failures: list[tuple[_Leg, Failure]] = []
-            for leg, answer in zip(legs, answers, strict=True):
-                if isinstance(answer, Failure):
-                    failures.append((leg, answer))
-                else:
-                    self._breaker.answered(leg.call.address)
-                    want = wants[leg.want]
-                    want.sink.put(leg.positions, _rows_of(answer, leg, model, want))
-            if not failures and not nowhere:
-                return
+        attempt, late, may_hedge = 0, 0.0, self._hedge and model.replicated
+        while True:
+            began = self._clock()
+            timeout = _attempt_timeout(attempt, model, deadline - began)
+            this = self._plan(routing, model, wants, missing, avoid, timeout, may_hedge)
+            if late:
+                self._patience.spend(len(this.calls), late)
+            outcomes = yield Exchange(this.calls, in_turn=this.nbytes > FEW_BYTES)
+            failures = self._take(this, outcomes, wants)
+            if not failures and not this.nowhere:
+                if self._hedge and model.replicated:
+                    self._patience.took.append(self._clock() - began)
+                    if len(self._patience.took) >= LEARN:
+                        self._patience.learn()
+                return True
             redirects = self._judge(failures, avoid)
-            missing = _still_missing(failures, nowhere)
+            missing = still_missing([failed.leg for failed in failures], this.nowhere)
+            late = max((failed.late for failed in failures), default=0.0)
+            if late:
+                may_hedge = False
+                if all(failed.late for failed in failures) and not this.nowhere:
+                    continue  # the others are asked at once, and may take their time
             pause = self._pause(attempt)
             if self._clock() + pause < deadline:
                 yield from self._refresh(redirects, deadline, avoid)
             if self._clock() + pause >= deadline:  # asking for the routing may have taken all that was left
                 raise _gave_up(model, wants, missing, failures, routing)
-            if self._routing is routing:
-                yield pause
-        raise AssertionError("unreachable")
+            before, routing = routing, self._routing or routing
+            if routing.age < before.age:
+                return False
+            if routing is before:
+                yield Pause(pause)
+            model = routing.model(model.full_name)
+            attempt += 1
 
-    def _legs(
+    def _plan(
         self,
         routing: Routing,
         model: Model,
         wants: Sequence[Want],
-        missing: dict[int, Ids | None],
+        missing: Missing,
         avoid: set[str],
         timeout: float,
-    ) -> tuple[list[_Leg], dict[int, Ids | None]]:
-        """Who is asked for what; and the positions whose part nobody holds at the moment."""
-        legs: list[_Leg] = []
-        nowhere: dict[int, Ids | None] = {}
-        resting, due = self._breaker.resting()
-        badness = _badness(routing, avoid, resting, due)
-        turn = next(self._turn)  # one for all tables: where owners are the shards of one group, it is asked alone
-        for index, positions in missing.items():
-            want, table = wants[index], model.tables[wants[index].table.name]
-            ids = want.ids if positions is None else want.ids[positions]
-            parts = ids // table.rows_per_part
-            owners = _choose(table.owners, parts, turn, badness, best=-1 if due else 0)
-            others = _others(table.owners, parts, owners, badness) if self._alternatives else None
-            most = max(1, min(routing.response_bytes // want.row_bytes, routing.request_bytes // 8))
-            for (shard, other), group in _groups(owners, others, positions):
-                if shard < 0:
-                    nowhere[index] = group
-                    continue
-                cut = min(most, max(1, PIECE_BYTES // want.row_bytes)) if want.sink.works else most
-                for piece in _pieces(group, len(ids), cut):
-                    asked = want.ids if piece is None else want.ids[piece]
-                    request = _request(model, want, asked, routing)
-                    shape = Shape(len(asked), want.row_bytes, want.table.dim, want.encoding, model.version)
-                    second = Call(routing.addresses[other], request, timeout, None, shape) if other >= 0 else None
-                    legs.append(_Leg(index, piece, Call(routing.addresses[shard], request, timeout, second, shape)))
+        may_hedge: bool,
+    ) -> _Round:
+        """Whom to ask for what, and how long each may take."""
+        resting, due = self._breaker.resting() if self._breaker.failing else (_NOBODY, _NOBODY)
+        standing = standing_of(routing, avoid, resting, due)
+        legs, nowhere = share_out(wants, missing, model, standing, next(self._turn))
+        legs, nbytes = cut(legs, wants, routing)
+        timeouts, calls = [timeout] * len(legs), []
+        if may_hedge:
+            timeouts = self._hedged(legs, wants, routing, model, standing, timeout, nbytes)
+        for leg, seconds in zip(legs, timeouts, strict=True):
+            want = wants[leg.want]
+            ids = want.ids if leg.positions is None else want.ids[leg.positions]
+            request = encode_lookup(model.full_name, want.table.name, want.encoding, *routing.age, ids, want.table.rows)
+            shape = Shape(len(ids), want.row_bytes, want.table.dim, want.encoding, model.version)
+            calls.append(Call(routing.addresses[leg.shard], request, seconds, shape))
         if due:
-            self._breaker.untried(due - {leg.call.address for leg in legs})
-        return legs, nowhere
+            self._breaker.untried(due - {call.address for call in calls})
+        return _Round(legs, calls, nowhere, nbytes, timeout)
 
-    def _judge(self, failures: Sequence[tuple[_Leg, Failure]], avoid: set[str]) -> list[str]:
+    def _hedged(
+        self,
+        legs: Sequence[Leg],
+        wants: Sequence[Want],
+        routing: Routing,
+        model: Model,
+        standing: Standing,
+        timeout: float,
+        nbytes: int,
+    ) -> list[float]:
+        """Seconds that each leg may take before other owners are asked; `timeout` where there is no other good one.
+
+        A shard whose rest is over is tried so whatever the budget: the breaker lets one lookup do that now and then.
+        """
+        timeouts = []
+        for leg in legs:
+            usual = self._patience.usual if routing.addresses[leg.shard] in standing.due else self._patience.seconds
+            seconds = usual + nbytes / SLOWEST
+            others = seconds < timeout and (standing.calm or has_other(leg, wants, model, standing))
+            timeouts.append(seconds if others else timeout)
+        return timeouts
+
+    def _take(self, this: _Round, outcomes: Iterable[Any], wants: Sequence[Want]) -> list[_Failed]:
+        """Put the rows that came where they belong; what did not come."""
+        failures: list[_Failed] = []
+        for leg, call, outcome in zip(this.legs, this.calls, outcomes, strict=True):
+            if isinstance(outcome, Failure):
+                late = outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and call.timeout < this.timeout
+                failures.append(_Failed(leg, call.address, outcome, call.timeout if late else 0.0))
+                continue
+            if self._breaker.failing:
+                self._breaker.answered(call.address)
+            shape = call.shape
+            assert shape is not None
+            if len(outcome.rows) != shape.count * shape.row_bytes or outcome.version != shape.version:
+                raise _misfit(call, outcome)
+            wants[leg.want].sink.put(leg.positions, outcome.rows.reshape(-1, shape.row_bytes))
+        return failures
+
+    def _judge(self, failures: Sequence[_Failed], avoid: set[str]) -> list[str]:
         """Raise for what no retry mends; remember whom to avoid; return who said that it no longer holds the rows."""
         redirects = []
-        for leg, failure in failures:
+        for _, address, failure, _ in failures:
             if failure.code in _NO_ANSWER:
-                avoid.add(leg.call.address)
-                self._breaker.failed(leg.call.address)
+                avoid.add(address)
+                self._breaker.failed(address)
                 continue
-            self._breaker.answered(leg.call.address)
+            self._breaker.answered(address)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                avoid.add(leg.call.address)  # requests are cut to the limits: it has no memory for more just now
+                avoid.add(address)  # requests are cut to the limits: it has no memory for more just now
             elif failure.code is grpc.StatusCode.ABORTED:
-                redirects.append(leg.call.address)
+                redirects.append(address)
             else:
                 raise error_of(failure.code, failure.message)
         return redirects
@@ -288,11 +314,11 @@ class Router:
             *self._seeds,
         ]
         behind = []
-        for address in sorted(dict.fromkeys(asked), key=lambda address: address in avoid):
+        for address in sorted(dict.fromkeys(asked), key=lambda each: (each in avoid, each in self._breaker.failing)):
             timeout = min(ROUTING_TIMEOUT, deadline - self._clock())
             if timeout <= 0:
                 return
-            [answer] = yield [_ask(address, known, timeout)]
+            [answer] = yield Exchange([_ask(address, known, timeout)])
             if not isinstance(answer, wire.Routing):
                 continue
             if known and not self._hear(answer, known):
@@ -331,10 +357,10 @@ class Router:
         """
         timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
         others = self._chance.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
-        for answer in (yield [_ask(address, known, timeout) for address in others]):
+        for answer in (yield Exchange([_ask(address, known, timeout) for address in others])):
             if isinstance(answer, wire.Routing) and self._hear(answer, known):
                 return
-        answers = yield [_ask(address, None, timeout) for address in behind]
+        answers = yield Exchange([_ask(address, None, timeout) for address in behind])
         routings = [Routing(answer) for answer in answers if isinstance(answer, wire.Routing)]
         if routings and self._routing is known:
             self._routing = max(routings, key=lambda routing: routing.age)
@@ -347,7 +373,7 @@ class Router:
             failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), self._pause(attempt)
             for address in self._seeds:
                 timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
-                [answer] = yield [_ask(address, None, timeout)]
+                [answer] = yield Exchange([_ask(address, None, timeout)])
                 if isinstance(answer, wire.Routing):
                     return self.adopt(Routing(answer))
                 failure = answer
@@ -356,7 +382,7 @@ class Router:
                     f"no embedding service answers at {', '.join(self._seeds)} "
                     f"({failure.code.name}: {failure.message}); check the address, and `embedding-service status` there"
                 )
-            yield pause
+            yield Pause(pause)
         return None
 
     def _next_look(self) -> float:
@@ -368,6 +394,7 @@ class Router:
         return min(FIRST_PAUSE * 2.0**attempt, LONGEST_PAUSE) * self._chance.uniform(0.5, 1.5)
 
 
+_NOBODY: frozenset[str] = frozenset()
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -388,96 +415,19 @@ def _attempt_timeout(attempt: int, model: Model, left: float) -> float:
     return min(left, patience if model.replicated else max(patience, left / 2))
 
 
-def _badness(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str]) -> npt.NDArray[np.int8]:
-    """int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
-
-    1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs. -1 is
-    this lookup's to try again; it comes first, for a turn that only might have met it would leave a shard unused long.
-    """
-    if not resting and not due and not avoid:
-        return routing.nothing_known
-    known = {**dict.fromkeys(due, -1), **dict.fromkeys(resting, 1), **dict.fromkeys(avoid, 2)}
-    return np.array([*(known.get(address, 0) for address in routing.addresses), 3], np.int8)
-
-
-def _choose(
-    owners: npt.NDArray[np.int32], parts: Ids, turn: int, badness: npt.NDArray[np.int8], best: int
-) -> npt.NDArray[np.int32]:
-    """For each part the best of its owners, in turn among equals; -1 where there is none. Nobody is below `best`."""
-    copies = owners.shape[1]
-    chosen = owners[parts, turn % copies]
-    for column in range(1, copies):
-        if (badness[chosen] <= best).all():
-            break
-        other = owners[parts, (turn + column) % copies]
-        chosen = np.where(badness[other] < badness[chosen], other, chosen)
-    return chosen
-
-
-def _others(
-    owners: npt.NDArray[np.int32], parts: Ids, chosen: npt.NDArray[np.int32], badness: npt.NDArray[np.int8]
-) -> npt.NDArray[np.int32]:
-    """For each part a good owner that is not the chosen one, -1 where there is none."""
-    others = np.full_like(chosen, -1)
-    for column in range(owners.shape[1]):
-        other = owners[parts, column]
-        others = np.where((others < 0) & (other != chosen) & (badness[other] == 0), other, others)
-    return others
-
-
-def _groups(
-    owners: npt.NDArray[np.int32], others: npt.NDArray[np.int32] | None, positions: Ids | None
-) -> Iterator[tuple[tuple[int, int], Ids | None]]:
-    """The positions of each pair of owner and other; of owner and -1 without others."""
-    if others is None and np.count_nonzero(owners == owners[0]) == len(owners):
-        yield (int(owners[0]), -1), positions
-        return
-    if others is None:
-        others = np.full_like(owners, -1)
-    if positions is None:
-        positions = np.arange(len(owners))
-    order = np.lexsort((others, owners))
-    owners, others, positions = owners[order], others[order], positions[order]
-    starts = [0, *(np.flatnonzero(np.diff(owners) | np.diff(others)) + 1), len(owners)]
-    for start, end in itertools.pairwise(starts):
-        yield (int(owners[start]), int(others[start])), positions[start:end]
-
-
-def _pieces(positions: Ids | None, count: int, most: int) -> Iterator[Ids | None]:
-    """Pieces of about the same size, of at most so many positions. None stands for all `count`."""
-    whole = count if positions is None else len(positions)
-    if whole <= most:
-        yield positions
-        return
-    yield from np.array_split(np.arange(count) if positions is None else positions, -(-whole // most))
-
-
-def _request(model: Model, want: Want, ids: Ids, routing: Routing) -> Request:
-    return lookup_request(model.full_name, want.table.name, want.encoding, *routing.age, ids, want.table.rows)
-
-
-def _rows_of(answer: Answer, leg: _Leg, model: Model, want: Want) -> Bytes:
-    expected = (len(want.ids) if leg.positions is None else len(leg.positions)) * want.row_bytes
-    if len(answer.rows) != expected or answer.version != model.version:
-        raise ProtocolError(
-            f"{leg.call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {expected} "
-            f"bytes of {model.full_name}/{want.table.name} were asked; is it a service of another release?"
-        )
-    return answer.rows.reshape(-1, want.row_bytes)
-
-
-def _still_missing(failures: Sequence[tuple[_Leg, Failure]], nowhere: dict[int, Ids | None]) -> dict[int, Ids | None]:
-    pieces: dict[int, list[Ids]] = {}
-    for index, positions in (*nowhere.items(), *((leg.want, leg.positions) for leg, _ in failures)):
-        pieces.setdefault(index, []).extend([] if positions is None else [positions])
-    return {index: np.concatenate(positions) if positions else None for index, positions in pieces.items()}
+def _misfit(call: Call, answer: Answer) -> ProtocolError:
+    assert call.shape is not None
+    return ProtocolError(
+        f"{call.address} answered {len(answer.rows)} bytes of version {answer.version!r} where {call.shape.nbytes} "
+        f"bytes of version {call.shape.version!r} were asked; is it a service of another release?"
+    )
 
 
 def _gave_up(
     model: Model,
     wants: Sequence[Want],
-    missing: dict[int, Ids | None],
-    failures: Sequence[tuple[_Leg, Failure]],
+    missing: Missing,
+    failures: Sequence[_Failed],
     routing: Routing,
 ) -> Exception:
     """Names the rows and the shards concerned."""
@@ -487,7 +437,7 @@ def _gave_up(
         f"(the first: row {int(wants[index].ids[0 if positions is None else positions[0]])})"
         for index, positions in missing.items()
     )
-    by_address = {leg.call.address: failure for leg, failure in failures}
+    by_address = {failed.address: failed.failure for failed in failures}
     names = dict(zip(routing.addresses, routing.shard_ids, strict=True))
     shards = "; ".join(
         f"shard {names.get(address, '?')} at {address}: {failure.code.name} {failure.message}"
@@ -498,42 +448,3 @@ def _gave_up(
     if grpc.StatusCode.DEADLINE_EXCEEDED in codes:
         return DeadlineExceeded(message)
     return Overloaded(message) if codes == {grpc.StatusCode.RESOURCE_EXHAUSTED} else Unavailable(message)
-
-
-def run(steps: Steps[T], transport: Transport) -> T:
-    """Drive steps on the calling thread."""
-    answers: Any = None
-    try:
-        while True:
-            step = steps.send(answers)
-            if isinstance(step, float):
-                time.sleep(step)
-            elif isinstance(step, Aside):
-                _send_aside(step, transport)
-            else:
-                answers = transport.exchange(step)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    finally:
-        if answers is not None:
-            answers.close()  # steps that failed left some of them
-
-
-async def run_async(steps: Steps[T], transport: Transport) -> T:
-    """Drive steps on the running event loop."""
-    answers: Any = None
-    try:
-        while True:
-            step = steps.send(answers)
-            if isinstance(step, float):
-                await asyncio.sleep(step)
-            elif isinstance(step, Aside):
-                _send_aside(step, transport)
-            else:
-                answers = await transport.together.exchange(step)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-
-
-def _send_aside(step: Aside, transport: Transport) -> None:
-    transport.send(step.call).add_done_callback(lambda future: step.done(future.result()))

@@ -9,8 +9,6 @@ unary calls do, which saves a third of the time and half of the processor's. Tha
 from __future__ import annotations
 
 import queue
-import threading
-import time
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -32,7 +30,7 @@ class Stream(ABC):
     """An open stream. `cancel` may be called from any thread, the rest from one at a time."""
 
     @abstractmethod
-    def send(self, request: bytes) -> None:
+    def send(self, request: bytes) -> object:
         """Send a serialized request, which one `receive` must follow."""
 
     @abstractmethod
@@ -49,27 +47,13 @@ def open_stream(channel: grpc.Channel) -> Stream:
     return _PublicStream(channel) if grpc_core.why_public() else _PollingStream(channel)
 
 
-class _PollingStream(Stream):
-    """A call with a completion queue of its own, polled by the thread that waits."""
+class _PollingStream(grpc_core.ClientCall, Stream):
+    """A call with a completion queue of its own, polled by the thread that waits, with nothing in between."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self._call = grpc_core.ClientCall(channel, METHOD.encode())
-        self._ended: Ended | None = None
+        super().__init__(channel, METHOD.encode(), ended=lambda code, message: _ended(_STATUS[code], message))
 
-    def send(self, request: bytes) -> None:
-        if self._ended is None and not self._call.exchange(request):
-            self._ended = _ended(grpc.StatusCode.OK, "")
-
-    def receive(self) -> bytes | Ended:
-        if self._ended is None:
-            answer = self._call.receive()
-            if isinstance(answer, bytes):
-                return answer
-            self._ended = _ended(_STATUS[answer[0]], answer[1])
-        return self._ended
-
-    def cancel(self, code: grpc.StatusCode, message: str) -> None:
-        self._call.cancel(code.value[0], message)
+    send = grpc_core.ClientCall.exchange
 
 
 class _PublicStream(Stream):
@@ -107,56 +91,3 @@ def _ended(code: grpc.StatusCode, message: str) -> Ended:
 
 
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
-
-
-class Watchdog:
-    """Cancels streams whose answer did not come in time; one thread for all of them."""
-
-    def __init__(self) -> None:
-        self._due: dict[Stream, float] = {}
-        self._wakes = float("inf")
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def watch(self, stream: Stream, due: float) -> None:
-        """Cancel `stream` at `due` (on time.monotonic's clock), unless it is forgotten before."""
-        with self._lock:
-            self._due[stream] = due
-            if due < self._wakes and not self._closed:
-                self._wakes = due
-                self._changed.notify()
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="lookup-deadlines", daemon=True)
-                    self._thread.start()
-
-    def forget(self, stream: Stream) -> None:
-        """Its answer is there."""
-        with self._lock:
-            self._due.pop(stream, None)
-
-    def close(self) -> None:
-        """Let the thread end."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if self._closed:
-                    return
-                now = time.monotonic()
-                late = [stream for stream, due in self._due.items() if due <= now]
-                for stream in late:
-                    del self._due[stream]
-                self._wakes = min(self._due.values(), default=float("inf"))
-                if not late:
-                    # Those forgotten before then are not woken up for, those due sooner are.
-                    self._changed.wait(None if self._wakes == float("inf") else self._wakes - now)
-                    continue
-            for stream in late:
-                stream.cancel(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")

@@ -90,6 +90,7 @@ class Routing:
 
     Attributes:
         request_bytes, response_bytes: What a request may ask for: of ids, 8 bytes each, and of rows.
+        by_name: Every served version by `name@version`, and the newest of each model by `name`.
         nothing_known: int8 [shards + 1], what `Router` knows against each shard where it knows nothing: 0, and at index
             -1, which is nobody, 3.
     """
@@ -102,27 +103,23 @@ class Routing:
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
         self.nothing_known = np.array([0] * len(self.addresses) + [3], np.int8)
-        self._models: dict[str, Model] = {}
+        self.by_name: dict[str, Model] = {}
         for placement in message.models:
             model = _model(placement)
-            self._models[model.full_name] = model
-            self._models[model.name] = model  # the newest version comes last, and stays
+            self.by_name[model.full_name] = model
+            self.by_name[model.name] = model  # the newest version comes last, and stays
 
     @property
     def models(self) -> list[Model]:
         """Every served version of every model."""
-        return [model for name, model in sorted(self._models.items()) if name == model.full_name]
-
-    def find(self, name: str) -> Model | None:
-        """`model`, or None for an unknown one."""
-        return self._models.get(name)
+        return [model for name, model in sorted(self.by_name.items()) if name == model.full_name]
 
     def model(self, name: str) -> Model:
         """`name` (its newest served version) or `name@version`; raises NotFound, naming the known ones."""
-        if name not in self._models:
+        if name not in self.by_name:
             known = ", ".join(model.full_name for model in self.models) or "none yet"
             raise NotFound(f"no model {name!r} is served; served models: {known}")
-        return self._models[name]
+        return self.by_name[name]
 
 
 def _model(placement: wire.ModelPlacement) -> Model:

@@ -23,7 +23,7 @@ from embedding_service.serving import IDLE_STREAMS, RequestLimits, Server
 from embedding_service.store.manifest import Table as StoredTable
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lists import LookupAsked, read_lookup, read_streamed_lookup
-from embedding_service.wire.rows import Shape, allocate, allocate_streamed
+from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
 
 SERVICE = "embedding.v1.EmbeddingService"
 # A message of a `StreamLookup` as a call of its own: how a shard's processes pass it on to the main one.

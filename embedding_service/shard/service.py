@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from embedding_service.budget import COUNTED_BYTES, Budget
-from embedding_service.client.router import Router, Want, run_async
-from embedding_service.client.sinks import StoredRows
-from embedding_service.client.transport import Transport
+from embedding_service.client.router import Router
+from embedding_service.client.steps import run_async
+from embedding_service.client.transport import GrpcTransport
+from embedding_service.client.wants import StoredRows, Want
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.front import UNREAD_BYTES
 from embedding_service.grpc_codes import code_of
@@ -46,7 +47,7 @@ from embedding_service.wire.lists import (
     read_ngrams_lookup,
     read_streamed_lookup,
 )
-from embedding_service.wire.rows import Shape, allocate, allocate_streamed
+from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
 
 # For a caller that set no deadline, forwarding must still end.
 FORWARD_TIMEOUT = 10.0
@@ -103,7 +104,7 @@ class LookupService(HeldRows, RoutingService):
     """EmbeddingService of a shard. Everything about a request is checked before any work is done for it."""
 
     def __init__(
-        self, holdings: Holdings, router: Router, transport: Transport, limits: RequestLimits, budget: Budget
+        self, holdings: Holdings, router: Router, transport: GrpcTransport, limits: RequestLimits, budget: Budget
     ) -> None:
         super().__init__(holdings.table, limits)
         self._router = router
@@ -112,7 +113,7 @@ class LookupService(HeldRows, RoutingService):
         self._unread = _Unread(budget)
 
     def add_to(self, server: Server) -> None:
-        """Offer the service, as the generated code would; answers with rows come serialized (`wire.rows`)."""
+        """Offer the service, as the generated code would; answers with rows come serialized (`wire.lookup_codec`)."""
         unary = grpc.unary_unary_rpc_method_handler
         each = unary(self.Answer, read_streamed_lookup)
         self.offer_lookups(server, unary(self.Lookup, read_lookup), each)

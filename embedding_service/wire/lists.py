@@ -4,7 +4,7 @@ protobuf takes 25 ns a number, and holds Python's lock all the while: a list of 
 Here a long message is cut up first. What is left of it goes to protobuf, its lists are counted before they are read,
 and reading them lets others run.
 
-Written by hand, as `rows.py`.
+Written by hand, as `lookup_codec.py`.
 """
 
 from __future__ import annotations

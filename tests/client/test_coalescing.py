@@ -13,11 +13,11 @@ from support.cluster import Up
 
 from embedding_service import EmbeddingClient, errors
 from embedding_service.client import coalescing
+from embedding_service.client.calls import Call, Failure
 from embedding_service.client.coalescing import Coalescer
-from embedding_service.client.transport import Call, Failure
 from embedding_service.formats import get_format
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Shape, lookup_request
+from embedding_service.wire.lookup_codec import Answer, Shape, encode_lookup
 
 ROWS = len(longcat_table())
 
@@ -38,8 +38,8 @@ class Shard:
 
 
 def call(ids: list[int], timeout: float = 10.0, address: str = "h:0", table: str = "t") -> Call:
-    request = lookup_request("m@1", table, wire.ROW_ENCODING_STORED, 1, 1, np.array(ids), 1 << 40)
-    return Call(address, request, timeout, None, Shape(len(ids), 8, 2, wire.ROW_ENCODING_STORED, "1"))
+    request = encode_lookup("m@1", table, wire.ROW_ENCODING_STORED, 1, 1, np.array(ids), 1 << 40)
+    return Call(address, request, timeout, Shape(len(ids), 8, 2, wire.ROW_ENCODING_STORED, "1"))
 
 
 def ids_of(answer: Answer) -> list[int]:

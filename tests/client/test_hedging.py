@@ -1,98 +1,131 @@
-"""A second owner is asked when the first takes long; the first good answer counts."""
+"""Another owner is asked when a shard takes unusually long, within a budget. At a clock of its own: no timing here."""
 
-from collections.abc import Iterator
-from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
-
-import grpc
 import pytest
-import torch
-from support.checkpoints import longcat_table
-from support.cluster import serving, until
+from support.shards import ROWS, Clock, Shards, fetch, lookups_of, routing
 
-from embedding_service import EmbeddingClient
-from embedding_service.client.hedging import LEAST, HedgingTransport
-from embedding_service.client.transport import Call, Failure, Transport
-from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.client.patience import BURST, FLOOR_SECONDS, LEARN, NEVER, SHARE, Patience
+from embedding_service.client.router import ATTEMPT_TIMEOUT, Router
+from embedding_service.placement.routing import Routing
 
-REQUEST = wire.LookupRequest().SerializeToString()
-GONE = Failure(grpc.StatusCode.UNAVAILABLE, "gone")
-
-
-class Scripted(Transport):
-    """Answers "fast" at once and leaves "slow" until the test answers it."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.open: dict[str, Future[Any]] = {}
-
-    def send(self, call: Call) -> Future[Any]:
-        self.asked.append(call.address)
-        future: Future[Any] = Future()
-        if call.address == "fast":
-            future.set_result("answer of fast")
-        elif call.address == "gone":
-            future.set_result(GONE)
-        else:
-            self.open[call.address] = future
-        return future
+COPIES = [[0, 1], [1, 2], [2, 0], [0, 1]]
+USUAL = 0.001
 
 
 @pytest.fixture
-def scripted() -> Scripted:
-    return Scripted()
+def clock() -> Clock:
+    return Clock()
 
 
-@pytest.fixture
-def hedging(scripted: Scripted) -> Iterator[HedgingTransport]:
-    transport = HedgingTransport(scripted)
-    yield transport
-    transport.close()
+def started(
+    clock: Clock, owners: list[list[int]] = COPIES, hedge: bool = True, lookups: int = LEARN
+) -> tuple[Router, Shards]:
+    """A router that did some lookups of shards that answer in a millisecond."""
+    shards = Shards(routing(owners))
+    shards.pass_time, shards.seconds = clock.pass_time, USUAL
+    router = Router(["h:0"], Routing(shards.now), hedge=hedge, clock=clock)
+    for number in range(lookups):
+        fetch(router, shards, [number % ROWS])
+    shards.asked.clear()
+    return router, shards
 
 
-def measure(hedging: HedgingTransport) -> None:
-    for _ in range(LEAST):
-        hedging.send(Call("fast", REQUEST, 1.0)).result(5)
-    assert hedging.delay is not None
+def seconds_of(router: Router, shards: Shards, clock: Clock, ids: list[int]) -> float:
+    before = clock.now
+    assert fetch(router, shards, ids)[:, 0].tolist() == ids
+    return clock.now - before
 
 
-def call(first: str, second: str | None) -> Call:
-    return Call(first, REQUEST, 1.0, Call(second, REQUEST, 1.0) if second else None)
+def test_a_shard_that_hangs_costs_no_lookup_its_whole_try(clock: Clock) -> None:
+    """From its first lookup on to long after, while the breaker lets it be tried now and then."""
+    router, shards = started(clock)
+    shards.hanging = {"h:1"}
+    longest, began = 0.0, clock.now
+    while clock.now < began + 60:
+        longest = max(longest, seconds_of(router, shards, clock, [5, 15, 25]))
+        clock.pass_time(0.01)
+    assert FLOOR_SECONDS < longest < 2 * FLOOR_SECONDS
+    tried = [call for call in lookups_of(shards) if call.address == "h:1"]
+    assert 5 < len(tried) < 15
 
 
-def test_nothing_is_asked_twice_before_enough_was_measured(hedging: HedgingTransport, scripted: Scripted) -> None:
-    future = hedging.send(call("slow", "fast"))
-    scripted.open["slow"].set_result("late")
-    assert future.result(5) == "late"
-    assert scripted.asked == ["slow"]
+def test_without_hedging_it_costs_the_try(clock: Clock) -> None:
+    router, shards = started(clock, hedge=False)
+    shards.hanging = {"h:1"}
+    assert max(seconds_of(router, shards, clock, [5]) for _ in range(2)) > ATTEMPT_TIMEOUT
 
 
-def test_the_second_answers_for_a_slow_first(hedging: HedgingTransport, scripted: Scripted) -> None:
-    measure(hedging)
-    assert hedging.send(call("slow", "fast")).result(5) == "answer of fast"
-    scripted.open["slow"].set_result("late, and ignored")
+def test_nothing_is_asked_twice_before_enough_was_measured(clock: Clock) -> None:
+    router, shards = started(clock, lookups=LEARN - 2)
+    shards.hanging = {"h:1"}
+    assert max(seconds_of(router, shards, clock, [5]) for _ in range(2)) > ATTEMPT_TIMEOUT
 
 
-def test_a_quick_first_is_enough(hedging: HedgingTransport, scripted: Scripted) -> None:
-    measure(hedging)
-    assert hedging.send(call("fast", "never asked")).result(5) == "answer of fast"
+def test_the_others_are_asked_at_once_and_for_those_rows_only(clock: Clock) -> None:
+    router, shards = started(clock)
+    shards.hanging = {"h:1"}
+    while not any(call.address == "h:1" for call in shards.asked):
+        shards.asked.clear()
+        fetch(router, shards, [5, 25])
+    again = shards.asked[[call.address for call in shards.asked].index("h:1") + 1 :]
+    assert [call.address for call in again if call.shape and call.shape.count == 1][-1:] == ["h:0"]
+    assert len(lookups_of(shards)) == len(shards.asked) == 3  # nobody was asked for a routing
 
 
-def test_a_failure_counts_only_when_nobody_is_left(hedging: HedgingTransport, scripted: Scripted) -> None:
-    measure(hedging)
-    future = hedging.send(call("slow", "gone"))
-    until(lambda: "gone" in scripted.asked, "the second to be asked")
-    assert not future.done()
-    scripted.open["slow"].set_result("the first after all")
-    assert future.result(5) == "the first after all"
-    assert hedging.send(call("gone", "fast")).result(5) in (GONE, "answer of fast")
+def test_where_nobody_else_is_good_a_shard_gets_its_time(clock: Clock) -> None:
+    router, shards = started(clock, [[0, 1]] * 4)
+    shards.dead = {"h:1"}
+    for _ in range(2):
+        fetch(router, shards, [5])
+    shards.seconds = 10 * FLOOR_SECONDS
+    shards.asked.clear()
+    assert seconds_of(router, shards, clock, [5]) == pytest.approx(shards.seconds)
+    assert [call.address for call in shards.asked] == ["h:0"]
 
 
-@pytest.mark.service
-def test_a_client_that_hedges_gets_the_same_rows(store: Path, tmp_path: Path) -> None:
-    with serving(tmp_path, store, 3, replicas=2) as running, EmbeddingClient(running.address, hedge=True) as client:
-        for seed in range(40):
-            ids = torch.randint(0, len(longcat_table()), (200,), generator=torch.Generator().manual_seed(seed))
-            assert torch.equal(client.lookup("fp32/ngram", ids), longcat_table()[ids])
-        assert client._transport.delay is not None  # type: ignore[attr-defined]
+def test_many_bytes_may_take_longer(clock: Clock) -> None:
+    router, shards = started(clock)
+    fetch(router, shards, [5])
+    fetch(router, shards, list(range(ROWS)))
+    few, *_, many = [call.timeout for call in lookups_of(shards)]
+    assert few < many
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 15, 25]])
+def test_a_storm_is_bounded_by_the_budget(clock: Clock, ids: list[int]) -> None:
+    """Answers are fast and slow by turns, so that waiting long is always unusual."""
+    router, shards = started(clock)
+    rounds = 3000
+    for number in range(rounds):
+        shards.seconds = 3 * FLOOR_SECONDS if number % 8 == 0 else USUAL
+        fetch(router, shards, ids)
+        clock.pass_time(1.0)  # whoever rested is due again
+    needed = rounds * len(ids)
+    extra = len(lookups_of(shards)) - needed
+    assert 0 < extra <= SHARE * rounds + BURST + len(ids)
+
+
+def test_a_service_that_became_slow_as_a_whole_is_not_asked_twice_for_ever(clock: Clock) -> None:
+    router, shards = started(clock)
+    shards.seconds = 4 * FLOOR_SECONDS
+    for _ in range(600):
+        fetch(router, shards, [5])
+        clock.pass_time(1.0)
+    shards.asked.clear()
+    for _ in range(100):
+        fetch(router, shards, [5])
+        clock.pass_time(1.0)
+    assert len(lookups_of(shards)) == 100
+
+
+def test_the_budget_ends_and_comes_back() -> None:
+    patience = Patience()
+    assert patience.seconds == NEVER
+    patience.took = [USUAL] * LEARN
+    patience.learn()
+    assert patience.seconds == patience.usual == FLOOR_SECONDS
+    patience.spend(int(BURST), FLOOR_SECONDS)
+    assert patience.seconds == NEVER
+    assert patience.usual == FLOOR_SECONDS
+    patience.took = [USUAL] * LEARN
+    patience.learn()
+    assert patience.seconds == FLOOR_SECONDS

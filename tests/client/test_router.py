@@ -1,104 +1,21 @@
 """The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
 
-from collections.abc import Callable
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from support.shards import GONE, IDS, ROWS, Clock, Shards, fetch, lookups_of, routing
 
 from embedding_service import errors
-from embedding_service.client import router as router_module
+from embedding_service.client import owners
 from embedding_service.client.breaker import FIRST_REST
-from embedding_service.client.router import LOOK_SECONDS, START_OVER_SECONDS, Aside, Router, Want
-from embedding_service.client.sinks import StoredRows
-from embedding_service.client.transport import Call, Failure
+from embedding_service.client.calls import Call, Failure
+from embedding_service.client.router import ATTEMPT_TIMEOUT, LOOK_SECONDS, START_OVER_SECONDS, Router
+from embedding_service.client.wants import StoredRows, Want
 from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.rows import Answer, Request
-
-ROWS, PER_PART, DIM = 40, 10, 2
-REDIRECT = Failure(grpc.StatusCode.ABORTED, "moved")
-GONE = Failure(grpc.StatusCode.UNAVAILABLE, "connection refused")
-
-
-def routing(owners: list[list[int]], epoch: int = 1, version: str = "1", response_bytes: int = 1 << 20) -> wire.Routing:
-    """Shards a, b, c at h:0, h:1, h:2; `owners` of the four parts of the one table."""
-    info = wire.ModelInfo(
-        name="m",
-        version=version,
-        tables=[wire.TableInfo(name="t", rows=ROWS, dim=DIM, dtype="fp32", row_bytes=8, rows_per_part=PER_PART)],
-    )
-    table = wire.TablePlacement(parts=[wire.PartOwners(shards=shards) for shards in owners])
-    return wire.Routing(
-        term=1,
-        epoch=epoch,
-        shards=[wire.ShardAddress(id=name, address=f"h:{index}") for index, name in enumerate("abc")],
-        models=[wire.ModelPlacement(model=info, tables=[table])],
-        limits=wire.Limits(request_bytes=1 << 20, response_bytes=response_bytes),
-    )
-
-
-class Shards:
-    """Answers calls the way real shards with these parts would; `now` is the routing they know."""
-
-    def __init__(self, now: wire.Routing) -> None:
-        self.now = now
-        self.dead: set[str] = set()
-        self.asked: list[Call] = []
-        self.pass_time: Callable[[float], None] = lambda seconds: None
-
-    def answer(self, call: Call) -> Any:
-        self.asked.append(call)
-        if call.address in self.dead:
-            return GONE
-        if isinstance(call.request, wire.GetRoutingRequest):
-            return self.now
-        model = self.now.models[0]
-        request = wire.LookupRequest.FromString(call.request.message())
-        ids = np.frombuffer(request.ids_uint32, "<u4")
-        here = int(call.address.removeprefix("h:"))
-        held = all(here in model.tables[0].parts[row // PER_PART].shards for row in ids)
-        if not held or request.model != f"m@{model.model.version}":
-            return REDIRECT
-        tag = float(model.model.version)
-        rows = np.stack([ids.astype(np.float32), np.full(len(ids), tag, np.float32)], 1)
-        return Answer(rows.view(np.uint8).reshape(-1), model.model.version)
-
-    def run(self, steps: Any, most_steps: int = 200) -> Any:
-        """Drive `steps`; waiting takes no time."""
-        answers = None
-        try:
-            for _ in range(most_steps):
-                step = steps.send(answers)
-                if isinstance(step, Aside):
-                    step.done(self.answer(step.call))
-                    continue
-                if isinstance(step, float):
-                    self.pass_time(step)
-                answers = None if isinstance(step, float) else [self.answer(call) for call in step]
-        except StopIteration as end:
-            return end.value
-        raise AssertionError("does not end")
-
-
-def fetch(
-    router: Router, shards: Shards, ids: list[int], name: str = "m", seconds: float = 60.0, works: bool = False
-) -> np.ndarray:
-    def wants_of(model: Model) -> list[Want]:
-        sink = StoredRows(len(ids), 8)
-        sink.works = works
-        return [Want(model.table("t"), np.array(ids, np.int64), wire.ROW_ENCODING_STORED, 8, sink)]
-
-    [want] = shards.run(router.fetch(name, wants_of, router._clock() + seconds))
-    return want.sink.rows.view(np.float32)
-
-
-def lookups_of(shards: Shards) -> list[Call]:
-    return [call for call in shards.asked if isinstance(call.request, Request)]
-
-
-IDS = [39, 0, 11, 12, 25, 7]
+from embedding_service.wire.lookup_codec import Answer, EncodedLookup
 
 
 def test_each_owner_is_asked_once_for_its_rows() -> None:
@@ -114,15 +31,22 @@ def test_requests_are_cut_to_the_limit() -> None:
     assert sizes == {8}
 
 
+def test_requests_are_cut_to_the_limit_of_their_ids() -> None:
+    shards = Shards(routing([[0]] * 4, request_bytes=3 * 8))
+    assert fetch(Router(["h:0"]), shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
+    sizes = {len(wire.LookupRequest.FromString(call.request.message()).ids_uint32) // 4 for call in lookups_of(shards)}
+    assert max(sizes) == 3
+
+
 def test_many_rows_are_asked_in_pieces_and_only_those_that_failed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     class Once(Shards):
         def answer(self, call: Call) -> Any:
             answer = super().answer(call)
             return GONE if isinstance(answer, Answer) and len(lookups_of(self)) == 2 else answer
 
-    monkeypatch.setattr(router_module, "PIECE_BYTES", 5 * 8)
+    monkeypatch.setattr(owners, "PIECE_BYTES", 5 * 8)
     shards = Once(routing([[0]] * 4))
-    assert fetch(Router(["h:0"]), shards, list(range(13)), works=True)[:, 0].tolist() == list(range(13))
+    assert fetch(Router(["h:0"]), shards, list(range(13)), decodes=True)[:, 0].tolist() == list(range(13))
     asked = [wire.LookupRequest.FromString(call.request.message()).ids_uint32 for call in lookups_of(shards)]
     assert [np.frombuffer(ids, "<u4").tolist() for ids in asked] == [
         [0, 1, 2, 3, 4],
@@ -154,6 +78,44 @@ def test_an_older_routing_is_never_adopted() -> None:
     router.adopt(Routing(routing([[1]] * 4, epoch=4)))
     assert router.current is not None
     assert router.current.age == (1, 5)
+
+
+def test_a_routing_of_the_same_age_is_not_taken() -> None:
+    """Nor is what was learnt of its shards forgotten: every adoption does that for those it does not name."""
+    first = Routing(routing([[0]] * 4, epoch=5))
+    router = Router(["h:0"], first)
+    router.adopt(Routing(routing([[1]] * 4, epoch=5)))
+    assert router.current is first
+
+
+def timeouts_of(replicas: list[int], seconds: float, clock: Clock) -> list[float]:
+    """Of the calls of one lookup whose shards all hang."""
+    shards = Shards(routing([replicas] * 4))
+    shards.hanging, shards.pass_time = {f"h:{shard}" for shard in replicas}, clock.pass_time
+    router = Router(["h:2"], Routing(shards.now), clock=clock)
+    with pytest.raises(errors.DeadlineExceeded):
+        fetch(router, shards, [5], seconds=seconds)
+    return [call.timeout for call in lookups_of(shards)]
+
+
+def test_a_shard_that_hangs_is_given_up_early_where_others_hold_the_rows(clock: Clock) -> None:
+    timeouts = timeouts_of([0, 1], 60, clock)
+    doubling = [ATTEMPT_TIMEOUT * 2**attempt for attempt in range(len(timeouts))]
+    assert timeouts[:-1] == doubling[:-1]
+    assert timeouts[-1] <= doubling[-1]
+
+
+def test_a_shard_that_is_alone_gets_half_of_the_time_that_is_left(clock: Clock) -> None:
+    first, second, *_ = timeouts_of([0], 60, clock)
+    assert first == pytest.approx(30, abs=0.1)
+    assert second == pytest.approx(15, abs=0.1)
+
+
+def test_no_call_outlives_its_deadline(clock: Clock) -> None:
+    for replicas in ([0], [0, 1]):
+        began = clock.now
+        timeouts_of(replicas, 3, clock)
+        assert clock.now - began == pytest.approx(3, abs=0.2)
 
 
 def test_a_few_are_asked_for_a_newer_routing_and_not_always_who_sends_away() -> None:
@@ -209,19 +171,6 @@ def test_who_failed_this_lookup_is_asked_last_even_where_the_other_replica_faile
         shards.dead, shards.asked = {"h:0"}, []
         assert fetch(router, shards, [5])[:, 0].tolist() == [5]
         assert [call.address for call in shards.asked].count("h:0") == 1
-
-
-class Clock:
-    """Stands still unless it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture
@@ -345,7 +294,7 @@ class Refusing(Shards):
         self._failure, self._addresses, self._left = failure, addresses, times
 
     def answer(self, call: Call) -> Any:
-        if isinstance(call.request, Request) and call.address in self._addresses and self._left:
+        if isinstance(call.request, EncodedLookup) and call.address in self._addresses and self._left:
             self._left -= 1
             self.asked.append(call)
             return self._failure
@@ -356,7 +305,7 @@ def test_what_no_retry_mends_is_raised_at_once() -> None:
     refusing = Refusing(routing([[0]] * 4), Failure(grpc.StatusCode.INVALID_ARGUMENT, "what is that"), "h:0")
     with pytest.raises(errors.InvalidRequest, match="what is that"):
         fetch(Router(["h:0"]), refusing, IDS)
-    assert sum(isinstance(call.request, Request) for call in refusing.asked) == 1
+    assert sum(isinstance(call.request, EncodedLookup) for call in refusing.asked) == 1
 
 
 FULL = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "no memory for it")
@@ -401,7 +350,7 @@ class Restarted(Shards):
         if call.address not in self.left:
             self.asked.append(call)
             return GONE
-        if not isinstance(call.request, Request):
+        if not isinstance(call.request, EncodedLookup):
             return self.before
         rows = super().answer(call._replace(address=f"h:{index - 10}"))
         rows.rows.view(np.float32)[1::2] = -1.0  # what the service before had by this name
@@ -458,7 +407,7 @@ def test_a_lookup_ends_by_its_deadline_though_asking_for_the_routing_takes_all_o
         """All are dead; that nobody answers for the routing is found out only when it is too late."""
 
         def answer(self, call: Call) -> Any:
-            if not isinstance(call.request, Request):
+            if not isinstance(call.request, EncodedLookup):
                 clock.pass_time(call.timeout)
             return GONE
 
@@ -507,7 +456,7 @@ def test_a_client_that_starts_over_mixes_nothing_with_what_it_had(clock: Clock) 
         """One shard of before still answers lookups, and has learnt of the service now."""
 
         def answer(self, call: Call) -> Any:
-            lookup = isinstance(call.request, Request)
+            lookup = isinstance(call.request, EncodedLookup)
             return super().answer(call) if lookup or call.address not in self.left else self.now
 
     shards, router = Lagging(now, before, clock), Router(["h:1"], Routing(before), clock=clock)

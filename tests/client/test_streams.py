@@ -15,14 +15,16 @@ from support.cluster import Cluster, Up, cluster, until
 
 from embedding_service import EmbeddingClient
 from embedding_service.client import streams
-from embedding_service.client.streams import Ended, Stream, Watchdog
-from embedding_service.client.transport import Call, GrpcTransport
+from embedding_service.client.calls import Call
+from embedding_service.client.streams import Ended, Stream
+from embedding_service.client.transport import GrpcTransport
+from embedding_service.client.trips import Watchdog
 from embedding_service.errors import DeadlineExceeded, Unavailable
 from embedding_service.placement.routing import Routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from embedding_service.wire.rows import Shape, lookup_request
+from embedding_service.wire.lookup_codec import Shape, encode_lookup
 
 KINDS = [streams._PollingStream, streams._PublicStream]
 
@@ -48,7 +50,7 @@ def channel(one_shard: Cluster) -> Iterator[grpc.Channel]:
 def request(channel: grpc.Channel, ids: list[int], model: str = "fp32@1") -> bytes:
     routing = Routing(EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20))
     rows = len(longcat_table())
-    return lookup_request(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), rows).streamed()
+    return encode_lookup(model, "ngram", wire.ROW_ENCODING_STORED, *routing.age, np.array(ids), rows).streamed
 
 
 def assert_ended(outcome: bytes | Ended, code: grpc.StatusCode, message: str) -> None:
@@ -85,7 +87,7 @@ def test_the_watchdog_ends_a_stream_whose_answer_is_late(
     late = request(channel, [2])
     one_shard.processes["a"].popen.send_signal(signal.SIGSTOP)
     try:
-        watchdog.watch(stream, time.monotonic() + 0.3)
+        watchdog.watch({stream: time.monotonic() + 0.3})
         stream.send(late)
         assert_ended(stream.receive(), grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")
     finally:
@@ -95,8 +97,8 @@ def test_the_watchdog_ends_a_stream_whose_answer_is_late(
 
 def test_the_watchdog_lets_those_be_that_were_answered(channel: grpc.Channel) -> None:
     stream, watchdog = streams.open_stream(channel), Watchdog()
-    watchdog.watch(stream, time.monotonic() + 0.2)
-    watchdog.forget(stream)
+    watchdog.watch({stream: time.monotonic() + 0.2})
+    watchdog.forget([stream])
     time.sleep(0.4)
     stream.send(request(channel, [3]))
     assert not isinstance(stream.receive(), Ended)
@@ -112,16 +114,16 @@ def test_an_exchange_that_is_given_up_leaves_no_stream_taken(one_shard: Cluster,
         table = routing.model("fp32").table("ngram")
         shape = Shape(1, table.row_bytes, table.dim, wire.ROW_ENCODING_STORED, "1")
         ids = np.array([row])
-        asked = lookup_request("fp32@1", "ngram", wire.ROW_ENCODING_STORED, *routing.age, ids, table.rows)
-        return Call(address, asked, 20.0, None, shape)
+        asked = encode_lookup("fp32@1", "ngram", wire.ROW_ENCODING_STORED, *routing.age, ids, table.rows)
+        return Call(address, asked, 20.0, shape)
 
     for count in (3, 1):
-        answers = transport.exchange([call(row) for row in range(count)])
+        answers = transport.exchange_in_turn([call(row) for row in range(count)])
         first = next(answers)
         assert first.rows.view(np.float32).tolist() == longcat_table()[0].tolist()
-        assert len(transport._streams[address]._taken) == count - 1
+        assert len(transport._pools[address]._taken) == count - 1
         answers.close()
-        assert not transport._streams[address]._taken
+        assert not transport._pools[address]._taken
     transport.close()
 
 

@@ -8,8 +8,8 @@ import torch
 from support.checkpoints import DIM, longcat_table
 
 from embedding_service import EmbeddingClient
-from embedding_service.client import router
-from embedding_service.client.sinks import DecodedRows, Decoder, StoredRows
+from embedding_service.client import owners, wants
+from embedding_service.client.wants import DecodedRows, StoredRows, decoder
 from embedding_service.formats import FORMATS, get_format
 
 ROWS = len(longcat_table())
@@ -29,7 +29,7 @@ PIECES: list[list[list[int]]] = [
 def test_pieces_give_what_the_whole_gives(name: str, dtype: torch.dtype, pieces: list[list[int]]) -> None:
     row_format = get_format(name)
     stored = row_format.encode(torch.randn(10, 64, generator=torch.Generator().manual_seed(1)))
-    decoded = DecodedRows(10, Decoder(name, 64, dtype, CPU))
+    decoded = DecodedRows(10, decoder(name, 64, dtype, CPU))
     kept = StoredRows(10, stored.shape[1])
     for piece in pieces[::-1]:
         for sink in (decoded, kept):
@@ -40,7 +40,7 @@ def test_pieces_give_what_the_whole_gives(name: str, dtype: torch.dtype, pieces:
 
 def test_rows_in_one_message_stay_in_it() -> None:
     message = np.arange(64, dtype=np.uint8).reshape(4, 16)
-    kept, decoded = StoredRows(4, 16), DecodedRows(4, Decoder("fp16", 8, torch.float16, CPU))
+    kept, decoded = StoredRows(4, 16), DecodedRows(4, decoder("fp16", 8, torch.float16, CPU))
     for sink in (kept, decoded):
         sink.put(None, message)
     assert kept.rows is message
@@ -48,15 +48,15 @@ def test_rows_in_one_message_stay_in_it() -> None:
 
 
 def test_what_needs_no_decoding_is_not_cut() -> None:
-    assert not StoredRows(4, 16).works
-    assert not DecodedRows(4, Decoder("bf16", 8, torch.bfloat16, CPU)).works
-    assert DecodedRows(4, Decoder("bf16", 8, torch.float32, CPU)).works
-    assert DecodedRows(4, Decoder("int8", 8, torch.float16, CPU)).works
-    assert DecodedRows(4, Decoder("fp16", 8, torch.float16, torch.device("meta"))).works
+    assert not StoredRows(4, 16).decodes
+    assert not DecodedRows(4, decoder("bf16", 8, torch.bfloat16, CPU)).decodes
+    assert DecodedRows(4, decoder("bf16", 8, torch.float32, CPU)).decodes
+    assert DecodedRows(4, decoder("int8", 8, torch.float16, CPU)).decodes
+    assert DecodedRows(4, decoder("fp16", 8, torch.float16, torch.device("meta"))).decodes
 
 
 def test_nothing_asked_is_nothing_found() -> None:
-    assert DecodedRows(0, Decoder("int8", 8, torch.float32, CPU)).values.shape == (0, 8)
+    assert DecodedRows(0, decoder("int8", 8, torch.float32, CPU)).values.shape == (0, 8)
     assert StoredRows(0, 12).rows.shape == (0, 12)
 
 
@@ -65,7 +65,8 @@ def test_nothing_asked_is_nothing_found() -> None:
 def test_a_lookup_in_pieces_from_several_shards(
     client: EmbeddingClient, monkeypatch: pytest.MonkeyPatch, model: str, order: Callable[[int], torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(router, "PIECE_BYTES", 4 << 10)
+    monkeypatch.setattr(owners, "PIECE_BYTES", 4 << 10)
+    monkeypatch.setattr(wants, "FEW_BYTES", 1 << 10)
     ids, row_format = order(ROWS), get_format(model)
     expected = row_format.decode(row_format.encode(longcat_table()), DIM)[ids]
     assert torch.equal(client.lookup(f"{model}/ngram", ids), expected)

@@ -11,17 +11,17 @@ from support.checkpoints import longcat_checkpoint, longcat_table
 from support.cluster import Up, serving
 
 from embedding_service import EmbeddingClient, errors
-from embedding_service.client import client as client_module
-from embedding_service.client.cache import WAYS, Group, RowCache
+from embedding_service.client import kept
+from embedding_service.client.kept import WAYS, KeptRows, Kind
 from embedding_service.store.importing import import_checkpoint
-from embedding_service.wire.rows import Bytes
+from embedding_service.wire.lookup_codec import Bytes
 
 ROWS = len(longcat_table())
 MIB = 1 << 20
 
 
-def group(table: str = "t", version: str = "1", row_bytes: int = 16) -> Group:
-    return Group(f"m@{version}", table, 0, row_bytes)
+def kind(table: str = "t", version: str = "1", row_bytes: int = 16) -> Kind:
+    return Kind(f"m@{version}", table, 0, row_bytes)
 
 
 def named(ids: np.ndarray, tag: int = 0, row_bytes: int = 16) -> Bytes:
@@ -31,7 +31,7 @@ def named(ids: np.ndarray, tag: int = 0, row_bytes: int = 16) -> Bytes:
     return values.view(np.uint8)
 
 
-def check(cache: RowCache, of: Group, ids: np.ndarray, tag: int = 0) -> int:
+def check(cache: KeptRows, of: Kind, ids: np.ndarray, tag: int = 0) -> int:
     """Every row found must be the one asked for; returns how many were."""
     here, rows = cache.find(of, ids)
     assert np.array_equal(rows, named(ids[here], tag, of.row_bytes))
@@ -39,63 +39,63 @@ def check(cache: RowCache, of: Group, ids: np.ndarray, tag: int = 0) -> int:
 
 
 def test_what_is_kept_is_found() -> None:
-    cache, ids = RowCache(MIB), np.arange(5, 1000, 7)
-    assert check(cache, group(), ids) == 0
-    cache.keep(group(), ids, named(ids))
-    assert check(cache, group(), ids) == len(ids)
-    assert check(cache, group(), np.arange(1000)) == len(ids)
+    cache, ids = KeptRows(MIB), np.arange(5, 1000, 7)
+    assert check(cache, kind(), ids) == 0
+    cache.keep(kind(), ids, named(ids))
+    assert check(cache, kind(), ids) == len(ids)
+    assert check(cache, kind(), np.arange(1000)) == len(ids)
     assert cache.stats == (2 * len(ids), len(ids) + 1000 - len(ids), 2 * len(ids) * 16, len(ids))
 
 
 def test_tables_encodings_and_versions_are_kept_apart() -> None:
-    cache, ids = RowCache(MIB), np.arange(50)
-    groups = [group("a"), group("b"), group("a", "2"), group("a")._replace(encoding=3)]
-    for tag, each in enumerate(groups):
+    cache, ids = KeptRows(MIB), np.arange(50)
+    kinds = [kind("a"), kind("b"), kind("a", "2"), kind("a")._replace(encoding=3)]
+    for tag, each in enumerate(kinds):
         cache.keep(each, ids, named(ids, tag))
-    assert [check(cache, each, ids, tag) for tag, each in enumerate(groups)] == [50] * 4
+    assert [check(cache, each, ids, tag) for tag, each in enumerate(kinds)] == [50] * 4
 
 
 def test_memory_is_bounded_and_what_was_asked_for_last_stays() -> None:
-    cache = RowCache(MIB)
+    cache = KeptRows(MIB)
     most, favourites = MIB // (16 + 16), np.arange(64)
-    cache.keep(group(), favourites, named(favourites))
+    cache.keep(kind(), favourites, named(favourites))
     for begin in range(1000, 200_000, 4000):
         ids = np.arange(begin, begin + 4000)
-        cache.keep(group(), ids, named(ids))
-        assert check(cache, group(), favourites) == 64
-    assert check(cache, group(), np.arange(210_000)) == cache.stats.rows
+        cache.keep(kind(), ids, named(ids))
+        assert check(cache, kind(), favourites) == 64
+    assert check(cache, kind(), np.arange(210_000)) == cache.stats.rows
     assert most * 0.9 < cache.stats.rows <= most
 
 
 def test_more_rows_at_once_than_there_is_room_for() -> None:
-    cache, ids = RowCache(MIB), np.random.default_rng(1).permutation(1 << 17)
-    cache.keep(group(), ids, named(ids))
-    assert check(cache, group(), ids) == cache.stats.rows <= MIB // 32
+    cache, ids = KeptRows(MIB), np.random.default_rng(1).permutation(1 << 17)
+    cache.keep(kind(), ids, named(ids))
+    assert check(cache, kind(), ids) == cache.stats.rows <= MIB // 32
 
 
 def test_rows_of_several_widths_share_the_bytes() -> None:
-    cache, ids = RowCache(MIB), np.arange(1 << 16)
+    cache, ids = KeptRows(MIB), np.arange(1 << 16)
     for width in (16, 64, 256):
-        cache.keep(group(row_bytes=width), ids, named(ids, row_bytes=width))
+        cache.keep(kind(row_bytes=width), ids, named(ids, row_bytes=width))
     assert cache._slots.keys() == {16, 64, 256}
-    kept = {width: check(cache, group(row_bytes=width), ids) for width in (16, 64, 256)}
-    assert kept[256] > WAYS
-    assert sum(rows * (width + 16) for width, rows in kept.items()) <= MIB
+    found = {width: check(cache, kind(row_bytes=width), ids) for width in (16, 64, 256)}
+    assert found[256] > WAYS
+    assert sum(rows * (width + 16) for width, rows in found.items()) <= MIB
 
 
 def test_a_row_wider_than_the_cache_is_not_kept() -> None:
-    cache, ids = RowCache(MIB), np.arange(2)
-    cache.keep(group(row_bytes=MIB), ids, named(ids, row_bytes=MIB))
-    assert check(cache, group(row_bytes=MIB), ids) == 0
+    cache, ids = KeptRows(MIB), np.arange(2)
+    cache.keep(kind(row_bytes=MIB), ids, named(ids, row_bytes=MIB))
+    assert check(cache, kind(row_bytes=MIB), ids) == 0
 
 
 def test_versions_that_are_gone_are_dropped() -> None:
-    cache, ids = RowCache(MIB), np.arange(100)
-    cache.keep(group(version="1"), ids, named(ids, 1))
-    cache.keep(group(version="2"), ids, named(ids, 2))
+    cache, ids = KeptRows(MIB), np.arange(100)
+    cache.keep(kind(version="1"), ids, named(ids, 1))
+    cache.keep(kind(version="2"), ids, named(ids, 2))
     cache.retain({"m@2"})
     assert cache.stats.rows == 100
-    assert (check(cache, group(version="1"), ids, 1), check(cache, group(version="2"), ids, 2)) == (0, 100)
+    assert (check(cache, kind(version="1"), ids, 1), check(cache, kind(version="2"), ids, 2)) == (0, 100)
 
 
 def test_a_cache_must_hold_something(service: Up) -> None:
@@ -157,7 +157,7 @@ def test_threads_share_a_cache_that_is_too_small(service: Up) -> None:
 
 @pytest.mark.service
 def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "TRUSTED_SECONDS", 0.2)
+    monkeypatch.setattr(kept, "TRUSTED_SECONDS", 0.2)
     store = tmp_path / "store"
     import_checkpoint(longcat_checkpoint(tmp_path / "one"), str(store), "m", dtype="fp32", version="1")
     ids, old, new = torch.arange(40), longcat_table(1)[:40], longcat_table(2)[:40]
@@ -175,4 +175,4 @@ def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monke
             threading.Event().wait(0.1)
         assert torch.equal(answers[-1], new)
         assert all(torch.equal(answer, old) for answer in answers[:-1])
-        assert {each.model for each in cached.cache._groups} == {"m@2"}  # type: ignore[union-attr]
+        assert {each.model for each in cached.cache._kinds} == {"m@2"}  # type: ignore[union-attr]

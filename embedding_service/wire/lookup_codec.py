@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -113,9 +113,15 @@ def _allocate(before: bytes, shape: Shape) -> tuple[bytes, Bytes]:
     return message, _view(message, len(before)).reshape(shape.count, shape.row_bytes)
 
 
-class Request(NamedTuple):
-    """A `LookupRequest` in two parts: all that comes before the bytes of its ids, and those."""
+class EncodedLookup(NamedTuple):
+    """A serialized `StreamLookupRequest` with request_id 0 around a `LookupRequest`, and what it is made of.
 
+    Attributes:
+        head: Of the `LookupRequest`, all that comes before the bytes of its ids and their length.
+        ids: The bytes of its ids.
+    """
+
+    streamed: bytes
     head: bytes
     ids: bytes
 
@@ -123,19 +129,24 @@ class Request(NamedTuple):
         """The serialized `LookupRequest`."""
         return self.head + _varint(len(self.ids)) + self.ids
 
-    def streamed(self) -> bytes:
-        """A serialized `StreamLookupRequest` with request_id 0 around it."""
-        message = self.message()
-        return _LOOKUP + _varint(len(message)) + message
 
-
-def lookup_request(
+def encode_lookup(
     model: str, table: str, encoding: int, term: int, epoch: int, ids: npt.NDArray[np.int64], rows: int
-) -> Request:
+) -> EncodedLookup:
     """A request for `ids` [n] of a table of `rows` rows: 4 bytes an id if they suffice."""
     narrow = rows <= 1 << 32
     head = _before_ids(model, table, encoding, term, epoch, narrow)
-    return Request(head, ids.astype("<u4" if narrow else "<i8").tobytes())
+    return _encoded(head, ids.astype("<u4" if narrow else "<i8").tobytes())
+
+
+def join_lookups(requests: Sequence[EncodedLookup]) -> EncodedLookup:
+    """One request for the ids of several that differ in nothing else."""
+    return _encoded(requests[0].head, b"".join(request.ids for request in requests))
+
+
+def _encoded(head: bytes, ids: bytes) -> EncodedLookup:
+    before = head + _varint(len(ids))
+    return EncodedLookup(_LOOKUP + _varint(len(before) + len(ids)) + before + ids, head, ids)
 
 
 @lru_cache(1024)

@@ -1,26 +1,26 @@
-"""Rows that this client has seen, kept in the bytes they came in.
+"""Rows that this client has seen, kept in the bytes they came in, and when they may stand for the service's.
 
-N-grams of text repeat: a row that is here needs no RPC. The cache is set-associative, as a processor's: a key's hash
-names a set of `WAYS` slots, and within a set the row that was asked for longest ago gives way. Everything is done for
-all ids of a lookup at once, in numpy; a lookup of 12 rows must cost less than the RPC it saves by far.
+N-grams of text repeat: a row that is here needs no RPC. The slots are set-associative, as a processor's cache: a key's
+hash names a set of `WAYS` slots, and within a set the row that was asked for longest ago gives way. Everything is done
+for all ids of a lookup at once, in numpy. A lookup of 12 rows must cost less than the RPC it saves by far.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.placement.routing import Ids
-from embedding_service.wire.rows import Bytes
+from embedding_service.placement.routing import Ids, Model, Routing
+from embedding_service.wire.lookup_codec import Bytes
 
 WAYS = 8
-# A key is a group's number and, in the low bits, a row id. Tables with more rows than that are not cached.
+# A key is a kind's number and, in the low bits, a row id. Tables with more rows than that are not cached.
 _ID_BITS = 40
 _NOBODY = -1
 # What a slot costs beside its row: its key and when it was asked for last, int64 each.
@@ -28,9 +28,12 @@ _SLOT_BYTES = 16
 # 2^64 divided by the golden ratio, odd: Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4).
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
+# For so long a version stays the newest one for kept rows. Then a lookup asks a shard again, which says so when the
+# version was replaced.
+TRUSTED_SECONDS = 1.0
 
 
-class Group(NamedTuple):
+class Kind(NamedTuple):
     """Rows that may be told apart by their ids: of one table of one version, in one encoding."""
 
     model: str
@@ -47,13 +50,8 @@ class CacheStats(NamedTuple):
     saved_bytes: int
     rows: int
 
-    @property
-    def hit_rate(self) -> float:
-        """Hits of all rows asked for, each once a lookup; 0 before the first."""
-        return self.hits / ((self.hits + self.misses) or 1)
 
-
-class RowCache:
+class KeptRows:
     """At most `cache_bytes` of rows with their keys; thread-safe. Raises InvalidRequest for less than one set."""
 
     def __init__(self, cache_bytes: int) -> None:
@@ -62,7 +60,7 @@ class RowCache:
         self._bytes = cache_bytes
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._groups: dict[Group, int] = {}
+        self._kinds: dict[Kind, int] = {}
         self._slots: dict[int, _Slots] = {}  # by the bytes of a row
         self._hits = self._misses = self._saved = 0
 
@@ -73,34 +71,34 @@ class RowCache:
             rows = sum(slots.count for slots in self._slots.values())
             return CacheStats(self._hits, self._misses, self._saved, rows)
 
-    def find(self, group: Group, ids: Ids) -> tuple[npt.NDArray[np.bool_], Bytes]:
+    def find(self, kind: Kind, ids: Ids) -> tuple[npt.NDArray[np.bool_], Bytes]:
         """Which of the `ids` int64 [n] are here, bool [n], and a copy of their rows, uint8 [hits, row_bytes]."""
         with self._lock:
-            number = self._groups.get(group)
+            number = self._kinds.get(kind)
             if number is None:
-                here, rows = np.zeros(len(ids), np.bool_), np.empty((0, group.row_bytes), np.uint8)
+                here, rows = np.zeros(len(ids), np.bool_), np.empty((0, kind.row_bytes), np.uint8)
             else:
-                here, rows = self._slots[group.row_bytes].find(_keys(number, ids))
+                here, rows = self._slots[kind.row_bytes].find(_keys(number, ids))
             self._hits += len(rows)
             self._misses += len(ids) - len(rows)
             self._saved += rows.nbytes
         return here, rows
 
-    def keep(self, group: Group, ids: Ids, rows: Bytes) -> None:
+    def keep(self, kind: Kind, ids: Ids, rows: Bytes) -> None:
         """Remember the rows uint8 [n, row_bytes] of different `ids` int64 [n] in [0, 2^40)."""
-        if not len(ids) or not self._fits(group.row_bytes) or int(ids.max()) >> _ID_BITS:
+        if not len(ids) or not self._fits(kind.row_bytes) or int(ids.max()) >> _ID_BITS:
             return
         with self._lock:
-            if group not in self._groups:
-                self._make_room(group.row_bytes)
-                self._groups[group] = next(self._numbers)
-            self._slots[group.row_bytes].keep(_keys(self._groups[group], ids), rows)
+            if kind not in self._kinds:
+                self._make_room(kind.row_bytes)
+                self._kinds[kind] = next(self._numbers)
+            self._slots[kind.row_bytes].keep(_keys(self._kinds[kind], ids), rows)
 
     def retain(self, models: Collection[str]) -> None:
         """Drop the rows of all versions but these (`name@version`)."""
         with self._lock:
-            for group in [group for group in self._groups if group.model not in models]:
-                self._slots[group.row_bytes].drop(self._groups.pop(group))
+            for kind in [kind for kind in self._kinds if kind.model not in models]:
+                self._slots[kind.row_bytes].drop(self._kinds.pop(kind))
 
     def _fits(self, row_bytes: int) -> bool:
         # Several widths share the bytes evenly; where a set would not fit even so, that table is not cached.
@@ -110,13 +108,68 @@ class RowCache:
         """Rows of another width need slots of their own. Slots of all widths begin empty, each with an even share."""
         if row_bytes in self._slots:
             return
-        widths = {row_bytes, *(group.row_bytes for group in self._groups)}
+        widths = {row_bytes, *(kind.row_bytes for kind in self._kinds)}
         self._slots.clear()  # before the new ones are made: never twice the bytes
         self._slots = {width: _Slots(self._bytes // len(widths), width) for width in widths}
 
 
 def _keys(number: int, ids: Ids) -> Ids:
     return ids + (number << _ID_BITS)
+
+
+class Found(NamedTuple):
+    """What is kept of the rows of n ids: bool [n] and uint8 [hits, row_bytes]."""
+
+    kind: Kind
+    here: npt.NDArray[np.bool_]
+    rows: Bytes
+
+
+class Keeper:
+    """Says when kept rows may stand for the service's, and keeps what came.
+
+    Args:
+        rows: Where they are kept.
+        current: The routing that the client has now.
+    """
+
+    def __init__(self, rows: KeptRows, current: Callable[[], Routing | None]) -> None:
+        self.rows = rows
+        self._current = current
+        self._routing: Routing | None = None
+        self._confirmed: dict[str, float] = {}
+
+    def trusts(self, model: Model, now: float, *, pinned: bool) -> bool:
+        """Whether kept rows of this version count at `now`, on time.monotonic's clock.
+
+        A caller who named the version has it `pinned`. Else a shard must have confirmed of late that it is the newest.
+        """
+        routing = self._current()
+        if routing is not None and routing is not self._routing:
+            self._routing = routing
+            self.rows.retain({each.full_name for each in routing.models})
+        return pinned or now < self._confirmed.get(model.full_name, now - TRUSTED_SECONDS) + TRUSTED_SECONDS
+
+    def confirm(self, version: str, began: float) -> None:
+        """A shard answered a lookup of this version (`name@version`) that began then."""
+        self._confirmed[version] = began
+
+    def find(self, kind: Kind, ids: Ids, trusted: bool) -> Found:
+        """What is kept of `ids` int64 [n], all in range: what is out of range is no key."""
+        if not trusted:
+            return Found(kind, np.zeros(len(ids), np.bool_), np.empty((0, kind.row_bytes), np.uint8))
+        return Found(kind, *self.rows.find(kind, ids))
+
+    def merge(self, found: Found, missing: Ids, fetched: Bytes) -> Bytes:
+        """All n rows in their order, uint8 [n, row_bytes]; those of the `missing` ids, which were fetched, are kept."""
+        if not len(fetched):
+            return found.rows
+        self.rows.keep(found.kind, missing, fetched)
+        if not len(found.rows):
+            return fetched
+        rows = np.empty((len(found.here), found.kind.row_bytes), np.uint8)
+        rows[found.here], rows[~found.here] = found.rows, fetched
+        return rows
 
 
 class _Slots:
@@ -163,7 +216,7 @@ class _Slots:
         self._rows[sets * WAYS + ways] = rows[order]
 
     def drop(self, number: int) -> None:
-        """Forget a group's rows."""
+        """Forget a kind's rows."""
         gone = self._keys >> _ID_BITS == number
         self._keys[gone] = _NOBODY
         self._asked[gone] = 0

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire import rows
-from embedding_service.wire.rows import Shape
+from embedding_service.wire import lookup_codec
+from embedding_service.wire.lookup_codec import Shape
 
 SHAPES = [
     Shape(count, row_bytes, dim, encoding, version)
@@ -32,12 +32,12 @@ def message(shape: Shape) -> wire.LookupResponse:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_answers_are_those_of_the_contract_and_lie_aligned(shape: Shape) -> None:
-    answer, place = rows.allocate(shape)
+    answer, place = lookup_codec.allocate(shape)
     place[:] = content(shape)
     assert wire.LookupResponse.FromString(answer) == message(shape)
     assert place.ctypes.data % 16 == 0
     for request_id in (0, 7, 1 << 40):
-        streamed, place = rows.allocate_streamed(shape, request_id)
+        streamed, place = lookup_codec.allocate_streamed(shape, request_id)
         place[:] = content(shape)
         assert wire.StreamLookupResponse.FromString(streamed) == wire.StreamLookupResponse(
             request_id=request_id, rows=message(shape)
@@ -46,29 +46,29 @@ def test_answers_are_those_of_the_contract_and_lie_aligned(shape: Shape) -> None
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_answers_are_read_however_they_were_written(shape: Shape) -> None:
-    own, place = rows.allocate(shape)
+    own, place = lookup_codec.allocate(shape)
     place[:] = content(shape)
-    own_streamed, place = rows.allocate_streamed(shape, 0)
+    own_streamed, place = lookup_codec.allocate_streamed(shape, 0)
     place[:] = content(shape)
     others = message(shape)
     for answer in (
-        rows.read(own, shape),
-        rows.read(others.SerializeToString(), shape),
-        rows.read_streamed(own_streamed, shape),
-        rows.read_streamed(wire.StreamLookupResponse(rows=others).SerializeToString(), shape),
+        lookup_codec.read(own, shape),
+        lookup_codec.read(others.SerializeToString(), shape),
+        lookup_codec.read_streamed(own_streamed, shape),
+        lookup_codec.read_streamed(wire.StreamLookupResponse(rows=others).SerializeToString(), shape),
     ):
-        assert isinstance(answer, rows.Answer)
+        assert isinstance(answer, lookup_codec.Answer)
         assert answer.version == shape.version
         assert answer.rows.tobytes() == content(shape).tobytes()
 
 
 def test_an_answer_of_another_version_is_read_as_what_it_is() -> None:
     asked, given = SHAPES[-1], SHAPES[-1]._replace(version="other")
-    answer, place = rows.allocate(given)
+    answer, place = lookup_codec.allocate(given)
     place[:] = content(given)
-    assert rows.read(answer, asked).version == "other"
+    assert lookup_codec.read(answer, asked).version == "other"
     failure = wire.LookupFailure(code=10, message="moved", term=3, epoch=4)
-    assert rows.read_streamed(wire.StreamLookupResponse(error=failure).SerializeToString(), asked) == failure
+    assert lookup_codec.read_streamed(wire.StreamLookupResponse(error=failure).SerializeToString(), asked) == failure
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,6 @@ def test_requests_are_those_of_the_contract(table_rows: int, field: str, dtype: 
         epoch=2,
         **{field: ids.astype(dtype).tobytes()},
     )
-    request = rows.lookup_request("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
+    request = lookup_codec.encode_lookup("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
     assert wire.LookupRequest.FromString(request.message()) == expected
-    assert wire.StreamLookupRequest.FromString(request.streamed()) == wire.StreamLookupRequest(lookup=expected)
+    assert wire.StreamLookupRequest.FromString(request.streamed) == wire.StreamLookupRequest(lookup=expected)

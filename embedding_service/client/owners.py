@@ -1,0 +1,140 @@
+"""Who is asked for which rows: pure, from a routing and what is known against its shards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence, Set
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.client.wants import Want
+from embedding_service.placement.routing import Ids, Model, Routing
+
+# More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
+# and are decoded.
+PIECE_BYTES = 2 << 20
+
+# Of each want by its index: the positions of the ids that are still wanted; None: all of them.
+Missing = dict[int, Ids | None]
+
+
+class Leg(NamedTuple):
+    """What one shard, by its index in the routing, is asked of one want.
+
+    `positions`: of the want's ids, whose rows are asked for; None: all, in their order.
+    """
+
+    want: int
+    shard: int
+    positions: Ids | None
+
+
+class Standing(NamedTuple):
+    """What is known against the shards of a routing.
+
+    Attributes:
+        badness: int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
+        due: Addresses that this lookup is to try again. Their badness is -1.
+        calm: Nothing is known against anybody.
+    """
+
+    badness: npt.NDArray[np.int8]
+    due: Set[str]
+    calm: bool
+
+
+def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str]) -> Standing:
+    """From addresses that failed this lookup, that rest, and whose rest is over.
+
+    1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
+    that are due come first, or a turn that passes them by would leave them unused for long.
+    """
+    if not resting and not due and not avoid:
+        return Standing(routing.nothing_known, due, True)
+    known = {**dict.fromkeys(due, -1), **dict.fromkeys(resting, 1), **dict.fromkeys(avoid, 2)}
+    return Standing(np.array([*(known.get(address, 0) for address in routing.addresses), 3], np.int8), due, False)
+
+
+def share_out(
+    wants: Sequence[Want], missing: Missing, model: Model, standing: Standing, turn: int
+) -> tuple[list[Leg], Missing]:
+    """Share what is missing out among owners: a leg for each shard and want, and what nobody holds at the moment.
+
+    One `turn` serves all tables: where the n-th owners of all parts are one group, that group is asked alone.
+    """
+    legs: list[Leg] = []
+    nowhere: Missing = {}
+    for index, positions in missing.items():
+        ids, table = wants[index].ids, model.tables[wants[index].table.name]
+        parts = (ids if positions is None else ids[positions]) // table.rows_per_part
+        for shard, where in _by_owner(_choose(table.owners, parts, turn, standing), positions):
+            if shard < 0:
+                nowhere[index] = where
+            else:
+                legs.append(Leg(index, shard, where))
+    return legs, nowhere
+
+
+def cut(legs: Sequence[Leg], wants: Sequence[Want], routing: Routing) -> tuple[list[Leg], int]:
+    """Legs within the service's limits, and the bytes of all their rows.
+
+    Rows that are decoded as they come are cut into pieces, of about one size.
+    """
+    pieces: list[Leg] = []
+    nbytes = 0
+    for leg in legs:
+        want = wants[leg.want]
+        count = len(want.ids) if leg.positions is None else len(leg.positions)
+        nbytes += count * want.row_bytes
+        most = max(1, min(routing.response_bytes // want.row_bytes, routing.request_bytes // 8))
+        if want.sink.decodes:
+            most = min(most, max(1, PIECE_BYTES // want.row_bytes))
+        if count <= most:
+            pieces.append(leg)
+            continue
+        positions = np.arange(count) if leg.positions is None else leg.positions
+        pieces += [leg._replace(positions=piece) for piece in np.array_split(positions, -(-count // most))]
+    return pieces, nbytes
+
+
+def has_other(leg: Leg, wants: Sequence[Want], model: Model, standing: Standing) -> bool:
+    """Whether every row of a leg has another good owner."""
+    want = wants[leg.want]
+    ids, table = want.ids if leg.positions is None else want.ids[leg.positions], model.tables[want.table.name]
+    owners = table.owners[ids // table.rows_per_part]
+    return bool(((standing.badness[owners] <= 0) & (owners != leg.shard)).any(1).all())
+
+
+def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:
+    """What is to be asked for again."""
+    pieces: dict[int, list[Ids]] = {}
+    for index, positions in (*nowhere.items(), *((leg.want, leg.positions) for leg in failed)):
+        pieces.setdefault(index, []).extend([] if positions is None else [positions])
+    return {index: np.concatenate(positions) if positions else None for index, positions in pieces.items()}
+
+
+def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, standing: Standing) -> npt.NDArray[np.int32]:
+    """For each part the best of its owners, in turn among equals; -1 where there is none."""
+    copies, badness, best = owners.shape[1], standing.badness, -1 if standing.due else 0
+    chosen = owners[parts, turn % copies]
+    for column in range(1, copies):
+        if (badness[chosen] <= best).all():
+            break
+        other = owners[parts, (turn + column) % copies]
+        chosen = np.where(badness[other] < badness[chosen], other, chosen)
+    return chosen
+
+
+def _by_owner(owners: npt.NDArray[np.int32], positions: Ids | None) -> Iterator[tuple[int, Ids | None]]:
+    """Each owner and its positions, in their order."""
+    if np.count_nonzero(owners == owners[0]) == len(owners):
+        yield int(owners[0]), positions
+        return
+    order = np.argsort(owners, kind="stable")
+    owners = owners[order]
+    positions = order if positions is None else positions[order]
+    starts = [0, *(np.flatnonzero(np.diff(owners)) + 1), len(owners)]
+    for start, end in itertools.pairwise(starts):
+        yield int(owners[start]), positions[start:end]

@@ -1,0 +1,309 @@
+"""What a lookup wants, and what becomes of its rows as they come in.
+
+A `Lookup` names the rows. For the version of the model that is served it makes `Want`s, each different id once. A want
+has a sink, which takes rows answer by answer. In the end the lookup makes tensors of what its sinks took.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedding_service.client.kept import Found, Keeper, Kind
+from embedding_service.formats import RowFormat, get_format
+from embedding_service.formats.plain import plain_dtypes
+from embedding_service.ngram import NgramHasher
+from embedding_service.placement.routing import Ids, Model, Table, check_ids
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.lookup_codec import Bytes
+
+# How values of a dtype lie in a row that needs no decoding, and how the wire names that.
+PLAIN = {dtype: name for name, dtype in plain_dtypes().items()}
+ENCODINGS = {
+    torch.float32: wire.ROW_ENCODING_FLOAT32,
+    torch.float16: wire.ROW_ENCODING_FLOAT16,
+    torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
+}
+# Rows of so many bytes are used together, once all are there. Above that, work on an answer costs more than beginning
+# it, and is done while other answers are on their way.
+FEW_BYTES = 64 << 10
+# Up to so many ids a set finds repetitions sooner than sorting does.
+FEW_IDS = 64
+# Rows are asked for once where one in so many is a repetition; spreading them over their places costs a copy of all.
+WORTH_SPREADING = 16
+
+
+class Decoder(NamedTuple):
+    """Makes values of rows in `row_format`: `dim` a row, as `dtype`, on `device`."""
+
+    row_format: RowFormat
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def decode(self, rows: Bytes, inverse: npt.NDArray[Any] | None = None, out: Tensor | None = None) -> Tensor:
+        """Rows uint8 [n, row_bytes] -> Tensor[n, dim], in `out` where given; those of `inverse` [m]: [m, dim]."""
+        stored = self.move(rows if inverse is None else rows.take(inverse, axis=0))
+        return self.row_format.decode(stored, self.dim, out, self.dtype)
+
+    def move(self, array: npt.NDArray[Any]) -> Tensor:
+        """An array as a tensor on the device; to a GPU through page-locked memory, without waiting for the copy."""
+        tensor = torch.from_numpy(array)
+        kind = self.device.type
+        if kind == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True) if kind == "cuda" else tensor.to(self.device)
+
+
+@lru_cache(256)
+def decoder(encoding: str, dim: int, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The decoder of rows in that format. Raises InvalidRequest for an unknown one."""
+    return Decoder(get_format(encoding), dim, dtype, device)
+
+
+class Sink(ABC):
+    """Takes the rows of so many ids, each row once.
+
+    Attributes:
+        decodes: Much is done with each answer, so many rows had better come in pieces.
+    """
+
+    decodes = False
+
+    @abstractmethod
+    def put(self, positions: Ids | None, rows: Bytes) -> None:
+        """Take uint8 [m, row_bytes], rows of the ids at these m positions, in any order; None: of all, in theirs."""
+
+
+class StoredRows(Sink):
+    """Keeps them as they came; rows that come all in one message stay in it.
+
+    Attributes:
+        rows: uint8 [count, row_bytes].
+    """
+
+    def __init__(self, count: int, row_bytes: int) -> None:
+        self.rows: Bytes = np.empty((0, row_bytes), np.uint8)
+        self._count = count
+
+    def put(self, positions: Ids | None, rows: Bytes) -> None:
+        """See `Sink`."""
+        if positions is None:
+            self.rows = rows
+            return
+        if len(self.rows) != self._count:
+            self.rows = np.empty((self._count, rows.shape[1]), np.uint8)
+        self.rows[_where(positions)] = rows
+
+
+class DecodedRows(Sink):
+    """Decodes answers while the next ones are on their way."""
+
+    def __init__(self, count: int, decoder: Decoder) -> None:
+        self._count = count
+        self._decoder = decoder
+        self._values: Tensor | None = None
+        # What need not be decoded stays in its one message; a piece would be copied into its place.
+        self.decodes = decoder.row_format.name != PLAIN.get(decoder.dtype) or decoder.device.type != "cpu"
+
+    @property
+    def values(self) -> Tensor:
+        """Tensor[count, dim]."""
+        return self._empty() if self._values is None else self._values
+
+    def put(self, positions: Ids | None, rows: Bytes) -> None:
+        """See `Sink`."""
+        if positions is None:
+            self._values = self._decoder.decode(rows)
+            return
+        if self._values is None:
+            self._values = self._empty()
+        where = _where(positions)
+        if isinstance(where, slice):
+            self._decoder.decode(rows, out=self._values[where])
+        else:
+            self._values.index_copy_(0, self._decoder.move(where), self._decoder.decode(rows))
+
+    def _empty(self) -> Tensor:
+        return torch.empty(self._count, self._decoder.dim, dtype=self._decoder.dtype, device=self._decoder.device)
+
+
+def _where(positions: Ids) -> slice | Ids:
+    """Positions, as a slice where they ascend and none is left out."""
+    first, last = int(positions[0]), int(positions[-1])
+    run = last - first + 1 == len(positions) and bool((positions[1:] > positions[:-1]).all())
+    return slice(first, last + 1) if run else positions
+
+
+class Want(NamedTuple):
+    """Rows of one table: `ids` int64 [n], `encoding` of the answer and its bytes a row, and where they go."""
+
+    table: Table
+    ids: Ids
+    encoding: int
+    row_bytes: int
+    sink: Sink
+
+
+class _Asked(NamedTuple):
+    """A want, and what becomes of its rows.
+
+    Attributes:
+        want: Rows that are asked of shards.
+        inverse: Where each stands among the ids that were given.
+        found: Rows that were kept from earlier lookups.
+    """
+
+    want: Want
+    decoder: Decoder
+    inverse: Ids | None
+    found: Found | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Lookup(ABC):
+    """Rows of one model, asked for once.
+
+    Attributes:
+        model: `name` or `name@version`.
+        device: Where the tensors go.
+        kept: Rows of earlier lookups, if they are kept.
+    """
+
+    model: str
+    dtype: torch.dtype
+    device: torch.device
+    kept: Keeper | None
+    _began: float = field(default_factory=time.monotonic)
+    _version: str = ""
+    _asked: list[_Asked] = field(default_factory=list)
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """Once the sinks of the last `wants` have all rows."""
+
+    @abstractmethod
+    def _ids(self, model: Model) -> list[tuple[str, Ids]]:
+        """Names of tables and row ids int64 [n]."""
+
+    def wants(self, model: Model) -> list[Want]:
+        """What is to be asked of this version's shards. Raises NotFound, OutOfRange.
+
+        Called again for another version, it begins with new sinks, so versions are never mixed.
+        """
+        kept, asked = self.kept, []
+        trusted = kept is not None and kept.trusts(model, self._began, pinned=self.model == model.full_name)
+        for name, ids in self._ids(model):
+            table = model.table(name)
+            check_ids(ids, table.rows, f"{model.full_name}/{name}")
+            each = self._ask(table, ids)
+            asked.append(each if kept is None else _less_what_is_kept(each, kept, model, trusted))
+        self._version, self._asked = model.full_name, asked
+        return [each.want for each in asked]
+
+    def _ask(self, table: Table, ids: Ids) -> _Asked:
+        """Rows cross the wire as stored, or converted by the shard where that is fewer bytes.
+
+        Where ids repeat they are spread while they are still bytes, which are fewer than what they decode to.
+        """
+        encoding, row_bytes, name = wire.ROW_ENCODING_STORED, table.row_bytes, table.dtype
+        if table.dim * self.dtype.itemsize < row_bytes:
+            encoding, row_bytes, name = ENCODINGS[self.dtype], table.dim * self.dtype.itemsize, PLAIN[self.dtype]
+        unique, inverse = _once(ids)
+        decodes = decoder(name, table.dim, self.dtype, self.device)
+        as_bytes = self.kept is not None or inverse is not None or len(ids) * row_bytes <= FEW_BYTES
+        sink = StoredRows(len(unique), row_bytes) if as_bytes else DecodedRows(len(ids), decodes)
+        return _Asked(Want(table, unique, encoding, row_bytes, sink), decodes, inverse)
+
+    def _tensors(self) -> list[Tensor]:
+        """For each of `_ids` a Tensor[n, dim]."""
+        if self.kept is not None and any(len(each.want.ids) for each in self._asked):
+            self.kept.confirm(self._version, self._began)
+        return [self._values(each) for each in self._asked]
+
+    def _values(self, asked: _Asked) -> Tensor:
+        sink = asked.want.sink
+        if isinstance(sink, DecodedRows):
+            return sink.values
+        assert isinstance(sink, StoredRows)
+        rows = sink.rows
+        if asked.found is not None:
+            assert self.kept is not None
+            rows = self.kept.merge(asked.found, asked.want.ids, rows)
+        return asked.decoder.decode(rows, asked.inverse)
+
+
+@dataclass(kw_only=True, eq=False)
+class RowLookup(Lookup):
+    """Rows of one table by `ids` int64 [n], which were given in `shape`."""
+
+    table: str
+    ids: Ids
+    shape: torch.Size
+
+    def result(self) -> Tensor:
+        """Tensor[*shape, dim]."""
+        [rows] = self._tensors()
+        return rows.view(*self.shape, rows.shape[1])
+
+    def _ids(self, model: Model) -> list[tuple[str, Ids]]:
+        return [(self.table, self.ids)]
+
+
+@dataclass(kw_only=True, eq=False)
+class NgramLookup(Lookup):
+    """The n-gram rows of tokens int64 [B, S] after a context [B, C]."""
+
+    token_ids: Tensor
+    context: Tensor | None
+    hasher_of: Callable[[Model], NgramHasher]
+    _shape: torch.Size = field(default_factory=torch.Size)
+
+    def result(self) -> Tensor:
+        """Tensor[B, S, L, H, dim]."""
+        batch, length, tables, heads = self._shape
+        rows = self._tensors()
+        if tables == 1:
+            return rows[0].view(batch, length, 1, heads, rows[0].shape[1])
+        return torch.stack([table.view(batch, length, heads, table.shape[1]) for table in rows], 2)
+
+    def _ids(self, model: Model) -> list[tuple[str, Ids]]:
+        hasher = self.hasher_of(model)
+        row_ids = hasher.row_ids(self.token_ids, self.context)
+        self._shape = row_ids.shape
+        return [
+            (table.name, row_ids[:, :, index].reshape(-1).cpu().numpy()) for index, table in enumerate(hasher.tables)
+        ]
+
+
+def _less_what_is_kept(asked: _Asked, kept: Keeper, model: Model, trusted: bool) -> _Asked:
+    """Ask for the rest only."""
+    want = asked.want
+    kind = Kind(model.full_name, want.table.name, want.encoding, want.row_bytes)
+    found = kept.find(kind, want.ids, trusted)
+    if not len(found.rows):
+        return asked._replace(found=found)
+    ids = want.ids[~found.here]
+    return asked._replace(want=want._replace(ids=ids, sink=StoredRows(len(ids), want.row_bytes)), found=found)
+
+
+def _once(ids: Ids) -> tuple[Ids, Ids | None]:
+    """Each different id, and where it stands among `ids`; None where nearly all differ and the ids stay as they are."""
+    if len(ids) <= FEW_IDS:
+        repeated = len(ids) - len(set(ids.tolist()))
+    else:
+        ordered = np.sort(ids.astype(np.uint32))  # half the bytes; few that differ look alike then, which does no harm
+        repeated = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+    if repeated * WORTH_SPREADING < len(ids):
+        return ids, None
+    unique, inverse = np.unique(ids, return_inverse=True)
+    return unique, inverse
