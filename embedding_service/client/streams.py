@@ -30,7 +30,7 @@ class Stream(ABC):
     """An open stream. `cancel` may be called from any thread, the rest from one at a time."""
 
     @abstractmethod
-    def send(self, request: bytes) -> object:
+    def send(self, message: bytes) -> object:
         """Send a serialized request, which one `receive` must follow."""
 
     @abstractmethod
@@ -64,8 +64,8 @@ class _PublicStream(Stream):
         self._call: Any = channel.stream_stream(METHOD)(iter(self._requests.get, None))
         self._told: Ended | None = None
 
-    def send(self, request: bytes) -> None:
-        self._requests.put(request)
+    def send(self, message: bytes) -> None:
+        self._requests.put(message)
 
     def receive(self) -> bytes | Ended:
         try:
