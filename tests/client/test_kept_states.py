@@ -9,47 +9,45 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from embedding_service.client.cache import _SLOT_BYTES, WAYS, Group, RowCache, _Slots
+from embedding_service.client.kept import _SLOT_BYTES, WAYS, KeptRows, Kind, _Slots
 
 WIDTHS = (16, 24, 1 << 20)
-GROUPS = st.builds(
-    Group, st.sampled_from(["m@1", "m@2", "n@1"]), st.sampled_from("tu"), st.integers(0, 1), st.sampled_from(WIDTHS)
+KINDS = st.builds(
+    Kind, st.sampled_from(["m@1", "m@2", "n@1"]), st.sampled_from("tu"), st.integers(0, 1), st.sampled_from(WIDTHS)
 )
 # Few, so that sets of a cache of 1 MiB never overflow: what was kept must be there.
 IDS = st.lists(st.integers(0, 20) | st.sampled_from([2**39, 2**40 - 1]), unique=True, max_size=6)
 
 
 class CacheStates(RuleBasedStateMachine):
-    """What is found is what was kept last for that group and id, and nothing that was kept is missing."""
+    """What is found is what was kept last for that kind and id, and nothing that was kept is missing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = RowCache(1 << 20)
-        self.kept: dict[Group, dict[int, np.ndarray]] = {}
+        self.cache = KeptRows(1 << 20)
+        self.kept: dict[Kind, dict[int, np.ndarray]] = {}
         self.widths: set[int] = set()
         self.hits = self.misses = self.saved = 0
         self.count = 0
 
-    @rule(group=GROUPS, ids=IDS)
-    def keep(self, group: Group, ids: list[int]) -> None:
-        rows = (
-            np.stack([self._fresh(group.row_bytes) for _ in ids]) if ids else np.empty((0, group.row_bytes), np.uint8)
-        )
-        self.cache.keep(group, np.array(ids, np.int64), rows)
-        if not ids or group.row_bytes == WIDTHS[-1]:
+    @rule(kind=KINDS, ids=IDS)
+    def keep(self, kind: Kind, ids: list[int]) -> None:
+        rows = np.stack([self._fresh(kind.row_bytes) for _ in ids]) if ids else np.empty((0, kind.row_bytes), np.uint8)
+        self.cache.keep(kind, np.array(ids, np.int64), rows)
+        if not ids or kind.row_bytes == WIDTHS[-1]:
             return  # a set of such rows does not fit
-        if group.row_bytes not in self.widths:  # the bytes are shared anew, with nothing in them
-            self.widths = {group.row_bytes, *(each.row_bytes for each in self.kept)}
+        if kind.row_bytes not in self.widths:  # the bytes are shared anew, with nothing in them
+            self.widths = {kind.row_bytes, *(each.row_bytes for each in self.kept)}
             for each in self.kept.values():
                 each.clear()
-        known = self.kept.setdefault(group, {})
+        known = self.kept.setdefault(kind, {})
         for id, row in zip(ids, rows, strict=True):
             known.setdefault(id, row)  # rows of a version do not change, so the first stays
 
-    @rule(group=GROUPS, ids=IDS)
-    def find(self, group: Group, ids: list[int]) -> None:
-        here, rows = self.cache.find(group, np.array(ids, np.int64))
-        known = self.kept.get(group, {})
+    @rule(kind=KINDS, ids=IDS)
+    def find(self, kind: Kind, ids: list[int]) -> None:
+        here, rows = self.cache.find(kind, np.array(ids, np.int64))
+        known = self.kept.get(kind, {})
         assert here.tolist() == [id in known for id in ids]
         assert np.array_equal(rows, np.array([known[id] for id in ids if id in known]).reshape(rows.shape))
         self.hits += len(rows)
@@ -59,11 +57,11 @@ class CacheStates(RuleBasedStateMachine):
     @rule(models=st.sets(st.sampled_from(["m@1", "m@2", "n@1"])))
     def retain(self, models: set[str]) -> None:
         self.cache.retain(models)
-        self.kept = {group: rows for group, rows in self.kept.items() if group.model in models}
+        self.kept = {kind: rows for kind, rows in self.kept.items() if kind.model in models}
 
-    @rule(group=GROUPS)
-    def ids_beyond_the_bound_are_not_kept(self, group: Group) -> None:
-        self.cache.keep(group, np.array([3, 2**40], np.int64), np.zeros((2, group.row_bytes), np.uint8))
+    @rule(kind=KINDS)
+    def ids_beyond_the_bound_are_not_kept(self, kind: Kind) -> None:
+        self.cache.keep(kind, np.array([3, 2**40], np.int64), np.zeros((2, kind.row_bytes), np.uint8))
 
     @invariant()
     def stats_say_what_happened(self) -> None:
