@@ -141,12 +141,12 @@ class Event(NamedTuple):
 class ServerCall:
     """A call that came to a port.
 
-    Each `tag` is called once, by whoever polls the port. One message may be on its way each way at a time.
+    Each `tag` is called once, by the thread that polls the port. One message may be on its way each way at a time.
 
     Attributes:
-        path: Of the method, as "/package.Service/Method". Any bytes.
+        path: The method's, as "/package.Service/Method". Any bytes.
         peer: Whose connection it is.
-        due: The client's deadline on time.time's clock; far in the future without one.
+        due: The client's deadline on time.time's clock. Far in the future without one.
         metadata: What the client sent with it.
     """
 
@@ -161,11 +161,11 @@ class ServerCall:
         self.metadata: Sequence[tuple[str, str | bytes]] = event.invocation_metadata
 
     def await_close(self, tag: Callable[[bool], None]) -> None:
-        """Have it told that the client's side has ended: True where the client gave up, or its deadline passed."""
+        """Call the tag when the client's side has ended: True if the client gave up, or its deadline passed."""
         self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), (tag, _cancelled))
 
     def receive(self, tag: Callable[[bytes | None], None]) -> None:
-        """Ask for a message; None: no more will come."""
+        """Ask for a message. None: no more will come."""
         self._call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), (tag, _received))
 
     def send(self, message: bytes, tag: Callable[[None], None]) -> None:

@@ -36,7 +36,7 @@ _OWN_FILES = 256
 _TCP = (socket.AF_INET, socket.AF_INET6)
 _PORTS = (f"ports go up to {MOST_PORT:,}", f"ports go up to {MOST_PORT:,} and begin at 1")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_*][A-Za-z0-9_.-]*):([0-9]+)")
-# What is wrong with what is no address, by the first pattern that it has.
+# The fault of a bad address, by the first pattern that matches.
 _HINTS = (
     (r"^\s*$", "it is empty; one is localhost:7070"),
     (r"^unix", "the service listens on ports, not on socket files"),
@@ -47,13 +47,13 @@ _HINTS = (
     (r"^[^\[]*:[^\[]*:", "an IPv6 host goes in brackets, as [::1]:7070"),
     (r"^(\[.*\]|[^:]*):?$", "the port is missing, as in localhost:7070"),
 )
-_libc = ctypes.CDLL(None)  # loaded here: a child that has just been forked must load nothing
+_libc = ctypes.CDLL(None)  # loaded here, because a child that was just forked must load nothing
 
 
 def split_address(address: str, *, least: int = 0) -> tuple[str, int]:
-    """Host, an IPv6 one in brackets, and port of an address, which is at least so much: 0 is for who listens.
+    """Host, an IPv6 one in brackets, and port of an address. The port is at least `least`. 0 is for listening.
 
-    Raises InvalidRequest, which says in one line what would be right.
+    Raises InvalidRequest, which says the remedy in one line.
     """
     form = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
     if form is None:
@@ -83,16 +83,16 @@ def complete_address(address: str, port: int) -> str:
 
 
 def check_free(address: str, option: str = "port") -> None:
-    """Raise InvalidRequest where somebody listens, naming `option`, or where this machine has no such address.
+    """Raise InvalidRequest if somebody listens there, naming `option`, or if this machine has no such address.
 
-    For ports that several processes share: without this look they would share another service's, unnoticed.
+    It is for ports that several processes share. Without this look they would share another service's, unnoticed.
     """
     host, port = split_address(address)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host.strip("[]"), port))
-        except (ValueError, TypeError):  # no name at all: empty between its dots, too long, with a NUL
+        except (ValueError, TypeError):  # no name: empty between its dots, too long, or with a NUL
             raise InvalidRequest(f"cannot listen on {shown(address)}: that is no name of a host") from None
         except OSError as error:
             wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
@@ -115,9 +115,9 @@ def end_with_parent(how: signal.Signals) -> None:
 def prepare_local_ray() -> None:
     """Set the environment of a Ray that starts here, before ray is imported.
 
-    It stays off the network: it takes the loopback address as its node's, which Ray does by itself on macOS and Windows
-    only. Its processes reach each other directly: they speak gRPC and HTTP, and both would ask the proxies that
-    http_proxy and others name.
+    It stays off the network: its node has the loopback address. Ray does that by itself on macOS and Windows only. Its
+    processes reach each other directly. They speak gRPC and HTTP, and both would ask the proxies of http_proxy and
+    others.
     """
     import psutil
 
@@ -131,7 +131,7 @@ def prepare_local_ray() -> None:
 
 @cache
 def boot_id() -> str:
-    """Of this machine since it was started; containers of one machine share it. Empty where nobody knows it."""
+    """The id of this machine's start. Containers of one machine share it. Empty if it is not known."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -147,21 +147,21 @@ def spare_collections() -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Have malloc give the kernel all pages that nothing lies in. Where the C library is not glibc nothing changes."""
+    """Have malloc give all unused pages to the kernel. If the C library is not glibc, nothing changes."""
     with contextlib.suppress(AttributeError):
         _libc.malloc_trim(0)
 
 
 def allow_many_files() -> None:
-    """Raise this process's limit of open files as far as it may: a connection is one, and usual limits are 1,024."""
+    """Raise this process's limit of open files as far as it may. A connection is one, and usual limits are 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def room_for_connections() -> int:
-    """Connections that may come to one of two ports of this process, so that it has files left for what it does itself.
+    """Connections that may come to one of two ports of this process. It keeps files for its own work.
 
-    At the limit of open files it could not answer either, nor look at its store.
+    At the limit of open files it could neither answer nor look at its store.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(list(Path("/proc/self/fd").iterdir()))
@@ -169,7 +169,7 @@ def room_for_connections() -> int:
 
 
 def open_file(path: Path) -> FileIO:
-    """Open a regular file for reading, unbuffered. Raises OSError, for a FIFO or a device too, which could wait."""
+    """Open a regular file for reading, unbuffered. Raises OSError, also for a FIFO or a device, which could wait."""
     file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -178,7 +178,7 @@ def open_file(path: Path) -> FileIO:
 
 
 def read_file(path: Path, most: int = MOST_TEXT_BYTES) -> bytes:
-    """The content of a regular file of at most so many bytes. Raises OSError."""
+    """The content of a regular file of at most `most` bytes. Raises OSError."""
     with open_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:

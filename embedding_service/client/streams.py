@@ -39,7 +39,7 @@ class Stream(ABC):
 
     @abstractmethod
     def cancel(self, code: grpc.StatusCode, message: str) -> None:
-        """End the stream; whoever waits is told this code."""
+        """End the stream. Its waiting thread is told this code."""
 
 
 def open_stream(channel: grpc.Channel) -> Stream:
@@ -84,7 +84,7 @@ class _PublicStream(Stream):
 
 
 def _ended(code: grpc.StatusCode, message: str) -> Ended:
-    """A shard that drains ends its streams with OK: who still waits for an answer must ask elsewhere."""
+    """A peer that ends the stream with OK gives no answer: what still waits is asked of others."""
     if code is grpc.StatusCode.OK:
         return Ended(grpc.StatusCode.UNAVAILABLE, "the stream was ended by the shard")
     return Ended(code, message)

@@ -26,7 +26,7 @@ from embedding_service.wire.lists import LookupAsked, read_lookup, read_streamed
 from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
 
 SERVICE = "embedding.v1.EmbeddingService"
-# A message of a `StreamLookup` as a call of its own: how a shard's processes pass it on to the main one.
+# A message of a `StreamLookup` as a call of its own. A shard's processes pass it on so to the main one.
 ANSWER = f"{SERVICE}/Answer"
 
 _ENCODINGS = {
@@ -45,10 +45,10 @@ Tables = Callable[[str, str, str], TableRows | None]
 
 @dataclass
 class Counters:
-    """What a process did since it started. `rows` and `row_bytes` are those it answered with, `seconds` for how long.
+    """What a process did since it started. `rows` and `row_bytes` are those of its answers, `seconds` is their time.
 
     `near_rows` are those that clients read in place, by what they said.
-    `times` counts answers by the bucket of their time, the last one beyond all bounds.
+    `times` counts answers by the bucket of their time. The last bucket is beyond all bounds.
     """
 
     lookups: int = 0
@@ -73,7 +73,7 @@ class Counters:
         )
 
     def count(self, shape: Shape, seconds: float) -> None:
-        """An answer of this shape that took so long."""
+        """Count an answer of this shape that took `seconds`."""
         self.lookups += 1
         self.rows += shape.count
         self.row_bytes += shape.nbytes
@@ -95,7 +95,7 @@ class Counters:
 class CheckedLookup(NamedTuple):
     """A request that was found to be right.
 
-    `model` is None for a sender that routed it by itself; `held` is None where no part of the table is held.
+    `model` is None for a sender that routed it by itself. `held` is None if no part of the table is held.
     """
 
     ids: Ids
@@ -107,7 +107,7 @@ class CheckedLookup(NamedTuple):
 
 
 class Redirect(Exception):
-    """The sender routed by itself, and rows it asks for are not held here."""
+    """The sender routed by itself, and its rows are not held here."""
 
 
 class HeldRows:
@@ -120,9 +120,9 @@ class HeldRows:
         self._counting = threading.Lock()
 
     def answer(self, message: bytes, room: int) -> bytes | None:
-        """The serialized answer to a serialized `LookupRequest` where its rows are here and take at most `room` bytes.
+        """The serialized answer to a serialized `LookupRequest` whose rows are here and take at most `room` bytes.
 
-        None for all others, wrong ones among them. May be called from any thread.
+        None for all others, wrong ones too. May be called from any thread.
         """
         try:
             return self._at_once(read_lookup(message), room, allocate)
@@ -175,11 +175,11 @@ class HeldRows:
         return CheckedLookup(ids, encoding, shape, held, model, request.table)
 
     def known_model(self, name: str) -> Model:
-        """The model that a thin client's request names; it does not route by itself. Raises Redirect where unknown."""
+        """The model that a thin client's request names. Raises Redirect if it is unknown."""
         raise Redirect
 
     def offer_lookups(self, server: Server, lookup: Any, each: Any) -> None:
-        """Answer `Lookup` and `StreamLookup`; what is not answered at once is for these handlers of one message."""
+        """Answer `Lookup` and `StreamLookup`. These handlers of one message get what is not answered at once."""
         server.offer(f"{SERVICE}/Lookup", Method(lookup, at_once=self.answer))
         server.offer(
             f"{SERVICE}/StreamLookup",
@@ -208,7 +208,7 @@ def row_bytes_of(dtype: str, dim: int, encoding: str) -> int:
 
 
 def _count_ids(asked: LookupAsked) -> int:
-    """Of whichever field holds them; nothing is made for it. Raises InvalidRequest where that are several fields."""
+    """The number of ids in any of the fields, without reading them. Raises InvalidRequest if several hold ids."""
     counts = {
         "ids": len(asked.ids),
         "ids_int64": len(asked.request.ids_int64) // 8,
@@ -221,7 +221,7 @@ def _count_ids(asked: LookupAsked) -> int:
 
 
 def _ids(asked: LookupAsked) -> Ids:
-    """int64 [n] from whichever field holds them."""
+    """The ids, int64 [n], from the field that holds them."""
     wide, narrow = asked.request.ids_int64, asked.request.ids_uint32
     if narrow:
         return _from_bytes("ids_uint32", narrow, "<u4")

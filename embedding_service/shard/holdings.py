@@ -1,4 +1,4 @@
-"""The parts that a shard holds, and making them what it was told to hold."""
+"""The parts that a shard holds. It loads and drops parts until it holds what it was told to hold."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from embedding_service.threads import apart
 
 log = logging.getLogger(__name__)
 
-# A part that could not be loaded (corrupt, store away) is tried again: it may have been repaired.
+# A part that could not be loaded (corrupt, store away) is tried again. It may have been repaired.
 RETRY_SECONDS = 5.0
-# A store on this machine from which nothing came for so long is said to be away.
+# A store on this machine is said to be away after this many seconds without an answer.
 STALL_SECONDS = 30.0
 T = TypeVar("T")
 
 
 class Sharing(Protocol):
-    """Told of every part that is held, from loading threads too, and before it is held no more."""
+    """Told of every part that is held, also from loading threads, and before it is dropped."""
 
     def hold(self, key: PartKey, table: Table, location: Location) -> None:
         """The part is held, there."""
@@ -43,13 +43,13 @@ class Holdings:
     Args:
         memory_limit: Bytes it may hold. A part for which there is no room waits until another one was dropped.
         cache: Folder for parts of a remote store.
-        load_rate: Bytes a second that are read in all, from the time on at which everything was loaded once: whoever
-            asks for rows must not feel that parts move. 0: no limit.
+        load_rate: Bytes a second that are read in all, once everything was loaded the first time. Lookups must not feel
+            that parts move. 0: no limit.
         loaders: Parts that are loaded at a time.
 
     Attributes:
         held: The parts that are verified and answer lookups.
-        failures: Why a part that shall be held is not.
+        failures: Why an assigned part is not held.
         changed: Set whenever `held` or `failures` changed.
         sharing: Who else reads what is held; set before anything is.
     """
@@ -112,7 +112,7 @@ class Holdings:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._reading:  # into memory that must stay where it is; the process ends, and it with that
+        if self._reading:  # into memory that must stay where it is, and ends with the process
             return
         for rows in self._tables.values():
             rows.close()
@@ -120,7 +120,7 @@ class Holdings:
         self.held.clear()
 
     async def _load(self, key: PartKey) -> None:
-        """Until the part is held, or not wanted any more."""
+        """Load until the part is held, or not wanted any more."""
         try:
             while key in self._wanted and not await self._try_load(key):
                 self._room.clear()
@@ -164,7 +164,7 @@ class Holdings:
         return True
 
     async def _read(self, key: PartKey, function: Callable[..., T], *arguments: object) -> T:
-        """Call what reads the store, which may stall: then it is said, and goes on whenever the store does."""
+        """Call a function that reads the store. If the store stalls, say so. The call goes on when the store does."""
         self._chunk_read = max(self._chunk_read, time.monotonic())
         reading = apart(self._counted, function, *arguments)
         while not (await asyncio.wait([reading], timeout=STALL_SECONDS))[0]:
@@ -233,11 +233,11 @@ class Holdings:
 
 
 class Pacer:
-    """Keeps all loads together at `rate` bytes a second, by letting their threads wait; 0: does not.
+    """Keeps all loads together at `rate` bytes a second, by letting their threads wait. 0: no limit.
 
     Args:
         clock: Seconds now.
-        sleep: Waits so many seconds.
+        sleep: Waits a number of seconds.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Pacer:
         self._next = 0.0
 
     def wait(self, chunk_bytes: int) -> None:
-        """After a chunk was read: until the bytes read so far are no more than the rate allows."""
+        """Wait, after a chunk was read, until the rate allows the bytes read so far."""
         if not self.active or not self._rate:
             return
         with self._lock:

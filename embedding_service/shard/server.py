@@ -55,20 +55,20 @@ class ShardOptions:
     Attributes:
         controller: host:port of the controller.
         store: Path or URL of the store.
-        listen: host:port; port 0 takes a free one.
+        listen: host:port. Port 0 takes a free one.
         shared_listen: A second host:port that all shards of this machine listen on together.
-        advertise: How others reach it, where that is not `listen`.
-        shard_id: Its name in placement and status; stable over restarts where the platform gives it one.
+        advertise: How others reach it, if that is not `listen`.
+        shard_id: Its name in placement and status. It is stable over restarts if the platform gives it one.
         tier: Where rows are kept: a name in `rows.TIERS`.
         memory_limit: Bytes it offers for rows.
         cache: Folder for parts of a remote store.
-        load_rate: Bytes a second at which parts are read while lookups are served; 0: no limit.
-        topology: What copies of a part shall not share: a zone, a node.
-        drain_seconds: After SIGTERM, how long to wait at most until others hold the parts of this shard.
+        load_rate: Bytes a second at which parts are read while lookups are served. 0: no limit.
+        topology: A zone or a node. Copies of a part go to different ones.
+        drain_seconds: The most seconds to wait, after SIGTERM, until others hold this shard's parts.
         threads: torch threads a gather may use.
         processes: Processes that answer lookups, this one included.
         near: Path of the Unix socket at which clients of this machine get the files of its parts; None: nowhere.
-        metrics_port: Port of Prometheus metrics, on the host of `listen`; 0: none.
+        metrics_port: Port of Prometheus metrics, on the host of `listen`. 0: none.
     """
 
     controller: str
@@ -173,7 +173,7 @@ async def _serve(options: ShardOptions) -> None:
     finally:
         log.info("ending")
         await asyncio.gather(asyncio.to_thread(others.stop), *(front.stop() for front in fronts))
-        await server.stop()  # what the others passed on ended before
+        await server.stop()  # calls that the others passed on ended before
         if folder:
             folder.cleanup()
         if near:
@@ -194,7 +194,7 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
     yield counter("request_errors", "Requests ended with an error.", counters.errors)
     yield gauge("held_parts", "Parts held.", len(holdings.held))
     yield gauge("held_bytes", "Bytes of rows held.", holdings.held_bytes)
-    yield gauge("failing_parts", "Parts that shall be held and cannot be.", len(holdings.failures))
+    yield gauge("failing_parts", "Assigned parts that cannot be held.", len(holdings.failures))
     yield gauge("memory_limit_bytes", "Bytes offered for rows.", holdings.memory_limit)
     term, epoch = _age(router)
     yield gauge("routing_term", "Term of the newest routing seen.", term)

@@ -1,4 +1,4 @@
-"""Answering lookups: what the shard holds from its memory, the rest from its peers."""
+"""Answering lookups: held rows from the shard's memory, the others from its peers."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ from embedding_service.wire.lists import (
 )
 from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
 
-# For a caller that set no deadline, forwarding must still end.
+# Seconds. Forwarding must end for a caller without a deadline, too.
 FORWARD_TIMEOUT = 10.0
-# Gathering so many bytes takes about as long as handing it to another thread costs; more would hold up other calls.
+# Gathering this many bytes takes about as long as a hand-over to another thread. More would hold up other calls.
 INLINE_BYTES = 256 << 10
-# Memory that an answer takes while it is made and sent. Rows that are fetched lie in another shard's answer and in a
-# sink as well; n-grams' rows in one table's, in those of all, in protobuf and in gRPC.
+# Memory that an answer takes while it is made and sent. Fetched rows also lie in another shard's answer and in a sink.
+# Rows of n-grams lie in one table's, in those of all, in protobuf and in gRPC.
 LOOKUP_COPIES, NGRAM_COPIES = 3, 5
-# Of a row id: as it came, and as others want it.
+# Bytes of a row id, as it came and as others want it.
 ID_BYTES = 24
 
 
 class _Unread:
-    """Answers that their askers have not taken yet, in bytes, by connection.
+    """Bytes of answers that were not taken yet, by connection.
 
-    A client that asks and never reads fills the memory of its own allowance and no more: its next large lookups wait,
+    A client that asks and never reads fills the memory of its own allowance and no more. Its next large lookups wait
     before their answers are made. All clients together fill the process's budget, and what is over that is refused.
     """
 
@@ -75,7 +75,7 @@ class _Unread:
     async def add(self, context: Context, nbytes: int, ids: int, copies: int = LOOKUP_COPIES) -> None:
         """Wait until the connection's unread answers are few enough, then count this one until its call has ended.
 
-        Raises Overloaded where the process has no memory for so many copies of it and for its row ids.
+        Raises Overloaded if the process has no memory for `copies` copies of it and for its row ids.
         """
         if nbytes < COUNTED_BYTES:
             return
@@ -96,7 +96,7 @@ class _Unread:
         self._taken.set()
 
 
-# Waits until an answer of so many bytes, for so many ids, may be made.
+# Waits until an answer of this many bytes, for this many ids, may be made.
 Room = Callable[[int, int], Awaitable[None]]
 
 
@@ -132,7 +132,7 @@ class LookupService(HeldRows, RoutingService):
         return self._router.current
 
     def known_model(self, name: str) -> Model:
-        """A served model; raises Unavailable, NotFound."""
+        """A served model. Raises Unavailable, NotFound."""
         return self.known_routing().model(name)
 
     async def Lookup(self, request: LookupAsked, context: Context) -> bytes:
@@ -152,7 +152,7 @@ class LookupService(HeldRows, RoutingService):
         return message
 
     async def Answer(self, request: StreamedLookupAsked, context: Context) -> bytes:
-        """A message of a `StreamLookup`: a serialized `StreamLookupResponse`, which says so if there are no rows."""
+        """Answer a message of a `StreamLookup`: a serialized `StreamLookupResponse`, with rows or an error."""
         began = time.perf_counter()
         try:
             lookup = await self._check(request.lookup)
@@ -185,7 +185,7 @@ class LookupService(HeldRows, RoutingService):
         return answer
 
     async def _check(self, request: LookupAsked) -> CheckedLookup:
-        """`_read`, on a thread where that takes long."""
+        """`_read`, on a thread if that takes long."""
         return await asyncio.to_thread(self._read, request) if request.ids.is_long else self._read(request)
 
     async def _fill(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
@@ -200,7 +200,7 @@ class LookupService(HeldRows, RoutingService):
             raise Redirect from error
 
     async def _any_rows(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
-        """For a thin client: rows from here and from whoever holds the others."""
+        """Rows for a thin client, from here and from the owners of the others."""
         ids, held = lookup.ids, lookup.held
         mine = held.holds(ids) if held else np.zeros(len(ids), np.bool_)
         try:
@@ -208,7 +208,7 @@ class LookupService(HeldRows, RoutingService):
                 await self._gather(held, ids, lookup.encoding, rows)
             elif held and mine.any():
                 rows[mine] = await self._gather(held, ids[mine], lookup.encoding)
-        except NotFound:  # dropped since we looked: whoever took the part over has it
+        except NotFound:  # dropped since we looked: the new owner of the part has it
             mine[:] = False
         if not mine.all():
             rows[~mine] = await self._forward(lookup, ids[~mine], deadline)
@@ -243,7 +243,7 @@ class LookupService(HeldRows, RoutingService):
         shape = (batch, lengths[0], hasher.num_tables, hasher.num_heads)
         await room(math.prod(shape) * row_bytes, math.prod(shape) + len(asked.token_ids) + len(asked.context))
         rows = np.empty((*shape, row_bytes), np.uint8)
-        if len(asked.token_ids):  # without tokens nothing is made, however large the batch
+        if len(asked.token_ids):  # without tokens nothing is made, for any batch
             tokens, context = _token_matrix(asked.token_ids, batch), _token_matrix(asked.context, batch)
             row_ids = hasher.row_ids(tokens, context)
         for index, table in enumerate(tables if len(asked.token_ids) else ()):
@@ -286,7 +286,7 @@ _MOVED = "rows that were asked for are not held here: get the routing again, or 
 
 
 def _gather_anywhere(held: TableRows, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
-    """On a thread that may wait for a disk."""
+    """Gather on a thread that may wait for a disk."""
     held.read_ahead(ids)
     return held.gather(ids, encoding, out)
 
