@@ -1,4 +1,4 @@
-"""Remembering which addresses failed of late, so that a dead or hanging shard does not slow everything down."""
+"""Remembers which addresses failed lately, so that a dead or hanging shard does not slow everything down."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class _Failing:
 class Breaker:
     """A circuit breaker for many addresses. Thread-safe.
 
-    An address that failed rests for 0.5 s, and twice as long after each further failure, to 8 s. When its rest is over
-    one caller tries it; the others go on avoiding it until that one was answered.
+    An address that failed rests for 0.5 s. Each further failure doubles that, to 8 s. When its rest is over one caller
+    tries it. The others go on avoiding it until that one was answered.
 
     Attributes:
-        failing: What is remembered, by address. Others may look whether it is empty, which is the usual case.
+        failing: What is remembered, by address. Others may look whether it is empty, as it usually is.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,13 +40,13 @@ class Breaker:
             self.failing[address] = _Failing(rest, self._clock() + rest)
 
     def answered(self, address: str) -> None:
-        """It answers: whatever was remembered is forgotten."""
+        """It answers, so forget its failures."""
         if address in self.failing:  # the usual case costs no lock
             with self._lock:
                 self.failing.pop(address, None)
 
     def resting(self) -> tuple[Set[str], Set[str]]:
-        """Addresses to avoid now; and those whose rest is over, which this caller may try, or must leave `untried`."""
+        """Addresses to avoid now, and those whose rest is over. This caller tries those or leaves them `untried`."""
         if not self.failing:
             return _NONE, _NONE
         with self._lock:
@@ -57,14 +57,14 @@ class Breaker:
             return self.failing.keys() - due, due
 
     def untried(self, addresses: Set[str]) -> None:
-        """The caller whose turn it was to try these had no use for them: it is the next one's turn."""
+        """The caller that was to try these had no use for them. It is the next one's turn."""
         with self._lock:
             now = self._clock()
             for address in addresses & self.failing.keys():
                 self.failing[address].until = now
 
     def forget_others(self, addresses: Collection[str]) -> None:
-        """Remember nothing of an address that is not one of these: it is not in use any more."""
+        """Forget all other addresses, which are not in use any more."""
         if self.failing:
             with self._lock:
                 for address in self.failing.keys() - set(addresses):

@@ -30,12 +30,12 @@ class Call(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """How a call ended that brought no answer."""
+    """How a call without an answer ended."""
 
     code: grpc.StatusCode
     message: str
 
 
 def undecodable(error: DecodeError) -> Failure:
-    """Of a call whose answer makes no sense."""
+    """The failure of a call whose answer makes no sense."""
     return Failure(grpc.StatusCode.INTERNAL, f"the answer is no message of this service: {error}")

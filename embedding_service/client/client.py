@@ -22,7 +22,7 @@ from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Ids, Model, Routing
 
-# Lookups that run ahead at the same time; they wait for shards, they hardly compute. Others wait for their turn.
+# Lookups that run ahead at the same time. They wait for shards and hardly compute. Others wait for their turn.
 MOST_AHEAD = 32
 
 
@@ -37,10 +37,10 @@ class ModelDescription:
 
 
 class EmbeddingClient:
-    """Looks rows up in an embedding service; asks the shards that hold them directly, in parallel.
+    """Looks rows up in an embedding service. It asks the shards that hold them directly, in parallel.
 
-    A context manager; safe to share between threads and event loops. Every method raises the errors of
-    `embedding_service.errors`: RequestError when the request is wrong, ServiceError when the service could not answer
+    It is a context manager, and threads and event loops may share it. Every method raises the errors of
+    `embedding_service.errors`: RequestError if the request is wrong, ServiceError if the service could not answer
     within the deadline.
 
     Args:
@@ -67,7 +67,7 @@ class EmbeddingClient:
         forks.watch(self)
 
     def _begin_anew(self, routing: Routing | None) -> None:
-        """Connections, threads and locks of this process; none is used yet."""
+        """Connections, threads and locks of this process. None is used yet."""
         self._transport = GrpcTransport()
         router = self._router = Router(self._seeds, routing, hedge=self._hedge)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
@@ -100,7 +100,7 @@ class EmbeddingClient:
 
     @property
     def cache(self) -> KeptRows | None:
-        """The rows kept here, whose `stats` count hits; None without `cache_bytes`."""
+        """The rows kept here. Their `stats` count hits. None without `cache_bytes`."""
         return self._kept.rows if self._kept else None
 
     def __enter__(self) -> EmbeddingClient:
@@ -110,7 +110,7 @@ class EmbeddingClient:
         self.close()
 
     def close(self) -> None:
-        """Drop all connections; calls under way fail with Unavailable."""
+        """Drop all connections. Calls under way fail with Unavailable."""
         self._closed = True
         self._ahead.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
@@ -123,7 +123,7 @@ class EmbeddingClient:
 
         Args:
             table: `model/table` or `model@version/table`.
-            ids: Row ids, any integer dtype and shape [*]; repetitions cost nothing on the wire.
+            ids: Row ids, any integer dtype and shape [*]. Repetitions cost nothing on the wire.
             dtype: float32, float16 or bfloat16.
             timeout: Seconds, retries included.
 
@@ -160,8 +160,8 @@ class EmbeddingClient:
 
         Args:
             model: `name` or `name@version`.
-            token_ids: int64 [B, S]; -1 is "no token" (left padding).
-            context: int64 [B, C], the tokens directly before; None at a sequence's start.
+            token_ids: int64 [B, S]. -1 is "no token" (left padding).
+            context: int64 [B, C], the tokens directly before. None at a sequence's start.
             dtype: float32, float16 or bfloat16.
             timeout: Seconds, retries included.
 
@@ -196,8 +196,8 @@ class EmbeddingClient:
 
         Rows on a GPU are there for any stream.
 
-        `ids` may be changed once this returned. `timeout` counts from when a thread takes it up: at once, unless 32
-        others are under way. One that has not begun when the client is closed is cancelled: its `result()` raises
+        `ids` may be changed once this returned. `timeout` counts from when a thread takes it up. That is at once unless
+        32 others are under way. If it has not begun when the client is closed, it is cancelled: its `result()` raises
         concurrent.futures.CancelledError. Raises Unavailable once closed.
         """
         return self._begin(self.lookup, table, _copy(ids), dtype=dtype, timeout=timeout)
@@ -283,7 +283,7 @@ def _client(seeds: list[str], timeout: float, hedge: bool, cache_bytes: int) -> 
 
 
 def _finish(lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-    """Look up on a thread of its own, whose GPU stream nobody else waits for."""
+    """Look up on a thread of its own. Nobody else waits for its GPU stream."""
     rows = lookup(*arguments, **options)
     if rows.is_cuda:
         torch.cuda.current_stream(rows.device).synchronize()
@@ -291,12 +291,12 @@ def _finish(lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> T
 
 
 def _copy(ids: Any) -> Any:
-    """What others may change is copied; what is no tensor is refused by the lookup."""
+    """Copy what others may change. The lookup refuses what is no tensor."""
     return ids.clone() if isinstance(ids, Tensor) else ids
 
 
 def _flat(ids: Tensor) -> Ids:
-    """Integer ids [*] as int64 [n] on the CPU. Raises InvalidRequest for what are none."""
+    """Integer ids [*] as int64 [n] on the CPU. Raises InvalidRequest for anything else."""
     if not isinstance(ids, Tensor):
         raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:

@@ -1,9 +1,9 @@
 """Small lookups of many tasks as few requests.
 
-Calls that tasks of one event loop make in the same turn of the loop, to the same shard for rows of the same table, go
-as one request. Nobody waits for a clock: the busier a loop is, the more tasks run in a turn and the more travels
-together. Each call keeps its own fate: a shard that does not answer fails the calls to it, and each is retried by its
-own lookup.
+Tasks of one event loop make calls in the same turn of the loop. Those to the same shard for rows of the same table go
+as one request. Nobody waits for a clock. The busier a loop is, the more tasks run in a turn, and the more travels
+together. Each call keeps its own outcome. A shard that does not answer fails the calls to it, and each lookup retries
+its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIKE = 1.05
 
 
 class Coalescer:
-    """Joins calls. May be used by several event loops at a time; calls of different loops are not joined."""
+    """Joins calls. Several event loops may use it at a time. Calls of different loops are not joined."""
 
     def __init__(self, send: Callable[[Call], Future[Any]]) -> None:
         self._send = send
@@ -73,7 +73,7 @@ class Coalescer:
 
 
 class _Together:
-    """Calls that differ in their rows only, and who waits for each."""
+    """Calls that differ in their rows only, and the tasks that wait for each."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -98,12 +98,12 @@ class _Together:
         )
 
     def settle(self, outcome: Any) -> None:
-        """Give everybody their rows. What is not the rows that were asked for everybody is shown as it is."""
+        """Give each call its rows. If the answer is not these rows, all calls get it as it is."""
         split = isinstance(outcome, Answer) and len(outcome.rows) == self.nbytes
         start = 0
         for call, waiting in self.members:
             end = start + call.nbytes
-            if not waiting.done():  # nobody waits where the task was cancelled
+            if not waiting.done():  # nobody waits if the task was cancelled
                 waiting.set_result(outcome._replace(rows=outcome.rows[start:end]) if split else outcome)
             start = end
 

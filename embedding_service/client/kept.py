@@ -1,8 +1,8 @@
 """Rows that this client has seen, kept in the bytes they came in, and when they may stand for the service's.
 
-N-grams of text repeat: a row that is here needs no RPC. The slots are set-associative, as a processor's cache: a key's
-hash names a set of `WAYS` slots, and within a set the row that was asked for longest ago gives way. Everything is done
-for all ids of a lookup at once, in numpy. A lookup of 12 rows must cost less than the RPC it saves by far.
+N-grams of text repeat, and a row that is here needs no RPC. The slots are set-associative, as in a processor's cache: a
+key's hash names a set of `WAYS` slots. In a set the row that was asked for longest ago gives way. numpy does everything
+for all ids of a lookup at once, because a lookup of 12 rows must cost far less than the RPC that it saves.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ WAYS = 8
 # A key is a kind's number and, in the low bits, a row id. Tables with more rows than that are not cached.
 _ID_BITS = 40
 _NOBODY = -1
-# What a slot costs beside its row: its key and when it was asked for last, int64 each.
+# What a slot costs besides its row: its key and when it was asked for last, int64 each.
 _SLOT_BYTES = 16
 # 2^64 divided by the golden ratio, odd: Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4).
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
-# For so long a version stays the newest one for kept rows. Then a lookup asks a shard again, which says so when the
-# version was replaced.
+# Seconds for which a version counts as the newest one for kept rows. Then a lookup asks a shard again, which says so if
+# the version was replaced.
 TRUSTED_SECONDS = 1.0
 
 
 class Kind(NamedTuple):
-    """Rows that may be told apart by their ids: of one table of one version, in one encoding."""
+    """Rows that their ids tell apart: of one table of one version, in one encoding."""
 
     model: str
     table: str
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
 
 
 class CacheStats(NamedTuple):
-    """`hits` and `misses`: rows, since the client began; `saved_bytes` that did not cross the wire; `rows` held now."""
+    """`hits` and `misses` count rows since the client began. `saved_bytes` did not cross the wire. `rows` are here."""
 
     hits: int
     misses: int
@@ -52,7 +52,7 @@ class CacheStats(NamedTuple):
 
 
 class KeptRows:
-    """At most `cache_bytes` of rows with their keys; thread-safe. Raises InvalidRequest for less than one set."""
+    """At most `cache_bytes` of rows with their keys. Thread-safe. Raises InvalidRequest for less than one set."""
 
     def __init__(self, cache_bytes: int) -> None:
         if cache_bytes < 1 << 20:
@@ -101,7 +101,7 @@ class KeptRows:
                 self._slots[kind.row_bytes].drop(self._kinds.pop(kind))
 
     def _fits(self, row_bytes: int) -> bool:
-        # Several widths share the bytes evenly; where a set would not fit even so, that table is not cached.
+        # Several widths share the bytes evenly. A table of whose rows not even a set fits is not cached.
         return self._bytes // (len(self._slots) + 1) >= WAYS * (row_bytes + _SLOT_BYTES)
 
     def _make_room(self, row_bytes: int) -> None:
@@ -109,7 +109,7 @@ class KeptRows:
         if row_bytes in self._slots:
             return
         widths = {row_bytes, *(kind.row_bytes for kind in self._kinds)}
-        self._slots.clear()  # before the new ones are made: never twice the bytes
+        self._slots.clear()  # before the new ones are made, so never twice the bytes
         self._slots = {width: _Slots(self._bytes // len(widths), width) for width in widths}
 
 
@@ -142,7 +142,7 @@ class Keeper:
     def trusts(self, model: Model, now: float, *, pinned: bool) -> bool:
         """Whether kept rows of this version count at `now`, on time.monotonic's clock.
 
-        A caller who named the version has it `pinned`. Else a shard must have confirmed of late that it is the newest.
+        It is `pinned` if the caller named it. Otherwise a shard must have confirmed lately that it is the newest.
         """
         routing = self._current()
         if routing is not None and routing is not self._routing:
@@ -155,13 +155,13 @@ class Keeper:
         self._confirmed[version] = began
 
     def find(self, kind: Kind, ids: Ids, trusted: bool) -> Found:
-        """What is kept of `ids` int64 [n], all in range: what is out of range is no key."""
+        """What is kept of `ids` int64 [n]. All are in range, since others are no keys."""
         if not trusted:
             return Found(kind, np.zeros(len(ids), np.bool_), np.empty((0, kind.row_bytes), np.uint8))
         return Found(kind, *self.rows.find(kind, ids))
 
     def merge(self, found: Found, missing: Ids, fetched: Bytes) -> Bytes:
-        """All n rows in their order, uint8 [n, row_bytes]; those of the `missing` ids, which were fetched, are kept."""
+        """All n rows in their order, uint8 [n, row_bytes]. Those of `missing` ids were fetched, and are kept now."""
         if not len(fetched):
             return found.rows
         self.rows.keep(found.kind, missing, fetched)
@@ -202,7 +202,7 @@ class _Slots:
     def keep(self, keys: Ids, rows: Bytes) -> None:
         self._now += 1
         sets = self._set_of(keys)
-        # Two threads may have fetched the same row: the bytes are the same, and one copy is enough.
+        # Two threads may have fetched the same row. Its bytes are the same, so one copy is enough.
         new = ~(self._keys[sets] == keys[:, None]).any(1)
         order = np.flatnonzero(new)[np.argsort(sets[new], kind="stable")]
         sets = sets[order]
@@ -223,5 +223,5 @@ class _Slots:
 
     def _set_of(self, keys: Ids) -> Ids:
         spread = (keys.view(np.uint64) * _SPREAD) >> _HIGH
-        # The high bits, scaled to the number of sets: cheaper than a remainder.
+        # The high bits, scaled to the number of sets. A remainder costs more.
         return ((spread * np.uint64(self._sets)) >> _HIGH).view(np.int64)

@@ -1,4 +1,4 @@
-"""Who is asked for which rows: pure, from a routing and what is known against its shards."""
+"""Which shard is asked for which rows. Pure: it goes by a routing and what is known against its shards."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy.typing as npt
 from embedding_service.client.wants import Want
 from embedding_service.placement.routing import Ids, Model, Routing
 
-# More rows than that, where they are to be decoded, are asked of a shard in pieces: it gathers one while others travel
-# and are decoded.
+# More bytes of rows that must be decoded are asked of a shard in pieces. It gathers one while others travel and are
+# decoded.
 PIECE_BYTES = 2 << 20
 
-# Of each want by its index: the positions of the ids that are still wanted; None: all of them.
+# By the index of each want: the positions of the ids that are still wanted. None: all of them.
 Missing = dict[int, Ids | None]
 
 
 class Leg(NamedTuple):
     """What one shard, by its index in the routing, is asked of one want.
 
-    `positions`: of the want's ids, whose rows are asked for; None: all, in their order.
+    `positions` are those of the ids whose rows are asked for. None: all, in their order.
     """
 
     want: int
@@ -62,7 +62,7 @@ def share_out(
 ) -> tuple[list[Leg], Missing]:
     """Share what is missing out among owners: a leg for each shard and want, and what nobody holds at the moment.
 
-    One `turn` serves all tables: where the n-th owners of all parts are one group, that group is asked alone.
+    One `turn` serves all tables. If the n-th owners of all parts are one group, that group is asked alone.
     """
     legs: list[Leg] = []
     nowhere: Missing = {}

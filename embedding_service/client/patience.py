@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-# A round of calls takes unusually long where it takes twice as long as 95 % of the last ones did.
+# A round of calls takes unusually long if it takes twice as long as 95 % of the last ones did.
 QUANTILE, TIMES = 0.95, 2.0
 WINDOW, LEARN = 512, 64
-# Less than that is no reason: a process that waits for a core, or collects garbage, takes so long now and then.
+# A shorter time is never unusual. A process that waits for a core or collects garbage takes that long now and then.
 FLOOR_SECONDS = 0.05
 # Bytes a second. Rows that come slower than that are late, whatever their number.
 SLOWEST = 20 << 20
-# Of all calls so many are asked again at most, and so many more at once: all that wait for a shard when it hangs.
+# The share of all calls that may be asked again. The burst is for all that wait for a shard when it hangs.
 SHARE, BURST = 0.02, 32.0
 NEVER = float("inf")
 
@@ -22,8 +22,8 @@ class Patience:
 
     Attributes:
         took: Where the caller notes the seconds of each round that was answered. It calls `learn` at `LEARN` of them.
-        usual: Seconds that a shard may take; `NEVER` ends while too little is known.
-        seconds: The same, while the budget lasts; else `NEVER`.
+        usual: Seconds that a shard may take. `NEVER` while too little is known.
+        seconds: The same while the budget lasts, then `NEVER`.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Patience:
             self._weigh()
 
     def spend(self, calls: int, waited: float) -> None:
-        """So many calls are made in place of some that took longer than `waited` seconds, which counts as measured.
+        """Count `calls` that are made in place of some that took longer than `waited` seconds.
 
-        Else a service that became slow as a whole would stay unusually slow for ever.
+        That time counts as measured. Otherwise a service that became slow as a whole would stay unusually slow.
         """
         with self._lock:
             self._window.append(waited)

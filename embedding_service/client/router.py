@@ -1,8 +1,7 @@
-"""Asking the owners of rows directly: the client's half of the protocol, without any I/O of its own.
+"""The client's half of the protocol: it asks the owners of rows directly, and does no I/O of its own.
 
-`Router.fetch` is a generator of steps (`client.steps`), which drivers for threads and for asyncio carry out. Shards
-drive the same code to forward what they do not hold. The rules it follows are in ARCHITECTURE.md ("Rules of the
-protocol").
+`Router.fetch` is a generator of steps (`client.steps`). Drivers for threads and for asyncio carry them out. Shards
+drive the same code to forward what they do not hold. Its rules are in ARCHITECTURE.md ("Rules of the protocol").
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import Answer, Shape, encode_lookup
 
-# A shard that takes this long for its routing is not worth waiting for: another one knows it too.
+# A shard that takes this long for its routing is not waited for. Another one knows it too.
 ROUTING_TIMEOUT = 2.0
 # Shards that are asked for a newer routing before those who must know it.
 ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
-# A routing may be right and yet not name new copies, of which no answer tells: so often one looks for a newer one.
+# Seconds between two looks for a newer routing. A routing may be right and lack new copies. No answer tells that.
 LOOK_SECONDS = 10.0
-# Where all who answer know only an older routing than this one, and have done so for this long, theirs is taken.
+# If all that answer have known only older routings for this long, the newest of those is taken.
 START_OVER_SECONDS = 2.0
 ASKED_BEFORE_STARTING_OVER = 64
-# Nobody asked for so long: what was found before says nothing of now.
+# If nobody asked for this long, what was found before says nothing about now.
 DOUBT_ENDS_SECONDS = 10.0
-# Where somebody else holds the rows too, a shard may take so long before they are asked; twice as long each round.
+# Seconds that a shard may take before other owners are asked. They double each round.
 ATTEMPT_TIMEOUT = 2.0
 
 
 class _Round(NamedTuple):
-    """What is asked at the same time: legs with their calls, `nbytes` of rows; and what nobody holds at the moment."""
+    """What is asked at the same time: legs with their calls, for `nbytes` of rows. `nowhere`: what nobody holds now."""
 
     legs: list[Leg]
     calls: list[Call]
@@ -64,7 +63,7 @@ class _Round(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    """A leg that brought no rows. `late`: seconds after which it was given up for other owners; 0 where it was not."""
+    """A leg without rows. `late`: seconds after which it was given up for other owners. 0: it was not."""
 
     leg: Leg
     address: str
@@ -75,7 +74,7 @@ class _Failed(NamedTuple):
 class Router:
     """Knows the routing, asks owners, follows redirects, retries what may be retried.
 
-    Thread-safe: the routing is immutable and swapped whole.
+    Thread-safe, because the routing is immutable and swapped whole.
 
     Args:
         seeds: Addresses that are asked for the first routing.
@@ -117,7 +116,7 @@ class Router:
             self._breaker.forget_others(routing.addresses)
 
     def routing(self, deadline: float) -> Steps[Routing]:
-        """The routing, asked for if there is none yet. `deadline` is on its clock, in seconds."""
+        """The routing. It is asked for if there is none yet. `deadline` is on its clock, in seconds."""
         if self._routing is None:
             yield from self._learn(deadline)
         assert self._routing is not None
@@ -126,11 +125,11 @@ class Router:
     def fetch(self, name: str, wants_of: Callable[[Model], Sequence[Want]], deadline: float) -> Steps[Sequence[Want]]:
         """Get rows of one version of a model: the wants whose sinks have all their rows.
 
-        `wants_of` checks its ids. Where the version is replaced during the lookup it is called again, and gives new
-        sinks then, so versions are never mixed.
+        `wants_of` checks its ids. If the version is replaced during the lookup, it is called again and gives new
+        sinks, so versions are never mixed.
 
         Raises:
-            NotFound, OutOfRange, InvalidRequest, RequestTooLarge: what the request asks for does not exist.
+            NotFound, OutOfRange, InvalidRequest, RequestTooLarge: the request asks for what is not there.
             Unavailable, DeadlineExceeded: the rows could not be had by the deadline.
         """
         while True:
@@ -149,7 +148,7 @@ class Router:
                     return wants
             except NotFound:
                 if name == model.full_name:
-                    raise  # else the version was retired: the one that replaced it is next
+                    raise  # otherwise the version was retired, and its successor is next
 
     def _looked(self, known: Routing, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
@@ -162,11 +161,11 @@ class Router:
         return (yield from self.routing(deadline))
 
     def model(self, name: str, deadline: float) -> Steps[Model]:
-        """A served model by `name` or `name@version`; raises NotFound, naming the served ones."""
+        """A served model by `name` or `name@version`. Raises NotFound, naming the served ones."""
         for attempt in itertools.count():
             routing = yield from self.routing(deadline)
             pause = self._pause(attempt)
-            # It may have been published since we learnt the routing; and where nobody knows that, it says nothing.
+            # The model may have been published after our routing. If nobody knows our routing, it says nothing.
             in_doubt = self._doubted is not None and self._clock() + pause < deadline
             if name in routing.by_name or (attempt and not in_doubt):
                 return routing.model(name)
@@ -176,7 +175,7 @@ class Router:
         raise AssertionError("unreachable")
 
     def _fetch_version(self, routing: Routing, model: Model, wants: Sequence[Want], deadline: float) -> Steps[bool]:
-        """Fill all sinks. False: an older routing was taken, so what was fetched by the one before does not count."""
+        """Fill all sinks. False: an older routing was taken, so rows by the one before do not count."""
         missing: Missing = {index: None for index, want in enumerate(wants) if len(want.ids)}
         if not missing:
             return True
@@ -254,9 +253,9 @@ class Router:
         timeout: float,
         nbytes: int,
     ) -> list[float]:
-        """Seconds that each leg may take before other owners are asked; `timeout` where there is no other good one.
+        """Seconds that each leg may take before other owners are asked. `timeout` if there is no other good one.
 
-        A shard whose rest is over is tried so whatever the budget: the breaker lets one lookup do that now and then.
+        The budget does not count for a shard whose rest is over. The breaker lets one lookup try it now and then.
         """
         timeouts = []
         for leg in legs:
@@ -267,7 +266,7 @@ class Router:
         return timeouts
 
     def _take(self, this: _Round, outcomes: Iterable[Any], wants: Sequence[Want]) -> list[_Failed]:
-        """Put the rows that came where they belong; what did not come."""
+        """Put the rows that came where they belong. Returns what did not come."""
         failures: list[_Failed] = []
         for leg, call, outcome in zip(this.legs, this.calls, outcomes, strict=True):
             if isinstance(outcome, Failure):
@@ -284,7 +283,7 @@ class Router:
         return failures
 
     def _judge(self, failures: Sequence[_Failed], avoid: set[str]) -> list[str]:
-        """Raise for what no retry mends; remember whom to avoid; return who said that it no longer holds the rows."""
+        """Raise what no retry mends, and remember whom to avoid. Returns the addresses that no longer hold the rows."""
         redirects = []
         for _, address, failure, _ in failures:
             if failure.code in _NO_ANSWER:
@@ -293,7 +292,7 @@ class Router:
                 continue
             self._breaker.answered(address)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                avoid.add(address)  # requests are cut to the limits: it has no memory for more just now
+                avoid.add(address)  # requests are cut to the limits, so it has no memory for more now
             elif failure.code is grpc.StatusCode.ABORTED:
                 redirects.append(address)
             else:
@@ -301,10 +300,10 @@ class Router:
         return redirects
 
     def _refresh(self, senders: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
-        """Ask a few for a newer routing; those who did not answer come last. None being newer is fine.
+        """Ask a few for a newer routing. Those that did not answer come last. There may be no newer one.
 
-        One of the `senders` who sent us away knows it, but sends everyone away at the same moment, and seeds are
-        everyone's seeds: shards at random come first, so that the asking spreads.
+        Each of the `senders` that sent us away knows it. But they send everyone away at the same moment, and seeds are
+        everyone's seeds. So shards at random come first, and the load spreads.
         """
         known = self._routing
         addresses = [*(known.addresses if known else ())]
@@ -329,10 +328,10 @@ class Router:
             yield from self._start_over(known, behind, deadline)
 
     def _hear(self, answer: wire.Routing, known: Routing) -> bool:
-        """Take a newer routing in than the one `known` to who asked; returns whether the sender's is at least as new.
+        """Take in a routing that is newer than the asker's, `known`. Returns whether the sender's is at least as new.
 
-        One that is no newer came as its age alone. It must not be taken for a routing though another lookup may have
-        started over meanwhile, with an older one.
+        A routing that is no newer came as its age alone. Never take that for a routing: another lookup may have started
+        over with an older one since.
         """
         age = (answer.term, answer.epoch)
         if age < known.age:
@@ -343,7 +342,7 @@ class Router:
         return True
 
     def _doubt(self) -> bool:
-        """Nobody who answered knows this routing; returns whether that has been so for long enough."""
+        """Nobody that answered knows this routing. Returns whether that has lasted long enough."""
         now = self._clock()
         since, last = self._doubted or (now, now)
         since = since if now - last < DOUBT_ENDS_SECONDS else now
@@ -351,9 +350,9 @@ class Router:
         return now - since >= START_OVER_SECONDS
 
     def _start_over(self, known: Routing, behind: Sequence[str], deadline: float) -> Steps[None]:
-        """Take the newest routing of those who know only older ones, unless somebody of the known one still knows it.
+        """Take the newest of the older routings, unless a shard of the known one still knows it.
 
-        They are the service now, and who is gone is not.
+        Those that answer are the service now. Those that are gone are not.
         """
         timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
         others = self._chance.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
@@ -386,11 +385,11 @@ class Router:
         return None
 
     def _next_look(self) -> float:
-        """When to look: spread, so that clients do not come in step."""
+        """When to look. It is spread, so that clients do not come in step."""
         return self._clock() + LOOK_SECONDS * self._chance.uniform(0.75, 1.25)
 
     def _pause(self, attempt: int) -> float:
-        """Seconds to wait before the next try: doubling to a bound, spread so that clients do not come in step."""
+        """Seconds to wait before the next try. They double to a bound. Spreading keeps clients out of step."""
         return min(FIRST_PAUSE * 2.0**attempt, LONGEST_PAUSE) * self._chance.uniform(0.5, 1.5)
 
 
@@ -399,7 +398,7 @@ _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Statu
 
 
 def _ask(address: str, known: Routing | None, timeout: float) -> Call:
-    """For a newer routing than what is known."""
+    """Asks for a newer routing than the known one."""
     term, epoch = known.age if known else (0, 0)
     return Call(address, wire.GetRoutingRequest(term=term, epoch=epoch), timeout)
 
@@ -407,8 +406,8 @@ def _ask(address: str, known: Routing | None, timeout: float) -> Call:
 def _attempt_timeout(attempt: int, model: Model, left: float) -> float:
     """Seconds that this round's calls may take, of those that are left.
 
-    With copies elsewhere a hanging shard is given up early. With one copy it gets half of the time that is left: by
-    then the controller may have had its parts loaded elsewhere.
+    With copies elsewhere a hanging shard is given up early. With one copy it gets half of the time that is left. By
+    then its parts may have been loaded elsewhere.
     """
     left = max(left, 0.001)
     patience = ATTEMPT_TIMEOUT * 2**attempt

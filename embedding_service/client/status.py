@@ -1,4 +1,4 @@
-"""Asking the controller how the service does, from any address of it."""
+"""Asks the controller how the service is, from any of its addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 def get_status(address: str, timeout: float = 5.0) -> control.Status:
     """The controller's view. `address` is the controller's or any shard's, which names the controller.
 
-    Raises ServiceError where neither can be reached, InvalidRequest where it is no address.
+    Raises ServiceError if neither can be reached, InvalidRequest if it is no address.
     """
     split_address(address, least=1)
     try:

@@ -1,4 +1,4 @@
-"""What the router may ask its driver for, and the two drivers: the calling thread and the running event loop.
+"""What the router may ask its driver for, and its drivers: the calling thread and the running event loop.
 
 Code that speaks the protocol is a generator of steps. It does no I/O by itself, so threads, asyncio and tests with a
 clock of their own share it.
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Exchange(NamedTuple):
     """Make calls at the same time. The driver sends their outcomes back, in order.
 
-    `in_turn`: the outcomes may come one by one, each when it is there. That pays where there is work to do with each.
+    `in_turn`: the outcomes may come one by one, each when it is there. That pays if each makes work.
     """
 
     calls: Sequence[Call]
@@ -36,7 +36,7 @@ class Exchange(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """Wait for so many seconds."""
+    """Wait for `seconds`."""
 
     seconds: float
 
@@ -50,7 +50,7 @@ class Pause(NamedTuple):
 
 
 class Aside(NamedTuple):
-    """Make a call that nobody waits for; `done` gets its outcome, on any thread."""
+    """Make a call that nobody waits for. `done` gets its outcome, on any thread."""
 
     call: Call
     done: Callable[[Any], None]

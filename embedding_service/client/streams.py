@@ -1,9 +1,9 @@
 """One `StreamLookup` call, used by one thread at a time: a lookup is a message there and a message back.
 
 A stream costs about half of a unary call, which sends headers and a status each time. grpc's public stream hands every
-answer from a thread of its own to the thread that waits; the waiting thread can poll for itself, as grpc's own blocking
-unary calls do, which saves a third of the time and half of the processor's. That way leads through grpc's private names
-(`grpc_core`). The public stream serves where they differ.
+answer from a thread of its own to the thread that waits. The waiting thread can also poll for itself, as grpc's own
+blocking unary calls do. That saves a third of the time and half of the processor's. It needs grpc's private names
+(`grpc_core`). If they differ, the public stream serves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Stream(ABC):
 
     @abstractmethod
     def receive(self) -> bytes | Ended:
-        """Wait for the serialized answer; `Ended` when none comes any more."""
+        """Wait for the serialized answer. `Ended`: none comes any more."""
 
     @abstractmethod
     def cancel(self, code: grpc.StatusCode, message: str) -> None:
@@ -43,7 +43,7 @@ class Stream(ABC):
 
 
 def open_stream(channel: grpc.Channel) -> Stream:
-    """A stream that polls for itself where grpc's core can be used so."""
+    """A stream that polls for itself if grpc's core can be used so."""
     return _PublicStream(channel) if grpc_core.why_public() else _PollingStream(channel)
 
 

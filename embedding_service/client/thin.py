@@ -28,7 +28,7 @@ def list_models(address: str, timeout: float = 10.0) -> Sequence[wire.ModelInfo]
 def get_rows(address: str, name: str, ids: Sequence[int], timeout: float = 10.0) -> npt.NDArray[np.float32]:
     """Rows `ids` of MODEL/TABLE, decoded by the shard: float32 [n, dim].
 
-    Raises ServiceError, and InvalidRequest for a name or an address that is none.
+    Raises ServiceError, and InvalidRequest for a name or an address that is not valid.
     """
     model, _, table = name.partition("/")
     if not table:

@@ -109,7 +109,7 @@ class GrpcTransport:
             self._changed.notify_all()
 
     def _enter(self, this: object) -> None:
-        """Count what begins, which waits while paused: `pause` looks at what is counted after it has said so."""
+        """Count what begins, and wait while paused. `pause` first says that it pauses, then looks at the count."""
         self._under_way.add(this)
         while self._pauses and not self._closed:
             self._under_way.discard(this)
@@ -168,7 +168,7 @@ class GrpcTransport:
                     return self._pools.setdefault(address, Pool(channel))
 
     def _channel(self, address: str) -> grpc.Channel:
-        """Opened when there is none; waits where all were dropped for a while. Raises Unavailable once closed."""
+        """The address's connection, opened if there is none. Waits while paused. Raises Unavailable once closed."""
         forks.check_grpc()
         with self._changed:
             while self._dropped and not self._closed:
@@ -191,16 +191,16 @@ class GrpcTransport:
 
 _CLOSED = "this client is closed"
 _PAUSED = "cancelled, for this process forks"
-# Seconds: how often is looked whether calls have ended, and how long cancelled ones may take for it.
+# Seconds between two looks whether calls have ended, and seconds that cancelled ones may take to end.
 _LOOK, _LEAVING = 0.0005, 0.2
 
 
 def _let_malloc_keep_answers() -> None:
     """Free a block of 32 MiB that nobody wrote to.
 
-    glibc gives what is freed back to the kernel from a size on that begins at 128 KiB and becomes twice that of the
-    largest block that was freed. Until a process has freed such a block, an answer of megabytes may spend more time on
-    page faults than on anything else.
+    From some size on, glibc gives freed blocks back to the kernel. That size begins at 128 KiB and becomes twice that
+    of the largest block that was freed. Until a process has freed such a block, an answer of megabytes may spend most
+    of its time on page faults.
     """
     bytes(_LARGEST_LEARNT)
 

@@ -1,4 +1,4 @@
-"""Lookups there and back on streams that are kept open: pools of streams, and the watch over answers that are late."""
+"""Lookups there and back on streams that are kept open. It has pools of streams, and watches for late answers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from embedding_service.client.streams import Ended, Stream, open_stream
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import read_streamed
 
-# Streams to one address; a shard takes 256 calls on a connection. Threads beyond these make unary calls.
+# Streams to one address. A shard takes 256 calls on a connection. Further threads make unary calls.
 MOST_STREAMS = 64
 
 
 class Pool:
-    """The streams to one address. One that is taken is its taker's alone until it is given back."""
+    """The streams to one address. A taken one is its taker's alone until it is given back."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._channel = channel
@@ -32,7 +32,7 @@ class Pool:
         self._closed = False
 
     def take(self) -> tuple[Stream, bool] | None:
-        """A stream, and whether it was used before; None where there are too many, and once closed."""
+        """A stream, and whether it was used before. None if there are too many, and once closed."""
         with self._lock:
             if self._closed:
                 return None
@@ -45,7 +45,7 @@ class Pool:
             return self._fresh(), False
 
     def replace(self, stream: Stream) -> Stream | None:
-        """A fresh stream for one that has ended, and for all that waited as long as it did; None once closed."""
+        """A fresh stream in place of one that has ended, and of all that waited as long. None once closed."""
         with self._lock:
             self._taken.discard(stream)
             idle, self._idle = self._idle, []
@@ -63,12 +63,12 @@ class Pool:
                 self._idle.append(stream)
 
     def drop(self, stream: Stream) -> None:
-        """It has ended, or nobody waits for what it is asked."""
+        """It has ended, or nobody waits for its answer."""
         with self._lock:
             self._taken.discard(stream)
 
     def close(self, why: str) -> None:
-        """End all streams; whoever waits for one is told why."""
+        """End all streams. Those that wait for one are told why."""
         with self._lock:
             self._closed = True
             idle, taken = self._idle, list(self._taken)
@@ -92,7 +92,7 @@ def _end(streams: Sequence[Stream]) -> None:
 
 
 class Watchdog:
-    """Cancels streams whose answer did not come in time; one thread for all of them."""
+    """Cancels streams whose answer did not come in time. One thread serves all."""
 
     def __init__(self) -> None:
         self._due: dict[Stream, float] = {}
@@ -139,7 +139,7 @@ class Watchdog:
                     del self._due[stream]
                 self._wakes = min(self._due.values(), default=float("inf"))
                 if not late:
-                    # Those forgotten before then are not woken up for, those due sooner are.
+                    # It wakes up for those that are due sooner, and not for those that were forgotten.
                     self._changed.wait(None if self._wakes == float("inf") else self._wakes - now)
                     continue
             for stream in late:
@@ -158,7 +158,7 @@ class _Unary:
 
 @dataclass(eq=False, slots=True)
 class _Trip:
-    """One call; its `stream` is its own until it was answered. `pool` is None for a unary call."""
+    """One call. Its `stream` is its own until it was answered. `pool` is None for a unary call."""
 
     call: Call
     stream: Any
@@ -175,7 +175,7 @@ class Trips:
         self._trips: list[_Trip] = []
 
     def add(self, call: Call, pool: Pool) -> bool:
-        """Take a stream for a lookup; False where there is none to be had."""
+        """Take a stream for a lookup. False: there is none to be had."""
         taken = pool.take()
         if taken is not None:
             stream, used_before = taken
@@ -200,7 +200,7 @@ class Trips:
             raise
 
     def in_turn(self) -> Generator[Any, None, None]:
-        """Send all: their outcomes in order, each when it is there. Close it to give up the rest."""
+        """Send all. Their outcomes come in order, each when it is there. Close it to give up the rest."""
         try:
             self._send()
             for trip in self._trips:
@@ -223,9 +223,9 @@ class Trips:
                 trip.stream.send(trip.call.request.streamed)  # type: ignore[union-attr]
 
     def _settled(self, trip: _Trip, answer: Any) -> Any:
-        """Give the stream back. One that was used before may have ended long ago: then the lookup is sent once more.
+        """Give the stream back. One that was used before may have ended long ago. Then the lookup is sent once more.
 
-        Its end says nothing about who is there now, and asking twice does no harm.
+        That end says nothing about who is there now, and asking twice does no harm.
         """
         pool = trip.pool
         if pool is None:

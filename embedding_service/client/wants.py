@@ -26,19 +26,19 @@ from embedding_service.placement.routing import Ids, Model, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import Bytes
 
-# How values of a dtype lie in a row that needs no decoding, and how the wire names that.
+# The format of rows whose values need no decoding, and the wire's name of it, by dtype.
 PLAIN = {dtype: name for name, dtype in plain_dtypes().items()}
 ENCODINGS = {
     torch.float32: wire.ROW_ENCODING_FLOAT32,
     torch.float16: wire.ROW_ENCODING_FLOAT16,
     torch.bfloat16: wire.ROW_ENCODING_BFLOAT16,
 }
-# Rows of so many bytes are used together, once all are there. Above that, work on an answer costs more than beginning
-# it, and is done while other answers are on their way.
+# Up to this many bytes, rows are used together, once all are there. Above it, work on an answer costs more than to
+# begin it, and is done while other answers are on their way.
 FEW_BYTES = 64 << 10
-# Up to so many ids a set finds repetitions sooner than sorting does.
+# Up to this many ids, a set finds repetitions sooner than sorting does.
 FEW_IDS = 64
-# Rows are asked for once where one in so many is a repetition; spreading them over their places costs a copy of all.
+# Rows are asked for once if one in this many is a repetition. To spread them over their places costs a copy of all.
 WORTH_SPREADING = 16
 
 
@@ -51,12 +51,12 @@ class Decoder(NamedTuple):
     device: torch.device
 
     def decode(self, rows: Bytes, inverse: npt.NDArray[Any] | None = None, out: Tensor | None = None) -> Tensor:
-        """Rows uint8 [n, row_bytes] -> Tensor[n, dim], in `out` where given; those of `inverse` [m]: [m, dim]."""
+        """Rows uint8 [n, row_bytes] -> Tensor[n, dim], in `out` if given. With `inverse` [m]: those rows, [m, dim]."""
         stored = self.move(rows if inverse is None else rows.take(inverse, axis=0))
         return self.row_format.decode(stored, self.dim, out, self.dtype)
 
     def move(self, array: npt.NDArray[Any]) -> Tensor:
-        """An array as a tensor on the device; to a GPU through page-locked memory, without waiting for the copy."""
+        """An array as a tensor on the device. A copy to a GPU is from page-locked memory, and nobody waits for it."""
         tensor = torch.from_numpy(array)
         kind = self.device.type
         if kind == "cpu":
@@ -71,21 +71,21 @@ def decoder(encoding: str, dim: int, dtype: torch.dtype, device: torch.device) -
 
 
 class Sink(ABC):
-    """Takes the rows of so many ids, each row once.
+    """Takes the rows of a want's ids, each row once.
 
     Attributes:
-        decodes: Much is done with each answer, so many rows had better come in pieces.
+        decodes: Split large requests, so that decoding overlaps transfer.
     """
 
     decodes = False
 
     @abstractmethod
     def put(self, positions: Ids | None, rows: Bytes) -> None:
-        """Take uint8 [m, row_bytes], rows of the ids at these m positions, in any order; None: of all, in theirs."""
+        """Take uint8 [m, row_bytes], rows of the ids at these m positions, in any order. None: of all, in order."""
 
 
 class StoredRows(Sink):
-    """Keeps them as they came; rows that come all in one message stay in it.
+    """Keeps rows as they came. Rows that all come in one message stay in it.
 
     Attributes:
         rows: uint8 [count, row_bytes].
@@ -112,7 +112,7 @@ class DecodedRows(Sink):
         self._count = count
         self._decoder = decoder
         self._values: Tensor | None = None
-        # What need not be decoded stays in its one message; a piece would be copied into its place.
+        # Rows that need no decoding stay in their one message. A piece would be copied into its place.
         self.decodes = decoder.row_format.name != PLAIN.get(decoder.dtype) or decoder.device.type != "cpu"
 
     @property
@@ -211,9 +211,9 @@ class Lookup(ABC):
         return [each.want for each in asked]
 
     def _ask(self, table: Table, ids: Ids) -> _Asked:
-        """Rows cross the wire as stored, or converted by the shard where that is fewer bytes.
+        """Rows cross the wire as stored, or converted by the shard if that is fewer bytes.
 
-        Where ids repeat they are spread while they are still bytes, which are fewer than what they decode to.
+        Rows of ids that repeat are spread while they are bytes. What they decode to is larger.
         """
         encoding, row_bytes, name = wire.ROW_ENCODING_STORED, table.row_bytes, table.dtype
         if table.dim * self.dtype.itemsize < row_bytes:
@@ -297,11 +297,11 @@ def _less_what_is_kept(asked: _Asked, kept: Keeper, model: Model, trusted: bool)
 
 
 def _once(ids: Ids) -> tuple[Ids, Ids | None]:
-    """Each different id, and where it stands among `ids`; None where nearly all differ and the ids stay as they are."""
+    """Each different id, and where each of `ids` is among them. None if nearly all differ: the ids stay as they are."""
     if len(ids) <= FEW_IDS:
         repeated = len(ids) - len(set(ids.tolist()))
     else:
-        ordered = np.sort(ids.astype(np.uint32))  # half the bytes; few that differ look alike then, which does no harm
+        ordered = np.sort(ids.astype(np.uint32))  # half the bytes. The few that look alike then do no harm
         repeated = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
     if repeated * WORTH_SPREADING < len(ids):
         return ids, None
