@@ -10,6 +10,7 @@
             Unavailable         no owner of the rows can be reached
             DeadlineExceeded    the answer did not come in time
             Overloaded          the service has no memory for the request at the moment
+            Redirect            the rows are held elsewhere now
             ProtocolError       the client does not understand the peer's answer
         StoreError              a checkpoint or store on disk
             ImportRefused       the checkpoint cannot be imported as asked
@@ -61,6 +62,10 @@ class DeadlineExceeded(ServiceError, TimeoutError):
 
 class Overloaded(ServiceError):
     """The service has no memory for the request at the moment. The message says how much (gRPC RESOURCE_EXHAUSTED)."""
+
+
+class Redirect(ServiceError):
+    """A shard no longer holds rows that were routed to it. Get the routing again (gRPC ABORTED)."""
 
 
 class ProtocolError(ServiceError):

@@ -14,6 +14,7 @@ _CODES: dict[type[errors.EmbeddingServiceError], grpc.StatusCode] = {
     errors.RequestTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Redirect: grpc.StatusCode.ABORTED,
 }
 _ERRORS = {code: error for error, code in _CODES.items()}
 

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from prometheus_client.core import HistogramMetricFamily
 
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Redirect
 from embedding_service.formats import get_format
 from embedding_service.methods import Method, Places
 from embedding_service.placement.routing import Model, Table, check_ids
@@ -26,6 +26,7 @@ from embedding_service.wire.lists import LookupAsked, read_lookup, read_streamed
 from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
 
 SERVICE = "embedding.v1.EmbeddingService"
+MOVED = "rows that were asked for are not held here: get the routing again, or send epoch 0 to have them forwarded"
 # A message of a `StreamLookup` as a call of its own. A shard's processes pass it on so to the main one.
 ANSWER = f"{SERVICE}/Answer"
 
@@ -106,10 +107,6 @@ class CheckedLookup(NamedTuple):
     table: str
 
 
-class Redirect(Exception):
-    """The sender routed by itself, and its rows are not held here."""
-
-
 class HeldRows:
     """Answers lookups of senders that routed them here. Thread-safe."""
 
@@ -126,7 +123,7 @@ class HeldRows:
         """
         try:
             return self._at_once(read_lookup(message), room, allocate)
-        except (EmbeddingServiceError, Redirect, DecodeError):
+        except (EmbeddingServiceError, DecodeError):
             return None
 
     def answer_streamed(self, message: bytes, room: int) -> bytes | None:
@@ -134,7 +131,7 @@ class HeldRows:
         try:
             request_id, lookup = read_streamed_lookup(message)
             return self._at_once(lookup, room, partial(allocate_streamed, request_id=request_id))
-        except (EmbeddingServiceError, Redirect, DecodeError):
+        except (EmbeddingServiceError, DecodeError):
             return None
 
     def _at_once(self, asked: LookupAsked, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]) -> bytes | None:
@@ -161,7 +158,7 @@ class HeldRows:
                 )
             model, held = None, self._tables(name, version, request.table)
             if held is None:
-                raise Redirect
+                raise Redirect(MOVED)
             table: Table | StoredTable = held.table
         else:
             model = self.known_model(request.model)
@@ -176,7 +173,7 @@ class HeldRows:
 
     def known_model(self, name: str) -> Model:
         """The model that a thin client's request names. Raises Redirect if it is unknown."""
-        raise Redirect
+        raise Redirect(MOVED)
 
     def offer_lookups(self, server: Server, lookup: Any, each: Any) -> None:
         """Answer `Lookup` and `StreamLookup`. These handlers of one message get what is not answered at once."""

@@ -19,7 +19,7 @@ from embedding_service.client.router import Router
 from embedding_service.client.steps import run_async
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.client.wants import StoredRows, Want
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, Redirect
 from embedding_service.front import UNREAD_BYTES
 from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Context, Method
@@ -29,10 +29,10 @@ from embedding_service.rows.base import Bytes, Ids, TableRows
 from embedding_service.serving import RequestLimits, RoutingService, Server, abort
 from embedding_service.shard.held import (
     ANSWER,
+    MOVED,
     SERVICE,
     CheckedLookup,
     HeldRows,
-    Redirect,
     encoding_of,
     row_bytes_of,
 )
@@ -161,7 +161,7 @@ class LookupService(HeldRows, RoutingService):
             await self._fill(rows, lookup, _deadline(context))
         except Redirect:
             term, epoch = self._age()
-            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=_MOVED, term=term, epoch=epoch)
+            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=MOVED, term=term, epoch=epoch)
         except EmbeddingServiceError as error:
             self._count_error()
             failure = wire.LookupFailure(code=code_of(error).value[0], message=str(error))
@@ -197,7 +197,7 @@ class LookupService(HeldRows, RoutingService):
         try:
             await self._gather(lookup.held, lookup.ids, lookup.encoding, rows)
         except NotFound as error:
-            raise Redirect from error
+            raise Redirect(MOVED) from error
 
     async def _any_rows(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """Rows for a thin client, from here and from the owners of the others."""
@@ -278,11 +278,8 @@ class LookupService(HeldRows, RoutingService):
     async def _send_away(self, context: Context) -> NoReturn:
         term, epoch = self._age()
         context.set_trailing_metadata((("embedding-term", str(term)), ("embedding-epoch", str(epoch))))
-        await context.abort(grpc.StatusCode.ABORTED, _MOVED)
+        await context.abort(grpc.StatusCode.ABORTED, MOVED)
         raise AssertionError("unreachable: abort raises")
-
-
-_MOVED = "rows that were asked for are not held here: get the routing again, or send epoch 0 to have them forwarded"
 
 
 def _gather_anywhere(held: TableRows, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
