@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from pathlib import Path
@@ -39,6 +38,8 @@ MEMORY_SECONDS, OUT_SECONDS = 10.0, 1.0
 DOUBT_SECONDS = 0.05
 # After looks that cost so much time and found nothing, that many times it passes before the next one.
 REST, LEAST_REST = 50, 0.2
+# Between two lists of gRPC's threads.
+LIST_SECONDS = 0.5
 # Between two lines of the log.
 LOG_SECONDS = 10.0
 # How gRPC calls the threads that read.
@@ -67,8 +68,9 @@ class Arrivals:
             self.count_of_all += 1
 
     def blame(self, host: str) -> None:
-        """A host does not keep to what it was told."""
-        self.blamed.add(host)
+        """A host does not keep to what it was told. Only one that has an address can be kept out."""
+        if host.startswith(("ipv4:", "ipv6:")):
+            self.blamed.add(host)
 
     def begin(self) -> None:
         """Count from now on."""
@@ -96,8 +98,9 @@ class FloodGuard:
         self._ports: set[int] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="floods", daemon=True)
-        self._is_reader: dict[int, bool] = {}
+        self._readers: list[int] = []
         self._spent = self._looked = self._flooded = self._logged = 0.0
+        self._listed = -LIST_SECONDS
         # During looks: how many bytes had come when they began, and what there was at the last one.
         self._at_first: dict[str, int] | None = None
         self._there: dict[str, Connection] = {}
@@ -235,17 +238,24 @@ class FloodGuard:
             )
 
     def _reading_seconds(self) -> float:
-        """CPU that gRPC's reading threads took so far."""
-        threads = Path("/proc/self/task")
-        known, self._is_reader = self._is_reader, {}
+        """CPU that gRPC's reading threads took so far. New ones count from half a second after they began."""
+        now = time.monotonic()
+        if now - self._listed > LIST_SECONDS:
+            self._listed = now
+            self._readers = _readers()
         spent = 0.0
-        for thread in map(int, os.listdir(threads)):  # noqa: PTH208 (a tenth of iterdir's time)
+        for thread in self._readers:
             with contextlib.suppress(OSError):  # ended since
-                is_reader = known.get(thread)
-                if is_reader is None:
-                    is_reader = (threads / str(thread) / "comm").read_text().strip() == READERS
-                self._is_reader[thread] = is_reader
-                if is_reader:
-                    # The kernel's number of a thread's CPU clock.
-                    spent += time.clock_gettime(~thread << 3 | 6)
+                # The kernel's number of a thread's CPU clock.
+                spent += time.clock_gettime(~thread << 3 | 6)
         return spent
+
+
+def _readers() -> list[int]:
+    """GRPC's threads that read, by the kernel's numbers."""
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # ended since
+            if (thread / "comm").read_text().strip() == READERS:
+                found.append(int(thread.name))
+    return found

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
 from embedding_service.machine import LOCAL_RAY, check_free, free_port, join_address, split_address
+from embedding_service.private_folder import PrivateFolder
 
 LOCAL = "local"
 # Ray's `memory` that a shard needs besides its rows, for its own process and the actor's.
@@ -245,8 +245,8 @@ class _Shard(_Process):
         # Found at each start: when a node is lost, Ray moves its shards.
         here = replace(options, host=ray.util.get_node_ip_address())
         node = ray.get_runtime_context().get_node_id()
-        self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
-        command = up.shard_command(here, controller, name, self._sockets.name)
+        self._sockets = PrivateFolder()
+        command = up.shard_command(here, controller, name, str(self._sockets.path))
         super().__init__(name, [*command, f"--topology={node}"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from embedding_service.commands.query import status_tables
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
 from embedding_service.foreign import printable
 from embedding_service.machine import check_free, end_with_parent, free_port, join_address
+from embedding_service.private_folder import PrivateFolder
 from embedding_service.wire import control_pb2 as control
 
 # Seconds from SIGTERM on. A process that has not ended by then is killed.
@@ -70,13 +70,13 @@ def run(options: UpOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
     members: list[_Member] = []
-    sockets = tempfile.TemporaryDirectory(prefix="embedding-")
+    sockets = PrivateFolder()
     try:
         controller = join_address(options.host, free_port(options.host))
         members.append(_Member("controller", controller_command(options, controller)))
         for index in range(options.shards):
             name = f"shard-{index}"
-            members.append(_Member(name, shard_command(options, controller, name, sockets.name)))
+            members.append(_Member(name, shard_command(options, controller, name, str(sockets.path))))
         status = wait_until_serving(controller, lambda: _check_alive(members), options.shards, console)
         for table in status_tables(status):
             console.print(table)
@@ -88,7 +88,7 @@ def run(options: UpOptions) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop_processes([member.popen for member in members])
-        sockets.cleanup()
+        sockets.close()
 
 
 def check_store(url: str) -> None:

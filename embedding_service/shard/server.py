@@ -22,6 +22,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.machine import check_free, spare_collections
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import MOST_MEMORY
+from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.serving import (
     RequestLimits,
@@ -129,8 +130,8 @@ async def _serve(options: ShardOptions) -> None:
     folder = None
     if options.processes > 1:
         # Who may enter this folder may say whose a call is: nobody else.
-        folder = tempfile.TemporaryDirectory(prefix="embedding-")
-        main_process = await server.listen(f"unix:{folder.name}/main", private=True)
+        folder = PrivateFolder()
+        main_process = await server.listen(f"unix:{folder.path}/main", private=True)
         others.start(
             Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads, budget.most)
         )
@@ -175,7 +176,7 @@ async def _serve(options: ShardOptions) -> None:
         await asyncio.gather(asyncio.to_thread(others.stop), *(front.stop() for front in fronts))
         await server.stop()  # calls that the others passed on ended before
         if folder:
-            folder.cleanup()
+            folder.close()
         if near:
             near.close()
         await cancel([registering])

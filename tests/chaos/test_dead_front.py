@@ -1,11 +1,8 @@
 """A process that answers no calls any more ends, and its keeper starts it again."""
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 import torch
@@ -22,24 +19,13 @@ pytestmark = pytest.mark.service
 @pytest.fixture
 def running(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Up]:
     """`up` of two shards with a switch in each process that breaks its server."""
-    here = next(iter(sabotage.__path__))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("PYTHONPATH", sabotage.python_path())
     with up(tmp_path, small_store, 2, "--replicas=2", "--processes=2") as running:
         yield running
 
 
 def called(process: psutil.Process) -> str:
     return next((each for each in process.cmdline() if each in ("controller", "shard")), "other")
-
-
-def break_server(process: psutil.Process, address: str) -> None:
-    """And call it, once, so that it finds out."""
-    process.send_signal(signal.SIGUSR2)
-    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        try:
-            channel.unary_unary("/embedding.v1.EmbeddingService/ListModels")(b"", timeout=5)
-        except grpc.RpcError:
-            return
 
 
 def test_members_whose_server_died_end_and_up_starts_them_again(running: Up) -> None:
@@ -49,7 +35,7 @@ def test_members_whose_server_died_end_and_up_starts_them_again(running: Up) -> 
     shard = status.shards[0]
     for pid, address in ((process.pid, controller), (shard.stats.pid, shard.address)):
         victim = psutil.Process(pid)
-        until(lambda: broken(victim, address), "it to end", 60)  # noqa: B023
+        until(lambda: sabotage.broken(victim, address), "it to end", 60)  # noqa: B023
     until(lambda: running.output().count("starts again in") >= 2, "up to see it", 30)
 
     def whole() -> bool:
@@ -65,14 +51,3 @@ def test_members_whose_server_died_end_and_up_starts_them_again(running: Up) -> 
     with EmbeddingClient(running.address, timeout=30) as client:
         table = longcat_table()
         assert torch.equal(client.lookup("m/ngram", torch.arange(len(table))), table)
-
-
-def broken(victim: psutil.Process, address: str) -> bool:
-    """Calls reach one of the shard's processes, not always this one."""
-    try:
-        if victim.status() == psutil.STATUS_ZOMBIE:
-            return True
-        break_server(victim, address)
-    except psutil.NoSuchProcess:
-        return True
-    return False

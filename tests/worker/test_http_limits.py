@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -270,3 +275,50 @@ def test_the_client_that_goes_while_it_sends() -> None:
     asyncio.run(limited({"type": "http", "headers": []}, receive, send))
     assert calls == sent == []
     assert limited._held == 0  # type: ignore[attr-defined]
+
+
+@contextmanager
+def connections_of_another_process(port: int, count: int) -> Iterator[None]:
+    """That many are tried, and stay open until the end."""
+    program = (
+        "import contextlib, socket, sys\n"
+        "port, count = map(int, sys.argv[1:])\n"
+        "kept = []\n"
+        "for _ in range(count):\n"
+        "    with contextlib.suppress(OSError):\n"
+        "        kept.append(socket.create_connection(('127.0.0.1', port), 5))\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(port), str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stdin
+        assert child.stdout.readline() == b"open\n"
+        yield
+        child.stdin.close()
+
+
+def next_file() -> int:
+    """The number of the next file that is opened here; -1 where there is none left."""
+    try:
+        number = os.dup(0)
+    except OSError:
+        return -1
+    os.close(number)
+    return number
+
+
+def test_a_server_at_its_limit_of_open_files_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cap of connections is half of that, but the process may have more open besides."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(GuardedHttp, "most", 1000)
+    few = next_file() + 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        with connections_of_another_process(server.port, 200):
+            until(lambda: next_file() == -1, "all files to be used", 30)
+        until(lambda: 0 <= next_file() < few - 20, "files to be free", 30)
+        assert httpx.post(server.url, content=b"abc", timeout=30).json()["bytes"] == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ from support.chaos import chaos_store
 from support.cluster import START_SECONDS, cluster
 
 SHARDS = ("a", "b", "c")
-# Members' limit of open files, which a class of attack uses up.
+# The limit of open files, of members and of a worker's processes, which a class of attack uses up.
 FILES = 1024
 CALM_SECONDS = 2.0
 # A class gets no less, and no more.
@@ -110,22 +110,25 @@ class Attacks:
             "pids": self._members.pids(),
         }
         attacker = start("attacker", json.dumps(window))
-        timer = threading.Timer(START_SECONDS, attacker.kill)
-        timer.start()
+        timers = [_after(START_SECONDS, attacker.kill)]
         ended: Counter[str] = Counter()
         assert attacker.stdout
         for line in attacker.stdout:
             if line == "begun\n":
-                timer.cancel()
-                timer = threading.Timer(seconds + PATIENCE, attacker.terminate)
-                timer.start()
+                timers.pop().cancel()
+                # Told while it begins a call, gRPC may wait for the call's end forever.
+                timers = [
+                    _after(seconds + PATIENCE, attacker.terminate),
+                    _after(seconds + 2 * PATIENCE, attacker.kill),
+                ]
             elif line == "restart controller\n":
                 self._members.restart(CONTROLLER)
                 self._members.wait_for_controller()
             else:
                 ended.update(json.loads(line))
         attacker.wait()
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         return ended
 
     def _memory_back(self, before: dict[str, int]) -> dict[str, int]:
@@ -143,6 +146,12 @@ class Attacks:
             neighbour.phase(name)
 
 
+def _after(seconds: float, do: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(seconds, do)
+    timer.start()
+    return timer
+
+
 def run(
     folder: Path, names: Sequence[str], seed: int, seconds: float, console: Console, longest: float = LONGEST
 ) -> Outcome:
@@ -154,7 +163,7 @@ def run(
     with ExitStack() as stack:
         worker = None
         if any(name in WORKER_ATTACKS for name in names):
-            worker = stack.enter_context(WorkerService(folder))
+            worker = stack.enter_context(WorkerService(folder, limited))
         members = Members(stack.enter_context(cluster(folder, store, *options, within=limited)))
         for name in SHARDS:
             members.start_shard(name)

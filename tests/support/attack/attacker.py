@@ -41,6 +41,7 @@ ATTACKS: dict[str, Callable[[Window], None]] = {
 }
 WORKER_ATTACKS: dict[str, Callable[[Window], None]] = {
     "worker: half-sent requests": worker.half_sent_requests,
+    "worker: all files used up": worker.all_files,
     "worker: huge prompts": worker.huge_prompts,
 }
 # A connection is a file.

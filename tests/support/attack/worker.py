@@ -10,6 +10,8 @@ from support.attack.window import Window
 from support.hostile import dial
 
 CONNECTIONS = 200
+# Above the limit of open files, which `__main__` sets.
+MANY_CONNECTIONS = 1200
 
 
 def half_sent_requests(window: Window) -> None:
@@ -34,6 +36,23 @@ def half_sent_requests(window: Window) -> None:
     for connection in kept:
         with suppress(OSError):
             connection.close()
+
+
+def all_files(window: Window) -> None:
+    """More connections than a process of the worker may have files, again and again. Some ask half a question."""
+    while window.open:
+        kept = []
+        for number in range(MANY_CONNECTIONS):
+            if not window.open:
+                break
+            with window.tried("connected"):
+                kept.append(connection := dial(window.worker))
+                if number % 4 == 0:
+                    connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        window.rest(1.5)
+        for connection in kept:
+            with suppress(OSError):
+                connection.close()
 
 
 def huge_prompts(window: Window) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +15,15 @@ from support.cluster import READY, UpCommand, free_port, until
 
 
 class WorkerService:
-    """`model-worker serve` of the small model that the worker's tests have; ended with all that came from it."""
+    """`model-worker serve` of the small model that the worker's tests have; ended with all that came from it.
 
-    def __init__(self, folder: Path) -> None:
+    `within`: a command that runs it, as `prlimit --nofile=1024` does.
+    """
+
+    def __init__(self, folder: Path, within: Sequence[str] = ()) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self._folder = folder
+        self._within = within
         self._log = folder / "worker.log"
         self._stack = ExitStack()
 
@@ -35,7 +40,8 @@ class WorkerService:
         tables = UpCommand(self._folder / "small.log", store, 1, "--memory=64MiB")
         self._stack.callback(tables.end)
         tables.wait_for(READY)
-        command = [sys.executable, "-m", "model_worker", "serve", str(checkpoint), f"--embeddings={tables.address}"]
+        serve = ("-m", "model_worker", "serve", str(checkpoint), f"--embeddings={tables.address}")
+        command = [*self._within, sys.executable, *serve]
         with self._log.open("wb") as output:
             self._popen = psutil.Popen(
                 [*command, "--name=small", f"--port={self.address.rpartition(':')[2]}", "--max-batch=2"],
