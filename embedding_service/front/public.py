@@ -6,8 +6,8 @@ for they are channel arguments, or ours. What is not alike:
 - Everything takes longer: each message passes from a thread of grpc's to the loop and back (BENCHMARKS.md).
 - Rows are gathered on the event loop, so one that is stuck answers nothing at all.
 - An open call costs two tasks of the loop, an idle health watch too.
-- A method's name that is no UTF-8 ends grpc's server. It lets calls under way end and takes no more. Then this front
-  begins another server at its address, ten times a second at most. Until then connections are refused.
+- A method's name that is no UTF-8 ends the server of some releases. Then this front cuts its connections, so that those
+  who wait hear UNAVAILABLE and ask again. It begins another server at its address, ten times a second at most.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 
 # Seconds between the end of a server and the begin of the next, and how often that is tried.
 PAUSE, TRIES = 0.1, 50
-# Seconds that calls have to end where their server takes no more.
-LEFT_SECONDS = 60.0
 
 
 class PublicFront(Front):
@@ -50,27 +48,30 @@ class PublicFront(Front):
     def __init__(self, address: str, options: Options, *, shared: bool = False, private: bool = False) -> None:
         super().__init__(address, options, private=private)
         self._arguments = partial(channel_arguments, options.request_bytes, shared=shared)
-        self._servers: set[grpc.aio.Server] = set()
+        self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keeping: asyncio.Task[None] | None = None
+        self._failed: asyncio.Future[BaseException | None] = self.loop.create_future()
 
     async def start(self) -> None:
         """See `Front`."""
-        self._keeping = self.loop.create_task(self._keep_serving(await self._serve()))
+        await self._serve()
+        self._keeping = self.loop.create_task(self._keep_serving())
 
     async def stop(self) -> None:
         """See `Front`."""
         self.ending = True
-        if self._keeping:
-            self._keeping.cancel()
-        if not self._servers:
+        server, self._server = self._server, None
+        if server is None:
             return
         self.begin_to_end()
         while not self.has_ended():
             await asyncio.sleep(ENDING_TICK)
         # As where we poll: for those who hear no answer the connection is closed, which is UNAVAILABLE.
         hang_up(self.address)
-        await asyncio.gather(*(self._stop(server, None) for server in list(self._servers)))
+        await server.stop(None)
+        if self._keeping:
+            self._keeping.cancel()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine beside what runs here. On the event loop."""
@@ -84,41 +85,45 @@ class PublicFront(Front):
         take(self, rpc)
         await rpc.until_ended()
 
-    async def _serve(self) -> set[asyncio.Task[Any]]:
-        """Begin a server: the tasks that grpc began for it. Raises InvalidRequest where the address cannot be had."""
+    async def _serve(self) -> None:
+        """Begin a server. Raises InvalidRequest where the address cannot be had."""
         server = grpc.aio.server(handlers=[_Handlers(self)], options=self._arguments())
         try:
             bound = server.add_insecure_port(self.address)
         except RuntimeError:
             raise cannot_listen(self.address) from None
         self.address = with_port(self.address, bound)
+        self._failed = self.loop.create_future()
         before = asyncio.all_tasks()
         await server.start()
-        self._servers.add(server)
-        return asyncio.all_tasks() - before
+        self._server = server
+        for task in asyncio.all_tasks() - before:
+            task.add_done_callback(partial(self._on_task_ended, self._failed))
 
-    async def _stop(self, server: grpc.aio.Server, seconds: float | None) -> None:
-        await server.stop(seconds)
-        self._servers.discard(server)
+    def _on_task_ended(self, failed: asyncio.Future[BaseException | None], task: asyncio.Task[Any]) -> None:
+        """A task that began with grpc's server ended. Nothing but an error of one tells that the server fails.
 
-    async def _keep_serving(self, tasks: set[asyncio.Task[Any]]) -> None:
-        """Begin another server whenever grpc's ends by itself: nothing tells of it but an error of one of its tasks."""
+        grpc is about to cancel calls that it has taken in and not passed on.
+        """
+        if not (task.cancelled() or task.exception() is None or self.ending or failed.done()):
+            failed.set_result(task.exception())
+            hang_up(self.address)
+
+    async def _keep_serving(self) -> None:
+        """Begin another server whenever grpc's fails."""
         try:
             while True:
-                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-                errors = [task.exception() for task in ended if not task.cancelled() and task.exception()]
-                log.warning("grpc's server at %s ended, another begins: %r", self.address, errors)
+                error = await self._failed
+                log.warning("grpc's server at %s failed, another begins: %r", self.address, error)
                 await asyncio.sleep(PAUSE)
-                for call in list(self.calls):
-                    call.end_stream()
-                for server in list(self._servers):
-                    self.run(self._stop(server, LEFT_SECONDS))
-                tasks = await self._serve_again()
+                if self._server:
+                    await self._server.stop(None)
+                    await self._serve_again()
         except Exception as error:
             log.critical("grpc's server at %s cannot be begun again", self.address, exc_info=True)
             self.options.died(error)
 
-    async def _serve_again(self) -> set[asyncio.Task[Any]]:
+    async def _serve_again(self) -> None:
         for _ in range(TRIES - 1):
             with contextlib.suppress(InvalidRequest):  # the one before has not left the port yet
                 return await self._serve()

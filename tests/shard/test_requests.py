@@ -170,7 +170,14 @@ def test_what_grpc_refuses_by_itself_is_not_logged_either(service: Up, stub: Emb
     assert service.output() == before
 
 
-@pytest.mark.parametrize("path", ["/\udcff", "/nobody/Home", "/embedding.v1.EmbeddingService/Answer"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("/\udcff", marks=pytest.mark.polling),
+        "/nobody/Home",
+        "/embedding.v1.EmbeddingService/Answer",
+    ],
+)
 def test_methods_that_are_none_are_refused_by_every_process(service: Up, channel: grpc.Channel, path: str) -> None:
     routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest())
     for address in (routing.controller, routing.shards[0].address):
