@@ -31,9 +31,8 @@ PRIVATE = [
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is remembered of a trial, and none takes long."""
-    monkeypatch.setattr(grpc_core, "PATIENCE", 0.5)
+def fresh() -> None:
+    """Nothing is remembered of a trial."""
     grpc_core.why_public.cache_clear()
 
 
@@ -69,6 +68,7 @@ def test_the_trial_finds_names_that_mean_something_else(monkeypatch: pytest.Monk
         """Takes no call."""
 
     with monkeypatch.context() as changed:
+        changed.setattr(grpc_core, "PATIENCE", 0.5)
         changed.setattr(grpc_core.Port, "next_call", silent)
         assert "TimeoutError" in grpc_core.differs()
     with monkeypatch.context() as changed:
