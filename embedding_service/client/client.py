@@ -46,14 +46,14 @@ class EmbeddingClient:
     Args:
         address: `host:port` of any shard (or a name that stands for all of them), or several.
         timeout: Seconds a call may take in all, retries included, where the call gives none.
-        hedge: Ask another owner when a shard takes unusually long. Needs replicas; at most 2 % of the requests are
-            asked again.
+        hedge: Where rows have copies, ask another owner when a shard takes unusually long. At most 2 % of the requests
+            are asked again.
         cache_bytes: Keep rows in so much memory, in the bytes they came in; a lookup whose rows are all here does no
             RPC. 0 keeps none. `cache` has the counts.
     """
 
     def __init__(
-        self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = False, cache_bytes: int = 0
+        self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = True, cache_bytes: int = 0
     ) -> None:
         seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
         if not seeds:

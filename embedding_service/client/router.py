@@ -89,7 +89,7 @@ class Router:
         seeds: Sequence[str],
         routing: Routing | None = None,
         *,
-        hedge: bool = False,
+        hedge: bool = True,
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
     ) -> None:
