@@ -151,6 +151,7 @@ def build_routing(
     shards: Mapping[str, wire.ShardAddress],
     unable: Container[tuple[str, PartKey]] = frozenset(),
     draining: Container[str] = frozenset(),
+    copies: int = 1,
 ) -> wire.Routing:
     """The routing without its age: the holders of each part.
 
@@ -164,6 +165,7 @@ def build_routing(
         shards: All that are there, as clients see them.
         unable: Shards with parts that they cannot load. A shard that drains does not wait for them.
         draining: Shards that want to leave.
+        copies: Wanted of each part. The plan may be from when there were fewer shards.
     """
     names = sorted(shards)
     index = {name: position for position, name in enumerate(names)}
@@ -179,7 +181,7 @@ def build_routing(
                 staying = [name for name in holding if name in chosen]
                 if staying and len(staying) == len(chosen):
                     others = [name for name in holding if name not in chosen and name not in draining]
-                    named = {*staying, *others[: len(planned) - len(staying)]}
+                    named = {*staying, *others[: max(len(planned), copies) - len(staying)]}
                     holding = [name for name in holding if name in named]
                 owners.parts.add(shards=[index[name] for name in holding])
     return routing

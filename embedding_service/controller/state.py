@@ -316,8 +316,8 @@ class ControllerState:
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
         draining = {name for name, shard in shards.items() if shard.report.draining}
-        target = self.placing.target
-        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining))
+        target, copies = self.placing.target, self.settings.replicas
+        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies))
         self._assign()
 
     def _take_term(self) -> Generator[Question, Any, None]:

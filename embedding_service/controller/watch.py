@@ -108,7 +108,10 @@ class StoreWatch:
                 log.info("%s", why)
                 self._said = why
             return False
-        return await self.noted_term() == term
+        if await self.noted_term() != term:
+            return False
+        self.noted = term  # a look that finds another one is news, be it the one that was found before
+        return True
 
     @property
     def _term_path(self) -> Path:

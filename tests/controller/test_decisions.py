@@ -98,15 +98,16 @@ def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     [key] = decisions.part_keys(one)
     addresses = addresses_of("a", "b", "c")
 
-    def owners(holders: list[str], draining: str = "", unable: str = "c") -> list[str]:
-        cannot = {(name, key) for name in unable}
-        routing = decisions.build_routing([one], {key: ["a", "c"]}, {key: holders}, addresses, cannot, set(draining))
+    def owners(holders: list[str], draining: str = "", unable: str = "c", copies: int = 2) -> list[str]:
+        cannot, target = {(name, key) for name in unable}, {key: ["a", "c"]}
+        routing = decisions.build_routing([one], target, {key: holders}, addresses, cannot, set(draining), copies)
         return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
 
     assert owners(["a", "b"]) == ["a", "b"]  # b stands in for c
     assert owners(["a", "b"], draining="b") == ["a"]  # and need not, where it wants to leave
     assert owners(["b"], draining="b") == ["b"]
     assert owners(["a", "b", "c"], unable="") == ["a", "c"]
+    assert owners(["a", "b", "c"], unable="", copies=3) == ["a", "b", "c"]  # planned for two, and b came since
     del addresses["c"]  # gone, and not yet planned for anew
     assert owners(["a", "b"], unable="") == ["a", "b"]
 

@@ -72,7 +72,9 @@ def test_the_term_is_noted_in_the_store_and_never_lowered(store: Path, tmp_path:
         assert not (tmp_path / "store").exists()
         (tmp_path / "store").mkdir()
         assert await watch.note_term(5)
+        assert watch.noted == 5
         assert not await watch.note_term(4)
+        assert watch.noted == 5
         assert await watch.noted_term() == 5
         assert Store(tmp_path / "store").models() == []
         path = tmp_path / "store" / watching.TERM_FILE
