@@ -261,7 +261,7 @@ def flood_without_pause(address: str) -> None:
 def test_floods_are_cut_on_a_server_and_neighbours_are_answered(
     toy: ToyServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Large messages are no floods. Whoever has a connection keeps it, of the same host too."""
+    """Large messages are no floods. Open connections stay, those of the same host too."""
     text = "a" * 900_000
     with grpc.insecure_channel(toy.address, OWN) as channel:
         for _ in range(30):

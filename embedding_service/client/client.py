@@ -63,10 +63,10 @@ class EmbeddingClient:
         self._seeds, self._timeout, self._hedge, self._cache_bytes = seeds, timeout, hedge, cache_bytes
         self._hashers: dict[str, NgramHasher] = {}
         self._closed = False
-        self._begin_anew(None)
+        self._begin_fresh(None)
         forks.watch(self)
 
-    def _begin_anew(self, routing: Routing | None) -> None:
+    def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
         self._transport = GrpcTransport()
         router = self._router = Router(self._seeds, routing, hedge=self._hedge)
@@ -84,7 +84,7 @@ class EmbeddingClient:
     def after_fork_in_child(self) -> None:
         """See `forks.Forkable`. Kept rows are not: a thread that is not here may have been about to change them."""
         if not self._closed:
-            self._begin_anew(self._router.current)
+            self._begin_fresh(self._router.current)
 
     def __copy__(self) -> EmbeddingClient:
         """Copies of what holds a client share it."""

@@ -53,7 +53,7 @@ PATIENCE, FIRST_PAUSE, LONGEST_PAUSE = 2.0, 0.5, 8.0
 PACKET_BYTES, MOST_FILES, MOST_REPORTED = 256 << 10, 64, 1_000
 # Of a table: no more than a process has addresses for.
 MOST_BYTES = 1 << 46
-# Rows that are counted one by one; of more, every so many stands for all.
+# Up to this many rows are counted one by one. Of more rows, a sample stands for all.
 _COUNTED = 1024
 _NO_PART = -1
 

@@ -58,13 +58,13 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _begin_anew() -> None:
+def _begin_fresh() -> None:
     """In a child of a fork, which would share its parent's memory, and write to it while its parent does."""
     global _scratch
     _scratch = _Scratch()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_begin_fresh)
 
 
 def copy(space: AddressSpace, ids: npt.NDArray[np.int64], row_bytes: int) -> Tensor | None:

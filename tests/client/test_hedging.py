@@ -98,7 +98,7 @@ def test_a_storm_is_bounded_by_the_budget(clock: Clock, ids: list[int]) -> None:
     for number in range(rounds):
         shards.seconds = 3 * FLOOR_SECONDS if number % 8 == 0 else USUAL
         fetch(router, shards, ids)
-        clock.pass_time(1.0)  # whoever rested is due again
+        clock.pass_time(1.0)  # addresses that rested are due again
     needed = rounds * len(ids)
     extra = len(lookups_of(shards)) - needed
     assert 0 < extra <= SHARE * rounds + BURST + len(ids)

@@ -36,7 +36,7 @@ class CacheStates(RuleBasedStateMachine):
         self.cache.keep(kind, np.array(ids, np.int64), rows)
         if not ids or kind.row_bytes == WIDTHS[-1]:
             return  # a set of such rows does not fit
-        if kind.row_bytes not in self.widths:  # the bytes are shared anew, with nothing in them
+        if kind.row_bytes not in self.widths:  # all widths begin empty, with even shares
             self.widths = {kind.row_bytes, *(each.row_bytes for each in self.kept)}
             for each in self.kept.values():
                 each.clear()

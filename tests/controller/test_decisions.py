@@ -66,7 +66,7 @@ def test_a_shards_place_and_topology_are_in_the_routing() -> None:
     assert not decisions.shard_address(report).HasField("near")
 
 
-def test_routing_names_those_who_hold_and_shall_hold() -> None:
+def test_routing_names_holders_until_the_planned_ones_hold() -> None:
     one = manifest("1")
     keys = decisions.part_keys(one)
     holders = {keys[0]: ["a", "b"], keys[1]: ["b"]}

@@ -237,7 +237,7 @@ def test_n5_another_user_gets_nothing_though_the_socket_lets_it_in(shard: NearSh
     os.close(there)
 
 
-def test_a_shard_refuses_another_version_and_whoever_means_another_shard(shard: NearShard) -> None:
+def test_a_shard_refuses_another_version_and_a_client_that_means_another_shard(shard: NearShard) -> None:
     for options, why in (({"version": 9}, "version 1, the client 9"), ({"incarnation": 5}, "another shard")):
         with hello(shard, **options) as connection:  # type: ignore[arg-type]
             answer, files = files_of(connection)
@@ -258,7 +258,7 @@ def test_a_reader_says_why_a_shard_is_not_near(shard: NearShard, tmp_path: Path)
 
 
 def test_n6_a_hostile_client_cannot_change_a_row(shard: NearShard, expected: np.ndarray) -> None:
-    """It may be root: memory is sealed, whoever has it."""
+    """It may be root: the memory is sealed for everybody."""
     with hello(shard) as connection:
         answer, files = files_of(connection)
         assert answer.board
