@@ -33,7 +33,7 @@ def outcome_of(seed: int) -> Outcome:
 
 
 def run_seeds(first: int, seeds: int, workers: int, progress: Progress | None = None) -> Summary:
-    """Run so many seeds from the first on."""
+    """Run this many seeds, from the first on."""
     totals: Counter[str] = Counter()
     broken: dict[str, list[int]] = {}
     task = progress.add_task("seeds", total=seeds, found="") if progress else None

@@ -414,7 +414,7 @@ class Simulation:
             self.start_shard()
 
     def disorder(self) -> str:
-        """What is not yet as it shall be; "" where all is."""
+        """What is not settled yet. "": all is."""
         controllers = [each for each in self.controllers if each.is_there]
         if len(controllers) > 1:
             return f"{len(controllers)} controllers"
@@ -438,7 +438,7 @@ class Simulation:
             if shard.router.current is None or shard.router.current.age != state.routing.age:
                 return f"{shard.name} does not know the routing"
             if known.assigned != shard.holdings.held or known.held != shard.holdings.held or known.grace:
-                return f"{shard.name} holds {len(shard.holdings.held)} parts, shall hold {len(known.assigned or ())}"
+                return f"{shard.name} holds {len(shard.holdings.held)} parts, should hold {len(known.assigned or ())}"
         return self._not_served(controller) or ("lookups run" if self.checks.run_on else "")
 
     def _not_served(self, controller: Controller) -> str:
@@ -456,7 +456,7 @@ class Simulation:
                     if len(names) < copies and not controller.state.placing.problem:
                         return f"{key} is at {names} alone"
                     if not names <= self.checks.holders(key):
-                        return f"{key} shall be at {names}, and is at {self.checks.holders(key)}"
+                        return f"{key} should be at {names}, and is at {self.checks.holders(key)}"
         return ""
 
 

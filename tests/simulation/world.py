@@ -107,7 +107,7 @@ class World:
         return self.slowness * (0.0005 + self.chance.expovariate(500.0))
 
     def call(self, source: Process, address: str, request: Any, timeout: float, done: Callable[[Any], None]) -> None:
-        """Ask whoever listens at an address. `done` gets the answer, or a Failure; once, and by the timeout."""
+        """Ask the server at an address. `done` gets the answer or a Failure, once and by the timeout."""
         Exchange(self, source, address, request, timeout, done)
 
 
