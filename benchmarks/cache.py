@@ -115,7 +115,8 @@ def through_service(address: str, tokens: list[int], decoded: int) -> dict[int, 
     cut = len(tokens) - decoded
     with ExitStack() as stack:
         clients = {
-            size: stack.enter_context(EmbeddingClient(address, timeout=30, cache_bytes=size * MIB)) for size in SIZES
+            size: stack.enter_context(EmbeddingClient(address, timeout=30, cache_bytes=size * MIB, near=False))
+            for size in SIZES
         }
         for client in clients.values():
             client.lookup_ngrams(MODEL, torch.tensor([[0]]))

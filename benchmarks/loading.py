@@ -82,7 +82,7 @@ def running(data: Data, folder: Path, rate: str) -> Iterator[Shard]:
         options = (f"--listen={address}", f"--load-rate={rate}", "--memory=4GiB", "--drain-seconds=0")
         children.append(start_process(["shard", *common, f"--controller={controller}", *options]))
         wait_until_serving(controller, lambda: None, 1, wide_console(stderr=True))
-        with EmbeddingClient(address) as client:
+        with EmbeddingClient(address, near=False) as client:
             yield Shard(rate, store, controller, client)
     finally:
         stop_processes(children)

@@ -62,7 +62,7 @@ def main() -> None:
         requests = [torch.from_numpy(ids) for ids in data.requests("uniform", 1, seed=1)]
         with service(data.store, Path(work) / "up.log", "--shards=1") as (address, running):
             shards = [process.pid for process in psutil.Process(running.pid).children(recursive=True)]
-            with EmbeddingClient(address) as client:
+            with EmbeddingClient(address, near=False) as client:
                 for _ in range(arguments.rounds):
                     for tasks in TASKS:
                         for way in (JOINED, ALONE):

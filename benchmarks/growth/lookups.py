@@ -112,7 +112,7 @@ def make_store(folder: Path) -> Path:
 
 def _client(pipe: Connection, address: str) -> None:
     """A client's process. It gets a Point, seconds and a seed, then a time to begin. It answers with its figures."""
-    with EmbeddingClient(address, timeout=60) as client, contextlib.suppress(EOFError):
+    with EmbeddingClient(address, timeout=60, near=False) as client, contextlib.suppress(EOFError):
         while True:
             point, seconds, seed = pipe.recv()
             calls = _calls(client, point, seed)

@@ -48,6 +48,8 @@ def all_peers(shards: int) -> list[Peer]:
         RawGrpc(stream=False),
         *ours(shards),
         Service("fp16", torch.float32, shards),
+        Service("fp16", torch.float16, shards, near=True),
+        Service("int8", torch.float16, shards, near=True),
         Redis(),
         TorchRpc(),
         TorchRpc(one_host=True),

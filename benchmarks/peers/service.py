@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,17 @@ import psutil
 import torch
 
 from benchmarks.data import TABLE, Data
-from benchmarks.peers.base import Lookup, Peer, Server, service
+from benchmarks.peers.base import START_SECONDS, Lookup, Peer, Server, Unusable, service
 from embedding_service import EmbeddingClient
 
 
 class Service(Peer):
     """`embedding-service up`. `stored` is the table's dtype, and `dtype` what the client makes of it."""
 
-    def __init__(self, stored: str, dtype: torch.dtype, shards: int = 1) -> None:
+    def __init__(self, stored: str, dtype: torch.dtype, shards: int = 1, near: bool = False) -> None:
         short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        self.name = f"ours {stored}" + (f" as {short}" if short != stored else "")
-        self.stored, self.dtype, self.shards = stored, dtype, shards
+        self.name = ("ours, near, " if near else "ours ") + stored + (f" as {short}" if short != stored else "")
+        self.stored, self.dtype, self.shards, self.near = stored, dtype, shards, near
 
     @property
     def server_name(self) -> str:
@@ -39,5 +40,21 @@ class Service(Peer):
     def connect(self, data: Data, target: str) -> Iterator[Lookup]:
         """A client of its own."""
         name = f"{self.stored}/{TABLE}"
-        with EmbeddingClient(target, timeout=30) as client:
+        with EmbeddingClient(target, timeout=30, near=self.near) as client:
+            if self.near:
+                _come_near(client, name)
             yield lambda ids: client.lookup(name, torch.from_numpy(ids), dtype=self.dtype)
+
+
+def _come_near(client: EmbeddingClient, name: str) -> None:
+    """Return when a lookup of any rows needs no wire."""
+    deadline = time.monotonic() + START_SECONDS
+    [rows] = [rows for model in client.models() for rows, *_ in model.tables.values() if name.startswith(model.name)]
+    while True:
+        wired = client.statistics.wired_rows
+        client.lookup(name, torch.arange(0, rows, 64))
+        if client.statistics.wired_rows == wired:
+            return
+        if time.monotonic() > deadline:
+            raise Unusable(f"rows are not near: {client.statistics.shards}")
+        time.sleep(0.1)

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedding_service.client import forks
 from embedding_service.client.kept import Keeper, KeptRows
+from embedding_service.client.near import NearRows
 from embedding_service.client.router import Router
-from embedding_service.client.steps import run, run_async
+from embedding_service.client.steps import Steps, run, run_async
 from embedding_service.client.transport import GrpcTransport
-from embedding_service.client.wants import ENCODINGS, NgramLookup, RowLookup
+from embedding_service.client.wants import ENCODINGS, Lookup, NgramLookup, RowLookup, Tally
 from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
@@ -36,6 +37,20 @@ class ModelDescription:
     tables: dict[str, tuple[int, int, str]]
 
 
+class Statistics(NamedTuple):
+    """What a client had, each row once a lookup.
+
+    Attributes:
+        near_rows: Rows that were read in place.
+        wired_rows: Rows that shards sent.
+        shards: Of each shard that would be read in place on this machine: "near", or why it is not.
+    """
+
+    near_rows: int
+    wired_rows: int
+    shards: dict[str, str]
+
+
 class EmbeddingClient:
     """Looks rows up in an embedding service. It asks the shards that hold them directly, in parallel.
 
@@ -50,10 +65,21 @@ class EmbeddingClient:
             are asked again.
         cache_bytes: Keep rows in so much memory, in the bytes they came in; a lookup whose rows are all here does no
             RPC. 0 keeps none. `cache` has the counts.
+        near: Read rows in place where a shard of this machine hands them out (docs/near.md). What is not near comes
+            over the wire.
+        topology: Where this client is, as `embedding-service shard --topology` says it for shards: of several copies it
+            asks those of its own topology first. Bytes between zones may cost money.
     """
 
     def __init__(
-        self, address: str | Sequence[str], *, timeout: float = 10.0, hedge: bool = True, cache_bytes: int = 0
+        self,
+        address: str | Sequence[str],
+        *,
+        timeout: float = 10.0,
+        hedge: bool = True,
+        cache_bytes: int = 0,
+        near: bool = True,
+        topology: str = "",
     ) -> None:
         seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
         if not seeds:
@@ -61,7 +87,9 @@ class EmbeddingClient:
         for seed in seeds:
             split_address(seed, least=1)
         self._seeds, self._timeout, self._hedge, self._cache_bytes = seeds, timeout, hedge, cache_bytes
+        self._reads_near, self._topology = near, topology
         self._hashers: dict[str, NgramHasher] = {}
+        self._tally = Tally()
         self._closed = False
         self._begin_fresh(None)
         forks.watch(self)
@@ -69,8 +97,9 @@ class EmbeddingClient:
     def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
         self._transport = GrpcTransport()
-        router = self._router = Router(self._seeds, routing, hedge=self._hedge)
+        router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
+        self._near = NearRows() if self._reads_near else None  # has no thread before a shard is near
         self._ahead = ThreadPoolExecutor(MOST_AHEAD, "embedding-prefetch")  # has no thread before it is used
 
     def before_fork(self, deadline: float) -> None:
@@ -83,6 +112,8 @@ class EmbeddingClient:
 
     def after_fork_in_child(self) -> None:
         """See `forks.Forkable`. Kept rows are not: a thread that is not here may have been about to change them."""
+        if self._near:
+            self._near.abandon()
         if not self._closed:
             self._begin_fresh(self._router.current)
 
@@ -96,12 +127,25 @@ class EmbeddingClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process: a client of the same service, which connects when it is first used."""
-        return _client, (self._seeds, self._timeout, self._hedge, self._cache_bytes)
+        options = {
+            "timeout": self._timeout,
+            "hedge": self._hedge,
+            "cache_bytes": self._cache_bytes,
+            "near": self._reads_near,
+            "topology": self._topology,
+        }
+        return _client, (self._seeds, options)
 
     @property
     def cache(self) -> KeptRows | None:
         """The rows kept here. Their `stats` count hits. None without `cache_bytes`."""
         return self._kept.rows if self._kept else None
+
+    @property
+    def statistics(self) -> Statistics:
+        """Where rows came from so far; threads that count at the same time may lose some."""
+        shards = self._near.states if self._near else {}
+        return Statistics(self._tally.near, self._tally.wired, shards)
 
     def __enter__(self) -> EmbeddingClient:
         return self
@@ -114,6 +158,8 @@ class EmbeddingClient:
         self._closed = True
         self._ahead.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
+        if self._near:
+            self._near.close()
         self._ahead.shutdown()
 
     def lookup(
@@ -136,7 +182,7 @@ class EmbeddingClient:
             Unavailable, DeadlineExceeded: the rows could not be had in time.
         """
         asked = self._asked_for(table, ids, dtype)
-        run(self._router.fetch(asked.model, asked.wants, self._deadline(timeout)), self._transport)
+        run(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
 
     async def lookup_async(
@@ -144,7 +190,7 @@ class EmbeddingClient:
     ) -> Tensor:
         """`lookup` for asyncio."""
         asked = self._asked_for(table, ids, dtype)
-        await run_async(self._router.fetch(asked.model, asked.wants, self._deadline(timeout)), self._transport)
+        await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
 
     def lookup_ngrams(
@@ -172,7 +218,7 @@ class EmbeddingClient:
             As `lookup`, and InvalidRequest for token ids out of range.
         """
         asked = self._ngrams_asked_for(model, token_ids, context, dtype)
-        run(self._router.fetch(model, asked.wants, self._deadline(timeout)), self._transport)
+        run(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
 
     async def lookup_ngrams_async(
@@ -186,7 +232,7 @@ class EmbeddingClient:
     ) -> Tensor:
         """`lookup_ngrams` for asyncio."""
         asked = self._ngrams_asked_for(model, token_ids, context, dtype)
-        await run_async(self._router.fetch(model, asked.wants, self._deadline(timeout)), self._transport)
+        await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
 
     def prefetch(
@@ -238,6 +284,11 @@ class EmbeddingClient:
             for model in routing.models
         ]
 
+    def _fetch(self, lookup: Lookup, deadline: float) -> Steps[None]:
+        if self._near is not None:
+            lookup.near = yield from self._near.ready(self._router, deadline)
+        yield from self._router.fetch(lookup.model, lookup.wants, deadline)
+
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self._timeout if timeout is None else timeout)
 
@@ -254,7 +305,14 @@ class EmbeddingClient:
         if dtype not in ENCODINGS:
             raise _no_dtype(dtype)
         return RowLookup(
-            model=model, table=table, ids=flat, shape=ids.shape, dtype=dtype, device=ids.device, kept=self._kept
+            model=model,
+            table=table,
+            ids=flat,
+            shape=ids.shape,
+            dtype=dtype,
+            device=ids.device,
+            kept=self._kept,
+            tally=self._tally,
         )
 
     def _ngrams_asked_for(
@@ -270,6 +328,7 @@ class EmbeddingClient:
             dtype=dtype,
             device=token_ids.device,
             kept=self._kept,
+            tally=self._tally,
         )
 
 
@@ -277,9 +336,9 @@ def _no_dtype(dtype: torch.dtype) -> InvalidRequest:
     return InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
 
 
-def _client(seeds: list[str], timeout: float, hedge: bool, cache_bytes: int) -> EmbeddingClient:
+def _client(seeds: list[str], options: dict[str, Any]) -> EmbeddingClient:
     """One that was pickled."""
-    return EmbeddingClient(seeds, timeout=timeout, hedge=hedge, cache_bytes=cache_bytes)
+    return EmbeddingClient(seeds, **options)
 
 
 def _finish(lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:

@@ -35,8 +35,9 @@ class Standing(NamedTuple):
     """What is known against the shards of a routing.
 
     Attributes:
-        badness: int8 [shards + 1]: 0 good, 1 failed others of late, 2 failed this lookup; at index -1: 3, nobody.
-        due: Addresses that this lookup is to try again. Their badness is -1.
+        badness: int8 [shards + 1]: 0 good, 2 failed others of late, 4 failed this lookup; at index -1: 6, nobody. What
+            is in another topology than the client has 1 more.
+        due: Addresses that this lookup is to try again. Their badness is -2, or -1.
         calm: Nothing is known against anybody.
     """
 
@@ -45,16 +46,18 @@ class Standing(NamedTuple):
     calm: bool
 
 
-def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str]) -> Standing:
-    """From addresses that failed this lookup, that rest, and whose rest is over.
+def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str], topology: str = "") -> Standing:
+    """From addresses that failed this lookup, that rest, and whose rest is over, for a client of this topology.
 
-    1 and 2 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
+    2 and 4 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
     that are due come first, or a turn that passes them by would leave them unused for long.
     """
+    far = routing.farness(topology)
     if not resting and not due and not avoid:
-        return Standing(routing.nothing_known, due, True)
-    known = {**dict.fromkeys(due, -1), **dict.fromkeys(resting, 1), **dict.fromkeys(avoid, 2)}
-    return Standing(np.array([*(known.get(address, 0) for address in routing.addresses), 3], np.int8), due, False)
+        return Standing(far, due, True)
+    known = {**dict.fromkeys(due, -2), **dict.fromkeys(resting, 2), **dict.fromkeys(avoid, 4)}
+    badness = np.array([*(known.get(address, 0) for address in routing.addresses), 0], np.int8)
+    return Standing(badness + far, due, False)
 
 
 def share_out(
@@ -104,7 +107,7 @@ def has_other(leg: Leg, wants: Sequence[Want], model: Model, standing: Standing)
     want = wants[leg.want]
     ids, table = want.ids if leg.positions is None else want.ids[leg.positions], model.tables[want.table.name]
     owners = table.owners[ids // table.rows_per_part]
-    return bool(((standing.badness[owners] <= 0) & (owners != leg.shard)).any(1).all())
+    return bool(((standing.badness[owners] <= 1) & (owners != leg.shard)).any(1).all())
 
 
 def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:
@@ -117,7 +120,7 @@ def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:
 
 def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, standing: Standing) -> npt.NDArray[np.int32]:
     """For each part the best of its owners, in turn among equals; -1 where there is none."""
-    copies, badness, best = owners.shape[1], standing.badness, -1 if standing.due else 0
+    copies, badness, best = owners.shape[1], standing.badness, -2 if standing.due else 0
     chosen = owners[parts, turn % copies]
     for column in range(1, copies):
         if (badness[chosen] <= best).all():

@@ -80,6 +80,7 @@ class Router:
         seeds: Addresses that are asked for the first routing.
         routing: What is known already.
         hedge: Ask another owner when a shard takes unusually long.
+        topology: Where the caller is. Owners of the same topology are asked first.
         clock: Seconds now; deadlines are on it.
         chance: Draws turns, pauses and whom to ask; None: one of its own.
     """
@@ -90,11 +91,13 @@ class Router:
         routing: Routing | None = None,
         *,
         hedge: bool = True,
+        topology: str = "",
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
     ) -> None:
         self._seeds = list(seeds)
         self._routing = routing
+        self._topology = topology
         self._clock = clock
         self._chance = chance or random.Random()
         self._breaker = Breaker(clock)
@@ -143,6 +146,8 @@ class Router:
                 yield from self.model(name, deadline)  # raises, or learns a routing that has it
                 continue
             wants = wants_of(model)
+            if not wants:
+                return wants
             try:
                 if (yield from self._fetch_version(routing, model, wants, deadline)):
                     return wants
@@ -153,6 +158,16 @@ class Router:
     def _looked(self, known: Routing, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
             self._hear(outcome, known)
+
+    def learn_from(self, shard: str, deadline: float) -> Steps[None]:
+        """Ask a shard, by its id, for a newer routing than this one."""
+        known = self._routing
+        if known is not None and shard in known.shard_ids:
+            timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
+            address = known.addresses[known.shard_ids.index(shard)]
+            [answer] = yield Exchange([_ask(address, known, timeout)])
+            if isinstance(answer, wire.Routing):
+                self._hear(answer, known)
 
     def newest_routing(self, deadline: float) -> Steps[Routing]:
         """The routing, asked for again."""
@@ -227,7 +242,7 @@ class Router:
     ) -> _Round:
         """Whom to ask for what, and how long each may take."""
         resting, due = self._breaker.resting() if self._breaker.failing else (_NOBODY, _NOBODY)
-        standing = standing_of(routing, avoid, resting, due)
+        standing = standing_of(routing, avoid, resting, due, self._topology)
         legs, nowhere = share_out(wants, missing, model, standing, next(self._turn))
         legs, nbytes = cut(legs, wants, routing)
         timeouts, calls = [timeout] * len(legs), []

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from embedding_service.client.kept import Found, Keeper, Kind
+from embedding_service.client.near import NearRows
 from embedding_service.formats import RowFormat, get_format
 from embedding_service.formats.plain import plain_dtypes
+from embedding_service.near.reader import Rows
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Ids, Model, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
@@ -154,6 +156,14 @@ class Want(NamedTuple):
     sink: Sink
 
 
+@dataclass
+class Tally:
+    """Rows that a client had, each once a lookup: read in place, and sent by shards. Threads may lose some."""
+
+    near: int = 0
+    wired: int = 0
+
+
 class _Asked(NamedTuple):
     """A want, and what becomes of its rows.
 
@@ -169,6 +179,14 @@ class _Asked(NamedTuple):
     found: Found | None = None
 
 
+class _Table(NamedTuple):
+    """What becomes of one table's rows: those that were read in place, and what is asked for the others."""
+
+    near: Rows | None
+    decoder: Decoder
+    asked: _Asked | None
+
+
 @dataclass(kw_only=True, eq=False)
 class Lookup(ABC):
     """Rows of one model, asked for once.
@@ -177,15 +195,19 @@ class Lookup(ABC):
         model: `name` or `name@version`.
         device: Where the tensors go.
         kept: Rows of earlier lookups, if they are kept.
+        tally: Counts what was had.
+        near: Reads rows in place, where this lookup may.
     """
 
     model: str
     dtype: torch.dtype
     device: torch.device
     kept: Keeper | None
+    tally: Tally
+    near: NearRows | None = None
     _began: float = field(default_factory=time.monotonic)
     _version: str = ""
-    _asked: list[_Asked] = field(default_factory=list)
+    _tables: list[_Table] = field(default_factory=list)
 
     @abstractmethod
     def result(self) -> Tensor:
@@ -200,15 +222,21 @@ class Lookup(ABC):
 
         Called again for another version, it begins with new sinks, so versions are never mixed.
         """
-        kept, asked = self.kept, []
+        kept, tables = self.kept, []
         trusted = kept is not None and kept.trusts(model, self._began, pinned=self.model == model.full_name)
         for name, ids in self._ids(model):
             table = model.table(name)
             check_ids(ids, table.rows, f"{model.full_name}/{name}")
-            each = self._ask(table, ids)
-            asked.append(each if kept is None else _less_what_is_kept(each, kept, model, trusted))
-        self._version, self._asked = model.full_name, asked
-        return [each.want for each in asked]
+            near = self.near.read(model, table, ids) if self.near is not None else None
+            asked = None
+            if near is None or near.positions is not None:
+                asked = self._ask(
+                    table, ids if near is None or near.positions is None else np.delete(ids, near.positions)
+                )
+                asked = asked if kept is None else _less_what_is_kept(asked, kept, model, trusted)
+            tables.append(_Table(near, decoder(table.dtype, table.dim, self.dtype, self.device), asked))
+        self._version, self._tables = model.full_name, tables
+        return [each.asked.want for each in tables if each.asked is not None]
 
     def _ask(self, table: Table, ids: Ids) -> _Asked:
         """Rows cross the wire as stored, or converted by the shard if that is fewer bytes.
@@ -226,9 +254,28 @@ class Lookup(ABC):
 
     def _tensors(self) -> list[Tensor]:
         """For each of `_ids` a Tensor[n, dim]."""
-        if self.kept is not None and any(len(each.want.ids) for each in self._asked):
+        wired = sum(len(each.asked.want.ids) for each in self._tables if each.asked is not None)
+        self.tally.wired += wired
+        if self.kept is not None and wired:
             self.kept.confirm(self._version, self._began)
-        return [self._values(each) for each in self._asked]
+        return [self._together(each) for each in self._tables]
+
+    def _together(self, table: _Table) -> Tensor:
+        """Rows that were read in place, and those that came."""
+        if table.near is None:
+            assert table.asked is not None
+            return self._values(table.asked)
+        here = near_values(table.near.stored, table.decoder)
+        self.tally.near += here.shape[0]
+        if table.asked is None:
+            return here
+        came = self._values(table.asked)
+        rows = here.new_empty(len(here) + len(came), here.shape[1])
+        there = np.ones(len(rows), np.bool_)
+        there[table.near.positions] = False
+        rows[table.decoder.move(~there)] = here
+        rows[table.decoder.move(there)] = came
+        return rows
 
     def _values(self, asked: _Asked) -> Tensor:
         sink = asked.want.sink
@@ -283,6 +330,15 @@ class NgramLookup(Lookup):
         return [
             (table.name, row_ids[:, :, index].reshape(-1).cpu().numpy()) for index, table in enumerate(hasher.tables)
         ]
+
+
+def near_values(stored: Tensor, decoder: Decoder) -> Tensor:
+    """Stored rows uint8 [n, row_bytes] -> Tensor[n, dim], the same bits that would have come over the wire."""
+    if decoder.row_format.name == PLAIN.get(decoder.dtype) and decoder.device.type == "cpu" and stored.shape[0]:
+        return stored.view(decoder.dtype)
+    if decoder.row_format.name == "fp32" and decoder.dtype.itemsize < 4 and stored.shape[0]:
+        stored.view(torch.float32).add_(0.0)  # a shard that narrows them makes 0.0 of -0.0, as FBGEMM does
+    return decoder.decode(stored.numpy())
 
 
 def _less_what_is_kept(asked: _Asked, kept: Keeper, model: Model, trusted: bool) -> _Asked:

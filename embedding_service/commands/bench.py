@@ -122,7 +122,7 @@ def _connect(address: str, barrier: Any) -> None:
     global _client, _barrier
     from embedding_service import EmbeddingClient
 
-    _client, _barrier = EmbeddingClient(address, timeout=TIMEOUT), barrier
+    _client, _barrier = EmbeddingClient(address, timeout=TIMEOUT, near=False), barrier
 
 
 def _load(work: Work, seed: int) -> Load:

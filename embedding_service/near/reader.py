@@ -56,6 +56,19 @@ MOST_BYTES = 1 << 46
 # Up to this many rows are counted one by one. Of more rows, a sample stands for all.
 _COUNTED = 1024
 _NO_PART = -1
+# Up to so many parts it takes less time to look at all of a table's than to find out which are asked for.
+_FEW_PARTS = 256
+
+# torch's threads are not in a child of a fork, and what is done on several of them would wait for ever.
+_after_fork = False
+
+
+def _forked() -> None:
+    global _after_fork
+    _after_fork = True
+
+
+os.register_at_fork(after_in_child=_forked)
 
 # `model@version` and table.
 TableKey = tuple[str, str]
@@ -91,6 +104,7 @@ class NearTable:
         self._generations = np.full(parts, _NO_PART, np.int64)
         for index, each in live.items():
             self._slots[index], self._generations[index] = each.word, each.generation
+        self._expected = np.where(self._generations == _NO_PART, 0, self._generations).tobytes()
         self.complete = len(live) == parts
 
     def matches(self, rows: int, row_bytes: int, dtype: str, rows_per_part: int) -> bool:
@@ -98,17 +112,28 @@ class NearTable:
         info = self.info
         return (info.rows, info.row_bytes, info.dtype, info.rows_per_part) == (rows, row_bytes, dtype, rows_per_part)
 
-    def held(self, parts: Ids | None) -> npt.NDArray[np.bool_]:
-        """Whether the shards hold these parts at this moment as they did when this was made; None: all parts."""
-        if parts is None:
-            return self._words[self._slots] == self._generations
-        return self._words[self._slots[parts]] == self._generations[parts]
+    def held(self, parts: Ids) -> npt.NDArray[np.bool_]:
+        """Whether the shards hold these parts at this moment as they did when this was made."""
+        return self._words.take(self._slots[parts]) == self._generations[parts]
+
+    def is_unchanged(self) -> bool:
+        """`held`, of all parts that were near."""
+        return self._words.take(self._slots).tobytes() == self._expected
 
     def copy(self, ids: Ids) -> Tensor | None:
-        """The stored rows of `ids`, uint8 [n, row_bytes]; None where they cannot be read without waiting for a disk."""
+        """The stored rows of `ids`, uint8 [n, row_bytes], read after what was looked at before and before what comes.
+
+        None where they cannot be read without waiting for a disk.
+        """
+        fence()
         if self._in_files:
-            return through_kernel.copy(self._space, ids, self.info.row_bytes)
-        return self._rows.index_select(0, torch.from_numpy(ids))
+            stored = through_kernel.copy(self._space, ids, self.info.row_bytes)
+        elif _after_fork:
+            stored = torch.from_numpy(self._rows.numpy().take(ids, axis=0))
+        else:
+            stored = self._rows.index_select(0, torch.from_numpy(ids))
+        fence()
+        return stored
 
     def count(self, parts: Ids) -> None:
         """Rows of these parts were read; threads that count at the same time may lose some."""
@@ -230,22 +255,23 @@ class NearReader:
         """Those of the rows of `ids` int64 [n] that are near; None where none is. Each id is in [0, rows)."""
         if not len(ids):
             return Rows(None, torch.empty(0, table.info.row_bytes, dtype=torch.uint8))
-        parts = ids // table.info.rows_per_part
-        looked_at = None if table.complete and len(ids) > len(table.reads) else parts
-        positions = None
-        held = table.held(looked_at)
-        if not held.all():
-            looked_at = parts
-            held = table.held(parts)
-            positions = np.flatnonzero(held)
-            if not len(positions):
-                return None
-            ids, looked_at = ids[positions], parts[positions]
-            parts = looked_at
-        fence()
+        if not (table.complete and len(table.reads) <= max(_FEW_PARTS, len(ids)) and table.is_unchanged()):
+            return self._read_some(view, table, ids)
         stored = table.copy(ids)
-        fence()
-        if stored is None or not table.held(looked_at).all() or self._view is not view:
+        if stored is None or not table.is_unchanged() or self._view is not view:
+            return None
+        table.count(ids // table.info.rows_per_part)
+        return Rows(None, stored)
+
+    def _read_some(self, view: View, table: NearTable, ids: Ids) -> Rows | None:
+        """`read`, where parts are looked at one by one."""
+        parts = ids // table.info.rows_per_part
+        held = table.held(parts)
+        positions = None if held.all() else np.flatnonzero(held)
+        if positions is not None:
+            ids, parts = ids[positions], parts[positions]
+        stored = table.copy(ids) if len(ids) else None
+        if stored is None or not table.held(parts).all() or self._view is not view:
             return None
         table.count(parts)
         return Rows(positions, stored)

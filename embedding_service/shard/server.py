@@ -106,7 +106,7 @@ async def _serve(options: ShardOptions) -> None:
     memory_limit = min(options.memory_limit or default_memory_limit(options), MOST_MEMORY)
     TIERS[options.tier].prepare(memory_limit)
     holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
-    router, transport = Router([options.controller]), GrpcTransport()
+    router, transport = Router([options.controller], topology=options.topology), GrpcTransport()
     budget = Budget(memory_for_requests(memory_limit if options.tier in _IN_MEMORY else 0, options.processes))
     service = LookupService(holdings, router, transport, options.limits, budget)
     if options.processes > 1:

@@ -128,7 +128,7 @@ def test_many_tasks_of_a_real_service_get_their_rows_in_few_requests(
         with pytest.raises(errors.OutOfRange, match=str(ROWS)):
             await wrong
 
-    with EmbeddingClient(service.address) as client:
+    with EmbeddingClient(service.address, near=False) as client:
         client.lookup("fp32/ngram", torch.tensor([0]))
         send = client._transport.send
         monkeypatch.setattr(client._transport.together, "_send", lambda call: sent.append(call) or send(call))  # type: ignore[func-returns-value]

@@ -107,7 +107,7 @@ def test_a_cache_must_hold_something(service: Up) -> None:
 @pytest.mark.parametrize("model", ["fp32", "fp16", "int8", "int4"])
 def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(1)
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
         assert cached.cache is not None
         for size in (12, 300, 0, 12, 2000, 300):
             ids = torch.randint(0, 700, (size,), generator=random)
@@ -118,7 +118,7 @@ def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, d
 
 
 def test_a_lookup_of_kept_rows_asks_nobody(service: Up) -> None:
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
         tokens = torch.tensor([[5, 3, 8, 5, 3, 8]])
         rows = cached.lookup_ngrams("int8@1", tokens)
         cached._transport.close()
@@ -128,7 +128,7 @@ def test_a_lookup_of_kept_rows_asks_nobody(service: Up) -> None:
 
 
 def test_ids_out_of_range_are_never_found(service: Up) -> None:
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
         cached.lookup("fp32/ngram", torch.arange(ROWS))
         for bad in (-1, ROWS, 1 << 40):
             with pytest.raises(errors.OutOfRange, match=f"id {bad} at position 1"):
@@ -137,7 +137,7 @@ def test_ids_out_of_range_are_never_found(service: Up) -> None:
 
 def test_threads_share_a_cache_that_is_too_small(service: Up) -> None:
     wrong: list[int] = []
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB) as cached:
+    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
 
         def work(seed: int) -> None:
             random = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monke
     ids, old, new = torch.arange(40), longcat_table(1)[:40], longcat_table(2)[:40]
     with (
         serving(tmp_path, store, 2) as running,
-        EmbeddingClient(running.address, timeout=30, cache_bytes=MIB) as cached,
+        EmbeddingClient(running.address, timeout=30, cache_bytes=MIB, near=False) as cached,
     ):
         assert torch.equal(cached.lookup("m/ngram", ids), old)
         import_checkpoint(longcat_checkpoint(tmp_path / "two", 2), str(store), "m", dtype="fp32", version="2")

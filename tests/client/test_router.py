@@ -477,3 +477,37 @@ def test_a_version_that_the_older_service_does_not_have_is_not_found(clock: Cloc
         else:
             with pytest.raises(errors.NotFound, match="m@2"):
                 fetch(router, shards, IDS, name=name)
+
+
+def zones(owners: list[list[int]]) -> wire.Routing:
+    """Shards 0 and 2 are in zone a, 1 is in zone b."""
+    message = routing(owners)
+    for index, shard in enumerate(message.shards):
+        shard.topology = "ab"[index % 2]
+    return message
+
+
+@pytest.mark.parametrize("zone", [0, 1])
+def test_n8_no_byte_crosses_zones_while_the_own_zone_has_all_rows(zone: int) -> None:
+    shards = Shards(zones([[0, 1], [1, 2], [2, 1], [1, 0]]))
+    router = Router(["h:0"], Routing(shards.now), topology="ab"[zone])
+    for _ in range(20):
+        assert fetch(router, shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
+    assert lookups_of(shards)
+    assert not [call for call in lookups_of(shards) if int(call.address[-1]) % 2 != zone]
+
+
+def test_n8_everything_goes_on_when_the_own_zone_is_lost() -> None:
+    shards = Shards(zones([[0, 1], [1, 2], [2, 1], [1, 0]]))
+    shards.dead = {"h:0", "h:2"}
+    router = Router(["h:1"], Routing(shards.now), topology="a")
+    for _ in range(5):
+        assert fetch(router, shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
+
+
+def test_n8_a_client_that_says_no_zone_asks_all_in_turn() -> None:
+    shards = Shards(zones([[0, 1]] * 4))
+    router = Router(["h:0"], Routing(shards.now))
+    for _ in range(4):
+        fetch(router, shards, IDS)
+    assert {call.address for call in lookups_of(shards)} == {"h:0", "h:1"}

@@ -137,7 +137,7 @@ def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, mon
 
     monkeypatch.setattr(streams.grpc_core, "why_public", lambda: "its internals differ")
     monkeypatch.setattr(streams, "_PublicStream", Seen)
-    with EmbeddingClient(service.address) as client:
+    with EmbeddingClient(service.address, near=False) as client:
         ids = torch.tensor([0, 7, len(longcat_table()) - 1])
         assert torch.equal(client.lookup("fp32/ngram", ids), longcat_table()[ids])
         assert opened

@@ -1,0 +1,272 @@
+"""The client reads near rows by itself: the same bits as over the wire, for every caller, and right in every fault."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import longcat_checkpoint, longcat_table
+from support.cluster import Cluster, Up, cluster, until
+from support.near import near_reader, near_shard, wait_for
+
+from embedding_service import EmbeddingClient, RemoteEmbedding
+from embedding_service.client.wants import decoder, near_values
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.wire import embedding_pb2 as wire
+
+ROWS = len(longcat_table())
+
+
+def all_near(client: EmbeddingClient, table: str = "fp32/ngram") -> bool:
+    """Whether a lookup of the whole table needs no wire."""
+    before = client.statistics.wired_rows
+    client.lookup(table, torch.arange(ROWS))
+    return client.statistics.wired_rows == before
+
+
+@pytest.fixture(scope="module")
+def near(service: Up) -> Iterator[EmbeddingClient]:
+    """A client that has found the shards of this machine."""
+    with EmbeddingClient(service.address, timeout=30) as client:
+        until(lambda: all_near(client), "all rows to be near", seconds=30)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def wired(service: Up) -> Iterator[EmbeddingClient]:
+    with EmbeddingClient(service.address, timeout=30, near=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model", ["fp32", "fp16", "bf16", "int8", "int4"])
+def test_n1_near_rows_have_the_bits_of_the_wires(
+    near: EmbeddingClient, wired: EmbeddingClient, model: str, dtype: torch.dtype
+) -> None:
+    until(lambda: all_near(near, f"{model}/ngram"), "all rows to be near", seconds=30)
+    for ids in (torch.arange(12), torch.randint(0, ROWS, (64, 12)), torch.full((5, 7), 3), torch.zeros(0, 3).long()):
+        here, there = (client.lookup(f"{model}/ngram", ids, dtype=dtype) for client in (near, wired))
+        assert here.shape == there.shape
+        assert here.dtype == there.dtype == dtype
+        assert torch.equal(here.view(torch.int16), there.view(torch.int16))
+
+
+def test_every_caller_reads_near_rows(near: EmbeddingClient, wired: EmbeddingClient) -> None:
+    until(lambda: all_near(near), "all rows to be near", seconds=30)
+    before = near.statistics
+    ids, tokens = torch.randint(0, ROWS, (3, 12)), torch.randint(0, 900, (2, 5))
+    expected = wired.lookup("fp32/ngram", ids)
+    assert torch.equal(asyncio.run(near.lookup_async("fp32/ngram", ids)), expected)
+    assert torch.equal(near.prefetch("fp32/ngram", ids).result(), expected)
+    assert torch.equal(RemoteEmbedding(near, "fp32/ngram")(ids), expected)
+    assert torch.equal(near.lookup_ngrams("fp32", tokens), wired.lookup_ngrams("fp32", tokens))
+    after = near.statistics
+    assert after.wired_rows == before.wired_rows
+    assert after.near_rows == before.near_rows + 3 * ids.numel() + tokens.numel() * 6
+    assert set(after.shards.values()) == {"near"}
+    assert wired.statistics.near_rows == 0
+    assert wired.statistics.shards == {}
+
+
+def test_torchrecs_modules_read_near_rows(near: EmbeddingClient) -> None:
+    torchrec = pytest.importorskip("torchrec")
+    from embedding_service.torchrec import RemoteEmbeddingBagCollection
+
+    config = torchrec.EmbeddingBagConfig(
+        name="ngram", embedding_dim=longcat_table().shape[1], num_embeddings=ROWS, feature_names=["f"]
+    )
+    bags = RemoteEmbeddingBagCollection(near, "fp32", [config])
+    features = torchrec.KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([1, 2, 3]), torch.tensor([2, 1]))
+    before = near.statistics
+    values = bags(features)["f"]
+    table = longcat_table()
+    assert torch.equal(values, torch.stack([table[1] + table[2], table[3]]))
+    assert near.statistics.wired_rows == before.wired_rows
+    assert near.statistics.near_rows == before.near_rows + 3
+
+
+def test_a_client_that_was_told_not_to_stays_so_in_another_process(service: Up) -> None:
+    with EmbeddingClient(service.address, near=False) as client, pickle.loads(pickle.dumps(client)) as copy:
+        copy.lookup("fp32/ngram", torch.tensor([1]))
+        assert copy.statistics.shards == {}
+
+
+def test_a_child_of_a_fork_is_near_by_itself(near: EmbeddingClient) -> None:
+    table = longcat_table()
+    child = os.fork()
+    if child == 0:
+        good = False
+        try:
+            until(lambda: all_near(near), "all rows to be near", seconds=30)
+            good = np.array_equal(near.lookup("fp32/ngram", torch.arange(0, ROWS, 7)).numpy(), table[::7].numpy())
+            near.close()
+        finally:
+            os._exit(0 if good else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert torch.equal(near.lookup("fp32/ngram", torch.arange(0, ROWS, 7)), table[::7])
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "bf16"])
+def test_zeros_below_zero_are_what_the_wire_makes_of_them(tmp_path: Path, encoding: str) -> None:
+    """A shard that narrows fp32 rows for the wire gives 0.0 for -0.0."""
+    values = torch.randn(1024, 4)
+    values[:, 1] = -0.0
+    (tmp_path / "checkpoint").mkdir()
+    save_file({"table.weight": values}, tmp_path / "checkpoint" / "model.safetensors")
+    import_checkpoint(
+        tmp_path / "checkpoint", str(tmp_path / "store"), "m", dtype="fp32", generic={"table.weight": "t"}
+    )
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[encoding]
+    with near_shard(tmp_path / "near", tmp_path / "store", "m") as shard, near_reader(shard) as reader:
+        shard.hold()
+        table, ids = wait_for(reader, shard.key), np.arange(1024)
+        stored = table.copy(ids)
+        assert stored is not None
+        near = near_values(stored, decoder("fp32", 4, dtype, torch.device("cpu")))
+        assert np.array_equal(near.view(torch.uint8).numpy(), shard.rows.gather(ids, encoding))
+
+
+def folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
+    """Its path is short: a socket's may have 107 bytes."""
+    return tempfile.TemporaryDirectory(prefix="near-")
+
+
+class Reading:
+    """Threads that look up rows near or far, and check each by content: a row names its table and its id.
+
+    Attributes:
+        rows: Of each outcome: "right", "wrong", "stale" (of the version before `flipped`) or "failed".
+    """
+
+    def __init__(self, address: list[str], threads: int = 2) -> None:
+        self.client = EmbeddingClient(address, timeout=60)
+        self.rows: Counter[str] = Counter()
+        self.failures: list[Exception] = []
+        self.flipped = float("inf")
+        self._tables = {tag: longcat_table(tag) for tag in (1, 2)}
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=self._read, args=(seed,)) for seed in range(threads)]
+
+    def __enter__(self) -> Reading:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        self.client.close()
+
+    def more(self, rows: int = 20_000) -> None:
+        """Until so many more were right."""
+        before = self.rows["right"]
+        until(lambda: self.rows["right"] >= before + rows, f"{rows} more rows", seconds=90)
+
+    def until_near(self) -> None:
+        """Until all rows of a lookup were near."""
+
+        def near() -> bool:
+            before = self.client.statistics.near_rows
+            time.sleep(0.2)
+            return self.client.statistics.near_rows > before
+
+        until(near, f"near rows, {self.client.statistics}", seconds=90)
+
+    def _read(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        while not self._done.is_set():
+            ids = torch.randint(0, ROWS, (600,), generator=generator)
+            began = time.monotonic()
+            try:
+                rows = self.client.lookup("m/ngram", ids)
+            except Exception as error:
+                self.failures.append(error)
+                self.rows["failed"] += len(ids)
+                continue
+            tag = int(rows[0, 0])
+            right = tag in self._tables and torch.equal(rows, self._tables[tag][ids])
+            stale = right and tag == 1 and began > self.flipped
+            self.rows["stale" if stale else "right" if right else "wrong"] += len(ids)
+
+
+def test_a_million_near_rows_are_right_through_every_fault(tmp_path: Path) -> None:
+    """N2 to N4: shards are killed, hang, come again, are drained and replaced, and the version is replaced."""
+    first, second = (longcat_checkpoint(tmp_path / f"checkpoint-{tag}", tag) for tag in (1, 2))
+    store = tmp_path / "store"
+    import_checkpoint(first, str(store), "m", dtype="fp32", part_bytes=64 << 10)
+    options = ("--replicas=2", "--expect-shards=3", "--lost-after=3", "--grace=1")
+    with folder_for_sockets() as sockets, cluster(tmp_path, store, *options) as running:
+
+        def start(name: str) -> None:
+            running.start_shard(name, f"--near={sockets}/{name}", "--memory=64MiB")
+
+        for name in ("a", "b", "c"):
+            start(name)
+        running.wait_serving()
+        addresses = list(running.addresses.values())
+        with Reading(addresses) as reading:
+            reading.until_near()
+            reading.more()
+            killed_and_hung(running, reading, start)
+            drained(running, reading, start)
+            version_replaced(running, reading, store, second)
+            reading.more(max(0, 1_000_000 - reading.rows["right"]))
+        assert reading.rows["wrong"] == reading.rows["stale"] == 0, reading.rows
+        assert reading.rows["failed"] == 0, reading.failures[0]
+        assert reading.rows["right"] >= 1_000_000
+        assert reading.client.statistics.near_rows > 500_000
+
+
+def killed_and_hung(running: Cluster, reading: Reading, start: Callable[[str], None]) -> None:
+    """One after the other, with rows read in between."""
+    running.processes["a"].end(signal.SIGKILL)
+    reading.more()
+    start("a")
+    until(lambda: running.is_whole(2), "all copies", seconds=90)
+    reading.until_near()
+    hung = running.processes["b"].popen
+    hung.send_signal(signal.SIGSTOP)
+    until(lambda: reading.client.statistics.shards.get("b") != "near", "the silence to be noticed", seconds=60)
+    reading.more()
+    hung.send_signal(signal.SIGCONT)
+    until(lambda: running.is_whole(2), "all copies", seconds=90)
+    until(lambda: reading.client.statistics.shards.get("b") == "near", "b to be near again", seconds=60)
+
+
+def drained(running: Cluster, reading: Reading, start: Callable[[str], None]) -> None:
+    """Parts move away, and back to the shard that is started in its place."""
+    running.processes["c"].end(signal.SIGTERM, seconds=90)
+    reading.more()
+    start("c")
+    until(lambda: running.is_whole(2), "all copies", seconds=90)
+    reading.until_near()
+
+
+def version_replaced(running: Cluster, reading: Reading, store: Path, checkpoint: Path) -> None:
+    """From when every shard has the new routing on, no lookup that begins has a row of the old version."""
+    import_checkpoint(checkpoint, str(store), "m", version="2", dtype="fp32", part_bytes=64 << 10)
+
+    def everywhere() -> bool:
+        versions = {
+            running.stub(name).ListModels(wire.ListModelsRequest()).models[0].version for name in running.addresses
+        }
+        return versions == {"2"}
+
+    until(everywhere, "version 2 at every shard", seconds=90)
+    reading.flipped = time.monotonic()
+    reading.until_near()
+    reading.more()
