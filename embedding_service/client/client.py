@@ -66,7 +66,7 @@ class EmbeddingClient:
         cache_bytes: Keep rows in so much memory, in the bytes they came in; a lookup whose rows are all here does no
             RPC. 0 keeps none. `cache` has the counts.
         near: Read rows in place where a shard of this machine hands them out (docs/near.md). What is not near comes
-            over the wire.
+            over the wire. Off by default until every caller was tried with it.
         topology: Where this client is, as `embedding-service shard --topology` says it for shards: of several copies it
             asks those of its own topology first. Bytes between zones may cost money.
     """
@@ -78,7 +78,7 @@ class EmbeddingClient:
         timeout: float = 10.0,
         hedge: bool = True,
         cache_bytes: int = 0,
-        near: bool = True,
+        near: bool = False,
         topology: str = "",
     ) -> None:
         seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
@@ -284,10 +284,10 @@ class EmbeddingClient:
             for model in routing.models
         ]
 
-    def _fetch(self, lookup: Lookup, deadline: float) -> Steps[None]:
-        if self._near is not None:
-            lookup.near = yield from self._near.ready(self._router, deadline)
-        yield from self._router.fetch(lookup.model, lookup.wants, deadline)
+    def _fetch(self, lookup: Lookup, deadline: float) -> Steps[Any]:
+        if self._near is None:
+            return self._router.fetch(lookup.model, lookup.wants, deadline)
+        return self._near.fetch(self._router, lookup, deadline)
 
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self._timeout if timeout is None else timeout)

@@ -12,6 +12,7 @@ from embedding_service.placement.routing import Ids, Model, Routing, Table
 if TYPE_CHECKING:
     from embedding_service.client.router import Router
     from embedding_service.client.steps import Steps
+    from embedding_service.client.wants import Lookup
 
 # A shard that has a newer routing and does not give it: for so long nothing is read in place.
 DOUBT_SECONDS = 1.0
@@ -35,7 +36,12 @@ class NearRows:
         """Of each shard of this machine: "near", or why its rows come over the wire."""
         return self._reader.states()
 
-    def ready(self, router: Router, deadline: float) -> Steps[NearRows | None]:
+    def fetch(self, router: Router, lookup: Lookup, deadline: float) -> Steps[None]:
+        """What `Router.fetch` does, for rows that are not near."""
+        lookup.near = yield from self._ready(router, deadline)
+        yield from router.fetch(lookup.model, lookup.wants, deadline)
+
+    def _ready(self, router: Router, deadline: float) -> Steps[NearRows | None]:
         """This, once the routing is as new as that of every near shard; None where that cannot be had."""
         routing = router.current or (yield from router.routing(deadline))
         self._follow(routing)

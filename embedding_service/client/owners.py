@@ -52,7 +52,7 @@ def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[s
     2 and 4 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
     that are due come first, or a turn that passes them by would leave them unused for long.
     """
-    far = routing.farness(topology)
+    far = routing.farness(topology) if topology else routing.nothing_known
     if not resting and not due and not avoid:
         return Standing(far, due, True)
     known = {**dict.fromkeys(due, -2), **dict.fromkeys(resting, 2), **dict.fromkeys(avoid, 4)}

@@ -91,6 +91,8 @@ class Routing:
     Attributes:
         request_bytes, response_bytes: What a request may ask for: of ids, 8 bytes each, and of rows.
         by_name: Every served version by `name@version`, and the newest of each model by `name`.
+        nothing_known: int8 [shards + 1], what the router knows against each shard where it knows nothing: 0, and 6 at
+            index -1, which is nobody.
     """
 
     def __init__(self, message: wire.Routing) -> None:
@@ -100,6 +102,7 @@ class Routing:
         self.response_bytes = message.limits.response_bytes or _UNLIMITED
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
+        self.nothing_known = np.array([0] * len(self.addresses) + [6], np.int8)
         self.topologies = [shard.topology for shard in message.shards]
         self._farness: dict[str, npt.NDArray[np.int8]] = {}
         self.by_name: dict[str, Model] = {}
@@ -109,9 +112,9 @@ class Routing:
             self.by_name[model.name] = model  # the newest version comes last, and stays
 
     def farness(self, topology: str) -> npt.NDArray[np.int8]:
-        """int8 [shards + 1]: 1 for shards of another topology than this. For "" it is 0. At index -1, nobody: 6."""
+        """int8 [shards + 1]: 1 for shards of another topology than this. At index -1, nobody: 6."""
         if topology not in self._farness:
-            far = [int(topology not in ("", each)) for each in self.topologies]
+            far = [int(each != topology) for each in self.topologies]
             self._farness[topology] = np.array([*far, 6], np.int8)
         return self._farness[topology]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,34 @@ def test_the_controller_waits_for_as_many_shards_as_there_are(overlay: Path) -> 
     assert int(decided["COPIES"]) <= replicas
     # Ready only once all are seen, so one must not wait for the other.
     assert spec["podManagementPolicy"] == "Parallel"
+
+
+# Near
+
+
+def test_the_component_near_gives_shards_and_workers_one_folder_of_their_node(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay = tmp_path / "k8s" / "overlays" / "cpu-production"
+    folders = [overlay, overlay / "worker"]
+    for folder in folders:
+        file = folder / "kustomization.yaml"
+        kustomization = yaml.safe_load(file.read_text())
+        up = "../" * len(folder.relative_to(tmp_path / "k8s").parts)
+        kustomization.setdefault("components", []).append(f"{up}components/near")
+        file.write_text(yaml.safe_dump(kustomization))
+    objects = [each for folder in folders for each in render(folder)]
+    for each in objects:
+        validate(each)
+    shard = find(objects, "StatefulSet", "embedding-shard")["spec"]["template"]["spec"]
+    cluster = find(objects, "RayService")["spec"]["rayClusterConfig"]
+    worker = cluster["workerGroupSpecs"][0]["template"]["spec"]
+    for pod in (shard, worker):
+        [volume] = [each for each in pod["volumes"] if each["name"] == "near"]
+        assert volume["hostPath"] == {"path": "/run/embedding-service", "type": "Directory"}
+        [mount] = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "near"]
+        assert mount["mountPath"] == "/near"
+    assert shard["securityContext"]["runAsUser"] == worker["securityContext"]["runAsUser"]
+    words = _filled_in(shard["containers"][0]["args"], environment(shard["containers"][0], objects))
+    parse(embedding_service.cli.app, words)
+    assert "--near=/near/pod" in words
+    assert "near" not in [each["name"] for each in cluster["headGroupSpec"]["template"]["spec"]["volumes"]]

@@ -39,7 +39,7 @@ def all_near(client: EmbeddingClient, table: str = "fp32/ngram") -> bool:
 @pytest.fixture(scope="module")
 def near(service: Up) -> Iterator[EmbeddingClient]:
     """A client that has found the shards of this machine."""
-    with EmbeddingClient(service.address, timeout=30) as client:
+    with EmbeddingClient(service.address, timeout=30, near=True) as client:
         until(lambda: all_near(client), "all rows to be near", seconds=30)
         yield client
 
@@ -152,7 +152,7 @@ class Reading:
     """
 
     def __init__(self, address: list[str], threads: int = 2) -> None:
-        self.client = EmbeddingClient(address, timeout=60)
+        self.client = EmbeddingClient(address, timeout=60, near=True)
         self.rows: Counter[str] = Counter()
         self.failures: list[Exception] = []
         self.flipped = float("inf")
