@@ -29,7 +29,7 @@ BUSY = 0.1
 BYTE_SECONDS, MESSAGE_SECONDS = 15e-9, 150e-6
 # During a flood, these are the most bytes that may come on a connection beyond those of its messages. It is cut after
 # that. The second number is for hosts that were cut before. A large message counts when it is whole.
-FREE_BYTES, FREE_BYTES_AGAIN = 256 << 10, 32 << 10
+FREE_BYTES, FREE_BYTES_AGAIN = 128 << 10, 32 << 10
 # For what a call has besides its messages.
 CALL_BYTES = 8 << 10
 # For how long a host is remembered, and for how long none of its connections come in once it was cut again.
