@@ -12,10 +12,16 @@ import pytest
 from embedding_service.grpc_core import PUBLIC, VARIABLE
 
 # What meets the front and the client's streams; `make public-grpc` runs whole rooms.
-FILES = ("test_front.py", "test_floods.py", "test_drains.py", "client/test_streams.py")
+FILES = (
+    "test_front.py",
+    "test_floods.py",
+    "test_drains.py::test_what_arrived_is_answered_and_what_comes_later_is_told",
+    "client/test_streams.py",
+)
 
 
 @pytest.mark.polling
+@pytest.mark.timeout(900)  # under a minute, but for a busy machine
 def test_the_same_tests_pass_on_grpcs_public_api() -> None:
     here = Path(__file__).parent
     done = subprocess.run(
@@ -25,6 +31,6 @@ def test_the_same_tests_pass_on_grpcs_public_api() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-10_000:]
