@@ -32,7 +32,7 @@ from embedding_service.client.status import get_status
 from embedding_service.formats import get_format
 from embedding_service.store.draft import open_draft
 from embedding_service.store.manifest import Manifest, Table
-from embedding_service.store.parts import DEFAULT_PART_BYTES, PartWriter, rows_per_part
+from embedding_service.store.parts import DEFAULT_PART_BYTES, NewPart, PartWriter, rows_per_part
 from embedding_service.store.store import Store
 
 FORMAT = get_format("int4")
@@ -102,9 +102,8 @@ def write_store(folder: Path, name: str, hasher: NgramHasher, dim: int, rows: in
         parts = []
         for index, first_row in enumerate(range(0, rows, count)):
             last_row = min(first_row + count, rows)
-            with PartWriter(
-                draft.folder, table, index, first_row=first_row, rows=last_row - first_row, dim=dim, row_format=FORMAT
-            ) as writer:
+            part = NewPart(table, index, first_row, last_row - first_row, dim, FORMAT)
+            with PartWriter(draft.folder, part) as writer:
                 for begin in range(first_row, last_row, CHUNK_ROWS):
                     ids = np.arange(begin, min(begin + CHUNK_ROWS, last_row))
                     writer.write(stored_rows(ids, dim))

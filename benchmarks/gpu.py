@@ -18,11 +18,11 @@ from rich.table import Table as Report
 from benchmarks.ngram import seconds
 from embedding_service.errors import InvalidRequest
 from embedding_service.formats import get_format
-from embedding_service.rows import CudaCachedTable, CudaTable, RamTable
-from embedding_service.rows.cuda import require_cuda
+from embedding_service.rows.cuda import CudaCachedTable, CudaTable, require_cuda
 from embedding_service.rows.pool import Pool
+from embedding_service.rows.ram import RamTable
 from embedding_service.store.manifest import Table
-from embedding_service.store.parts import PartWriter, rows_per_part
+from embedding_service.store.parts import NewPart, PartWriter, rows_per_part
 
 DIM, MIB = 256, 1 << 20
 BATCHES = (12, 768, 12_288, 98_304)
@@ -33,7 +33,7 @@ def make_table(folder: Path, dtype: str, part_bytes: int, parts: int) -> tuple[T
     row_format = get_format(dtype)
     rows = rows_per_part(row_format.row_bytes(DIM), part_bytes)
     generator = torch.Generator().manual_seed(0)
-    with PartWriter(folder, dtype, 0, first_row=0, rows=rows, dim=DIM, row_format=row_format) as writer:
+    with PartWriter(folder, NewPart(dtype, 0, 0, rows, DIM, row_format)) as writer:
         for begin in range(0, rows, 65_536):
             count = min(65_536, rows - begin)
             writer.write(row_format.encode(torch.randn(count, DIM, generator=generator)))

@@ -10,12 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from embedding_service.errors import (
+    BadTensorFile,
     CorruptPart,
     DeadlineExceeded,
     EmbeddingServiceError,
     ImportRefused,
     InvalidRequest,
     NoGradients,
+    NoRoom,
     NotFound,
     OutOfRange,
     Overloaded,
@@ -27,6 +29,7 @@ from embedding_service.errors import (
     ServiceError,
     StoreError,
     Unavailable,
+    UnencodableRow,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from embedding_service.ngram import NgramHasher
 
 __all__ = [
+    "BadTensorFile",
     "CorruptPart",
     "DeadlineExceeded",
     "EmbeddingClient",
@@ -43,6 +47,7 @@ __all__ = [
     "InvalidRequest",
     "NgramHasher",
     "NoGradients",
+    "NoRoom",
     "NotFound",
     "OutOfRange",
     "Overloaded",
@@ -55,6 +60,7 @@ __all__ = [
     "ServiceError",
     "StoreError",
     "Unavailable",
+    "UnencodableRow",
 ]
 _HOMES = {
     "EmbeddingClient": "embedding_service.client.client",

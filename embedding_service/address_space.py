@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from embedding_service.errors import NoRoom
 from embedding_service.late import late
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class AddressSpace:
     def map_memory(self, offset: int, nbytes: int) -> torch.Tensor:
         """Back [offset, offset + nbytes) with zeroed memory, in huge pages where the kernel gives them.
 
-        Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
+        Returns it as a uint8 tensor [nbytes]. Raises NoRoom.
         """
         if self._files is None:
             address = self._map(offset, nbytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS)
@@ -106,7 +107,7 @@ class AddressSpace:
     def map_file(self, offset: int, nbytes: int, fd: int, file_offset: int) -> torch.Tensor:
         """Show `nbytes` of an open file from `file_offset` (a multiple of the page size) at `offset`, read-only.
 
-        Returns it as a uint8 tensor [nbytes]. Raises MemoryError.
+        Returns it as a uint8 tensor [nbytes]. Raises NoRoom.
         """
         address = self._map(offset, nbytes, _PROT_READ, _MAP_SHARED, fd, file_offset)
         # Rows are asked at random: read-ahead would fill the page cache with neighbours nobody asked for.
@@ -156,16 +157,16 @@ class AddressSpace:
         result = _libc.mmap(address, nbytes, protection, flags, fd, file_offset)
         if result is None or result == ctypes.c_void_p(-1).value:
             code = ctypes.get_errno()
-            raise MemoryError(f"mapping {nbytes:,} bytes failed: {os.strerror(code)}")
+            raise NoRoom(f"mapping {nbytes:,} bytes failed: {os.strerror(code)}")
         return int(result)
 
 
 def memory_file(name: str, nbytes: int) -> int:
-    """A file in memory, of zeros, which can be sealed: its descriptor. `name` is for people. Raises MemoryError."""
+    """A file in memory, of zeros, which can be sealed: its descriptor. `name` is for people. Raises NoRoom."""
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
-        raise MemoryError(f"no file in memory: {error.strerror}") from error
+        raise NoRoom(f"no file in memory: {error.strerror}") from error
     os.ftruncate(fd, nbytes)
     return fd
 

@@ -5,7 +5,6 @@ Imports and workers read it here, so that both take the same file for a tensor.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,16 @@ from typing import Any
 
 import torch
 
-from embedding_service.errors import ImportRefused, StoreError
+from embedding_service.errors import BadTensorFile, ImportRefused, StoreError
 from embedding_service.foreign import printable, shown
-from embedding_service.formats import FORMATS, get_format
-from embedding_service.machine import open_file, read_file
-from embedding_service.tensorfile import ITEM_BITS, BadTensorFile, TensorSpan, byte_view, read_spans
+from embedding_service.formats import get_format, kept_formats
+from embedding_service.machine import open_file, read_object
+from embedding_service.tensorfile import ITEM_BITS, TensorSpan, byte_view, read_spans
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 8  # names in an error
 FP8_DTYPE, FP8_SCALE_DTYPE = "F8_E4M3", "F8_E8M0"
 
@@ -59,11 +57,12 @@ class SourceTensor:
     @property
     def stored_as(self) -> str:
         """The row format that `read_stored` gives: `keep` in an import."""
-        return next(known.name for known in FORMATS.values() if known.tensor_dtype == self.dtype)
+        return kept_formats()[self.dtype]
 
     def read_rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows [first, first + count) of a float matrix, as they are: Tensor[count, dim]. Raises StoreError."""
-        return self.read_stored(first, count).view(FLOAT_DTYPES[self.dtype])
+        """Rows [first, first + count), exactly: float Tensor[count, dim]. Raises StoreError."""
+        row_format = get_format(self.stored_as)
+        return row_format.decode(self.read_stored(first, count), self.dim, dtype=row_format.dtype)
 
     def read_stored(self, first: int, count: int) -> torch.Tensor:
         """The bytes of those rows: uint8 Tensor[count, row_bytes]. Raises StoreError.
@@ -213,16 +212,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of a checkpoint that holds an object. Raises ImportRefused."""
     path = file_below(folder, name)
     try:
-        content = json.loads(read_file(path).decode())
+        return read_object(path)
     except FileNotFoundError:
         raise ImportRefused(f"{folder} is not a checkpoint: it has no {name}") from None
     except OSError as error:
         raise ImportRefused(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ImportRefused(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ImportRefused(f"{path} is not a JSON object")
-    return content
+    except ValueError as error:
+        raise ImportRefused(f"{path} {error}") from error
 
 
 def tensor_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:

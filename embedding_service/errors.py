@@ -3,6 +3,7 @@
     EmbeddingServiceError
         RequestError            the request itself is wrong; sending it again will not help
             InvalidRequest      malformed: wrong dtype, truncated bytes, unknown option
+                UnencodableRow  a row that its format cannot hold
             NotFound            no such model, version or table
             OutOfRange          a row id outside its table
             RequestTooLarge     over a limit of the service
@@ -14,8 +15,10 @@
             ProtocolError       the client does not understand the peer's answer
         StoreError              a checkpoint or store on disk
             ImportRefused       the checkpoint cannot be imported as asked
+            BadTensorFile       not a whole safetensors file
             CorruptPart         a part whose bytes do not match its checksum
         PlacementError          the parts do not fit the shards
+        NoRoom                  this process or its GPU has no memory for rows
         NoGradients             a remote module was asked to be trained
 
 Each message names the input at fault and the remedy.
@@ -34,6 +37,15 @@ class RequestError(EmbeddingServiceError):
 
 class InvalidRequest(RequestError, ValueError):
     """Malformed: wrong dtype or shape, truncated id bytes, an unknown option (gRPC INVALID_ARGUMENT)."""
+
+
+class UnencodableRow(InvalidRequest):
+    """A row whose values the format cannot hold. `row` is its index in the tensor given to `encode`."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row} {reason}")
+        self.row = row
+        self.reason = reason
 
 
 class NotFound(RequestError, LookupError):
@@ -80,12 +92,20 @@ class ImportRefused(StoreError):
     """The checkpoint cannot be imported as asked. Nothing was changed in the store."""
 
 
+class BadTensorFile(StoreError):
+    """Not a whole safetensors file. The message says which and why."""
+
+
 class CorruptPart(StoreError):
     """A part whose bytes do not match the manifest's checksum. It is never served."""
 
 
 class PlacementError(EmbeddingServiceError):
     """The parts do not fit the shards. The message gives the bytes needed and the bytes there are."""
+
+
+class NoRoom(EmbeddingServiceError, MemoryError):
+    """This process or its GPU has no memory for rows. The message gives the bytes needed."""
 
 
 class NoGradients(EmbeddingServiceError, RuntimeError):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import json
 import os
 import re
 import resource
@@ -183,4 +184,15 @@ def read_file(path: Path, most: int = MOST_TEXT_BYTES) -> bytes:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that somebody else wrote. Raises OSError, or ValueError that says "is not ..."."""
+    try:
+        content = json.loads(read_file(path).decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("is not a JSON object")
     return content

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedding_service.errors import StoreError
+from embedding_service.errors import BadTensorFile
 from embedding_service.foreign import shown
 from embedding_service.late import late
 from embedding_service.machine import open_file
@@ -38,10 +38,6 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 # No tensor library has as many. Products of many more would take for ever.
 _MAX_DIMENSIONS = 64
-
-
-class BadTensorFile(StoreError):
-    """Not a whole safetensors file. The message says which and why."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,8 @@
-"""The model families the worker knows.
-
-Each is a module with ARCHITECTURES, MODELS, `read_config`, `dense_tensors`, `load_model` and `attach`.
-"""
+"""The model families the worker knows, a file for each. See `family.WorkerFamily`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,13 +10,21 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, StoreError
 from embedding_service.foreign import one_line, shown
-from model_worker import longcat, qwen4_exp
+from embedding_service.registry import Registry
 from model_worker.checkpoint import Checkpoint
 from model_worker.ends import end_tokens
+from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups
 from model_worker.text import load_tokenizer
 
-FAMILIES: tuple[ModuleType, ...] = (longcat, qwen4_exp)
+FAMILIES: Registry[WorkerFamily] = Registry(
+    "worker family",
+    "model_worker.family:WorkerFamily",
+    {
+        "longcat": "model_worker.longcat:LongcatFamily",
+        "qwen4_exp": "model_worker.qwen4_exp:Qwen4ExpFamily",
+    },
+)
 
 
 def check(checkpoint: str | Path) -> None:
@@ -44,14 +48,24 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
 
 def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
     """See `model_worker.attach`. Returns the counters of the model's lookups."""
-    for family in FAMILIES:
-        if isinstance(hf_model, family.MODELS):
-            return family.attach(hf_model, client, name)
-    known = ", ".join(family.MODELS.__name__ for family in FAMILIES)
+    return _family_of(hf_model).attach(hf_model, client, name)
+
+
+def table_bytes(hf_model: PreTrainedModel) -> int:
+    """Bytes of n-gram tables among a model's own tensors: 0 where they are served elsewhere."""
+    tables = _family_of(hf_model).table_tensors
+    return sum(tensor.nbytes for name, tensor in hf_model.state_dict().items() if tables.search(name))
+
+
+def _family_of(hf_model: PreTrainedModel) -> type[WorkerFamily]:
+    for family in FAMILIES.values():
+        if isinstance(hf_model, family.models):
+            return family
+    known = ", ".join(family.models.__name__ for family in FAMILIES.values())
     raise InvalidRequest(f"cannot attach to a {type(hf_model).__name__}: only to {known}")
 
 
-def _family_and_config(files: Checkpoint) -> tuple[ModuleType, PreTrainedConfig]:
+def _family_and_config(files: Checkpoint) -> tuple[type[WorkerFamily], PreTrainedConfig]:
     family = _family(files)
     if files.config.get("quantization_config"):
         raise InvalidRequest(
@@ -72,11 +86,11 @@ def _family_and_config(files: Checkpoint) -> tuple[ModuleType, PreTrainedConfig]
     return family, config
 
 
-def _family(files: Checkpoint) -> ModuleType:
-    for family in FAMILIES:
-        if not set(family.ARCHITECTURES).isdisjoint(files.architectures):
+def _family(files: Checkpoint) -> type[WorkerFamily]:
+    for family in FAMILIES.values():
+        if not set(family.architectures).isdisjoint(files.architectures):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise InvalidRequest(
         f"{files.folder} is a checkpoint of {shown(files.config.get('architectures'))}; this worker serves {known}"
     )

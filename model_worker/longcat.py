@@ -21,12 +21,11 @@ from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, check_same_hash
 from model_worker.token_cache import TokenLayer, token_layer
 
 ARCHITECTURE = "LongcatFlashNgramForCausalLM"
-ARCHITECTURES = (ARCHITECTURE,)
-MODELS = LongcatFlashForCausalLM
 WORDS = ("model.embed_tokens.weight", "model.ngram_embeddings.word_embeddings.weight")
 TABLE = "model.ngram_embeddings.embedders.{}.weight"
 PROJECTION = "model.ngram_embeddings.post_projs.{}.weight"
@@ -211,6 +210,18 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
     body.ngram_embeddings = embedding
     body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
     return embedding.rows.lookups
+
+
+class LongcatFamily(WorkerFamily):
+    """LongCat-Flash-Lite and its kin."""
+
+    architectures = (ARCHITECTURE,)
+    models = LongcatFlashForCausalLM
+    table_tensors = re.compile(r"\.embedders\.")
+    read_config = staticmethod(read_config)
+    dense_tensors = staticmethod(dense_tensors)
+    load_model = staticmethod(load_model)
+    attach = staticmethod(attach)
 
 
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

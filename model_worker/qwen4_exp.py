@@ -24,6 +24,7 @@ from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, check_same_hash
 
 _TABLE_TENSOR = re.compile(r"\.ple_embedding\.ngram_embedding\.")
@@ -169,8 +170,6 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "Qwen4ExpForCausalLM": (Qwen4ExpForCausalLM, Qwen4ExpTextConfig),
     "Qwen4ExpForConditionalGeneration": (Qwen4ExpForConditionalGeneration, Qwen4ExpConfig),
 }
-ARCHITECTURES = tuple(_CLASSES)
-MODELS = published.Qwen4ExpPreTrainedModel
 
 
 def read_config(files: Checkpoint) -> Any:
@@ -246,6 +245,18 @@ def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups
     # A module's hook, not this call's: a copied model asks for itself.
     body.register_forward_pre_hook(partial(_prefetch, embeddings[0]), with_kwargs=True)
     return prefetch.lookups
+
+
+class Qwen4ExpFamily(WorkerFamily):
+    """Qwen4-Exp models and Qwen3.8-Flash-Next."""
+
+    architectures = tuple(_CLASSES)
+    models = published.Qwen4ExpPreTrainedModel
+    table_tensors = re.compile(r"\.ngram_embedding\.")
+    read_config = staticmethod(read_config)
+    dense_tensors = staticmethod(dense_tensors)
+    load_model = staticmethod(load_model)
+    attach = staticmethod(attach)
 
 
 @torch.compiler.disable

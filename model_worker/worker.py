@@ -208,11 +208,7 @@ class Worker:
             "anonymous_bytes": memory.rss - memory.shared,
             "file_bytes": memory.shared,
             "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "table_bytes": sum(
-                tensor.nbytes
-                for name, tensor in tensors.items()
-                if ".embedders." in name or ".ngram_embedding." in name
-            ),
+            "table_bytes": families.table_bytes(self._model),
             "remote_table_values": self._lookups.table_values,
             "lookup_wait_seconds": round(self._lookups.wait_seconds, 6),
             **self.counts(),

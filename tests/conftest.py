@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import lcm
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from support import cluster
-from support.checkpoints import longcat_checkpoint
+from support.checkpoints import DIM, longcat_checkpoint
 from support.cluster import Up, dead_proxies, serving
 
 from embedding_service import EmbeddingClient, grpc_core
+from embedding_service.formats import FORMATS, get_format
 from embedding_service.store.importing import import_checkpoint
+from embedding_service.tensorfile import PAGE_BYTES
 
 # No test asserts a duration.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 # Fixtures that start processes of the service.
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 
@@ -65,10 +67,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with that checkpoint in every dtype (models fp32, fp16, bf16, int8, int4), in many small parts."""
+    """A store with that checkpoint in every format, each a model of that name, in many small parts."""
     folder = tmp_path_factory.mktemp("store")
-    for dtype in DTYPES:
-        import_checkpoint(checkpoint, str(folder), dtype, dtype=dtype, part_bytes=64 << 10)
+    for dtype in FORMATS:
+        row_bytes = get_format(dtype).row_bytes(DIM)
+        import_checkpoint(checkpoint, folder, dtype, dtype=dtype, part_bytes=max(64 << 10, lcm(row_bytes, PAGE_BYTES)))
     return folder
 
 

@@ -7,10 +7,10 @@ import pytest
 from support.cluster import until
 from support.toy import TOY, Request, toy_server
 
+from embedding_service import memory
 from embedding_service.budget import Budget
 from embedding_service.errors import Overloaded
 from embedding_service.front import REQUEST_COPIES
-from embedding_service.shard import memory
 
 MIB = 1 << 20
 

@@ -52,7 +52,7 @@ def test_naming_the_package_loads_not_even_torch() -> None:
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("cli, commands.up, store.store, controller.server, shard.memory", ("torch", "fbgemm_gpu", "torchrec")),
+        ("cli, commands.up, store.store, controller.server, memory", ("torch", "fbgemm_gpu", "torchrec")),
         ("cli, client.status, commands.query", ("torch", "numpy", "pydantic", "fsspec")),
         ("cli, client.thin, commands.bench", ("torch", "pydantic", "fsspec")),
         ("shard.server", ("fbgemm_gpu", "torchrec", "sympy")),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embedding_service import wire
-from embedding_service.formats import get_format
+from embedding_service.formats import FORMATS, get_format
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "protos"))
 from generate import generate
@@ -43,7 +43,7 @@ def decoded(dtype: str, row: np.ndarray, dim: int) -> np.ndarray:
     return values * np.ldexp(1.0, row[dim:].astype(int) - 127).repeat(32)[:dim]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("dim", [4, 36, 256])
 def test_stored_rows_are_laid_out_as_the_contract_says(dtype: str, dim: int) -> None:
     rows = torch.randn(50, dim, generator=torch.Generator().manual_seed(dim)) * torch.logspace(-3, 3, 50).unsqueeze(1)

@@ -13,6 +13,7 @@ import typer
 from embedding_service.commands.text import check_address, parse_bytes
 from embedding_service.errors import InvalidRequest
 from embedding_service.machine import complete_address, prepare_local_ray
+from embedding_service.rows import TIERS
 
 if TYPE_CHECKING:
     from embedding_service.commands.up import UpOptions
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 
 StoreOption = Annotated[str, typer.Option(help="Store whose models are served: a folder or an fsspec URL.")]
-# The names of rows.TIERS, which comes with torch.
-Tier = Literal["ram", "mmap", "cuda", "cuda-cached"]
+if TYPE_CHECKING:
+    Tier = str
+else:
+    Tier = Literal[tuple(TIERS)]
 TierOption = Annotated[
     Tier, typer.Option(help="Where rows are kept: memory; files, for tables larger than memory; a GPU; host and GPU.")
 ]

@@ -31,7 +31,10 @@ from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
 from embedding_service.machine import LOCAL_RAY, check_free, free_port, join_address, split_address
+from embedding_service.placement.demand import CUDA
 from embedding_service.private_folder import PrivateFolder
+from embedding_service.rows import TIERS
+from embedding_service.rows.base import LiesIn
 
 LOCAL = "local"
 # Ray's `memory` that a shard needs besides its rows, for its own process and the actor's.
@@ -90,7 +93,7 @@ def _for_other_nodes(options: UpOptions) -> UpOptions:
     store = options.store if "://" in options.store else str(Path(options.store).absolute())
     cache = options.cache.absolute() if options.cache else None
     memory = options.memory
-    if memory is None and options.tier != "mmap":
+    if memory is None and TIERS[options.tier].lies_in is not LiesIn.FILES:
         memory = _needed_memory(options)
     return replace(options, store=store, cache=cache, memory=memory)
 
@@ -134,7 +137,7 @@ def _join(options: UpOptions, address: str) -> None:
 
 
 def _on_gpu(options: UpOptions) -> bool:
-    return options.tier.startswith("cuda")
+    return TIERS[options.tier].device == CUDA
 
 
 def _gpus_a_shard(options: UpOptions) -> float:
@@ -148,7 +151,7 @@ def _gpus_a_shard(options: UpOptions) -> float:
 
 def _reserve(options: UpOptions, gpus: float, address: str, console: Console) -> PlacementGroup:
     """Room for each shard, on different nodes while there are enough."""
-    host_rows = options.memory if options.memory and options.tier in ("ram", "cuda-cached") else 0
+    host_rows = options.memory or 0 if TIERS[options.tier].lies_in is LiesIn.HOST else 0
     need = {"CPU": 1, "memory": PROCESS_BYTES + host_rows} | ({"GPU": gpus} if gpus else {})
     room = placement_group([need] * options.shards, strategy="SPREAD", name="embedding-service")
     if _comes(room, LOCAL_ROOM_SECONDS):
@@ -196,13 +199,10 @@ def _survey(options: UpOptions) -> None:
         up.check_store(options.store)
     except NotFound as error:
         raise NotFound(f"{error}; node {host} must see it too: use a folder that all nodes share, or a URL") from None
-    if _on_gpu(options):
-        from embedding_service.rows.cuda import require_cuda
-
-        try:
-            require_cuda()
-        except InvalidRequest as error:
-            raise InvalidRequest(f"node {host}: {error}") from None
+    try:
+        TIERS[options.tier].check_machine()
+    except InvalidRequest as error:
+        raise InvalidRequest(f"node {host}: {error}") from None
 
 
 def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:

@@ -11,6 +11,7 @@ import typer
 
 from embedding_service.commands.text import format_bytes, parse_bytes, say
 from embedding_service.errors import InvalidRequest
+from embedding_service.formats import FORMATS
 
 if TYPE_CHECKING:
     import rich.progress
@@ -25,7 +26,7 @@ def import_command(
     ],
     store: Annotated[str, typer.Option(help="Store to import into: a folder or an fsspec URL.")],
     name: Annotated[str, typer.Option(help="Name the model is served under.")],
-    dtype: Annotated[str, typer.Option(help="int8, int4, fp8, fp16, bf16, fp32 or keep.")] = "int8",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)} or keep, for the checkpoint's own.")] = "int8",
     version: Annotated[str, typer.Option(help="Version of the model; the highest one is served.")] = "1",
     part_size: Annotated[
         str | None,

@@ -23,6 +23,8 @@ from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotF
 from embedding_service.foreign import printable
 from embedding_service.machine import check_free, end_with_parent, free_port, join_address
 from embedding_service.private_folder import PrivateFolder
+from embedding_service.rows import TIERS
+from embedding_service.rows.base import LiesIn
 from embedding_service.wire import control_pb2 as control
 
 # Seconds from SIGTERM on. A process that has not ended by then is killed.
@@ -67,6 +69,7 @@ def run(options: UpOptions) -> None:
     console.print(f"looking for models in {options.store}")
     check_store(options.store)
     check_free(address, "--port")
+    TIERS[options.tier].check_machine()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
     members: list[_Member] = []
@@ -127,13 +130,11 @@ def shard_command(options: UpOptions, controller: str, name: str, folder: str) -
         f"--processes={options.processes}",
         "--drain-seconds=0",  # all of them end together
     ]
-    if not options.tier.startswith("cuda"):
+    memory, tier = options.memory, TIERS[options.tier]
+    if tier.shareable:
         command.append(f"--near={folder}/{name}")
-    memory = options.memory
-    if memory is None and options.tier in ("ram", "cuda", "cuda-cached"):
-        from embedding_service.shard.memory import offered_memory
-
-        memory = offered_memory(options.tier) // options.shards
+    if memory is None and tier.lies_in is not LiesIn.FILES:  # which all shards of a machine have together
+        memory = tier.default_limit(options.store, Path()) // options.shards
     if memory is not None:
         command.append(f"--memory={memory}")
     if options.cache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, UnencodableRow
 from embedding_service.late import late
 
 if TYPE_CHECKING:
@@ -17,23 +17,22 @@ else:
     torch = late("torch")
 
 
-class UnencodableRow(InvalidRequest):
-    """A row whose values the format cannot hold. `row` is its index in the tensor given to `encode`."""
-
-    def __init__(self, row: int, reason: str) -> None:
-        super().__init__(f"row {row} {reason}")
-        self.row = row
-        self.reason = reason
-
-
 class RowFormat(ABC):
     """How `dim` values lie in `row_bytes(dim)` bytes. A format has no state. `get_format(name)` gives its instance."""
 
     name: ClassVar[str]
     # The safetensors dtype of a part in this format, for people who open one with the safetensors library.
     tensor_dtype: ClassVar[str]
+    # The safetensors dtype of matrices in checkpoints whose rows lie like these, so that an import can keep them.
+    source_dtype: ClassVar[str | None] = None
     # FBGEMM's number (SparseType) for such rows, if its kernel reads them. None: torch decodes them.
     fbgemm_type: ClassVar[int | None] = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype that holds the values exactly."""
+        dtype: torch.dtype = torch.float32
+        return dtype
 
     @abstractmethod
     def row_bytes(self, dim: int) -> int:

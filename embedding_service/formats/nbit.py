@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.errors import InvalidRequest
-from embedding_service.formats.base import RowFormat, UnencodableRow, check_finite, narrow_into, output
+from embedding_service.errors import InvalidRequest, UnencodableRow
+from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
 from embedding_service.formats.fbgemm import fbgemm_operator
 from embedding_service.late import late
 

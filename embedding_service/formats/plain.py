@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
-from embedding_service.formats.base import RowFormat, UnencodableRow, check_finite, narrow_into, output
+from embedding_service.errors import UnencodableRow
+from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
 from embedding_service.late import late
 
 if TYPE_CHECKING:
@@ -77,20 +78,21 @@ class Fp32Format(PlainFormat):
     """IEEE single precision."""
 
     name, tensor_dtype, item_bytes, torch_name = "fp32", "F32", 4, "float32"
-    fbgemm_type = 0
+    source_dtype, fbgemm_type = "F32", 0
 
 
 class Fp16Format(PlainFormat):
     """IEEE half precision."""
 
     name, tensor_dtype, item_bytes, torch_name = "fp16", "F16", 2, "float16"
-    fbgemm_type = 1
+    source_dtype, fbgemm_type = "F16", 1
 
 
 class Bf16Format(PlainFormat):
     """Brain floating point: float32's range with 8 bits of precision. FBGEMM's kernel reads no tables of it."""
 
     name, tensor_dtype, item_bytes, torch_name = "bf16", "BF16", 2, "bfloat16"
+    source_dtype = "BF16"
 
 
 @cache

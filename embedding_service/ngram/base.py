@@ -1,6 +1,5 @@
 """What every n-gram family shares: how a hasher is found, and what token ids it takes."""
 
-import json
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from torch.nn.functional import pad
 
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.foreign import shown
-from embedding_service.machine import read_file
+from embedding_service.machine import read_object
+from embedding_service.registry import Registry
 
 NO_TOKEN = -1
 """In token ids: there is no token here. Left padding before a sequence starts; look-back stops at it."""
-
-_families: dict[str, type["NgramHasher"]] = {}
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class TableShape:
 class NgramHasher(ABC):
     """Turns token ids into row ids the way one model family does. Immutable and thread-safe.
 
-    A family subclasses it with `family` set and the abstract methods filled in. Defining the class registers it.
+    A family subclasses it with `family` set and the abstract methods filled in. `FAMILIES` names the class.
 
     Attributes:
         model_types, architectures: The values of these keys in configs of the family. Either is enough.
@@ -43,9 +41,6 @@ class NgramHasher(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        _families[cls.family] = cls
 
     def __init__(self, vocab_size: int, context_length: int, tables: tuple[TableShape, ...]) -> None:
         self.vocab_size = vocab_size
@@ -65,23 +60,22 @@ class NgramHasher(ABC):
         keys = _config_keys(config)
         if tokenizer is None and isinstance(config, (str, Path)):
             tokenizer = Path(config) if Path(config).is_dir() else Path(config).parent
-        for family in _families.values():
+        for family in _families().values():
             if family.recognizes(keys):
                 params = {**family.params_of(keys), **family.params_of_tokenizer(tokenizer)}
                 return family.from_params(family.family, params)
         raise InvalidRequest(
             f"no n-gram family for model_type={shown(keys.get('model_type'))}, "
             f"architectures={shown(keys.get('architectures'))}; "
-            f"known families: {', '.join(sorted(_families))}"
+            f"known families: {', '.join(_families())}"
         )
 
     @staticmethod
     def from_params(family: str, params: Mapping[str, Any]) -> "NgramHasher":
         """The hasher that gave these `family` and `params()`. Raises InvalidRequest for others."""
-        if family not in _families:
-            raise InvalidRequest(f"unknown n-gram family {family!r}; known families: {', '.join(sorted(_families))}")
+        hasher = _families().find(family)
         try:
-            return _families[family](**params)
+            return hasher(**params)
         except TypeError as error:  # a name too many or too few, or a value of the wrong type
             raise InvalidRequest(f"hash parameters of family {family!r} do not fit: {error}") from None
 
@@ -210,11 +204,14 @@ def _config_keys(config: object) -> Mapping[str, Any]:
 def _read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        keys = json.loads(read_file(file).decode())
+        return read_object(file)
     except OSError as error:
         raise StoreError(f"cannot read the config {file}: {error.strerror}; is {path} a checkpoint?") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"the config {file} is not JSON: {error}") from error
-    if not isinstance(keys, dict):
-        raise StoreError(f"the config {file} is not a JSON object")
-    return keys
+    except ValueError as error:
+        raise StoreError(f"the config {file} {error}") from error
+
+
+def _families() -> Registry["NgramHasher"]:
+    from embedding_service.ngram import FAMILIES  # which names the subclasses of this file's class
+
+    return FAMILIES

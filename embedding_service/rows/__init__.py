@@ -1,21 +1,24 @@
 """Rows in memory, a file for each tier. FBGEMM lives here.
 
-A new tier is one file beside `ram.py` with a subclass of `TableRows`. Enter it into `TIERS`, and its name into
-`commands.cluster.Tier`.
+A new tier is one file with a subclass of `base.TableRows`, and one line in `TIERS`.
 """
 
 from __future__ import annotations
 
-from embedding_service.rows.base import TableRows
-from embedding_service.rows.cuda import CudaCachedTable, CudaTable
-from embedding_service.rows.mmap import MappedTable, MmapTable
-from embedding_service.rows.ram import RamTable
+from typing import TYPE_CHECKING
 
-TIERS: dict[str, type[TableRows]] = {
-    "ram": RamTable,
-    "mmap": MmapTable,
-    "cuda": CudaTable,
-    "cuda-cached": CudaCachedTable,
-}
+from embedding_service.registry import Registry
 
-__all__ = ["TIERS", "CudaCachedTable", "CudaTable", "MappedTable", "MmapTable", "RamTable", "TableRows"]
+if TYPE_CHECKING:
+    from embedding_service.rows.base import TableRows
+
+TIERS: Registry[TableRows] = Registry(
+    "tier",
+    "embedding_service.rows.base:TableRows",
+    {
+        "ram": "embedding_service.rows.ram:RamTable",
+        "mmap": "embedding_service.rows.mmap:MmapTable",
+        "cuda": "embedding_service.rows.cuda:CudaTable",
+        "cuda-cached": "embedding_service.rows.cuda:CudaCachedTable",
+    },
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.formats import get_format
 from embedding_service.formats.plain import plain_dtypes
 from embedding_service.late import late
+from embedding_service.memory import available_memory
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace
 
@@ -26,6 +28,14 @@ Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 STORED = "stored"
+
+
+class LiesIn(Enum):
+    """What takes a tier's rows in, and so what a shard's memory limit counts."""
+
+    HOST = "memory that only this process can free"
+    DEVICE = "a GPU's memory"
+    FILES = "files, whose pages the kernel keeps as it can"
 
 
 class Location(NamedTuple):
@@ -46,10 +56,28 @@ class TableRows(ABC):
         shared: Whether other processes of this machine can map the rows (`location`).
 
     Attributes:
-        device: The device whose memory answers: "cpu" or "cuda".
+        device: The device whose memory answers: "cpu" or "cuda". Shards of a tier on "cuda" need a GPU.
+        lies_in: What takes its rows in.
+        shareable: Whether other processes of this machine can map rows that lie here.
     """
 
     device: ClassVar[str] = "cpu"
+    lies_in: ClassVar[LiesIn] = LiesIn.HOST
+    shareable: ClassVar[bool] = False
+
+    @classmethod
+    def check_machine(cls) -> None:
+        """Raise InvalidRequest, with the remedy, where this machine cannot have the tier."""
+        return  # most tiers need nothing
+
+    @classmethod
+    def default_limit(cls, store: str, cache: Path) -> int:
+        """Bytes to offer for rows where nobody says: 80 % of the memory that is available.
+
+        store: Path or URL of the store.
+        cache: The folder for parts of a remote one.
+        """
+        return available_memory() * 8 // 10
 
     @classmethod
     def prepare(cls, memory_limit: int) -> None:
@@ -68,7 +96,7 @@ class TableRows(ABC):
 
         Raises:
             CorruptPart: the file is not what the manifest says.
-            MemoryError: no room.
+            NoRoom: no memory for it.
         """
         self._load(part, path, pace)
         self._generation[part.index] = next(self._loads)

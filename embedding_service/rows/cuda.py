@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from embedding_service.address_space import round_up
-from embedding_service.errors import InvalidRequest, NotFound
+from embedding_service.errors import InvalidRequest, NoRoom, NotFound
 from embedding_service.late import late
-from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
+from embedding_service.memory import available_memory
+from embedding_service.rows.base import STORED, Bytes, Ids, LiesIn, TableRows
 from embedding_service.rows.pool import Pool
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, read_into
@@ -80,6 +81,7 @@ class CudaTable(TableRows):
     """
 
     device = "cuda"
+    lies_in = LiesIn.DEVICE
     _shared_pool: ClassVar[Pool | None] = None
 
     def __init__(self, table: Table, *, shared: bool = False, pool: Pool | None = None) -> None:
@@ -95,6 +97,16 @@ class CudaTable(TableRows):
         self._places: dict[int, int] = {}
         self._lanes = threading.local()
         self._loading = torch.cuda.Stream(self._on) if self._on.type == "cuda" else None
+
+    @classmethod
+    def check_machine(cls) -> None:
+        """See `require_cuda`."""
+        require_cuda()
+
+    @classmethod
+    def default_limit(cls, store: str, cache: Path) -> int:
+        """80 % of what is free on the GPU. Raises InvalidRequest where there is none."""
+        return free_memory() * 8 // 10
 
     @classmethod
     def prepare(cls, memory_limit: int) -> None:
@@ -125,11 +137,11 @@ class CudaTable(TableRows):
         self._places[part.index] = place
 
     def _staging(self, nbytes: int) -> torch.Tensor:
-        """Host memory that the device copies from, uint8 [nbytes]. Raises MemoryError."""
+        """Host memory that the device copies from, uint8 [nbytes]. Raises NoRoom."""
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._loading is not None)
         except RuntimeError as error:  # CUDA's own: not torch.OutOfMemoryError
-            raise MemoryError(f"no {nbytes:,} bytes of host memory to lock for a part: {error}") from error
+            raise NoRoom(f"no {nbytes:,} bytes of host memory to lock for a part: {error}") from error
 
     def _move_in(self, staged: torch.Tensor, place: int) -> None:
         """Copy rows uint8 [n, row_bytes] to `place`; returns when they are there."""
@@ -203,10 +215,17 @@ class CudaCachedTable(CudaTable):
         try:
             self._cache = cache or FbgemmRowCache(self._pool.memory, self._row_bytes, free_memory() * 2 // 5)
         except torch.OutOfMemoryError as error:
-            raise MemoryError(f"no room for a cache of table {table.name} on the GPU: {error}") from error
+            raise NoRoom(f"no room for a cache of table {table.name} on the GPU: {error}") from error
         self._turn = threading.Lock()
         self._mapped = np.zeros(len(table.parts), np.bool_)
         self._one_lane = _Lane(self._on)
+
+    lies_in = LiesIn.HOST
+
+    @classmethod
+    def default_limit(cls, store: str, cache: Path) -> int:
+        """60 % of the host memory that is available: more is locked than offered, for rows are padded."""
+        return available_memory() * 6 // 10
 
     @classmethod
     def prepare(cls, memory_limit: int) -> None:
@@ -284,6 +303,8 @@ class FbgemmRowCache(RowCache):
     """
 
     def __init__(self, memory: torch.Tensor, row_bytes: int, nbytes: int) -> None:
+        import fbgemm_gpu.split_table_batched_embeddings_ops_inference  # noqa: F401 (registers the operators)
+
         pool_rows = len(memory) // row_bytes
         sets = max(1, min(nbytes // (_WAYS * row_bytes), -(-pool_rows // _WAYS)))
         place: dict[str, Any] = {"device": memory.device}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from embedding_service.rows.base import Ids, Location
+from embedding_service.rows.base import Ids, LiesIn, Location
 from embedding_service.rows.host import HostTable
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.parts import Pace, part_layout, verify
@@ -15,6 +16,8 @@ _LOOKED_AT = 8
 
 class FileTable(HostTable):
     """Rows that may have to come from a disk."""
+
+    lies_in = LiesIn.FILES
 
     def at_hand(self, ids: Ids) -> bool:
         """Whether a sample of the rows is in memory."""
@@ -46,6 +49,14 @@ class MappedTable(FileTable):
 
 class MmapTable(FileTable):
     """Parts are mapped, not copied. Their checksum is taken once before that, which reads the whole file."""
+
+    shareable = True
+
+    @classmethod
+    def default_limit(cls, store: str, cache: Path) -> int:
+        """The disk that the rows' files lie on."""
+        stats = os.statvfs(store if Path(store).exists() else cache)
+        return stats.f_blocks * stats.f_frsize
 
     def location(self, part: Part, path: Path) -> Location:
         """In the part's own file."""

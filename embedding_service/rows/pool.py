@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from embedding_service.address_space import round_up
+from embedding_service.errors import NoRoom
 from embedding_service.late import late
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Pool:
         self._taken: dict[int, int] = {}  # where to where
 
     def take(self, nbytes: int, unit: int) -> int:
-        """Where `nbytes` may lie, a multiple of `unit`. Raises MemoryError."""
+        """Where `nbytes` may lie, a multiple of `unit`. Raises NoRoom."""
         with self._lock:
             place = 0
             for begin, end in sorted(self._taken.items()):
@@ -37,7 +38,7 @@ class Pool:
                 place = max(place, round_up(end, unit))
             if place + nbytes > len(self.memory):
                 free = len(self.memory) - sum(end - begin for begin, end in self._taken.items())
-                raise MemoryError(
+                raise NoRoom(
                     f"no {nbytes:,} bytes in one piece among {free:,} free of {len(self.memory):,}: raise --memory"
                 )
             self._taken[place] = place + nbytes

@@ -15,6 +15,8 @@ from embedding_service.store.parts import Pace, read_into
 class RamTable(HostTable):
     """Parts are read into memory once, hashed on the way."""
 
+    shareable = True
+
     def location(self, part: Part, path: Path) -> Location:
         """In the memory of this process."""
         fd, offset = self._space.file_at(part.first_row * self.table.row_bytes)

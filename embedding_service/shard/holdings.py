@@ -12,8 +12,7 @@ from typing import Protocol, TypeVar
 
 from embedding_service.errors import CorruptPart, EmbeddingServiceError
 from embedding_service.placement.parts import PartKey
-from embedding_service.rows import TIERS, TableRows
-from embedding_service.rows.base import Ids, Location
+from embedding_service.rows.base import Ids, Location, TableRows
 from embedding_service.store.manifest import Manifest, Part, Table
 from embedding_service.store.store import Store
 from embedding_service.threads import apart
@@ -55,7 +54,7 @@ class Holdings:
     """
 
     def __init__(
-        self, store: Store, tier: str, memory_limit: int, cache: Path, load_rate: int = 0, loaders: int = 2
+        self, store: Store, tier: type[TableRows], memory_limit: int, cache: Path, load_rate: int = 0, loaders: int = 2
     ) -> None:
         self.memory_limit = memory_limit
         self.held: set[PartKey] = set()
@@ -63,7 +62,7 @@ class Holdings:
         self.changed = asyncio.Event()
         self.sharing: list[Sharing] = []
         self._store = store
-        self._tier = TIERS[tier]
+        self._tier = tier
         self._cache = cache
         self._pacer = Pacer(load_rate)
         self._loaders = asyncio.Semaphore(loaders)

@@ -29,13 +29,13 @@ from embedding_service.client.channels import open_channel_async
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.front import PEER
 from embedding_service.machine import end_with_parent, spare_collections
+from embedding_service.memory import keep_freed_memory
 from embedding_service.methods import Context, Method
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.mmap import MappedTable
 from embedding_service.serving import RequestLimits, Server, first_of, log_to_stderr
 from embedding_service.shard.held import ANSWER, SERVICE, Counters, HeldRows
-from embedding_service.shard.memory import keep_freed_memory
 from embedding_service.store.manifest import Table
 
 log = logging.getLogger(__name__)

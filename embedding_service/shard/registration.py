@@ -17,10 +17,10 @@ import grpc
 
 from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
+from embedding_service.memory import resident_bytes
 from embedding_service.shard.duties import Duties
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.memory import resident_bytes
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 

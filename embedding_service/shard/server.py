@@ -20,10 +20,12 @@ from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.machine import check_free, spare_collections
+from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
+from embedding_service.rows.base import LiesIn
 from embedding_service.serving import (
     RequestLimits,
     Server,
@@ -35,7 +37,6 @@ from embedding_service.serving import (
 )
 from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.memory import keep_freed_memory, memory_for_requests, offered_memory
 from embedding_service.shard.near import NearServer
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
@@ -44,9 +45,6 @@ from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
 log = logging.getLogger(__name__)
-
-# Tiers whose rows lie in memory that nobody but the process can free.
-_IN_MEMORY = ("ram", "cuda-cached")
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,19 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
-    if TIERS[options.tier].device != "cpu" and (options.processes > 1 or options.near):
+    tier = TIERS.find(options.tier)
+    tier.check_machine()
+    if not tier.shareable and (options.processes > 1 or options.near):
         remedy = "leave --near out" if options.near else "leave --processes at 1"
         raise InvalidRequest(f"rows of tier {options.tier} lie with one process: {remedy}")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     # A network's filesystem may say that it has 8 EiB.
-    memory_limit = min(options.memory_limit or default_memory_limit(options), MOST_MEMORY)
-    TIERS[options.tier].prepare(memory_limit)
-    holdings = Holdings(Store(options.store), options.tier, memory_limit, options.cache, options.load_rate)
+    memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
+    tier.prepare(memory_limit)
+    holdings = Holdings(Store(options.store), tier, memory_limit, options.cache, options.load_rate)
     router, transport = Router([options.controller], topology=options.topology), GrpcTransport()
-    budget = Budget(memory_for_requests(memory_limit if options.tier in _IN_MEMORY else 0, options.processes))
+    budget = Budget(memory_for_requests(memory_limit if tier.lies_in is LiesIn.HOST else 0, options.processes))
     service = LookupService(holdings, router, transport, options.limits, budget)
     if options.processes > 1:
         check_free(options.listen)
@@ -151,7 +151,7 @@ async def _serve(options: ShardOptions) -> None:
     about = control.ShardReport(
         shard_id=options.shard_id,
         address=reachable_address(fronts[0].address, options.advertise),
-        device=TIERS[options.tier].device,
+        device=tier.device,
         tier=options.tier,
         memory_limit=holdings.memory_limit,
         topology=options.topology,
@@ -204,12 +204,3 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
 
 def _age(router: Router) -> tuple[int, int]:
     return router.current.age if router.current else (0, 0)
-
-
-def default_memory_limit(options: ShardOptions) -> int:
-    """What the tier offers of its memory; for `mmap`, whose rows lie in files, the disk they lie on."""
-    if options.tier == "mmap":
-        folder = Path(options.store) if Path(options.store).exists() else options.cache
-        stats = os.statvfs(folder)
-        return stats.f_blocks * stats.f_frsize
-    return offered_memory(options.tier)

@@ -21,12 +21,12 @@ import torch
 import xxhash
 
 from embedding_service.checkpoint import Checkpoint, LooseTensors, SourceMatrix
-from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
-from embedding_service.formats import FORMATS, RowFormat, UnencodableRow, get_format
+from embedding_service.errors import ImportRefused, InvalidRequest, StoreError, UnencodableRow
+from embedding_service.formats import FORMATS, RowFormat, get_format
 from embedding_service.store.draft import Draft, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
-from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table, part_file
-from embedding_service.store.parts import PartWriter, default_rows_per_part, rows_per_part
+from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
+from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_part, rows_per_part
 from embedding_service.store.progress import Meter, Progress
 from embedding_service.store.store import Store
 from embedding_service.tensorfile import PAGE_BYTES
@@ -49,7 +49,7 @@ def import_checkpoint(
 ) -> Manifest:
     """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
 
-    dtype: "int8", "int4", "fp8", "fp16", "bf16", "fp32", or "keep" for the checkpoint's own.
+    dtype: a name in `formats.FORMATS`, or "keep" for the checkpoint's own.
     part_bytes: most bytes of a part. None takes a 16th of each table in whole pages, at most 256 MiB.
     generic: tensor -> table, to take these matrices of any model as tables without a family. Then `checkpoint` may also
     be a safetensors file, or a folder of them without a config.
@@ -66,8 +66,8 @@ def import_checkpoint(
         return published
     with open_draft(store, name, version) as draft, _explained_write_errors(store), _one_torch_thread():
         draft.resume(fingerprint)
-        slots = [slot for plan in plans for slot in plan.slots()]
-        draft.check_space([slot.bytes + PAGE_BYTES for slot in slots if not draft.finished(slot.file)])
+        parts = [part for plan in plans for part in plan.parts()]
+        draft.check_space([part.bytes + PAGE_BYTES for part in parts if not draft.finished(part.file)])
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
         try:
             tables = tuple(_write_table(plan, draft, meter) for plan in plans)
@@ -88,17 +88,6 @@ def _open(path: Path, generic: Mapping[str, str] | None) -> tuple[Checkpoint, Im
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """A planned part."""
-
-    index: int
-    first_row: int
-    rows: int
-    bytes: int
-    file: str
-
-
-@dataclass(frozen=True)
 class _TablePlan:
     """How one table of the checkpoint will lie in the store."""
 
@@ -107,13 +96,13 @@ class _TablePlan:
     row_bytes: int
     rows_per_part: int
 
-    def slots(self) -> list[_Slot]:
-        """Every part in order. The last holds what is left."""
-        slots = []
-        for index, first_row in enumerate(range(0, self.source.rows, self.rows_per_part)):
-            rows = min(self.rows_per_part, self.source.rows - first_row)
-            slots.append(_Slot(index, first_row, rows, rows * self.row_bytes, part_file(self.source.name, index)))
-        return slots
+    def parts(self) -> list[NewPart]:
+        """Every part in order. The last one holds what is left."""
+        source, parts = self.source, []
+        for index, first_row in enumerate(range(0, source.rows, self.rows_per_part)):
+            rows = min(self.rows_per_part, source.rows - first_row)
+            parts.append(NewPart(source.name, index, first_row, rows, source.dim, self.row_format))
+        return parts
 
 
 def _plan(source: TableSource, dtype: str, part_bytes: int | None) -> _TablePlan:
@@ -139,7 +128,7 @@ def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan]) -> str:
 
 
 def _write_table(plan: _TablePlan, draft: Draft, meter: Meter) -> Table:
-    parts = tuple(_finish_part(plan, slot, draft, meter) for slot in plan.slots())
+    parts = tuple(_finish_part(plan, part, draft, meter) for part in plan.parts())
     return Table(
         name=plan.source.name,
         rows=plan.source.rows,
@@ -151,34 +140,26 @@ def _write_table(plan: _TablePlan, draft: Draft, meter: Meter) -> Table:
     )
 
 
-def _finish_part(plan: _TablePlan, slot: _Slot, draft: Draft, meter: Meter) -> Part:
+def _finish_part(plan: _TablePlan, part: NewPart, draft: Draft, meter: Meter) -> Part:
     source_row_bytes = plan.source.bytes // plan.source.rows
-    if part := draft.finished(slot.file):
-        meter.add(slot.rows * source_row_bytes)
-        return part
-    with PartWriter(
-        draft.folder,
-        plan.source.name,
-        slot.index,
-        first_row=slot.first_row,
-        rows=slot.rows,
-        dim=plan.source.dim,
-        row_format=plan.row_format,
-    ) as writer:
-        for stored in _stored_chunks(plan, slot):
+    if finished := draft.finished(part.file):
+        meter.add(part.rows * source_row_bytes)
+        return finished
+    with PartWriter(draft.folder, part) as writer:
+        for stored in _stored_chunks(plan, part):
             writer.write(stored)
             meter.add(len(stored) * source_row_bytes)
-        part = writer.finish()
-    draft.keep(part)
-    return part
+        written = writer.finish()
+    draft.keep(written)
+    return written
 
 
-def _stored_chunks(plan: _TablePlan, slot: _Slot) -> Iterator[torch.Tensor]:
+def _stored_chunks(plan: _TablePlan, part: NewPart) -> Iterator[torch.Tensor]:
     """The part's stored rows, chunk by chunk. Each chunk comes from one source tensor."""
     chunk_rows = max(1, _CHUNK_BYTES // (4 * plan.source.dim))
     ends = list(accumulate(tensor.rows for tensor in plan.source.tensors))
     for tensor, tensor_first, tensor_end in zip(plan.source.tensors, [0, *ends], ends, strict=False):
-        first, end = max(slot.first_row, tensor_first), min(slot.first_row + slot.rows, tensor_end)
+        first, end = max(part.first_row, tensor_first), min(part.first_row + part.rows, tensor_end)
         for begin in range(first, end, chunk_rows):
             yield _encode(plan, tensor, tensor_first, begin - tensor_first, min(chunk_rows, end - begin))
 

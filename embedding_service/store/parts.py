@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from embedding_service.errors import CorruptPart, InvalidRequest
+from embedding_service.errors import BadTensorFile, CorruptPart, InvalidRequest
 from embedding_service.formats import RowFormat
 from embedding_service.late import late
 from embedding_service.machine import open_file
 from embedding_service.store.manifest import Part, part_file
-from embedding_service.tensorfile import PAGE_BYTES, BadTensorFile, byte_view, header_bytes, read_spans
+from embedding_service.tensorfile import PAGE_BYTES, byte_view, header_bytes, read_spans
 
 if TYPE_CHECKING:
     import torch
@@ -134,19 +135,40 @@ def _checksum(digest: xxhash.xxh3_128) -> str:
     return f"xxh3-128:{digest.hexdigest()}"
 
 
+@dataclass(frozen=True)
+class NewPart:
+    """A part that is to be: `rows` rows of a table from `first_row` on, of `dim` values in a format."""
+
+    table: str
+    index: int
+    first_row: int
+    rows: int
+    dim: int
+    row_format: RowFormat
+
+    @property
+    def bytes(self) -> int:
+        """Of its rows."""
+        return self.rows * self.row_format.row_bytes(self.dim)
+
+    @property
+    def file(self) -> str:
+        """Within the version's folder."""
+        return part_file(self.table, self.index)
+
+
 class PartWriter:
     """Writes one part chunk by chunk. The file takes its name only when it is whole and on disk.
 
     Use it as a context manager. Leaving it by an exception removes what was written.
     """
 
-    def __init__(
-        self, folder: Path, table: str, index: int, *, first_row: int, rows: int, dim: int, row_format: RowFormat
-    ) -> None:
-        self._path = folder / part_file(table, index)
+    def __init__(self, folder: Path, part: NewPart) -> None:
+        self._part = part
+        self._path = folder / part.file
         self._partial = self._path.with_suffix(".partial")
-        self._part = (index, first_row, rows, rows * row_format.row_bytes(dim))
-        self._header = header_bytes({TENSOR_NAME: (row_format.tensor_dtype, row_format.part_shape(rows, dim))})
+        shape = part.row_format.part_shape(part.rows, part.dim)
+        self._header = header_bytes({TENSOR_NAME: (part.row_format.tensor_dtype, shape)})
         self._digest = xxhash.xxh3_128()
 
     def write(self, stored: torch.Tensor) -> None:
@@ -160,14 +182,12 @@ class PartWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.rename(self._path)
-        index, first_row, rows, size = self._part
-        table = self._path.parent.name
         return Part(
-            index=index,
-            first_row=first_row,
-            rows=rows,
-            file=part_file(table, index),
-            bytes=size,
+            index=self._part.index,
+            first_row=self._part.first_row,
+            rows=self._part.rows,
+            file=self._part.file,
+            bytes=self._part.bytes,
             checksum=_checksum(self._digest),
         )
 

@@ -6,16 +6,27 @@ are as vLLM has them. `docs/vllm.md` tells how to serve with it.
 
 from __future__ import annotations
 
-_MODELS = {
-    "LongcatFlashNgramForCausalLM": "model_worker.vllm.longcat:LongcatFlashNgramForCausalLM",
-    "Qwen4ExpForCausalLM": "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM",
-    "Qwen4ExpForConditionalGeneration": "model_worker.vllm.qwen4_exp:Qwen4ExpForConditionalGeneration",
-}
+from typing import TYPE_CHECKING
+
+from embedding_service.registry import Registry
+
+if TYPE_CHECKING:
+    from model_worker.vllm.tables import TablesElsewhere
+
+MODELS: Registry[TablesElsewhere] = Registry(
+    "vLLM model",
+    "model_worker.vllm.tables:TablesElsewhere",
+    {
+        "LongcatFlashNgramForCausalLM": "model_worker.vllm.longcat:LongcatFlashNgramForCausalLM",
+        "Qwen4ExpForCausalLM": "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM",
+        "Qwen4ExpForConditionalGeneration": "model_worker.vllm.qwen4_exp:Qwen4ExpForConditionalGeneration",
+    },
+)
 
 
 def register() -> None:
     """Called by vLLM in each of its processes. It only names the classes. vLLM imports the one that it runs."""
     from vllm import ModelRegistry
 
-    for architecture, model_class in _MODELS.items():
+    for architecture, model_class in MODELS.homes.items():
         ModelRegistry.register_model(architecture, model_class)

@@ -9,7 +9,7 @@ from support.checkpoints import DIM, HEADS, VOCAB, longcat_table
 from support.cluster import Up, free_port
 
 from embedding_service import EmbeddingClient, RemoteEmbedding, errors
-from embedding_service.formats import get_format
+from embedding_service.formats import FORMATS, get_format
 
 ROWS = len(longcat_table())
 
@@ -20,7 +20,7 @@ def expected(model: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) 
     return row_format.decode(stored, DIM, dtype=dtype).view(*ids.shape, DIM)
 
 
-@pytest.mark.parametrize("model", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("model", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_equal_the_tables_bit_for_bit(client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
     ids = torch.randint(0, ROWS, (3, 40), generator=torch.Generator().manual_seed(1))

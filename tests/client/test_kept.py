@@ -13,6 +13,7 @@ from support.cluster import Up, serving
 from embedding_service import EmbeddingClient, errors
 from embedding_service.client import kept
 from embedding_service.client.kept import WAYS, KeptRows, Kind
+from embedding_service.formats import FORMATS
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire.lookup_codec import Bytes
 
@@ -104,7 +105,7 @@ def test_a_cache_must_hold_something(service: Up) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("model", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("model", FORMATS)
 def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(1)
     with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:

@@ -75,7 +75,7 @@ def test_a_lookup_in_pieces_from_several_shards(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("model", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("model", FORMATS)
 def test_rows_on_a_gpu_are_those_on_the_cpu(client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
     ids = torch.randint(0, ROWS, (7, 30))
     expected = client.lookup(f"{model}/ngram", ids, dtype=dtype)

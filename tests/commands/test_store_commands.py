@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from embedding_service import cli
 from embedding_service.commands import store as store_commands
 from embedding_service.errors import InvalidRequest, OutOfRange
+from embedding_service.formats import FORMATS
 from embedding_service.store import Store
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ def test_import_says_what_it_did_and_refuses_to_do_it_twice(checkpoint: Path, tm
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--dtype", "int5"], 1, "error: unknown dtype 'int5'; known: fp32, fp16, bf16, int8, int4, fp8, keep"),
+        (["--dtype", "int5"], 1, f"error: unknown dtype 'int5'; known: {', '.join(FORMATS)}, keep"),
         (["--version", "a/b"], 1, "error: 'a/b' cannot be a name"),
         (["--part-size", "1KiB"], 1, "too small"),
         (["--part-size", "much"], 2, "'much' is no size"),

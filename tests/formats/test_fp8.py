@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_service.errors import InvalidRequest
-from embedding_service.formats import UnencodableRow, get_format
+from embedding_service.errors import InvalidRequest, UnencodableRow
+from embedding_service.formats import get_format
 
 FP8 = get_format("fp8")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

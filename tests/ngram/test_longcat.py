@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import LongcatFlashConfig
 
 from embedding_service.errors import InvalidRequest, StoreError
-from embedding_service.ngram import NO_TOKEN, LongcatHasher, NgramHasher, TableShape
+from embedding_service.ngram import NO_TOKEN, NgramHasher, TableShape
+from embedding_service.ngram.longcat import LongcatHasher
 
 EOS = 2
 
@@ -296,7 +297,7 @@ def test_bad_configs_are_refused(bad: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("family", "params", "says"),
     [
-        ("nope", {}, "'nope'; known families: engram, longcat, qwen4_exp"),
+        ("nope", {}, "'nope'; known: engram, longcat, qwen4_exp"),
         ("longcat", {"vocab_size": 5}, "do not fit"),
         ("longcat", {"a": 1}, "'a'"),
     ],

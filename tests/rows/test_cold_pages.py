@@ -9,7 +9,7 @@ import torch
 from support.checkpoints import longcat_table
 from support.cluster import until
 
-from embedding_service.rows import MmapTable
+from embedding_service.rows.mmap import MmapTable
 from embedding_service.store.store import Store
 
 

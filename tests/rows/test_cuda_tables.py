@@ -12,58 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import engram_checkpoint
 from support.readers import reading
+from support.tiers import MIB, on_host
 
 from embedding_service.address_space import round_up
 from embedding_service.errors import CorruptPart, InvalidRequest, NotFound
-from embedding_service.rows import CudaCachedTable, CudaTable, RamTable, TableRows
-from embedding_service.rows.cuda import FbgemmRowCache, RowCache, free_memory, require_cuda, require_fbgemm_cuda
+from embedding_service.formats import FORMATS
+from embedding_service.rows.base import TableRows
+from embedding_service.rows.cuda import (
+    CudaCachedTable,
+    CudaTable,
+    FbgemmRowCache,
+    free_memory,
+    require_cuda,
+    require_fbgemm_cuda,
+)
 from embedding_service.rows.pool import Pool
-from embedding_service.store.importing import import_checkpoint
+from embedding_service.rows.ram import RamTable
 from embedding_service.store.manifest import Table
 from embedding_service.store.store import Store
 
-MIB = 1 << 20
 ENCODINGS = ["stored", "fp32", "fp16", "bf16"]
-
-
-class SmallCache(RowCache):
-    """A few rows of a pool, the oldest of which make room."""
-
-    def __init__(self, memory: torch.Tensor, row_bytes: int, places: int = 16) -> None:
-        self.rows = torch.zeros(places, row_bytes, dtype=torch.uint8)
-        self._pool = memory[: len(memory) // row_bytes * row_bytes].view(-1, row_bytes)
-        self._place: dict[int, int] = {}
-
-    def find(self, where: torch.Tensor) -> torch.Tensor:
-        wanted = dict.fromkeys(where.tolist())
-        for row in wanted:
-            if row not in self._place:
-                self._take_in(row, wanted)
-        return torch.tensor([self._place.get(row, -1) for row in where.tolist()], dtype=torch.int32)
-
-    def _take_in(self, row: int, wanted: dict[int, None]) -> None:
-        place = len(self._place)
-        if place == len(self.rows):
-            old = next((each for each in self._place if each not in wanted), None)
-            if old is None:
-                return
-            place = self._place.pop(old)
-        self._place[row] = place
-        self.rows[place] = self._pool[row]
-
-    def forget(self, first: int, count: int) -> None:
-        kept = {row: place for row, place in self._place.items() if not first <= row < first + count}
-        self._place = {row: place for place, row in enumerate(kept)}
-        self.rows[: len(kept)] = self.rows[list(kept.values())]
-
-
-def on_host(kind: str, table: Table, nbytes: int = 4 * MIB) -> TableRows:
-    pool = Pool(torch.zeros(nbytes, dtype=torch.uint8))
-    if kind == "cuda":
-        return CudaTable(table, pool=pool)
-    return CudaCachedTable(table, pool=pool, cache=SmallCache(pool.memory, round_up(table.row_bytes, 16)))
 
 
 def on_device(kind: str, table: Table, nbytes: int = 4 * MIB) -> TableRows:
@@ -108,15 +77,6 @@ class Beside:
         assert np.array_equal(self.rows.gather(ids, encoding), self.ram.gather(ids, encoding))
 
 
-@pytest.fixture(scope="session")
-def fp8_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store with a model fp8."""
-    checkpoint = engram_checkpoint(tmp_path_factory.mktemp("engram") / "checkpoint")
-    folder = tmp_path_factory.mktemp("fp8")
-    import_checkpoint(checkpoint, str(folder), "fp8", dtype="fp8", part_bytes=136 << 10)
-    return Store(folder)
-
-
 @pytest.fixture
 def beside(store: Path, make: Make, kind: str) -> Iterator[Beside]:
     both = Beside(Store(store), "int8", make, kind)
@@ -124,9 +84,9 @@ def beside(store: Path, make: Make, kind: str) -> Iterator[Beside]:
     both.close()
 
 
-@pytest.mark.parametrize("model", ["fp32", "fp16", "bf16", "int8", "int4", "fp8"])
-def test_every_row_is_that_of_the_ram_tier(store: Path, fp8_store: Store, make: Make, kind: str, model: str) -> None:
-    both = Beside(fp8_store if model == "fp8" else Store(store), model, make, kind)
+@pytest.mark.parametrize("model", FORMATS)
+def test_every_row_is_that_of_the_ram_tier(store: Path, make: Make, kind: str, model: str) -> None:
+    both = Beside(Store(store), model, make, kind)
     some = np.random.default_rng(3).integers(0, both.table.rows, 700)
     for encoding in ENCODINGS:
         both.check(np.arange(both.table.rows), encoding)

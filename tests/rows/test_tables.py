@@ -1,5 +1,9 @@
-"""Rows from memory: each tier, each stored dtype, each encoding, against FBGEMM's own dequantization."""
+"""The contract of tiers: each one in TIERS, with rows of each format in FORMATS, in each encoding.
 
+A new tier or format is tested by being registered.
+"""
+
+import shutil
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -10,10 +14,13 @@ import pytest
 import torch
 from support.checkpoints import longcat_table
 from support.readers import reading
+from support.tiers import open_table
 
-from embedding_service.errors import CorruptPart, NotFound
-from embedding_service.formats import get_format
-from embedding_service.rows import TIERS, TableRows, host
+from embedding_service.errors import CorruptPart, InvalidRequest, NotFound
+from embedding_service.formats import FORMATS, get_format
+from embedding_service.memory import available_memory
+from embedding_service.rows import TIERS, host
+from embedding_service.rows.base import LiesIn, TableRows
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Store
 
@@ -27,18 +34,18 @@ class Loaded:
         self.store = store
         self.manifest: Manifest = store.manifest(dtype)
         self.table = self.manifest.tables[0]
-        self.rows: TableRows = TIERS[tier](self.table)
+        self.rows: TableRows = open_table(tier, self.table)
         for part in self.table.parts:
             self.rows.load(part, store.part_path(self.manifest, part))
         self.stored = get_format(dtype).encode(longcat_table())
 
 
-@pytest.fixture(params=["ram", "mmap"])
+@pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.fixture(params=FORMATS)
 def loaded(request: pytest.FixtureRequest, store: Path, tier: str) -> Iterator[Loaded]:
     table = Loaded(Store(store), request.param, tier)
     yield table
@@ -62,6 +69,42 @@ def test_decoded_rows_equal_the_light_clients_decoder(loaded: Loaded, encoding: 
     stored = loaded.stored[torch.from_numpy(ids)]
     expected = get_format(loaded.table.dtype).decode(stored, loaded.table.dim, dtype=TORCH[encoding])
     assert torch.equal(got, expected)
+
+
+def test_what_a_tier_says_of_itself_is_what_it_does(tier: str, tmp_path: Path) -> None:
+    kind = TIERS[tier]
+    assert kind.device in ("cpu", "cuda")
+    if kind.device == "cuda" and not torch.cuda.is_available():
+        with pytest.raises(InvalidRequest, match="use --tier ram or mmap"):
+            kind.check_machine()
+        assert not kind.shareable
+        return
+    kind.check_machine()
+    limit = kind.default_limit(str(tmp_path), tmp_path)
+    if kind.lies_in is LiesIn.HOST:
+        assert 0 < limit <= available_memory()
+    elif kind.lies_in is LiesIn.FILES:
+        assert limit > shutil.disk_usage(tmp_path).free
+
+
+def test_a_tier_that_says_so_shows_its_rows_to_other_processes(store: Path, tier: str) -> None:
+    source = Store(store)
+    manifest = source.manifest("int8")
+    table, part = manifest.tables[0], manifest.tables[0].parts[1]
+    path = source.part_path(manifest, part)
+    if not TIERS[tier].shareable:
+        with pytest.raises(InvalidRequest, match="--processes"):
+            open_table(tier, table).location(part, path)
+        return
+    rows = TIERS[tier](table, shared=True)
+    rows.load(part, path)
+    place = rows.location(part, path)
+    with Path(place.path).open("rb") as file:
+        file.seek(place.offset)
+        shown = np.frombuffer(file.read(part.bytes), np.uint8).reshape(part.rows, table.row_bytes)
+    ids = np.arange(part.first_row, part.first_row + part.rows)
+    assert np.array_equal(shown, rows.gather(ids, "stored"))
+    rows.close()
 
 
 def test_int8_and_int4_equal_fbgemms_dequantization(store: Path, tier: str) -> None:
@@ -167,7 +210,7 @@ def test_a_damaged_part_is_refused(store: Path, tier: str, tmp_path: Path, damag
         del data[-1:]
     if damage != "missing":
         damaged.write_bytes(data)
-    rows = TIERS[tier](table)
+    rows = open_table(tier, table)
     with pytest.raises((CorruptPart, OSError), match=r"part\.safetensors"):
         rows.load(part, damaged)
     assert rows.held_parts() == []
@@ -183,12 +226,12 @@ def test_a_damaged_part_is_refused(store: Path, tier: str, tmp_path: Path, damag
 def test_the_last_row_before_unmapped_addresses(tmp_path: Path, dtype: str, dim: int) -> None:
     """FBGEMM's vector loads must not run over the end of a part behind which no other one is held."""
     from embedding_service.store.manifest import Table
-    from embedding_service.store.parts import PartWriter, rows_per_part
+    from embedding_service.store.parts import NewPart, PartWriter, rows_per_part
 
     row_format = get_format(dtype)
     count = rows_per_part(row_format.row_bytes(dim), 1 << 21)
     values = torch.randn(count, dim, generator=torch.Generator().manual_seed(dim))
-    with PartWriter(tmp_path, "t", 0, first_row=0, rows=count, dim=dim, row_format=row_format) as writer:
+    with PartWriter(tmp_path, NewPart("t", 0, 0, count, dim, row_format)) as writer:
         writer.write(row_format.encode(values))
         part = writer.finish()
     more = part.model_copy(update={"index": 1, "first_row": count, "file": "t/part-00001.safetensors"})

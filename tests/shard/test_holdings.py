@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedding_service.placement.parts import PartKey
+from embedding_service.rows.ram import RamTable
 from embedding_service.shard import holdings as holdings_module
 from embedding_service.shard.holdings import Holdings
 from embedding_service.store.manifest import Manifest, Part
@@ -42,7 +43,7 @@ def test_a_store_that_stalls_holds_up_its_part_alone_and_no_end(
     stalling = Stalling(store, keys[1])
 
     async def use() -> None:
-        holdings = Holdings(stalling, "ram", 1 << 30, tmp_path)
+        holdings = Holdings(stalling, RamTable, 1 << 30, tmp_path)
         holdings.assign(keys)
         await until(lambda: holdings.held == {keys[0], keys[2]})
         await until(lambda: "has not answered for 0.2 s" in holdings.failures.get(keys[1], ""))

@@ -13,7 +13,7 @@ from support.checkpoints import DIM, VOCAB, longcat_table
 from support.cluster import Up
 
 from embedding_service import EmbeddingClient
-from embedding_service.formats import get_format
+from embedding_service.formats import FORMATS, get_format
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
@@ -68,7 +68,7 @@ def test_every_row_from_every_shard_by_forwarding(service: Up) -> None:
             assert torch.equal(values(answer), longcat_table())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(
     ("encoding", "torch_dtype"),
     [
@@ -283,7 +283,7 @@ def test_bad_ngram_requests(stub: EmbeddingServiceStub, fields: dict[str, Any], 
 
 def test_models_are_listed_with_their_tables(stub: EmbeddingServiceStub) -> None:
     models = {model.name: model for model in stub.ListModels(wire.ListModelsRequest()).models}
-    assert set(models) == {"fp32", "fp16", "bf16", "int8", "int4"}
+    assert set(models) == set(FORMATS)
     table = models["int8"].tables[0]
     assert (table.name, table.rows, table.dim, table.dtype, table.row_bytes) == ("ngram", ROWS, DIM, "int8", DIM + 4)
 

@@ -20,7 +20,7 @@ from embedding_service.formats import get_format
 from embedding_service.store import Manifest, Part, Store, verify
 from embedding_service.store.draft import Draft, finish_published, open_draft
 from embedding_service.store.manifest import Table
-from embedding_service.store.parts import PartWriter
+from embedding_service.store.parts import NewPart, PartWriter
 
 PARTS, ROWS, DIM = 3, 1024, 4
 FORMAT = get_format("fp32")
@@ -71,9 +71,7 @@ class DraftStates(RuleBasedStateMachine):
         if index in self.whole:
             return
         values = torch.full((ROWS, DIM), float(1000 * len(self.fingerprint) + index))
-        writer = PartWriter(
-            self.draft.folder, "t", index, first_row=index * ROWS, rows=ROWS, dim=DIM, row_format=FORMAT
-        )
+        writer = PartWriter(self.draft.folder, NewPart("t", index, index * ROWS, ROWS, DIM, FORMAT))
         with writer:
             writer.write(FORMAT.encode(values))
             part = writer.finish()

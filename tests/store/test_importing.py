@@ -1,6 +1,7 @@
 """Importing: every row where it belongs, refusals that say what to do, and no half version ever."""
 
 import json
+import math
 import os
 import signal
 import struct
@@ -15,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
-from embedding_service.formats import get_format
+from embedding_service.formats import FORMATS, get_format
 from embedding_service.ngram import NgramHasher
 from embedding_service.store import Manifest, Store, verify
 from embedding_service.store.draft import open_draft
 from embedding_service.store.importing import import_checkpoint
+from embedding_service.tensorfile import PAGE_BYTES
 
 Make = Callable[..., Any]
 PART_BYTES = 64 << 10
@@ -47,20 +49,21 @@ def test_kept_rows_equal_the_stacked_heads_bit_for_bit(
     assert torch.equal(stored_rows(tmp_path / "store", manifest), checkpoint.rows.view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_any_dtype_are_the_source_rows_encoded(
     make_checkpoint: Make, tmp_path: Path, source: torch.dtype, name: str
 ) -> None:
     checkpoint = make_checkpoint(source).write()
-    manifest = import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny", dtype=name, part_bytes=PART_BYTES)
+    part_bytes = max(PART_BYTES, math.lcm(get_format(name).row_bytes(checkpoint.rows.shape[1]), PAGE_BYTES))
+    manifest = import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny", dtype=name, part_bytes=part_bytes)
     stored = stored_rows(tmp_path / "store", manifest)
     assert torch.equal(stored, get_format(name).encode(checkpoint.rows))
     values = get_format(name).decode(stored, manifest.tables[0].dim)
     if name == "int4":
         step = (checkpoint.rows.float().amax(1) - checkpoint.rows.float().amin(1)) / 15
         assert ((values - checkpoint.rows.float()).abs().amax(1) <= 0.52 * step + 0.1).all()
-    else:
+    elif name != "fp8":
         # The values are whole numbers that name head and row: nearest is exact, for int8 too.
         assert torch.equal(values.round(), checkpoint.rows.float())
 
@@ -158,7 +161,7 @@ def test_an_index_that_does_not_match_its_files_is_refused(make_checkpoint: Make
 
 def test_another_family_is_refused(checkpoint: Any, tmp_path: Path) -> None:
     with_config(checkpoint, architectures=["LlamaForCausalLM"], model_type="llama")
-    refused(checkpoint.folder, tmp_path / "store", "model_type 'llama'.*known families: longcat")
+    refused(checkpoint.folder, tmp_path / "store", "model_type 'llama'.*known families: engram, longcat, qwen4_exp")
 
 
 @pytest.mark.parametrize(
@@ -271,6 +274,7 @@ def test_a_failure_halfway_leaves_the_earlier_version_alone(make_checkpoint: Mak
 KILLED = """
 import os, signal, sys
 from embedding_service.store.importing import import_checkpoint
+from embedding_service.tensorfile import PAGE_BYTES
 def progress(done, total):
     if done > total * 0.6:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from embedding_service.errors import CorruptPart, InvalidRequest
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.store import Part, part_layout, read_into, rows_per_part, verify
-from embedding_service.store.parts import PartWriter, default_rows_per_part
+from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_part
 
 PAGE = 4096
 
@@ -23,7 +23,7 @@ def write_part(folder: Path, name: str = "int8", rows: int = 1000, dim: int = 24
     row_format = get_format(name)
     values = torch.arange(rows * dim, dtype=torch.float32).view(rows, dim) % 1999
     stored = row_format.encode(values)
-    with PartWriter(folder, "t", 3, first_row=9000, rows=rows, dim=dim, row_format=row_format) as writer:
+    with PartWriter(folder, NewPart("t", 3, 9000, rows, dim, row_format)) as writer:
         for chunk in stored.split(300):
             writer.write(chunk)
         part = writer.finish()
@@ -164,7 +164,7 @@ def test_a_part_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
     row_format = get_format("int8")
     with (
         pytest.raises(KeyboardInterrupt),
-        PartWriter(tmp_path, "t", 0, first_row=0, rows=10, dim=8, row_format=row_format) as writer,
+        PartWriter(tmp_path, NewPart("t", 0, 0, 10, 8, row_format)) as writer,
     ):
         writer.write(row_format.encode(torch.ones(5, 8)))
         raise KeyboardInterrupt

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from embedding_service.tensorfile import BadTensorFile, read_spans
+from embedding_service.errors import BadTensorFile
+from embedding_service.tensorfile import read_spans
 
 JUNK: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),

@@ -17,7 +17,8 @@ import torch
 from embedding_service.machine import boot_id
 from embedding_service.near.reader import NearReader, NearTable, Place
 from embedding_service.placement.parts import PartKey
-from embedding_service.rows import TIERS, TableRows
+from embedding_service.rows import TIERS
+from embedding_service.rows.base import TableRows
 from embedding_service.shard.near import NearServer
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Store

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from embedding_service.errors import NotFound
-from embedding_service.rows import TableRows
+from embedding_service.rows.base import TableRows
 
 # Seconds.
 PATIENCE = 10.0

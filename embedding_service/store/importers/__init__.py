@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from embedding_service.checkpoint import CONFIG_FILE, Checkpoint
 from embedding_service.errors import ImportRefused, InvalidRequest
 from embedding_service.foreign import shown
+from embedding_service.registry import Registry
 from embedding_service.store.importers.base import FamilyImporter, Importer, TableSource
-from embedding_service.store.importers.engram import EngramImporter
 from embedding_service.store.importers.generic import GenericImporter
-from embedding_service.store.importers.longcat import LongcatImporter
-from embedding_service.store.importers.qwen4_exp import Qwen4ExpImporter
 
-IMPORTERS: tuple[type[FamilyImporter], ...] = (LongcatImporter, Qwen4ExpImporter, EngramImporter)
+# By the name of the family, as in `ngram.FAMILIES`.
+IMPORTERS: Registry[FamilyImporter[Any]] = Registry(
+    "importer",
+    "embedding_service.store.importers.base:FamilyImporter",
+    {
+        "engram": "embedding_service.store.importers.engram:EngramImporter",
+        "longcat": "embedding_service.store.importers.longcat:LongcatImporter",
+        "qwen4_exp": "embedding_service.store.importers.qwen4_exp:Qwen4ExpImporter",
+    },
+)
 
 
 def find_importer(checkpoint: Checkpoint) -> Importer:
     """Return the importer that knows the checkpoint's family. Raises ImportRefused naming the known ones."""
-    for importer in IMPORTERS:
+    for importer in IMPORTERS.values():
         try:
             recognized = importer.recognizes(checkpoint.config)
         except InvalidRequest as error:
             raise ImportRefused(f"{checkpoint.folder / CONFIG_FILE}: {error}") from error
         if recognized:
             return importer(checkpoint)
-    config, known = checkpoint.config, ", ".join(importer.hashes.family for importer in IMPORTERS)
+    config, known = checkpoint.config, ", ".join(IMPORTERS)
     raise ImportRefused(
         f"{checkpoint.folder}: no n-gram family known for model_type {shown(config.get('model_type'))}, "
         f"architectures {shown(config.get('architectures'))}; known families: {known}. "

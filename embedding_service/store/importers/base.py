@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from embedding_service.checkpoint import CONFIG_FILE, FLOAT_DTYPES, Checkpoint, SourceMatrix, SourceTensor, file_below
+from embedding_service.checkpoint import CONFIG_FILE, Checkpoint, SourceMatrix, SourceTensor, file_below
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.foreign import shown
+from embedding_service.formats import kept_formats
 
 # Only here does the store know another package. A family's geometry is written down once, with its hashing.
 from embedding_service.ngram import NgramHasher
@@ -111,10 +112,10 @@ def row_dim(checkpoint: Checkpoint, key: str, values: object, heads: int) -> int
 def take_matrix(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) -> SourceTensor:
     """Return a tensor that must be float [rows, dim]. None takes any number of rows. Raises ImportRefused."""
     tensor = take_shape(checkpoint, name, rows, dim)
-    if tensor.dtype not in FLOAT_DTYPES:
+    if tensor.dtype not in kept_formats():
         raise ImportRefused(
             f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; "
-            f"{', '.join(FLOAT_DTYPES)} can be imported: convert the checkpoint first"
+            f"{', '.join(kept_formats())} can be imported: convert the checkpoint first"
         )
     return tensor
 

@@ -14,8 +14,8 @@ from embedding_service.checkpoint import (
 from embedding_service.errors import ImportRefused
 from embedding_service.foreign import shown
 from embedding_service.formats.fp8 import BLOCK
-from embedding_service.ngram import EngramHasher
 from embedding_service.ngram.base import text_config
+from embedding_service.ngram.engram import EngramHasher
 from embedding_service.ngram.token_map import TOKENIZER_FILE
 from embedding_service.store.importers.base import FamilyImporter, TableSource, take_matrix, take_shape
 

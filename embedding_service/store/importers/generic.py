@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from embedding_service.checkpoint import FLOAT_DTYPES, Checkpoint
+from embedding_service.checkpoint import Checkpoint
 from embedding_service.errors import ImportRefused
+from embedding_service.formats import kept_formats
 from embedding_service.store.importers.base import Importer, TableSource
 from embedding_service.store.manifest import check_name
 
@@ -40,10 +41,10 @@ class GenericImporter(Importer):
         if tensor is None:
             raise ImportRefused(f"{self._checkpoint.folder} has no tensor {name!r}; {self._known()}")
         shape = tensor.span.shape
-        if len(shape) != 2 or not all(shape) or tensor.dtype not in FLOAT_DTYPES:
+        if len(shape) != 2 or not all(shape) or tensor.dtype not in kept_formats():
             raise ImportRefused(
                 f"{tensor.file}: tensor {name} is {tensor.dtype} {list(shape)}; a table must be a matrix of "
-                f"{', '.join(FLOAT_DTYPES)}; {self._known()}"
+                f"{', '.join(kept_formats())}; {self._known()}"
             )
         return TableSource(table, (tensor,))
 
@@ -51,7 +52,7 @@ class GenericImporter(Importer):
         matrices = [
             name
             for name, tensor in sorted(self._checkpoint.tensors.items())
-            if len(tensor.span.shape) == 2 and all(tensor.span.shape) and tensor.dtype in FLOAT_DTYPES
+            if len(tensor.span.shape) == 2 and all(tensor.span.shape) and tensor.dtype in kept_formats()
         ]
         more = f" and {len(matrices) - _SHOWN} more" if len(matrices) > _SHOWN else ""
         return f"it has the matrices {', '.join(matrices[:_SHOWN])}{more}" if matrices else "it has no matrix"

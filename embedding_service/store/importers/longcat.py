@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from embedding_service.errors import ImportRefused
-from embedding_service.ngram import LongcatHasher
+from embedding_service.ngram.longcat import LongcatHasher
 from embedding_service.store.importers.base import (
     FamilyImporter,
     TableSource,

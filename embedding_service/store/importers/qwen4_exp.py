@@ -6,8 +6,8 @@ import re
 
 from embedding_service.checkpoint import SourceTensor
 from embedding_service.errors import ImportRefused
-from embedding_service.ngram import Qwen4ExpHasher, TableShape
-from embedding_service.ngram.base import text_config
+from embedding_service.ngram.base import TableShape, text_config
+from embedding_service.ngram.qwen4_exp import Qwen4ExpHasher
 from embedding_service.store.importers.base import (
     FamilyImporter,
     TableSource,

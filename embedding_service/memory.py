@@ -59,19 +59,6 @@ def containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
     return found
 
 
-def offered_memory(tier: str) -> int:
-    """Bytes to offer for rows that lie in memory: 80 % of this process's, of the GPU's for `cuda`.
-
-    It is 60 % for `cuda-cached`, which locks more than it offers, because rows are padded there.
-    Raises InvalidRequest for `cuda` if there is no GPU.
-    """
-    if tier == "cuda":
-        from embedding_service.rows.cuda import free_memory  # with torch, which this process may not have loaded
-
-        return free_memory() * 8 // 10
-    return available_memory() * (6 if tier == "cuda-cached" else 8) // 10
-
-
 def resident_bytes() -> tuple[int, int]:
     """This process's resident memory: anonymous, and backed by files (shared memory included)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)

@@ -1,0 +1,48 @@
+"""What the worker must know of a model family."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from model_worker.checkpoint import Checkpoint
+from model_worker.rows import Lookups
+
+
+class WorkerFamily(ABC):
+    """A family of models, in a file of its own and named in `families.FAMILIES`.
+
+    Attributes:
+        architectures: What checkpoints of the family call themselves in config.json.
+        models: The class of transformers that its models are of.
+        table_tensors: Finds the names of tables among a model's tensors. An attached model has none.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+    models: ClassVar[type[PreTrainedModel]]
+    table_tensors: ClassVar[re.Pattern[str]]
+
+    @staticmethod
+    @abstractmethod
+    def read_config(files: Checkpoint) -> PreTrainedConfig:
+        """The config that transformers has for the dense part. Raises InvalidRequest: another architecture."""
+
+    @staticmethod
+    @abstractmethod
+    def dense_tensors(files: Checkpoint, config: Any) -> dict[str, Any]:
+        """The tensors of the dense part by transformers' names, not read yet. Raises StoreError: some are missing."""
+
+    @staticmethod
+    @abstractmethod
+    def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """See `model_worker.load_model`."""
+
+    @staticmethod
+    @abstractmethod
+    def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
+        """See `model_worker.attach`. Returns what the model will have asked of the client."""
