@@ -106,6 +106,7 @@ def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     assert owners(["a", "b"]) == ["a", "b"]  # b stands in for c
     assert owners(["a", "b"], draining="b") == ["a"]  # and need not, where it wants to leave
     assert owners(["b"], draining="b") == ["b"]
+    assert owners(["a", "b"], draining="b", unable="") == ["a", "b"]  # c can load it, and has not yet
     assert owners(["a", "b", "c"], unable="") == ["a", "c"]
     assert owners(["a", "b", "c"], unable="", copies=3) == ["a", "b", "c"]  # planned for two, and b came since
     del addresses["c"]  # gone, and no new plan was made yet

@@ -267,6 +267,41 @@ def test_a_term_that_no_controller_noted_ends_nobody() -> None:
     assert world.state.term == world.noted == higher + 1
 
 
+def test_a_term_that_a_shard_knows_already_is_not_this_controllers() -> None:
+    """Two controllers may have taken the same one, where neither could note it."""
+    world = World(expect_shards=2)
+    world.join("a")
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    world.pass_time(0.5)
+    taken = world.state.term
+    world.join("b", term=taken, epoch=3)
+    world.pass_time(3)
+    assert world.state.routing is not None
+    assert world.state.routing.age == (taken + 1, 1)
+
+
+def test_shards_that_all_drain_are_released_with_their_parts() -> None:
+    world = World()
+    world.serve(ONE)
+    for name in "ab":
+        world.reports[name].draining = True
+        world.report(name)
+    world.pass_time(0.5)
+    for name in "ab":
+        told = world.state.message(name)
+        assert told and told.released and told.parts
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_parts_of_a_version_that_nobody_knows_go_where_the_store_is_sure(readable: bool) -> None:
+    unknown = KEYS[0]._replace(version="0")
+    world = World()
+    world.join("a", held=[*KEYS, unknown])
+    world.feed(Looked(Catalogue({"m": [ONE]}, problems={} if readable else {("m", "0"): "torn"})))
+    world.pass_time(12)
+    assert world.assigned("a") == {*KEYS} | (set() if readable else {unknown})
+
+
 def test_a_shard_that_is_lost_while_a_plan_is_made_is_not_in_the_routing_after_it() -> None:
     world = World(replicas=2)
     world.serve(ONE)
