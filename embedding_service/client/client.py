@@ -114,6 +114,7 @@ class EmbeddingClient:
         """See `forks.Forkable`. Kept rows are not: a thread that is not here may have been about to change them."""
         if self._near:
             self._near.abandon()
+            self._reads_near = False  # a child that maps rows itself was seen to die, and why is not known yet
         if not self._closed:
             self._begin_fresh(self._router.current)
 

@@ -200,11 +200,12 @@ def test_n4_what_is_mapped_is_given_back_when_the_shard_is_gone(shard: NearShard
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("embedding-rows")
 
+    before = mapped()  # of the shard, and of clients of other tests
     with near_reader(shard) as reader:
         wait_for(reader, shard.key)
-        assert mapped() > 0
+        assert mapped() > before
         shard.stop()
-        until(lambda: mapped() == 0, "the memory to be unmapped", seconds=20)
+        until(lambda: mapped() < before, "the memory to be unmapped", seconds=20)
         assert reader.view() is None
         assert "near" not in reader.states()["shard-1"] or "No such file" in reader.states()["shard-1"]
 
