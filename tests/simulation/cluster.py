@@ -116,7 +116,7 @@ class Stream:
         if self.open[target.name]:
             action(*arguments)
 
-    def end_at(self, process: Process, code: grpc.StatusCode | None = None) -> None:
+    def end_at(self, process: Shard | Controller, code: grpc.StatusCode | None = None) -> None:
         """This end learns that it is over."""
         if self.open[process.name]:
             self.open[process.name] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from embedding_service.client.steps import Aside, Pause
@@ -45,7 +46,7 @@ class _Driver:
         if not calls:
             self.go_on([])
         for number, call in enumerate(calls):
-            self._ask(call, lambda answer, number=number: self._take(number, answer))
+            self._ask(call, partial(self._take, number))
 
     def _ask(self, call: Any, done: Callable[[Any], None]) -> None:
         self._process.world.call(self._process, call.address, call.request, call.timeout, done)

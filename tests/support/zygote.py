@@ -9,6 +9,7 @@ A controller gets a zygote of its own, for the process that plans.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -63,7 +64,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Signal it, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # ended since
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """SIGTERM."""
