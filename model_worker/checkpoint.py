@@ -17,7 +17,7 @@ from embedding_service.foreign import one_line, printable
 GENERATION = "generation_config.json"
 
 
-class Checkpoint:
+class CheckpointTensors:
     """The tensors of a Hugging Face checkpoint folder by name, each from the file that an import would take it from.
 
     folder: holds config.json and either model.safetensors or several files with model.safetensors.index.json.

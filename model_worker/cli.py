@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from embedding_service.commands.console import PlainConsole
 from embedding_service.commands.text import parse_bytes
+from embedding_service.commands.waiting import Say, Waiting
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import printable
 from embedding_service.machine import check_free, join_address, prepare_local_ray
-from model_worker.progress import Say, StartProgress
 
 if TYPE_CHECKING:
     from model_worker.serving import Scaling
@@ -95,7 +96,7 @@ def serve(
         prepare_local_ray()
         os.environ.update(_SERVE_OVER_GRPC)
     rows = parse_bytes(cache_bytes)
-    progress = StartProgress()
+    progress = Waiting(PlainConsole(stderr=True), "model-worker")
     with progress:
         config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, rows, progress.say)
         progress.say("loading ray")
@@ -150,7 +151,7 @@ def _run(
     port: int,
     ray_address: str | None,
     metrics_port: int | None,
-    progress: StartProgress,
+    progress: Waiting,
 ) -> None:
     from model_worker import serving
 

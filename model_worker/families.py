@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, StoreError
 from embedding_service.foreign import one_line, shown
 from embedding_service.registry import Registry
-from model_worker.checkpoint import Checkpoint
+from model_worker.checkpoint import CheckpointTensors
 from model_worker.ends import end_tokens
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups
@@ -33,7 +33,7 @@ def check(checkpoint: str | Path) -> None:
     Raises InvalidRequest: another architecture, or quantized.
     StoreError: a file is missing or damaged, or the files do not fit each other.
     """
-    files = Checkpoint(checkpoint)
+    files = CheckpointTensors(checkpoint)
     family, config = _family_and_config(files)
     family.dense_tensors(files, config)
     generation = files.generation_config() or GenerationConfig.from_model_config(config)
@@ -42,7 +42,7 @@ def check(checkpoint: str | Path) -> None:
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """See `model_worker.load_model`."""
-    family, _ = _family_and_config(Checkpoint(checkpoint))
+    family, _ = _family_and_config(CheckpointTensors(checkpoint))
     return family.load_model(checkpoint, dtype)
 
 
@@ -65,7 +65,7 @@ def _family_of(hf_model: PreTrainedModel) -> type[WorkerFamily]:
     raise InvalidRequest(f"cannot attach to a {type(hf_model).__name__}: only to {known}")
 
 
-def _family_and_config(files: Checkpoint) -> tuple[type[WorkerFamily], PreTrainedConfig]:
+def _family_and_config(files: CheckpointTensors) -> tuple[type[WorkerFamily], PreTrainedConfig]:
     family = _family(files)
     if files.config.get("quantization_config"):
         raise InvalidRequest(
@@ -86,7 +86,7 @@ def _family_and_config(files: Checkpoint) -> tuple[type[WorkerFamily], PreTraine
     return family, config
 
 
-def _family(files: Checkpoint) -> type[WorkerFamily]:
+def _family(files: CheckpointTensors) -> type[WorkerFamily]:
     for family in FAMILIES.values():
         if not set(family.architectures).isdisjoint(files.architectures):
             return family

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from model_worker.checkpoint import Checkpoint
+from model_worker.checkpoint import CheckpointTensors
 from model_worker.rows import Lookups
 
 
@@ -29,12 +29,12 @@ class WorkerFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def read_config(files: Checkpoint) -> PreTrainedConfig:
+    def read_config(files: CheckpointTensors) -> PreTrainedConfig:
         """The config that transformers has for the dense part. Raises InvalidRequest: another architecture."""
 
     @staticmethod
     @abstractmethod
-    def dense_tensors(files: Checkpoint, config: Any) -> dict[str, Any]:
+    def dense_tensors(files: CheckpointTensors, config: Any) -> dict[str, Any]:
         """The tensors of the dense part by transformers' names, not read yet. Raises StoreError: some are missing."""
 
     @staticmethod

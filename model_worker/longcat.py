@@ -20,7 +20,7 @@ from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausal
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
-from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, check_same_hash
 from model_worker.token_cache import TokenLayer, token_layer
@@ -49,7 +49,7 @@ class LocalTables:
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
-        files = Checkpoint(checkpoint)
+        files = CheckpointTensors(checkpoint)
         self._hasher = NgramHasher.from_config(files.config)
         self._rows = torch.cat([files.tensor(TABLE.format(head)) for head in range(self._hasher.num_heads)])
         self.table_bytes = self._rows.nbytes
@@ -132,7 +132,7 @@ class NgramEmbedding(nn.Module):
         return (words + self.projection(rows)) / (1 + self.rows.hasher.num_heads)
 
 
-def read_config(files: Checkpoint) -> LongcatFlashConfig:
+def read_config(files: CheckpointTensors) -> LongcatFlashConfig:
     """The config that transformers has for the dense part. The n-gram keys stay on it as plain attributes."""
     flash = {key: value for key, value in files.config.items() if key not in _OWN_CONFIG_KEYS}
     if "num_layers" in flash:
@@ -141,7 +141,7 @@ def read_config(files: Checkpoint) -> LongcatFlashConfig:
     return LongcatFlashConfig.from_dict(flash)
 
 
-def dense_tensors(files: Checkpoint, config: LongcatFlashConfig) -> dict[str, Any]:
+def dense_tensors(files: CheckpointTensors, config: LongcatFlashConfig) -> dict[str, Any]:
     """The tensors of the dense part, under transformers' names, not read yet.
 
     Raises StoreError: some are not there.
@@ -166,7 +166,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Long
     Raises InvalidRequest: another architecture.
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
-    files = Checkpoint(checkpoint)
+    files = CheckpointTensors(checkpoint)
     if ARCHITECTURE not in files.architectures:
         raise InvalidRequest(f"{checkpoint} is a checkpoint of {files.architectures}; expected {ARCHITECTURE}")
     config = read_config(files)
@@ -202,7 +202,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
         )
     if not hf_model.config.name_or_path:
         raise InvalidRequest("the model was not loaded from a checkpoint, so its projections cannot be found: load it")
-    files = Checkpoint(hf_model.config.name_or_path)
+    files = CheckpointTensors(hf_model.config.name_or_path)
     _check_words(files, body.embed_tokens.weight)
     check_same_hash(NgramHasher.from_config(files.config), client.hasher(name), name)
     embedding = NgramEmbedding(_projections(files).to(body.embed_tokens.weight), client, name)
@@ -278,7 +278,7 @@ class _FlashWithoutZeroExperts(LongcatFlashForCausalLM):
                 experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[: config.n_routed_experts].clone())
 
 
-def _transformer_names(files: Checkpoint, config: LongcatFlashConfig) -> list[str]:
+def _transformer_names(files: CheckpointTensors, config: LongcatFlashConfig) -> list[str]:
     """All tensors except the n-gram embedding's, the words, the draft layers and those of zero experts."""
 
     def needed(name: str) -> bool:
@@ -302,20 +302,20 @@ def _expert_names(config: LongcatFlashConfig) -> set[str]:
     }
 
 
-def _words_name(files: Checkpoint) -> str:
+def _words_name(files: CheckpointTensors) -> str:
     for name in WORDS:
         if name in files.names:
             return name
     raise StoreError(f"{files.folder} has no word embeddings: neither {WORDS[0]} nor {WORDS[1]}")
 
 
-def _projections(files: Checkpoint) -> Tensor:
+def _projections(files: CheckpointTensors) -> Tensor:
     """[heads, hidden, dim]."""
     heads = NgramHasher.from_config(files.config).num_heads
     return torch.stack([files.tensor(PROJECTION.format(head)) for head in range(heads)])
 
 
-def _check_words(files: Checkpoint, words: Tensor) -> None:
+def _check_words(files: CheckpointTensors, words: Tensor) -> None:
     """Only one of the two names is known to transformers. Under the other it would have made random words."""
     stored = files.slice(_words_name(files))[:1].to(words)
     if _words_name(files) != WORDS[0] and not torch.equal(stored, words[:1]):

@@ -23,7 +23,7 @@ from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
-from model_worker.checkpoint import Checkpoint, refuse_tensors
+from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, check_same_hash
 
@@ -172,20 +172,20 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def read_config(files: Checkpoint) -> Any:
+def read_config(files: CheckpointTensors) -> Any:
     """The config that transformers has. Raises InvalidRequest: another architecture."""
     _, config_class = _classes(files)
     return config_class.from_dict(files.config)
 
 
-def dense_tensors(files: Checkpoint, config: Any) -> dict[str, Any]:
+def dense_tensors(files: CheckpointTensors, config: Any) -> dict[str, Any]:
     """All tensors but the tables and the draft layers, not read yet. Raises StoreError: some are not there."""
     names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
     refuse_tensors(files.folder, "missing", set() if any(name.endswith(_WORDS) for name in names) else {_WORDS})
     return {name: files.slice(name) for name in names}
 
 
-def _classes(files: Checkpoint) -> tuple[Any, Any]:
+def _classes(files: CheckpointTensors) -> tuple[Any, Any]:
     """The model's class and its config's."""
     known = [name for name in files.architectures if name in _CLASSES]
     if not known:
@@ -205,7 +205,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     Raises InvalidRequest: another architecture.
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
-    files = Checkpoint(checkpoint)
+    files = CheckpointTensors(checkpoint)
     model_class, _ = _classes(files)
     config = read_config(files)
     tensors = dense_tensors(files, config)

@@ -19,13 +19,13 @@ from ray.exceptions import RayActorError
 from ray.serve._private import replica
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
+from embedding_service.commands.waiting import Say
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import one_line, printable
 from embedding_service.machine import LOCAL_RAY
 from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
-from model_worker.progress import Say
 from model_worker.worker import Worker, WorkerConfig
 
 APP = "model-worker"

@@ -38,7 +38,7 @@ class Forkable(Protocol):
         """Begin with new connections and locks: threads that used the old ones are not here."""
 
 
-class _Process:
+class _Hooks:
     """This process's knowledge of forks. `broken` is the error of a child whose gRPC does not work."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class _Process:
         self.lock = threading.Lock()
 
 
-_process = _Process()
+_process = _Hooks()
 
 
 def watch(client: Forkable) -> None:

@@ -212,7 +212,7 @@ def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
 # The actors
 
 
-class _Process:
+class _MemberActor:
     """An actor with one process of the service. Neither stays without the other.
 
     The process is a child, as everywhere else, rather than this one. A Ray worker has signal handlers, an event loop, a
@@ -240,7 +240,7 @@ class _Process:
             os._exit(1)  # Ray takes any other way out for a wish to end, and would not start it again
 
 
-class _Shard(_Process):
+class _Shard(_MemberActor):
     def __init__(self, name: str, options: UpOptions, controller: str) -> None:
         # Found at each start: when a node is lost, Ray moves its shards.
         here = replace(options, host=ray.util.get_node_ip_address())
@@ -286,7 +286,7 @@ def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[
     host = ray.util.get_node_ip_address()
     controller = join_address(host, free_port(host))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(_Process).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    actor = ray.remote(_MemberActor).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)
     servers.append(_Server("controller", actor.remote("controller", up.controller_command(options, controller))))
     for index in range(options.shards):
         name = f"shard-{index}"

@@ -19,6 +19,7 @@ from rich.text import Text
 from embedding_service.client.status import get_status
 from embedding_service.commands.console import wide_console
 from embedding_service.commands.query import status_tables
+from embedding_service.commands.waiting import Waiting
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
 from embedding_service.foreign import printable
 from embedding_service.machine import check_free, end_with_parent, free_port, join_address
@@ -30,6 +31,8 @@ from embedding_service.wire import control_pb2 as control
 # Seconds from SIGTERM on. A process that has not ended by then is killed.
 STOP_SECONDS = 4.5
 POLL_SECONDS = 0.1
+# Between two lines of what is waited for, where there is no terminal.
+LINE_SECONDS = 2.0
 # Shards or models that a line names.
 NAMED = 4
 # If nothing gets ready for this long, something is wrong that nobody reports.
@@ -203,7 +206,7 @@ def wait_until_serving(
     """
     ready, last_progress = -1, time.monotonic()
     status = control.Status()
-    with Waiting(console) as waiting:
+    with Waiting(console, least_seconds=LINE_SECONDS) as waiting:
         while True:
             check_alive()
             waiting.say(awaited(status, shards))
@@ -238,39 +241,6 @@ def awaited(status: control.Status, shards: int) -> str:
     models = ", ".join(f"{model.model.name}@{model.model.version}" for model in loading[:NAMED])
     done, parts = (sum(getattr(model, key) for model in status.models) for key in ("parts_ready", "parts"))
     return f"{line}, {done:,} of {parts:,} parts loaded; not served yet: {models or 'the routing is being made'}"
-
-
-class Waiting:
-    """Says what it waits for: in place on a terminal, elsewhere in a line now and then, when it changes."""
-
-    LINE_SECONDS = 2.0
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = console.status("") if console.is_terminal else None
-        self._said, self._next_line = "", 0.0
-
-    def __enter__(self) -> Waiting:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def say(self, line: str) -> None:
-        """This is what is waited for now."""
-        if line == self._said:
-            return
-        if self._status:
-            self._status.update(Text(printable(line)))
-        elif time.monotonic() < self._next_line:
-            return
-        else:
-            self._next_line = time.monotonic() + self.LINE_SECONDS
-            self._console.print(line)
-        self._said = line
 
 
 def _keep_running(members: list[_Member], console: Console) -> NoReturn:

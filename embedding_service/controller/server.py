@@ -57,7 +57,6 @@ from embedding_service.serving import (
 )
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
-from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
 
@@ -137,7 +136,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._tick_at = 0.0
         self._sooner = asyncio.Event()
-        self._published = asyncio.Event()
+        self._routing: Routing | None = None
         self._ending = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -175,20 +174,9 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         finally:
             self._handle(Left(stream))
 
-    async def WatchRouting(self, request: control.WatchRoutingRequest, context: Context) -> AsyncIterator[wire.Routing]:
-        """The routing now, and again each time it changes."""
-        seen = (0, 0)
-        while not self._ending:
-            published, routing = self._published, self.state.routing
-            if routing and routing.age > seen:
-                seen = routing.age
-                yield routing.message
-            else:
-                await published.wait()
-
     def current_routing(self) -> Routing | None:
         """The routing that was last published."""
-        return self.state.routing
+        return self._routing
 
     async def GetStatus(self, request: control.GetStatusRequest, context: Context) -> control.Status:
         """Everything a person wants to know."""
@@ -199,12 +187,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         return metrics_of(self.state, self._store)
 
     async def end_streams(self) -> None:
-        """Let go of shards and watchers. They come again to the next controller."""
+        """Let go of shards. They come again to the next controller."""
         self._ending = True
         self._planning.close()
         for stream in self._streams:
             stream.outbox.set()
-        self._published.set()
 
     # The state: what happens goes in, what it wants done comes out
 
@@ -259,9 +246,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 stream.outbox.set()
             case Dismiss(_Stream() as stream, why):
                 stream.end(why)
-            case Publish():
-                self._published.set()
-                self._published = asyncio.Event()
+            case Publish(routing):
+                self._routing = routing
             case ReadTerm() | NoteTerm() | Plan():
                 self._questions.put_nowait(instruction)
             case End(why) if not self._over.done():

@@ -112,10 +112,6 @@ class Assignment(_message.Message):
     released: bool
     def __init__(self, term: _Optional[int] = ..., has_parts: bool = ..., parts: _Optional[_Iterable[_Union[PartRef, _Mapping]]] = ..., routing: _Optional[_Union[_embedding_pb2.Routing, _Mapping]] = ..., released: bool = ...) -> None: ...
 
-class WatchRoutingRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -4,7 +4,6 @@ import grpc
 import warnings
 
 from embedding_service.wire import control_pb2 as embedding_dot_v1_dot_control__pb2
-from embedding_service.wire import embedding_pb2 as embedding_dot_v1_dot_embedding__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -40,11 +39,6 @@ class ControlServiceStub(object):
                 request_serializer=embedding_dot_v1_dot_control__pb2.ShardReport.SerializeToString,
                 response_deserializer=embedding_dot_v1_dot_control__pb2.Assignment.FromString,
                 _registered_method=True)
-        self.WatchRouting = channel.unary_stream(
-                '/embedding.v1.ControlService/WatchRouting',
-                request_serializer=embedding_dot_v1_dot_control__pb2.WatchRoutingRequest.SerializeToString,
-                response_deserializer=embedding_dot_v1_dot_embedding__pb2.Routing.FromString,
-                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/embedding.v1.ControlService/GetStatus',
                 request_serializer=embedding_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
@@ -64,13 +58,6 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def WatchRouting(self, request, context):
-        """The routing now, and again each time it changes.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -84,11 +71,6 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Register,
                     request_deserializer=embedding_dot_v1_dot_control__pb2.ShardReport.FromString,
                     response_serializer=embedding_dot_v1_dot_control__pb2.Assignment.SerializeToString,
-            ),
-            'WatchRouting': grpc.unary_stream_rpc_method_handler(
-                    servicer.WatchRouting,
-                    request_deserializer=embedding_dot_v1_dot_control__pb2.WatchRoutingRequest.FromString,
-                    response_serializer=embedding_dot_v1_dot_embedding__pb2.Routing.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -123,33 +105,6 @@ class ControlService(object):
             '/embedding.v1.ControlService/Register',
             embedding_dot_v1_dot_control__pb2.ShardReport.SerializeToString,
             embedding_dot_v1_dot_control__pb2.Assignment.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WatchRouting(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/embedding.v1.ControlService/WatchRouting',
-            embedding_dot_v1_dot_control__pb2.WatchRoutingRequest.SerializeToString,
-            embedding_dot_v1_dot_embedding__pb2.Routing.FromString,
             options,
             channel_credentials,
             insecure,

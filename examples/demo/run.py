@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from embedding_service.machine import free_port
+
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 SHARDS = 4
@@ -31,6 +32,7 @@ TOKENS = 60
 # Many parts, so that four shards have something to share. The default of 256 MiB suits much larger tables.
 PART_SIZE = "4MiB"
 START_SECONDS = 120
+HOST = "127.0.0.1"
 
 console = Console(highlight=False)
 
@@ -52,18 +54,18 @@ def main(folder: Path) -> None:
                 f"--part-size={PART_SIZE}")  # fmt: skip
 
     step(f"3. The service: a controller and {SHARDS} shards")
-    service, http = f"127.0.0.1:{free_port()}", free_port()
+    service, http = f"{HOST}:{free_port(HOST)}", free_port(HOST)
     up = ("embedding-service", "up", f"--store={store}", f"--shards={SHARDS}", f"--port={service.partition(':')[2]}")
     worker = ("model-worker", "serve", str(dense), f"--embeddings={service}", "--name=demo", f"--port={http}")
     with process(folder / "up.log", "ready: ", *up):
         step("4. The worker: Ray Serve, transformers' LongcatFlashForCausalLM without its tables")
         with process(folder / "worker.log", "ready at", *worker):
             step("5. A completion, streamed over HTTP")
-            stream_completion(f"http://127.0.0.1:{http}")
+            stream_completion(f"http://{HOST}:{http}")
             step("6. Who did what")
             time.sleep(1.5)  # the shards report once a second
             show_shards(service)
-            show_worker(f"http://127.0.0.1:{http}", checkpoint)
+            show_worker(f"http://{HOST}:{http}", checkpoint)
         step("7. The same logits as with the tables in the model's own process?")
         show_difference(service, checkpoint, dense)
     console.print(f"\n[bold green]Done in {time.monotonic() - began:.0f} s. Everything that was started has ended.[/]")
@@ -190,13 +192,6 @@ def show_difference(service: str, checkpoint: Path, dense: Path) -> None:
 def mib(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**20:.1f} MiB"
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

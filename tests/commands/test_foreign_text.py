@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from embedding_service import cli
 from embedding_service.commands import query
 from embedding_service.commands.console import PlainConsole
-from embedding_service.commands.up import Waiting, awaited
+from embedding_service.commands.up import awaited
+from embedding_service.commands.waiting import Waiting
 from embedding_service.errors import StoreError
 from embedding_service.foreign import LineFormatter, printable, shown
 from embedding_service.serving import log, log_to_stderr

@@ -124,7 +124,7 @@ def test_bad_requests_get_their_code_and_the_service_goes_on(stub: EmbeddingServ
 
 
 SHARD_METHODS = ("Lookup", "StreamLookup", "LookupNgrams", "ListModels", "GetRouting")
-CONTROL_METHODS = ("Register", "WatchRouting", "GetStatus")
+CONTROL_METHODS = ("Register", "GetStatus")
 OTHERS = (
     "grpc.health.v1.Health/Check",
     "grpc.health.v1.Health/Watch",

@@ -16,7 +16,7 @@ from embedding_service.errors import ImportRefused
 from embedding_service.store import Store
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.split import split_checkpoint
-from model_worker.checkpoint import Checkpoint as WorkerCheckpoint
+from model_worker.checkpoint import CheckpointTensors
 
 Make = Callable[..., Any]
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,7 @@ def test_imports_and_workers_take_the_file_that_transformers_takes(
     (folder / "config.json").write_text(json.dumps(config))
     index_of(folder, t="other.safetensors")
     assert value_read(Checkpoint(folder).tensors["t"]) == expected
-    assert float(WorkerCheckpoint(folder).tensor("t")[0, 0]) == expected
+    assert float(CheckpointTensors(folder).tensor("t")[0, 0]) == expected
 
 
 def test_transformers_itself_takes_the_single_file(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_index_cannot_name_what_lies_elsewhere(tmp_path: Path, file: str) -> 
     (folder / "link").symlink_to("../elsewhere/secret.safetensors")
     (folder / "loop").symlink_to("loop")
     index_of(folder, t=file.replace("/ABSOLUTE", str(tmp_path / "secret.safetensors")))
-    for reader in (Checkpoint, LooseTensors, WorkerCheckpoint):
+    for reader in (Checkpoint, LooseTensors, CheckpointTensors):
         with pytest.raises(ImportRefused, match="from elsewhere; only files below the folder are read") as caught:
             reader(folder)
         assert str(caught.value).isprintable()
@@ -115,7 +115,7 @@ def test_a_snapshot_of_a_hubs_cache_is_read_through_its_links(tmp_path: Path) ->
         (snapshot / name).symlink_to(f"../../blobs/{name}")
     assert value_read(Checkpoint(snapshot).tensors["t"]) == 4.0
     (tmp_path / "shortcut").symlink_to(snapshot)
-    assert float(WorkerCheckpoint(tmp_path / "shortcut").tensor("t")[0, 0]) == 4.0
+    assert float(CheckpointTensors(tmp_path / "shortcut").tensor("t")[0, 0]) == 4.0
     # Not through a cache's folder that leads elsewhere itself.
     blobs.rename(tmp_path / "away")
     blobs.symlink_to(tmp_path / "away")
@@ -148,7 +148,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path, name: str) -> None:
         (folder / "model.safetensors").unlink()
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    for reader in (Checkpoint, WorkerCheckpoint):
+    for reader in (Checkpoint, CheckpointTensors):
         with pytest.raises(ImportRefused, match="it is no regular file"):
             reader(folder)
 
@@ -173,5 +173,5 @@ def test_rows_and_dense_part_of_a_folder_with_an_older_index_are_of_one_file(
     manifest = import_checkpoint(checkpoint.folder, tmp_path / "s", "tiny", dtype="keep")
     part = Store(tmp_path / "s").part_path(manifest, manifest.tables[0].parts[0])
     assert part.read_bytes().endswith(checkpoint.rows[: manifest.tables[0].parts[0].rows].numpy().tobytes())
-    worker = WorkerCheckpoint(checkpoint.folder)
+    worker = CheckpointTensors(checkpoint.folder)
     assert all(torch.equal(worker.tensor(name), tensor) for name, tensor in checkpoint.dense.items())

@@ -26,9 +26,8 @@ from rich.table import Table
 from embedding_service import EmbeddingClient
 from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.store.importing import import_checkpoint
-from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
-from embedding_service.wire.control_pb2_grpc import ControlServiceStub
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from support.checkpoints import longcat_checkpoint, longcat_table
 from support.cluster import Cluster, Process, cluster, until
 from support.load import CheckedLoad, Load, ThinLoad
@@ -70,11 +69,11 @@ class Watcher:
     def _run(self) -> None:
         while not self._stop.wait(0.05):
             with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
-                watch = ControlServiceStub(channel).WatchRouting(control.WatchRoutingRequest(), timeout=1)
                 try:
-                    self.ages.extend((routing.term, routing.epoch) for routing in watch)
+                    routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=1)
                 except grpc.RpcError:
-                    continue  # its second is over, or the controller is away
+                    continue  # the controller is away
+                self.ages.append((routing.term, routing.epoch))
 
 
 @dataclass

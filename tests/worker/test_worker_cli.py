@@ -18,9 +18,10 @@ import pytest
 import ray
 from small_model import write_tokenizer
 
+from embedding_service.commands.console import PlainConsole
+from embedding_service.commands.waiting import Waiting
 from model_worker import cli, serving
 from model_worker.http_app import build_app
-from model_worker.progress import StartProgress
 from model_worker.worker import Worker, WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -161,11 +162,11 @@ def test_ports_that_are_none(
 
 
 def test_it_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(StartProgress, "REPEAT_SECONDS", float("inf"))
-    with StartProgress() as progress:
+    monkeypatch.setattr(Waiting, "REPEAT_SECONDS", float("inf"))
+    with Waiting(PlainConsole(stderr=True), "model-worker") as progress:
         for line in ("checking /a [b]/c", "starting Ray", "starting Ray", "waiting\x1b[2J"):
             progress.say(line)
-        monkeypatch.setattr(StartProgress, "REPEAT_SECONDS", 0.0)
+        monkeypatch.setattr(Waiting, "REPEAT_SECONDS", 0.0)
         progress.say("waiting\x1b[2J")
     lines = [line.rpartition(" (")[0] for line in capsys.readouterr().err.splitlines()]
     waiting = "model-worker: waiting\\x1b[2J"

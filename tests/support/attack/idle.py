@@ -18,9 +18,9 @@ def idle_watches(window: Window) -> None:
 
 
 def idle_streams(window: Window) -> None:
-    """Streams of lookups that ask for nothing, and watches of the routing."""
+    """Streams of lookups that ask for nothing, and registrations that report nothing."""
     _open(window, window.shards, b"/embedding.v1.EmbeddingService/StreamLookup", None, window.values.randint(9, 17))
-    _open(window, [window.controller], b"/embedding.v1.ControlService/WatchRouting", b"", 4)
+    _open(window, [window.controller], b"/embedding.v1.ControlService/Register", None, 4)
     _open(window, window.shards, b"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", None, 4)
     window.rest_of()
 

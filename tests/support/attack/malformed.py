@@ -33,11 +33,6 @@ def malformed_messages(window: Window) -> None:
                         with window.tried("OK"):
                             next(stream, None)
                         stream.cancel()
-                    elif name.endswith("WatchRouting"):
-                        watch = channel.unary_stream(name)(message, timeout=5)
-                        with window.tried("OK"):
-                            next(watch, None)
-                        watch.cancel()
                     else:
                         calls.append(channel.unary_unary(name).future(message, timeout=5))
             window.wait(calls)
