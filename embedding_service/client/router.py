@@ -36,8 +36,8 @@ from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import Answer, Shape, encode_lookup
 
-# A shard that takes this long for its routing is not waited for. Another one knows it too.
-ROUTING_TIMEOUT = 2.0
+# A shard that takes this long for its routing is not waited for: the last one that is asked, and those before it.
+ROUTING_TIMEOUT, ROUTING_PATIENCE = 2.0, 0.25
 # Shards that are asked for a newer routing before those who must know it.
 ASKED_AT_RANDOM = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
@@ -328,8 +328,9 @@ class Router:
             *self._seeds,
         ]
         behind = []
-        for address in sorted(dict.fromkeys(asked), key=lambda each: (each in avoid, each in self._breaker.failing)):
-            timeout = min(ROUTING_TIMEOUT, deadline - self._clock())
+        asked = sorted(dict.fromkeys(asked), key=lambda each: (each in avoid, each in self._breaker.failing))
+        for address in asked:
+            timeout = min(ROUTING_TIMEOUT if address == asked[-1] else ROUTING_PATIENCE, deadline - self._clock())
             if timeout <= 0:
                 return
             [answer] = yield Exchange([_ask(address, known, timeout)])

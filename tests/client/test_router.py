@@ -11,7 +11,14 @@ from embedding_service import errors
 from embedding_service.client import owners
 from embedding_service.client.breaker import FIRST_REST
 from embedding_service.client.calls import Call, Failure
-from embedding_service.client.router import ATTEMPT_TIMEOUT, LOOK_SECONDS, START_OVER_SECONDS, Router
+from embedding_service.client.router import (
+    ATTEMPT_TIMEOUT,
+    LOOK_SECONDS,
+    ROUTING_PATIENCE,
+    ROUTING_TIMEOUT,
+    START_OVER_SECONDS,
+    Router,
+)
 from embedding_service.client.wants import StoredRows, Want
 from embedding_service.placement.routing import Model, Routing
 from embedding_service.wire import embedding_pb2 as wire
@@ -135,6 +142,18 @@ def test_a_few_are_asked_for_a_newer_routing_and_not_always_who_sends_away() -> 
         asked_in_vain.append(len(shards.asked))
     assert all(asked_after_a_flip.count(f"h:{index}") > 20 for index in range(3))
     assert max(asked_in_vain) <= 4
+
+
+def test_a_shard_that_hangs_keeps_nobody_from_a_newer_routing(clock: Clock) -> None:
+    for _ in range(50):
+        router = Router(["h:0"], Routing(routing([[0]] * 4)), clock=clock)
+        shards = Shards(routing([[1], [2], [2], [1]], epoch=2))
+        shards.hanging, shards.pass_time = {"h:0", "h:1"}, clock.pass_time
+        began = clock.now
+        shards.run(router._refresh([], clock() + 60, set()))
+        assert clock.now - began <= ROUTING_TIMEOUT + ROUTING_PATIENCE
+        timeouts = [call.timeout for call in shards.asked]
+        assert timeouts[:-1] == [ROUTING_PATIENCE] * (len(timeouts) - 1)
 
 
 def test_one_group_answers_a_lookup_of_several_tables() -> None:
