@@ -136,7 +136,10 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
 
     def reap(*_: object) -> None:
         while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # a signal during this handler had the last one reaped
+                return
             if not pid:
                 return
             with children.pop(pid) as reports:
