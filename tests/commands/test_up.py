@@ -56,7 +56,7 @@ def test_on_ipv6_and_it_says_what_it_waits_for(store: Path, tmp_path: Path) -> N
         assert get_status(address).shards[0].address.startswith("[::1]:")
     first, second = running.output().splitlines()[:2]
     assert first == f"looking for models in {store}"
-    assert second == "waiting for the controller and 1 shards to start"
+    assert second.startswith("waiting for the controller and 1 shards to start (")
     assert "waiting: 1 of 1 shards registered, " in running.output()
 
 
