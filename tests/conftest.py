@@ -27,6 +27,7 @@ settings.load_profile("untimed")
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses a running service; keep together what shares fixtures; skip what needs a GPU where there is none.
 

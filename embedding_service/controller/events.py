@@ -51,10 +51,14 @@ class Looked:
 
 @dataclass(frozen=True)
 class TermRead:
-    """Answers `ReadTerm`: the highest term noted in the store, 0 for none, and the clock in milliseconds."""
+    """Answers `ReadTerm`: the term that this service noted in the store, 0 for none, and the clock in milliseconds.
+
+    `others` is the highest one that controllers at other addresses noted.
+    """
 
     noted: int
     clock: int
+    others: int = 0
 
 
 @dataclass(frozen=True)

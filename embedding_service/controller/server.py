@@ -130,7 +130,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     def __init__(self, options: ControllerOptions, address: str) -> None:
         self.state = ControllerState(options.settings(address), time.monotonic, random.Random())
         self._store = options.store
-        self._watch = StoreWatch(Store(options.store), self._looked)
+        self._watch = StoreWatch(Store(options.store), address, self._looked)
         self._planning = Planning()
         self._streams: set[_Stream] = set()
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
@@ -222,7 +222,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     async def _answer_to(self, question: Question) -> Event:
         match question:
             case ReadTerm():
-                return TermRead(await self._watch.noted_term(), time.time_ns() // 1_000_000)
+                noted, others = await self._watch.noted_term(), await self._watch.others_term()
+                return TermRead(noted, time.time_ns() // 1_000_000, others)
             case NoteTerm(term):
                 return TermNoted(await self._watch.note_term(term))
             case Plan(parts, nodes, replicas):

@@ -328,7 +328,7 @@ class ControllerState:
         """
         if not self.term:
             read: TermRead = yield ReadTerm()
-            least = max(self.fleet.newest_term + 1, read.noted + 1, read.clock)
+            least = max(self.fleet.newest_term + 1, read.noted + 1, read.others + 1, read.clock)
             # Not two alike, should two controllers start at a time and neither be able to note its term.
             self.term = least + self._chance.randrange(TERM_SPREAD)
         yield from self._note_term()
@@ -354,9 +354,11 @@ class ControllerState:
         newest = self.fleet.newest_term
         if newest < self.term or (newest == self.term and self.routing):
             return True
-        if self.routing and (yield ReadTerm()).noted != self.term:
-            self._end(newest)
-            return False
+        if self.routing:
+            read: TermRead = yield ReadTerm()
+            if read.noted != self.term or read.others >= newest:
+                self._end(newest)
+                return False
         log.warning(
             "a shard knows term %d, which no controller noted after this one's %d: going above", newest, self.term
         )
