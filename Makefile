@@ -28,7 +28,7 @@ test-packages:
 
 # Workers of pytest-xdist: many tests wait more than they compute.
 TEST_WORKERS ?= 2
-SIDE_BY_SIDE := --numprocesses=$(TEST_WORKERS) --dist=loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := --numprocesses=$(TEST_WORKERS) --dist=loadfile --no-loadscope-reorder
 test: setup test-packages
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 

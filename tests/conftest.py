@@ -27,25 +27,18 @@ settings.load_profile("untimed")
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a running service; keep together what shares fixtures; skip what needs a GPU where there is none.
-
-    Tests of a file run on one worker of pytest-xdist. Those of the group "heavy", which use the whole machine, come
-    first and on one worker, so that no two of them run side by side.
-    """
+    """Mark what uses a running service; skip what needs a GPU where there is none; begin with what takes longest."""
     for item in items:
         if not SERVICES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.service)
         if item.get_closest_marker("timeout"):  # what has a time-out of its own takes long
             item.add_marker(pytest.mark.slow)
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     if not torch.cuda.is_available():
         skip(items, "gpu", "needs a CUDA device; there is none here")
     if grpc_core.why_public():
         skip(items, "polling", f"needs gRPC's core: {grpc_core.why_public()}")
-    items.sort(key=lambda item: ("heavy",) not in [mark.args for mark in item.iter_markers("xdist_group")])
+    items.sort(key=lambda item: item.get_closest_marker("heavy") is None)
 
 
 def skip(items: list[pytest.Item], marker: str, reason: str) -> None:

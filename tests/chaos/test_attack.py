@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from support.attack.__main__ import run
 
-pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 CLASSES = ("odd method paths", "malformed protobuf", "forged reports")
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from support.chaos import chaos_store, run
 
-pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 
 def test_shards_and_controllers_come_go_die_and_hang_without_a_lookup_lost(

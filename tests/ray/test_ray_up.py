@@ -21,7 +21,7 @@ from support.load import Load
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
 
-pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 # Each node has room for one shard.
 NODES = 3

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.cluster import Up, until
 from test_serve import PROMPT, Server
 
-pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 LONG = 9000
 

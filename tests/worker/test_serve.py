@@ -27,7 +27,7 @@ from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
 from embedding_service.machine import join_address
 
-pytestmark = [pytest.mark.service, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 PROMPT = "The import statement, naïvely"
 MAX_BATCH, MAX_QUEUE = 2, 3
