@@ -163,7 +163,7 @@ class Router:
         """Ask a shard, by its id, for a newer routing than this one."""
         known = self._routing
         if known is not None and shard in known.shard_ids:
-            timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
+            timeout = self._routing_timeout(deadline)
             address = known.addresses[known.shard_ids.index(shard)]
             [answer] = yield Exchange([_ask(address, known, timeout)])
             if isinstance(answer, wire.Routing):
@@ -370,11 +370,12 @@ class Router:
 
         Those that answer are the service now. Those that are gone are not.
         """
-        timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
         others = self._chance.sample(known.addresses, min(ASKED_BEFORE_STARTING_OVER, len(known.addresses)))
+        timeout = self._routing_timeout(deadline)
         for answer in (yield Exchange([_ask(address, known, timeout) for address in others])):
             if isinstance(answer, wire.Routing) and self._hear(answer, known):
                 return
+        timeout = self._routing_timeout(deadline)
         answers = yield Exchange([_ask(address, None, timeout) for address in behind])
         routings = [Routing(answer) for answer in answers if isinstance(answer, wire.Routing)]
         if routings and self._routing is known:
@@ -382,12 +383,15 @@ class Router:
             self._doubted = None
             self._breaker.forget_others(self._routing.addresses)
 
+    def _routing_timeout(self, deadline: float) -> float:
+        return min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
+
     def _learn(self, deadline: float) -> Steps[None]:
         """The first routing, from the seeds, until one answers."""
         for attempt in itertools.count():
             failure, pause = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "no time left to ask"), self._pause(attempt)
             for address in self._seeds:
-                timeout = min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))
+                timeout = self._routing_timeout(deadline)
                 [answer] = yield Exchange([_ask(address, None, timeout)])
                 if isinstance(answer, wire.Routing):
                     return self.adopt(Routing(answer))

@@ -191,7 +191,8 @@ def test_a_part_cut_short_under_a_mapping_costs_a_shard_and_no_lookup(own_store:
             asked = load.lookups
             until(lambda: load.lookups > asked + 50, "lookups beside the cut part")
         load.check()
-        [problem] = [problem for problem in status.problems if problem.kind == control.Problem.KIND_SHARD]
+        [problem] = [problem for problem in status.problems if "is cut short" in problem.message]
+        assert problem.kind == control.Problem.KIND_SHARD
         assert "import the table again" in problem.message
 
 
