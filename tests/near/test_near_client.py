@@ -203,6 +203,7 @@ class Reading:
             self.rows["stale" if stale else "right" if right else "wrong"] += len(ids)
 
 
+@pytest.mark.service
 def test_a_million_near_rows_are_right_through_every_fault(tmp_path: Path) -> None:
     """N2 to N4: shards are killed, hang, come again, are drained and replaced, and the version is replaced."""
     first, second = (longcat_checkpoint(tmp_path / f"checkpoint-{tag}", tag) for tag in (1, 2))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from simulation.cluster import Controller, Shard
     from simulation.world import World
 
+# So long after a model was first served, clients may hear that it is not: shards learn of it one after the other.
+NEWS_SECONDS = 5.0
 # What a lookup may take beyond its deadline: a call is given a millisecond at least.
 LATE_SECONDS = 0.05
 
@@ -48,6 +50,7 @@ class Checks:
         self._named: dict[tuple[str, int], dict[str, dict[PartKey, float]]] = {}
         self._holders: dict[PartKey, set[str]] = {}
         self._since: dict[tuple[str, PartKey], float] = {}
+        self._first_named: dict[str, float] = {}  # of each model when it was first served
         self._last_named: dict[str, tuple[int, int]] = {}  # of each version the newest routing that serves it
         self._obeyed: dict[tuple[str, int], tuple[Controller, float, int]] = {}
         self._routers: dict[str, _Age] = {}
@@ -62,6 +65,7 @@ class Checks:
             raise Broken("two routings have one age", f"{routing.age} of {controller.name}")
         self._check_owners(controller, routing)
         for model in routing.models:
+            self._first_named.setdefault(model.full_name.partition("@")[0], world.now)
             self._last_named[model.full_name] = max(routing.age, self._last_named.get(model.full_name, (0, 0)))
         who = (controller.name, controller.life)
         if routing.age <= self._newest.get(str(who), (0, 0)):
@@ -166,7 +170,8 @@ class Checks:
         self.failures += 1
         lookup.is_over = True
         self.world.say("%s: failed after %.3f s: %s", lookup.client.name, self.world.now - lookup.began, why)
-        if self.calm and not thin and not lookup.version:
+        since = self._first_named.get(lookup.model, self.world.now)
+        if self.calm and lookup.began - since > NEWS_SECONDS and not thin and not lookup.version:
             raise Broken("a lookup failed", f"{lookup}: {why}")
 
     def answered(self, lookup: Lookup, rows: dict[str, Any]) -> None:
