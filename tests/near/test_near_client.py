@@ -148,17 +148,19 @@ class Reading:
     """Threads that look up rows near or far, and check each by content: a row names its table and its id.
 
     Attributes:
-        rows: Of each outcome: "right", "wrong", "stale" (of the version before `flipped`) or "failed".
+        clients: One a thread, so that its counts tell of each lookup whether rows were near.
+        rows: Of each outcome: "right", "wrong", "stale" or "failed". Stale rows are near ones of the version before
+            `flipped`. A shard that is asked over the wire may give those until its grace ends.
     """
 
     def __init__(self, address: list[str], threads: int = 2) -> None:
-        self.client = EmbeddingClient(address, timeout=60, near=True)
+        self.clients = [EmbeddingClient(address, timeout=60, near=True) for _ in range(threads)]
         self.rows: Counter[str] = Counter()
         self.failures: list[Exception] = []
         self.flipped = float("inf")
         self._tables = {tag: longcat_table(tag) for tag in (1, 2)}
         self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._read, args=(seed,)) for seed in range(threads)]
+        self._threads = [threading.Thread(target=self._read, args=each) for each in enumerate(self.clients)]
 
     def __enter__(self) -> Reading:
         for thread in self._threads:
@@ -169,7 +171,16 @@ class Reading:
         self._done.set()
         for thread in self._threads:
             thread.join()
-        self.client.close()
+        for client in self.clients:
+            client.close()
+
+    @property
+    def near_rows(self) -> int:
+        return sum(client.statistics.near_rows for client in self.clients)
+
+    def all_see(self, shard: str, *, near: bool) -> bool:
+        """Whether a shard is near for all clients, or for none."""
+        return all((client.statistics.shards.get(shard) == "near") == near for client in self.clients)
 
     def more(self, rows: int = 20_000) -> None:
         """Until so many more were right."""
@@ -177,29 +188,29 @@ class Reading:
         until(lambda: self.rows["right"] >= before + rows, f"{rows} more rows", seconds=90)
 
     def until_near(self) -> None:
-        """Until all rows of a lookup were near."""
+        """Until every client has read near rows once more."""
+        before = [client.statistics.near_rows for client in self.clients]
 
         def near() -> bool:
-            before = self.client.statistics.near_rows
-            time.sleep(0.2)
-            return self.client.statistics.near_rows > before
+            return all(client.statistics.near_rows > rows for client, rows in zip(self.clients, before, strict=True))
 
-        until(near, f"near rows, {self.client.statistics}", seconds=90)
+        until(near, f"near rows, {[client.statistics for client in self.clients]}", seconds=90)
 
-    def _read(self, seed: int) -> None:
+    def _read(self, seed: int, client: EmbeddingClient) -> None:
         generator = torch.Generator().manual_seed(seed)
         while not self._done.is_set():
             ids = torch.randint(0, ROWS, (600,), generator=generator)
-            began = time.monotonic()
+            began, near_before = time.monotonic(), client.statistics.near_rows
             try:
-                rows = self.client.lookup("m/ngram", ids)
+                rows = client.lookup("m/ngram", ids)
             except Exception as error:
                 self.failures.append(error)
                 self.rows["failed"] += len(ids)
                 continue
             tag = int(rows[0, 0])
             right = tag in self._tables and torch.equal(rows, self._tables[tag][ids])
-            stale = right and tag == 1 and began > self.flipped
+            near = client.statistics.near_rows > near_before
+            stale = right and near and tag == 1 and began > self.flipped
             self.rows["stale" if stale else "right" if right else "wrong"] += len(ids)
 
 
@@ -229,7 +240,7 @@ def test_a_million_near_rows_are_right_through_every_fault(tmp_path: Path) -> No
         assert reading.rows["wrong"] == reading.rows["stale"] == 0, reading.rows
         assert reading.rows["failed"] == 0, reading.failures[0]
         assert reading.rows["right"] >= 1_000_000
-        assert reading.client.statistics.near_rows > 500_000
+        assert reading.near_rows > 500_000
 
 
 def killed_and_hung(running: Cluster, reading: Reading, start: Callable[[str], None]) -> None:
@@ -241,11 +252,11 @@ def killed_and_hung(running: Cluster, reading: Reading, start: Callable[[str], N
     reading.until_near()
     hung = running.processes["b"].popen
     hung.send_signal(signal.SIGSTOP)
-    until(lambda: reading.client.statistics.shards.get("b") != "near", "the silence to be noticed", seconds=60)
+    until(lambda: reading.all_see("b", near=False), "the silence to be noticed", seconds=60)
     reading.more()
     hung.send_signal(signal.SIGCONT)
     until(lambda: running.is_whole(2), "all copies", seconds=90)
-    until(lambda: reading.client.statistics.shards.get("b") == "near", "b to be near again", seconds=60)
+    until(lambda: reading.all_see("b", near=True), "b to be near again", seconds=60)
 
 
 def drained(running: Cluster, reading: Reading, start: Callable[[str], None]) -> None:
@@ -258,7 +269,7 @@ def drained(running: Cluster, reading: Reading, start: Callable[[str], None]) ->
 
 
 def version_replaced(running: Cluster, reading: Reading, store: Path, checkpoint: Path) -> None:
-    """From when every shard has the new routing on, no lookup that begins has a row of the old version."""
+    """From when every shard has the new routing on, no lookup that begins has a near row of the old version."""
     import_checkpoint(checkpoint, str(store), "m", version="2", dtype="fp32", part_bytes=64 << 10)
 
     def everywhere() -> bool:
