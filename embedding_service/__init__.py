@@ -21,6 +21,7 @@ from embedding_service.errors import (
     NotFound,
     OutOfRange,
     Overloaded,
+    PermissionDenied,
     PlacementError,
     ProtocolError,
     Redirect,
@@ -28,6 +29,7 @@ from embedding_service.errors import (
     RequestTooLarge,
     ServiceError,
     StoreError,
+    Unauthenticated,
     Unavailable,
     UnencodableRow,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "NotFound",
     "OutOfRange",
     "Overloaded",
+    "PermissionDenied",
     "PlacementError",
     "ProtocolError",
     "Redirect",
@@ -59,6 +62,7 @@ __all__ = [
     "RequestTooLarge",
     "ServiceError",
     "StoreError",
+    "Unauthenticated",
     "Unavailable",
     "UnencodableRow",
 ]

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from embedding_service.commands import bench, cluster, plan, query, store
+from embedding_service.commands import bench, cluster, plan, policy, query, store
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import printable
 
@@ -29,6 +29,7 @@ for command in (
     bench.bench,
 ):
     app.command()(command)
+app.add_typer(policy.app, name="policy")
 
 
 def main() -> None:

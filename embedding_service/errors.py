@@ -7,6 +7,8 @@
             NotFound            no such model, version or table
             OutOfRange          a row id outside its table
             RequestTooLarge     over a limit of the service
+            Unauthenticated     nobody known sent it: no token, or one that does not count
+            PermissionDenied    its sender has no right to it
         ServiceError            the service could not answer now; the same request may succeed later
             Unavailable         no owner of the rows can be reached
             DeadlineExceeded    the answer did not come in time
@@ -58,6 +60,14 @@ class OutOfRange(RequestError, IndexError):
 
 class RequestTooLarge(RequestError):
     """Over a limit of the service. The message gives the limit (gRPC RESOURCE_EXHAUSTED)."""
+
+
+class Unauthenticated(RequestError):
+    """Nobody known sent it. The message says what is missing or does not count (gRPC UNAUTHENTICATED)."""
+
+
+class PermissionDenied(RequestError, PermissionError):
+    """Its sender has no right to it. The message names the right (gRPC PERMISSION_DENIED)."""
 
 
 class ServiceError(EmbeddingServiceError):

@@ -1,0 +1,64 @@
+"""Certificates: whose they are, and whether an authority vouches for them."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Sequence
+
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from embedding_service.errors import Unauthenticated
+from embedding_service.foreign import one_line
+
+
+def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """Its URIs, DNS names and addresses. A certificate without a SAN has none."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    names: list[str] = found.get_values_for_type(x509.UniformResourceIdentifier)
+    names += found.get_values_for_type(x509.DNSName)
+    return (*names, *(str(each) for each in found.get_values_for_type(x509.IPAddress)))
+
+
+@functools.lru_cache(maxsize=256)
+def names_in(pem: bytes) -> tuple[str, ...]:
+    """`names_of` of a certificate as TLS gave it, which has been verified then."""
+    return names_of(x509.load_pem_x509_certificate(pem))
+
+
+def verify(chain: Sequence[bytes], authorities: bytes, when: float) -> x509.Certificate:
+    """The first certificate of a chain, if an authority vouches for it as a client's.
+
+    Args:
+        chain: DER, its own first, then those between it and an authority.
+        authorities: PEM.
+        when: Seconds since 1970 at which it has to be valid.
+
+    Raises:
+        Unauthenticated: Says why it does not count.
+    """
+    try:
+        leaf, *between = [x509.load_der_x509_certificate(each) for each in chain]
+        store = Store(x509.load_pem_x509_certificates(authorities))
+        time = datetime.datetime.fromtimestamp(when, datetime.UTC).replace(tzinfo=None)
+        PolicyBuilder().store(store).time(time).build_client_verifier().verify(leaf, between)
+    except (VerificationError, ValueError, OverflowError) as error:
+        raise Unauthenticated(f"the certificate does not count: {one_line(error)}") from None
+    return leaf
+
+
+def stands_for(names: Sequence[str], host: str, shard: str) -> bool:
+    """Whether a shard's certificate may speak for this address and this shard id.
+
+    Its names hold the host, as it is or by a wildcard of DNS. They also hold the id: as a name, as the first label of a
+    name, by a wildcard, or as the last piece of a URI.
+    """
+    dns = [name.lower() for name in names if "://" not in name]
+    host, shard = host.strip("[]").lower(), shard.lower()
+    knows_host = host in dns or f"*.{host.partition('.')[2]}" in dns
+    knows_id = any(name == shard or name.startswith((f"{shard}.", "*.")) for name in dns)
+    return knows_host and (knows_id or any(name.lower().endswith(f"/{shard}") for name in names if "://" in name))

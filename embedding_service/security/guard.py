@@ -1,0 +1,171 @@
+"""Finds out whose a call is. A process has one guard for all of its ports."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from embedding_service.errors import InvalidRequest, Unauthenticated
+from embedding_service.security import proofs, tokens
+from embedding_service.security.certificates import names_in
+from embedding_service.security.files import Reloaded
+from embedding_service.security.identity import Caller, Credential
+from embedding_service.security.policy import Policy, read_policy
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks at the files. What is revoked is refused within two seconds, on open streams too.
+LOOK_SECONDS = 0.5
+# Tokens that are remembered. What is beyond that is checked at each call.
+MOST_KNOWN = 10_000
+# Bytes of a token.
+MOST_TOKEN = 8 << 10
+
+HEADER, SCHEME = "authorization", "bearer "
+MISSING = "the call shows nobody's right: send a token in the metadata 'authorization', as 'Bearer TOKEN'"
+
+
+class Guard:
+    """Knows the policy, and whose tokens and certificates are. Thread-safe.
+
+    Args:
+        policy: The policy file.
+        authorities: PEM of who vouches for certificates.
+
+    Raises:
+        InvalidRequest: A file cannot be read or is not right.
+    """
+
+    def __init__(self, policy: Path, authorities: Path) -> None:
+        def complain(error: Exception) -> None:
+            log.error("the files of before go on counting: %s", error)
+
+        self._policy = Reloaded([policy], lambda: read_policy(policy), complain)
+        self._issuer: Reloaded[tokens.Issuer | None] = self._read_issuer(complain)
+        self._authorities = Reloaded([authorities], lambda: _read(authorities), complain)
+        self._complain = complain
+        self._known: dict[bytes, Credential] = {}
+        self._callers: dict[Credential, Caller] = {}
+        self._listeners: list[Callable[[], None]] = []
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def _read_issuer(self, complain: Callable[[Exception], None]) -> Reloaded[tokens.Issuer | None]:
+        about = self._policy.now.jwt
+        if about is None:
+            return Reloaded([], lambda: None)
+        return Reloaded(
+            [about.jwks], lambda: tokens.Issuer.read(_read(about.jwks), about.issuer, about.audience), complain
+        )
+
+    def watch(self, listener: Callable[[], None]) -> None:
+        """Call `listener` regularly, on a thread of the guard's, so that open calls are looked at again."""
+        self._listeners.append(listener)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                self.look()
+                for listener in self._listeners:
+                    listener()
+            except Exception:
+                log.exception("looking at the policy failed")
+
+    def look(self) -> None:
+        """Take in what changed in the files."""
+        changed = self._policy.look()
+        if changed:
+            try:
+                self._issuer = self._read_issuer(self._complain)
+            except InvalidRequest as error:
+                self._complain(error)
+        if self._issuer.look() | self._authorities.look() | changed:
+            self._known, self._callers = {}, {}
+            log.info("the policy was read again")
+
+    def caller(self, bearer: str | None, certificate: bytes | None = None, passed_on: str | None = None) -> Caller:
+        """Whose a call is.
+
+        Args:
+            bearer: The metadata `authorization`.
+            certificate: PEM, as TLS verified it.
+            passed_on: The identity that a process of this service found.
+
+        Raises:
+            Unauthenticated: Nobody's. The message says what is missing, or does not count.
+        """
+        if passed_on is not None:
+            return self._find(Credential(identity=passed_on))
+        if certificate is not None:
+            return self._find(Credential(names=names_in(certificate)))
+        if bearer is None:
+            raise Unauthenticated(MISSING)
+        return self._find(self._of_bearer(bearer))
+
+    def again(self, caller: Caller) -> Caller:
+        """Who that is by now. Raises Unauthenticated for one that is nobody any more."""
+        return self._find(caller.credential)
+
+    def _of_bearer(self, bearer: str) -> Credential:
+        token = bearer[len(SCHEME) :].strip()
+        if bearer[: len(SCHEME)].lower() != SCHEME or not token or len(token) > MOST_TOKEN:
+            raise Unauthenticated("the metadata 'authorization' must be 'Bearer TOKEN'")
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._known
+        credential = known.get(digest)
+        if credential is None:
+            credential = self._check(token, digest)
+            if len(known) < MOST_KNOWN:
+                known[digest] = credential
+        return credential
+
+    def _check(self, token: str, digest: bytes) -> Credential:
+        if not tokens.is_jwt(token):
+            return Credential(digest=digest)
+        if proofs.is_proof(token):
+            names, until = proofs.check_proof(token, self._authorities.now)
+            return Credential(names=names, until=until)
+        if self._issuer.now is None:
+            raise Unauthenticated("the token does not count: the policy has no table [jwt]")
+        subject, until = self._issuer.now.check(token)
+        return Credential(subject=subject, until=until)
+
+    def _find(self, credential: Credential) -> Caller:
+        callers = self._callers
+        caller = callers.get(credential)
+        if caller is None:
+            policy: Policy = self._policy.now
+            name = credential.found_in(policy)
+            if name is None:
+                raise Unauthenticated("the policy knows nobody with this token or certificate")
+            caller = Caller(name, policy.identities[name], credential)
+            if len(callers) < MOST_KNOWN:
+                callers[credential] = caller
+        if caller.expired:
+            raise Unauthenticated("the token has expired: send a newer one")
+        return caller
+
+
+def bearer_of(metadata: Mapping[str, str | bytes] | None) -> str | None:
+    """The text of the metadata `authorization`, if there is any."""
+    found = (metadata or {}).get(HEADER)
+    return found.decode(errors="replace") if isinstance(found, bytes) else found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None

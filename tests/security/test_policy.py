@@ -1,0 +1,176 @@
+"""Policies, tokens and proofs, without any server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+from support.security import write_policy
+
+from embedding_service.errors import InvalidRequest, PermissionDenied, Unauthenticated
+from embedding_service.security import proofs
+from embedding_service.security.authority import Authority
+from embedding_service.security.certificates import stands_for
+from embedding_service.security.guard import Guard
+from embedding_service.security.policy import MODEL_RIGHTS, SERVICE_RIGHTS, Identity, Policy, digest_of, read_policy
+
+NAMES = st.text("ab@*?[]", max_size=6)
+
+
+@given(patterns=st.lists(NAMES.filter(bool), max_size=4), model=NAMES)
+def test_s4_a_right_for_a_model_is_one_of_its_patterns_and_absent_is_denied(patterns: list[str], model: str) -> None:
+    identity = Identity(read=tuple(patterns))
+    name = model.partition("@")[0]
+    expected = [each for each in patterns if fnmatchcase(model if "@" in each else name, each)]
+    assert identity.may("read", model) is bool(expected)
+    assert not identity.may("publish", model) and not identity.may("train", model)
+    assert not any(identity.has(right) for right in SERVICE_RIGHTS)
+
+
+@given(st.lists(st.tuples(st.sampled_from(MODEL_RIGHTS), st.sampled_from(["a", "a@1", "b", "*"])), max_size=4))
+def test_s4_every_right_is_its_own(rights: list[tuple[str, str]]) -> None:
+    identity = Identity(**{right: [model for kind, model in rights if kind == right] for right in MODEL_RIGHTS})
+    for right in MODEL_RIGHTS:
+        for name, version in (("a", "1"), ("a", "2"), ("b", "1")):
+            meant = {(right, name), (right, f"{name}@{version}"), (right, "*")} & set(rights)
+            assert identity.may(right, f"{name}@{version}") is bool(meant)
+
+
+@given(tokens=st.dictionaries(st.text(min_size=1), st.sampled_from("abc"), max_size=6), other=st.text())
+def test_s3_a_token_is_found_by_its_digest_alone(tokens: dict[str, str], other: str) -> None:
+    held: dict[str, list[str]] = {}
+    for token, name in tokens.items():
+        held.setdefault(name, []).append(f"sha256:{digest_of(token)}")
+    policy = Policy(identities={name: Identity(tokens=tuple(digests)) for name, digests in held.items()})
+    for token in (*tokens, other):
+        assert policy.of_token(hashlib.sha256(token.encode()).digest()) == tokens.get(token)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[identities.a]\nread = 3", "identities.a.read"),
+        ("[identities.a]\nrights = ['root']", "identities.a.rights.0"),
+        ("[identities.a]\ntokens = ['secret']", "identities.a.tokens.0"),
+        ("[identities.a]\nreads = ['*']", "identities.a.reads"),
+        ("[identities.'a b']\n", "identities"),
+        ("[jwt]\njwks = 'x'", "jwt.issuer"),
+        ("identities = [", "no TOML"),
+        ("\x00", "no TOML"),
+    ],
+)
+def test_a_policy_that_is_not_right_names_the_field(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=said) as raised:
+        read_policy(path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
+
+def test_s4_a_policy_that_changes_counts_and_one_that_is_broken_does_not(tmp_path: Path) -> None:
+    authority = _authority(tmp_path)
+    policy = write_policy(tmp_path, {"a": {"tokens": ["one"], "read": ["m"]}})
+    guard = Guard(policy, authority)
+    caller = guard.caller("Bearer one")
+    assert caller.name == "a" and caller.may_read("m", "1") and not caller.may_read("n", "1")
+    with pytest.raises(PermissionDenied, match="admin"):
+        caller.require(["admin"], "anything")
+    policy.write_text("nonsense [")
+    guard.look()
+    assert guard.caller("bearer one").name == "a"
+    write_policy(tmp_path, {"b": {"tokens": ["two"], "read": ["n"]}})
+    guard.look()
+    with pytest.raises(Unauthenticated):
+        guard.again(caller)
+    with pytest.raises(Unauthenticated):
+        guard.caller("Bearer one")
+    assert guard.caller("Bearer two").name == "b"
+
+
+@pytest.mark.parametrize(
+    "bearer", [None, "", "Bearer", "Bearer ", "Basic one", "Bearer \x00", "Bearer " + "x" * 10_000]
+)
+def test_s3_what_is_no_token_is_nobody(tmp_path: Path, bearer: str | None) -> None:
+    guard = Guard(write_policy(tmp_path, {"a": {"tokens": ["one"]}}), _authority(tmp_path))
+    with pytest.raises(Unauthenticated):
+        guard.caller(bearer)
+
+
+def test_s3_a_json_web_token_counts_by_its_issuers_keys_alone(tmp_path: Path) -> None:
+    ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    public = jwt.algorithms.ECAlgorithm.to_jwk(ours.public_key(), as_dict=True)
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "k", "use": "sig", "alg": "ES256"}]}))
+    about = {"jwks": "jwks.json", "issuer": "https://i", "audience": "us"}
+    policy = write_policy(tmp_path, {"w": {"subjects": ["system:*"], "read": ["*"]}}, about)
+    guard = Guard(policy, _authority(tmp_path))
+    now = int(time.time())
+    right: dict[str, Any] = {"iss": "https://i", "aud": ["us", "x"], "sub": "system:w", "exp": now + 60}
+
+    def bearer(key: Any = ours, algorithm: str = "ES256", kid: str = "k", **other: Any) -> str:
+        claims = {name: value for name, value in {**right, **other}.items() if value is not None}
+        return "Bearer " + jwt.encode(claims, key, algorithm, headers={"kid": kid})
+
+    assert guard.caller(bearer()).name == "w"
+    point = ours.public_key().public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    wrong = [bearer(theirs), bearer(kid="z"), bearer(iss="https://other"), bearer(aud="them"), bearer(exp=now - 60)]
+    wrong += [bearer(exp=None), bearer(sub=None), bearer(sub="other"), bearer(nbf=now + 600)]
+    wrong += [bearer(point, "HS256"), bearer("", "none"), bearer()[:-3] + "AAA"]
+    for each in wrong:
+        with pytest.raises(Unauthenticated):
+            guard.caller(each)
+
+
+def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authority(tmp_path: Path) -> None:
+    authority, other = Authority.create(), Authority.create()
+    authority.issue(tmp_path / "shard", ["spiffe://x/shard/a", "localhost"])
+    authority.issue(tmp_path / "old", ["spiffe://x/shard/a"], begins=-2, days=-1)
+    other.issue(tmp_path / "false", ["spiffe://x/shard/a"])
+    policy = write_policy(tmp_path, {"members": {"certificates": ["spiffe://x/shard/*"], "rights": ["member"]}})
+    guard = Guard(policy, tmp_path / "shard" / "ca.crt")
+
+    def files(name: str) -> tuple[bytes, bytes]:
+        return (tmp_path / name / "tls.crt").read_bytes(), (tmp_path / name / "tls.key").read_bytes()
+
+    assert guard.caller("Bearer " + proofs.prove(*files("shard"))).name == "members"
+    now = int(time.time())
+    wrong = [proofs.prove(*files(name)) for name in ("old", "false")]
+    wrong.append(proofs.sign({"aud": "x", "iat": now, "exp": now + 9}, *files("shard")))
+    wrong.append(proofs.sign({"aud": proofs.AUDIENCE, "iat": now, "exp": now + 99_999}, *files("shard")))
+    wrong.append(proofs.sign({"aud": proofs.AUDIENCE, "iat": now - 999, "exp": now - 900}, *files("shard")))
+    for token in wrong:
+        with pytest.raises(Unauthenticated):
+            guard.caller(f"Bearer {token}")
+    with pytest.raises(ValueError, match="not the certificate's"):
+        proofs.prove(files("shard")[0], files("false")[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "shard", "right"),
+    [
+        (["spiffe://x/shard/a", "localhost", "127.0.0.1"], "127.0.0.1", "a", True),
+        (["spiffe://x/shard/a", "localhost"], "localhost", "b", False),
+        (["spiffe://x/shard/a", "localhost"], "elsewhere", "a", False),
+        (["*.shards.ns.svc"], "shards-0.shards.ns.svc", "shards-0", True),
+        (["*.shards.ns.svc"], "shards-0.other.ns.svc", "shards-0", False),
+        (["shards-0.shards.ns.svc"], "shards-0.shards.ns.svc", "shards-1", False),
+        (["a", "::1"], "[::1]", "a", True),
+        ([], "a", "a", False),
+    ],
+)
+def test_s6_a_certificate_speaks_for_its_own_shard(names: list[str], host: str, shard: str, right: bool) -> None:
+    assert stands_for(names, host, shard) is right
+
+
+def _authority(folder: Path) -> Path:
+    Authority.create().save(folder)
+    return folder / "ca.crt"
