@@ -127,7 +127,9 @@ def controller(
     store: StoreOption,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.", callback=check_address)] = "127.0.0.1:7069",
     advertise: AdvertiseOption = None,
-    replicas: ReplicasOption = 1,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Copies of every part, each on another shard; 0: one on every shard.")
+    ] = 1,
     expect_shards: Annotated[
         int, typer.Option(min=0, help="Shards to wait for before the first plan; 0: until no more come.")
     ] = 0,

@@ -25,7 +25,7 @@ class Placing:
     """The newest plan, and what it was made for. It does not plan by itself, but asks for plans.
 
     Args:
-        replicas: Copies that are wanted of every part.
+        replicas: Copies that are wanted of every part. 0: one on every shard.
         fleet: The shards.
         clock: Seconds now.
 
@@ -44,6 +44,11 @@ class Placing:
         self._planned_at = 0.0
         self._replan_at = 0.0
         self._left_out: set[tuple[str, str]] = set()
+
+    @property
+    def copies(self) -> int:
+        """Copies that are wanted of every part, with the shards that there are."""
+        return self._replicas or sum(not shard.report.draining for shard in self._fleet.shards.values())
 
     def is_due(self) -> bool:
         """Whether `update` is wanted though nothing changed: a planner failed a while ago, or parts may be hot now."""
@@ -64,7 +69,7 @@ class Placing:
         names = {(each.model, each.version): each for each in wanted}
         nodes = [_node(shard, names) for _, shard in sorted(self._fleet.shards.items())]
         staying = {node.shard for node in nodes if not node.draining}
-        replicas = min(self._replicas, len(staying))
+        replicas = min(self.copies, len(staying))
         about = ([replace(node, held=frozenset()) for node in nodes], set(names))
         changed = about != self._planned_for
         failed, retry = self._replan_at > 0, self._is_retry_due()
@@ -74,7 +79,7 @@ class Placing:
         missing = decisions.needs_plan(placed, self.target, staying, replicas)
         if missing or changed or retry or self._is_heat_due():
             self._planned_for, self._planned_at = about, self._clock()
-            self.replicas_problem = decisions.too_few_shards(self._replicas, replicas)
+            self.replicas_problem = decisions.too_few_shards(self.copies, replicas)
             yield from self._plan(decisions.by_importance(wanted, served), served, nodes, replicas)
 
     def _plan(

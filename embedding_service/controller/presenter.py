@@ -43,7 +43,7 @@ def metrics_of(state: ControllerState, store: str) -> Iterator[Metric]:
     copies = [len(holders.get(key, ())) for key in keys]
     term, epoch = state.routing.age if state.routing else (state.term, 0)
     served = len(state.routing.models) if state.routing else 0
-    missing = sum(max(state.settings.replicas - count, 0) for count in copies)
+    missing = sum(max(state.placing.copies - count, 0) for count in copies)
     problems = len(list(problems_of(state, store)))
     yield gauge("routing_term", "Term of the routing.", term)
     yield gauge("routing_epoch", "Epoch of the routing.", epoch)

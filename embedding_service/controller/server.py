@@ -71,7 +71,7 @@ class ControllerOptions:
         store: Path or URL of the store whose models are served, each in its newest version.
         listen: host:port. Port 0 takes a free one.
         advertise: How others reach it, if that is not `listen`.
-        replicas: Copies of every part, each on another shard.
+        replicas: Copies of every part, each on another shard. 0: one on every shard.
         expect_shards: The first plan waits for this many shards, at most `patience` seconds. 0: until none has come for
             `settle` seconds.
         lost_after: Seconds of silence after which a shard counts as gone.

@@ -81,7 +81,7 @@ class Settings:
 
     Attributes:
         address: Where clients and shards reach it. The routing says so.
-        replicas: Copies of every part, each on another shard.
+        replicas: Copies of every part, each on another shard. 0: one on every shard.
         expect_shards: The first plan waits for this many shards, at most `patience` seconds. 0: until none has come for
             `settle` seconds.
         lost_after: Seconds of silence after which a shard counts as gone.
@@ -316,7 +316,7 @@ class ControllerState:
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
         draining = {name for name, shard in shards.items() if shard.report.draining}
-        target, copies = self.placing.target, self.settings.replicas
+        target, copies = self.placing.target, self.placing.copies
         self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies))
         self._assign()
 

@@ -326,6 +326,27 @@ def test_a_shard_that_is_lost_while_a_plan_is_made_is_not_in_the_routing_after_i
     assert world.assigned("c") == set(KEYS)
 
 
+def test_with_a_copy_on_every_shard_one_that_joins_gets_all_and_one_that_leaves_costs_nothing() -> None:
+    world = World(replicas=0)
+    world.serve(ONE)
+    assert world.owners() == [["a", "b"]] * 3
+    world.join("c")
+    world.pass_time(1)
+    assert world.assigned("c") == set(KEYS)
+    assert world.owners() == [["a", "b"]] * 3
+    world.obey("c")
+    world.pass_time(1)
+    assert world.owners() == [["a", "b", "c"]] * 3
+    world.reports["a"].draining = True
+    world.pass_time(1)
+    assert world.owners() == [["b", "c"]] * 3
+    assert world.assigned("b") == world.assigned("c") == set(KEYS)
+    world.feed(Left("a"))
+    world.pass_time(6)
+    assert world.owners() == [["b", "c"]] * 3
+    assert not list(problems_of(world.state, "store"))
+
+
 def test_what_a_shard_leaves_is_kept_for_the_grace_time_after_all_new_copies_are_there() -> None:
     world = World()
     world.serve(ONE, shards="a")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ def whole(overlay: Path) -> list[Manifest]:
 
 def containers(template: Manifest) -> list[Manifest]:
     return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+
+
+def shards_of(objects: list[Manifest]) -> Manifest:
+    """What runs the shards of an overlay: a StatefulSet or a DaemonSet."""
+    kinds = ("StatefulSet", "DaemonSet")
+    [shards] = [each for each in objects if each["kind"] in kinds and each["metadata"]["name"] == "embedding-shard"]
+    return shards
 
 
 def name_of(folder: Path) -> str:
@@ -106,7 +113,8 @@ def test_the_namespace_is_valid_and_the_one_of_the_overlays() -> None:
     namespace = yaml.safe_load((K8S / "namespace.yaml").read_text())
     validate(namespace)
     for folder in FOLDERS:
-        assert {each["metadata"]["namespace"] for each in objects_of(folder)} == {namespace["metadata"]["name"]}
+        inside = [each for each in objects_of(folder) if each["kind"] != "PersistentVolume"]
+        assert {each["metadata"]["namespace"] for each in inside} == {namespace["metadata"]["name"]}
 
 
 # Complete
@@ -126,10 +134,11 @@ def test_whatever_pods_refer_to_is_there(overlay: Path) -> None:
             assert set(re.findall(r"\$\((\w+)\)", words)) <= set(environment(container, objects))
     for stateful in (each for each in objects if each["kind"] == "StatefulSet"):
         find(objects, "Service", stateful["spec"]["serviceName"])
-        own = [claim["metadata"]["name"] for claim in stateful["spec"].get("volumeClaimTemplates", [])]
-        there = [*own, *(volume["name"] for volume in stateful["spec"]["template"]["spec"]["volumes"])]
+    for each in (each for each in objects if each["kind"] in ("StatefulSet", "DaemonSet")):
+        own = [claim["metadata"]["name"] for claim in each["spec"].get("volumeClaimTemplates", [])]
+        there = [*own, *(volume["name"] for volume in each["spec"]["template"]["spec"]["volumes"])]
         assert len(there) == len(set(there))
-        for container in containers(stateful["spec"]["template"]):
+        for container in containers(each["spec"]["template"]):
             assert {mount["name"] for mount in container["volumeMounts"]} == set(there)
 
 
@@ -149,7 +158,7 @@ def test_selectors_find_pods_and_ports(overlay: Path) -> None:
             ports = {port["targetPort"] for port in spec["ports"]}
             for template in selected(spec["selector"]):
                 assert ports <= {port["name"] for port in template["spec"]["containers"][0]["ports"]}
-        if each["kind"] in ("StatefulSet", "PodDisruptionBudget", "PodMonitor"):
+        if each["kind"] in ("StatefulSet", "DaemonSet", "PodDisruptionBudget", "PodMonitor"):
             selected(spec["selector"]["matchLabels"])
         if each["kind"] == "NetworkPolicy":
             named = {port["port"] for rule in spec.get("ingress", []) for port in rule.get("ports", [])}
@@ -195,7 +204,9 @@ def test_arguments_are_those_of_the_commands(overlay: Path) -> None:
 
 
 def _filled_in(words: list[str], variables: dict[str, Manifest | str]) -> list[str]:
-    values = {name: value if isinstance(value, str) else "pod" for name, value in variables.items()}
+    values = {
+        name: value if isinstance(value, str) else name.lower().replace("_", "-") for name, value in variables.items()
+    }
     return [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in words]
 
 
@@ -275,7 +286,7 @@ def test_every_pod_has_a_network_policy(folder: Path) -> None:
 def test_shards_have_time_to_drain_and_room_for_what_they_offer(overlay: Path) -> None:
     objects = objects_of(overlay)
     decided = find(objects, "ConfigMap", "embedding-")["data"]
-    pod = find(objects, "StatefulSet", "embedding-shard")["spec"]["template"]["spec"]
+    pod = shards_of(objects)["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] >= int(decided["DRAIN_SECONDS"]) + END_SECONDS
     resources = pod["containers"][0]["resources"]
     if decided["TIER"] == "ram":
@@ -283,21 +294,29 @@ def test_shards_have_time_to_drain_and_room_for_what_they_offer(overlay: Path) -
         assert resources["requests"]["memory"] == resources["limits"]["memory"]
 
 
-@pytest.mark.parametrize(("overlay", "survivors"), [("cpu-production", 7), ("gpu", 2)])
-def test_longcat_flash_lite_fits(overlay: str, survivors: int) -> None:
+@pytest.mark.parametrize(
+    ("overlay", "copies", "survivors"), [("cpu-production", 2, 7), ("gpu", 2, 2), ("gpu-near", 2, 1)]
+)
+def test_longcat_flash_lite_fits(overlay: str, copies: int, survivors: int) -> None:
+    """On a node that keeps all of it, two versions of it do, while one takes the other's place."""
     objects = objects_of(K8S / "overlays" / overlay)
     decided = find(objects, "ConfigMap", "embedding-")["data"]
-    need = ROWS * ROW_BYTES[decided["TIER"]] * int(decided["COPIES"])
+    assert int(decided["COPIES"]) in (copies, 0)
+    need = ROWS * ROW_BYTES[decided["TIER"]] * copies
     assert need / survivors < 0.9 * parse_bytes(decided["MEMORY"])
 
 
 @each_overlay
 def test_the_controller_waits_for_as_many_shards_as_there_are(overlay: Path) -> None:
     objects = objects_of(overlay)
-    spec = find(objects, "StatefulSet", "embedding-shard")["spec"]
+    shards = shards_of(objects)
+    spec = shards["spec"]
     scalers = [each for each in objects if each["kind"] == "HorizontalPodAutoscaler"]
-    replicas = scalers[0]["spec"]["minReplicas"] if scalers else spec["replicas"]
     decided = find(objects, "ConfigMap", "embedding-")["data"]
+    if shards["kind"] == "DaemonSet":  # as many as there are nodes
+        assert decided["EXPECT_SHARDS"] == decided["COPIES"] == "0"
+        return
+    replicas = scalers[0]["spec"]["minReplicas"] if scalers else spec["replicas"]
     assert int(decided["EXPECT_SHARDS"]) == replicas
     assert int(decided["COPIES"]) <= replicas
     # Ready only once all are seen, so one must not wait for the other.
@@ -307,29 +326,75 @@ def test_the_controller_waits_for_as_many_shards_as_there_are(overlay: Path) -> 
 # Near
 
 
-def test_the_component_near_gives_shards_and_workers_one_folder_of_their_node(tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
-    overlay = tmp_path / "k8s" / "overlays" / "cpu-production"
-    folders = [overlay, overlay / "worker"]
-    for folder in folders:
-        file = folder / "kustomization.yaml"
-        kustomization = yaml.safe_load(file.read_text())
-        up = "../" * len(folder.relative_to(tmp_path / "k8s").parts)
-        kustomization.setdefault("components", []).append(f"{up}components/near")
-        file.write_text(yaml.safe_dump(kustomization))
-    objects = [each for folder in folders for each in render(folder)]
+def on_top(folder: Path, overlay: str, *components: str) -> list[Manifest]:
+    """An overlay's objects with components on top of it, as users add them."""
+    folder.mkdir(exist_ok=True)
+    kustomization = {
+        "resources": [os.path.relpath(K8S / "overlays" / overlay, folder)],
+        "components": [os.path.relpath(K8S / "components" / name, folder) for name in components],
+        "namespace": "embedding",
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return render(folder)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "components", "worker", "socket"),
+    [
+        ("cpu-production", ["near"], "near/worker", "--near=/near/pod-name"),
+        ("local-small", ["near"], "near/head", "--near=/near/pod-name"),
+        ("local-small", ["per-node"], "near/head", "--near=/near/node-name"),
+        ("gpu-near", [], "", "--near=/near/node-name"),
+    ],
+)
+def test_shards_and_workers_meet_in_one_folder_of_their_node(
+    overlay: str, components: list[str], worker: str, socket: str, tmp_path: Path
+) -> None:
+    service = on_top(tmp_path / "service", overlay, *components)
+    objects = [*service, *on_top(tmp_path / "worker", f"{overlay}/worker", *([worker] if worker else []))]
     for each in objects:
         validate(each)
-    shard = find(objects, "StatefulSet", "embedding-shard")["spec"]["template"]["spec"]
+    shard = shards_of(objects)["spec"]["template"]
     cluster = find(objects, "RayService")["spec"]["rayClusterConfig"]
-    worker = cluster["workerGroupSpecs"][0]["template"]["spec"]
-    for pod in (shard, worker):
-        [volume] = [each for each in pod["volumes"] if each["name"] == "near"]
-        assert volume["hostPath"] == {"path": "/run/embedding-service", "type": "Directory"}
-        [mount] = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "near"]
-        assert mount["mountPath"] == "/near"
-    assert shard["securityContext"]["runAsUser"] == worker["securityContext"]["runAsUser"]
-    words = _filled_in(shard["containers"][0]["args"], environment(shard["containers"][0], objects))
+    groups = cluster["workerGroupSpecs"]
+    replica = (groups[0] if groups else cluster["headGroupSpec"])["template"]
+    mounted = [
+        each for each in pod_templates(objects) if "near" in [volume["name"] for volume in each["spec"]["volumes"]]
+    ]
+    assert mounted == [shard, replica]
+    for pod in (shard["spec"], replica["spec"]):
+        claim = near_of(pod["volumes"])["persistentVolumeClaim"]["claimName"]
+        assert near_of(pod["containers"][0]["volumeMounts"])["mountPath"] == "/near"
+        assert (pod["securityContext"]["runAsUser"], pod.get("hostUsers", True)) == (10001, True)
+        volume = find(objects, "PersistentVolume", find(objects, "PersistentVolumeClaim", claim)["spec"]["volumeName"])
+        # At home on every node, and nobody else's.
+        assert volume["spec"]["hostPath"] == {"path": "/run/embedding-service", "type": "Directory"}
+        assert "nodeAffinity" not in volume["spec"]
+        assert volume["spec"]["claimRef"] == {"namespace": "embedding", "name": claim}
+    assert near_of(replica["spec"]["volumes"])["persistentVolumeClaim"]["readOnly"]
+    container = shard["spec"]["containers"][0]
+    words = _filled_in(container["args"], environment(container, objects))
     parse(embedding_service.cli.app, words)
-    assert "--near=/near/pod" in words
-    assert "near" not in [each["name"] for each in cluster["headGroupSpec"]["template"]["spec"]["volumes"]]
+    assert socket in words
+
+
+def near_of(named: list[Manifest]) -> Manifest:
+    """The one of that name."""
+    [near] = [each for each in named if each["name"] == "near"]
+    return near
+
+
+@pytest.mark.parametrize("overlay", ["gpu-near", "local-small"])
+def test_shards_one_a_node_are_those_of_the_statefulset_by_another_name(overlay: str, tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", overlay, *(["per-node"] if overlay == "local-small" else []))
+    assert [each["metadata"]["name"] for each in objects if each["kind"] == "StatefulSet"] == ["embedding-controller"]
+    assert not [each for each in objects if each["kind"] == "PodDisruptionBudget"]
+    spec = shards_of(objects)["spec"]["template"]["spec"]
+    usual = find(objects_of(K8S / "overlays" / "local-small"), "StatefulSet", "embedding-shard")["spec"]["template"][
+        "spec"
+    ]
+    here, there = ({word.partition("=")[0]: word for word in each["containers"][0]["args"]} for each in (spec, usual))
+    differing = {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}
+    assert differing == {"--id", "--advertise", "--near"}
+    assert "topologySpreadConstraints" not in spec
+    assert spec["containers"][0]["readinessProbe"] == usual["containers"][0]["readinessProbe"]

@@ -34,7 +34,7 @@ def find(objects: list[Manifest], kind: str, name: str | None = None) -> Manifes
 
 def pod_templates(objects: list[Manifest]) -> list[Manifest]:
     """The pod templates of workloads and of Ray clusters."""
-    templates = [each["spec"]["template"] for each in objects if each["kind"] in ("StatefulSet", "Job")]
+    templates = [each["spec"]["template"] for each in objects if each["kind"] in ("StatefulSet", "DaemonSet", "Job")]
     for service in (each for each in objects if each["kind"] == "RayService"):
         cluster = service["spec"]["rayClusterConfig"]
         templates += [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
