@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,14 @@ def anchors(text: Path) -> set[str]:
 @pytest.mark.parametrize("text", TEXTS, ids=named)
 def test_the_tests_that_a_text_names_are_there(text: Path) -> None:
     for path, name in _TEST.findall(text.read_text()):
-        tree = ast.parse((ROOT / path).read_text())
-        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert name in functions, f"{path}::{name}"
+        assert name in functions_of(path), f"{path}::{name}"
+
+
+@cache
+def functions_of(path: str) -> set[str]:
+    """The names of a file's functions and methods."""
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_rule_names_its_test() -> None:
