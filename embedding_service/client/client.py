@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ from embedding_service.placement.routing import Ids, Model, Routing
 
 # Lookups that run ahead at the same time. They wait for shards and hardly compute. Others wait for their turn.
 MOST_AHEAD = 32
+# Where a process is. The platform that started it knows that better than its code.
+TOPOLOGY = "EMBEDDING_SERVICE_TOPOLOGY"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class EmbeddingClient:
         near: Read rows in place where a shard of this machine hands them out (docs/near.md). What is not near comes
             over the wire. Off by default until every caller was tried with it.
         topology: Where this client is, as `embedding-service shard --topology` says it for shards: of several copies it
-            asks those of its own topology first. Bytes between zones may cost money.
+            asks those of its own topology first. Bytes between zones may cost money. Default: what the variable
+            EMBEDDING_SERVICE_TOPOLOGY says.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class EmbeddingClient:
         hedge: bool = True,
         cache_bytes: int = 0,
         near: bool = False,
-        topology: str = "",
+        topology: str | None = None,
     ) -> None:
         seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
         if not seeds:
@@ -87,7 +91,8 @@ class EmbeddingClient:
         for seed in seeds:
             split_address(seed, least=1)
         self._seeds, self._timeout, self._hedge, self._cache_bytes = seeds, timeout, hedge, cache_bytes
-        self._reads_near, self._topology = near, topology
+        self._reads_near = near
+        self._topology = os.environ.get(TOPOLOGY, "") if topology is None else topology
         self._hashers: dict[str, NgramHasher] = {}
         self._tally = Tally()
         self._closed = False

@@ -37,7 +37,7 @@ class Standing(NamedTuple):
     Attributes:
         badness: int8 [shards + 1]: 0 good, 2 failed others of late, 4 failed this lookup; at index -1: 6, nobody. What
             is in another topology than the client has 1 more.
-        due: Addresses that this lookup is to try again. Their badness is -2, or -1.
+        due: Addresses that this lookup is to try again. Their badness is -2, or 1 in another topology.
         calm: Nothing is known against anybody.
     """
 
@@ -50,14 +50,15 @@ def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[s
     """From addresses that failed this lookup, that rest, and whose rest is over, for a client of this topology.
 
     2 and 4 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
-    that are due come first, or a turn that passes them by would leave them unused for long.
+    that are due come first, or a turn that passes them by would leave them unused for long. In another topology they
+    wait until one there is wanted.
     """
     far = routing.farness(topology) if topology else routing.nothing_known
     if not resting and not due and not avoid:
         return Standing(far, due, True)
     known = {**dict.fromkeys(due, -2), **dict.fromkeys(resting, 2), **dict.fromkeys(avoid, 4)}
-    badness = np.array([*(known.get(address, 0) for address in routing.addresses), 0], np.int8)
-    return Standing(badness + far, due, False)
+    badness = np.array([*(known.get(address, 0) for address in routing.addresses), 0], np.int8) + far
+    return Standing(np.where(badness == -1, np.int8(1), badness), due, False)
 
 
 def share_out(
@@ -103,11 +104,12 @@ def cut(legs: Sequence[Leg], wants: Sequence[Want], routing: Routing) -> tuple[l
 
 
 def has_other(leg: Leg, wants: Sequence[Want], model: Model, standing: Standing) -> bool:
-    """Whether every row of a leg has another good owner."""
+    """Whether every row of a leg has another good owner, no farther than a good one of the leg."""
     want = wants[leg.want]
     ids, table = want.ids if leg.positions is None else want.ids[leg.positions], model.tables[want.table.name]
     owners = table.owners[ids // table.rows_per_part]
-    return bool(((standing.badness[owners] <= 1) & (owners != leg.shard)).any(1).all())
+    worst = int(standing.badness[leg.shard] != 0)
+    return bool(((standing.badness[owners] <= worst) & (owners != leg.shard)).any(1).all())
 
 
 def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:

@@ -80,7 +80,7 @@ class Router:
         seeds: Addresses that are asked for the first routing.
         routing: What is known already.
         hedge: Ask another owner when a shard takes unusually long.
-        topology: Where the caller is. Owners of the same topology are asked first.
+        topology: Where the caller is. Owners of the same topology are asked first, and hedged by one another only.
         clock: Seconds now; deadlines are on it.
         chance: Draws turns, pauses and whom to ask; None: one of its own.
     """
@@ -276,7 +276,8 @@ class Router:
         for leg in legs:
             usual = self._patience.usual if routing.addresses[leg.shard] in standing.due else self._patience.seconds
             seconds = usual + nbytes / SLOWEST
-            others = seconds < timeout and (standing.calm or has_other(leg, wants, model, standing))
+            anybody = standing.calm and not self._topology
+            others = seconds < timeout and (anybody or has_other(leg, wants, model, standing))
             timeouts.append(seconds if others else timeout)
         return timeouts
 

@@ -82,6 +82,23 @@ def test_where_nobody_else_is_good_a_shard_gets_its_time(clock: Clock) -> None:
     assert [call.address for call in shards.asked] == ["h:0"]
 
 
+@pytest.mark.parametrize(("owners", "hedged"), [([[0, 1]] * 4, False), ([[0, 2, 1]] * 4, True)])
+def test_n8_a_slow_shard_is_hedged_in_its_own_zone_only(clock: Clock, owners: list[list[int]], hedged: bool) -> None:
+    """Shards 0 and 2 are in zone a, 1 is in zone b."""
+    message = routing(owners)
+    for index, shard in enumerate(message.shards):
+        shard.topology = "ab"[index % 2]
+    shards = Shards(message)
+    shards.pass_time, shards.seconds = clock.pass_time, USUAL
+    router = Router(["h:0"], Routing(message), topology="a", clock=clock)
+    for number in range(LEARN):
+        fetch(router, shards, [number % ROWS])
+    shards.asked.clear()
+    shards.seconds = 10 * FLOOR_SECONDS
+    fetch(router, shards, [5])
+    assert {call.address for call in lookups_of(shards)} == ({"h:0", "h:2"} if hedged else {"h:0"})
+
+
 def test_many_bytes_may_take_longer(clock: Clock) -> None:
     router, shards = started(clock)
     fetch(router, shards, [5])

@@ -524,6 +524,29 @@ def test_n8_everything_goes_on_when_the_own_zone_is_lost() -> None:
         assert fetch(router, shards, list(range(ROWS)))[:, 0].tolist() == list(range(ROWS))
 
 
+def test_n8_a_shard_of_another_zone_that_failed_once_is_not_tried_before_it_is_needed() -> None:
+    clock = Clock()
+    shards = Shards(zones([[0, 1]] * 4))
+    shards.pass_time = clock.pass_time
+    router = Router(["h:0"], Routing(shards.now), topology="a", clock=clock)
+    shards.dead = {"h:0", "h:1"}
+    with pytest.raises(errors.Unavailable):
+        fetch(router, shards, IDS, seconds=3)
+    shards.dead = {"h:1"}
+    for _ in range(3):
+        clock.pass_time(10)
+        fetch(router, shards, IDS)
+    shards.dead = set()
+    shards.asked.clear()
+    for _ in range(20):
+        fetch(router, shards, IDS)
+        clock.pass_time(10)  # its rest is over
+    assert {call.address for call in lookups_of(shards)} == {"h:0"}
+    shards.dead = {"h:0"}
+    fetch(router, shards, IDS)
+    assert lookups_of(shards)[-1].address == "h:1"
+
+
 def test_n8_a_client_that_says_no_zone_asks_all_in_turn() -> None:
     shards = Shards(zones([[0, 1]] * 4))
     router = Router(["h:0"], Routing(shards.now))

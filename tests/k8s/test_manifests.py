@@ -18,6 +18,7 @@ from referencing import Registry, Resource
 from support.kustomize import K8S, Manifest, can_render, environment, find, pod_templates, render
 
 import embedding_service.cli
+from embedding_service.client.client import TOPOLOGY
 from embedding_service.commands.text import parse_bytes
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
@@ -382,6 +383,21 @@ def near_of(named: list[Manifest]) -> Manifest:
     """The one of that name."""
     [near] = [each for each in named if each["name"] == "near"]
     return near
+
+
+@pytest.mark.parametrize("components", [["zones"], ["per-node", "zones"]])
+def test_shards_and_workers_say_the_zone_of_their_node(components: list[str], tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "cpu-production" if len(components) == 1 else "local-small", *components)
+    objects += on_top(tmp_path / "worker", "cpu-production/worker", "zones/worker")
+    for each in objects:
+        validate(each)
+    shard = shards_of(objects)["spec"]["template"]["spec"]["containers"][0]
+    worker = find(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    variables = environment(shard, objects)
+    assert "--topology=$(ZONE)" in shard["args"]
+    assert environment(worker["containers"][0], objects)[TOPOLOGY] == variables["ZONE"]
+    assert variables["ZONE"] == {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
+    parse(embedding_service.cli.app, _filled_in(shard["args"], variables))
 
 
 @pytest.mark.parametrize("overlay", ["gpu-near", "local-small"])
