@@ -39,7 +39,10 @@ class Shard:
         described: The versions it served when it registered.
         assigned: The parts that it is to hold. None before the first decision.
         sent: Age of the routing that it was last sent on this connection.
+        told: How many assignments it was sent on this connection.
         released: It is draining and may end.
+        dropping: Parts that it was told to drop, each with the number of that assignment. Until the shard says that it
+            read that one, nobody knows whether it holds them, though it may have been told to hold them again.
         grace: Parts that it is to drop, and until when it keeps them for clients that do not know yet.
     """
 
@@ -53,7 +56,9 @@ class Shard:
     described: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     assigned: frozenset[PartKey] | None = None
     sent: tuple[int, int] = (0, 0)
+    told: int = 0
     released: bool = False
+    dropping: dict[PartKey, int] = field(default_factory=dict)
     grace: dict[PartKey, float] = field(default_factory=dict)
 
     @property
@@ -64,12 +69,19 @@ class Shard:
     @property
     def keeps(self) -> Set[PartKey]:
         """What it holds, without what it was told to drop and may be dropping now."""
-        return self.held if self.assigned is None else self.held & self.assigned
+        held = self.held if self.assigned is None else self.held & self.assigned
+        return held - self.dropping.keys() if self.dropping else held
 
     @property
     def knows(self) -> tuple[int, int]:
         """Age of the newest routing that it has seen, or will have when it reads what it was sent."""
         return max((self.report.term, self.report.epoch), self.sent)
+
+    def tell(self) -> int:
+        """It is sent its assignment. Returns the number of that message."""
+        self.told += 1
+        self.dropping.update(dict.fromkeys(self.held - (self.assigned or frozenset()), self.told))
+        return self.told
 
 
 def _described(info: wire.ModelInfo) -> Manifest:
@@ -114,17 +126,16 @@ class Fleet:
         """The highest term that any shard has seen."""
         return max((shard.report.term for shard in self.shards.values()), default=0)
 
-    def last_served(self) -> list[tuple[str, str]]:
-        """(model, version) of what the newest routing serves that any shard has seen."""
-        reports = [shard.report for shard in self.shards.values()]
+    def served_before(self, term: int) -> dict[str, str]:
+        """Each model's version by the newest routing of an earlier term that any shard goes by."""
+        reports = [shard.report for shard in self.shards.values() if shard.report.term < term]
         newest = max(reports, key=lambda report: (report.term, report.epoch), default=control.ShardReport())
         names = [name.partition("@") for name in newest.served]
-        return [(model, version) for model, _, version in names]
+        return {model: version for model, _, version in names}
 
-    def served_now(self) -> dict[tuple[str, str], Manifest]:
-        """The versions of `last_served`, as shards described them when they registered."""
-        described = {name: each for shard in self.shards.values() for name, each in shard.described.items()}
-        return {name: described[name] for name in self.last_served() if name in described}
+    def described(self) -> dict[tuple[str, str], Manifest]:
+        """Versions as shards described them when they registered."""
+        return {name: each for shard in self.shards.values() for name, each in shard.described.items()}
 
     def join(self, stream: Stream, report: control.ShardReport) -> Shard | None:
         """A shard registers, for the first time or again. Returns what was known by its id before.
@@ -175,7 +186,7 @@ class Fleet:
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
         """Take a report in. Returns whether it calls for a decision."""
-        before = (shard.held, shard.failures, shard.report.draining)
+        before = (shard.held, shard.dropping, shard.failures, shard.report.draining)
         another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
         shard.report, shard.heard = report, self._listened
         if report.has_parts:
@@ -186,7 +197,8 @@ class Fleet:
                 PartKey.from_wire(failure.part): failure.message[:FAILURE_CHARACTERS]
                 for failure in report.failures[:MOST_FAILURES]
             }
-        return (shard.held, shard.failures, report.draining) != before or another_term
+        shard.dropping = {key: number for key, number in shard.dropping.items() if number > report.obeyed}
+        return (shard.held, shard.dropping, shard.failures, report.draining) != before or another_term
 
     def leave(self, shard: Shard) -> None:
         """Its stream ended. It may be back in a moment, unless it was released."""

@@ -128,7 +128,7 @@ def _node(shard: Shard, wanted: Container[tuple[str, str]]) -> Node:
     return Node(
         shard.name,
         report.memory_limit,
-        frozenset(key for key in shard.held | (shard.assigned or frozenset()) if key[:2] in wanted),
+        frozenset(key for key in shard.keeps | (shard.assigned or frozenset()) if key[:2] in wanted),
         device=report.device,
         topology=report.topology,
         draining=report.draining,

@@ -175,6 +175,7 @@ class ControllerState:
             has_parts=True,
             parts=[key.to_wire() for key in sorted(shard.assigned)],
             released=shard.released,
+            number=shard.tell(),
         )
         if self.routing and shard.knows < self.routing.age:
             shard.sent = self.routing.age
@@ -303,22 +304,30 @@ class ControllerState:
         """One decision. It yields questions, and is sent the answers."""
         if not (yield from self._keep_term()):
             return
-        if self.routing:
-            served = [(model.name, model.version) for model in self.routing.models]
-        else:
-            served = self.fleet.last_served()
-        described = {} if self.routing else self.fleet.served_now()
-        self.catalog = decisions.known_versions(self.found, self.catalog, described)
-        self.wanted, _ = decisions.choose_versions(self.catalog, served, self.fleet.holders())
+        served, _ = self._choose()
         yield from self.placing.update(self.wanted, served)
-        shards, holders = self.fleet.shards, self.fleet.holders()  # planning took time
-        self.wanted, serving = decisions.choose_versions(self.catalog, served, holders)
+        _, serving = self._choose()  # planning took time
+        shards, holders = self.fleet.shards, self.fleet.holders()
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
         draining = {name for name, shard in shards.items() if shard.report.draining}
         target, copies = self.placing.target, self.placing.copies
         self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies))
         self._assign()
+
+    def _choose(self) -> tuple[list[tuple[str, str]], list[Manifest]]:
+        """See which versions there are. Returns those that are served now, and those to be served from now on.
+
+        A model that the routing does not name may be served all the same. The shards that serve it may have come after
+        this controller's first routing, and do not know it yet.
+        """
+        routed = {model.name: model.version for model in self.routing.models} if self.routing else {}
+        served = list({**self.fleet.served_before(self.term), **routed}.items())
+        described = self.fleet.described()
+        described = {name: described[name] for name in served if name in described}
+        self.catalog = decisions.known_versions(self.found, self.catalog, described)
+        self.wanted, serving = decisions.choose_versions(self.catalog, served, self.fleet.holders())
+        return served, serving
 
     def _take_term(self) -> Generator[Question, Any, None]:
         """At the start: above every term that a shard has seen, and above those of controllers before.

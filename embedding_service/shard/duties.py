@@ -68,11 +68,13 @@ class Duties:
         self._clock = clock
         self._counted = clock()
         self._term = 0
+        self._obeyed = 0
 
     def first_report(self, stats: control.ShardStats | None = None) -> control.ShardReport:
         """The first report of a registration: everything."""
         self._holdings.changed.set()
         self._counted = self._clock()
+        self._obeyed = 0
         report = self.report(stats)
         if self._router.current:
             report.models.extend(placement.model for placement in self._router.current.message.models)
@@ -87,7 +89,7 @@ class Duties:
         report.CopyFrom(self._about)
         if stats is not None:
             report.stats.CopyFrom(stats)
-        report.draining = self.draining
+        report.draining, report.obeyed = self.draining, self._obeyed
         if self._router.current:
             report.term, report.epoch = self._router.current.age
             report.served.extend(model.full_name for model in self._router.current.models)
@@ -105,6 +107,7 @@ class Duties:
 
     def obey(self, assignment: control.Assignment) -> bool:
         """Do what the controller says, unless a later one spoke. Returns whether it brought a routing."""
+        self._obeyed = assignment.number
         if assignment.term < self._term:
             log.warning("ignored an assignment of term %d, below term %d", assignment.term, self._term)
             return False

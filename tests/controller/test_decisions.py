@@ -137,6 +137,37 @@ def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     assert fleet.hear(first, report("a", keys[:1], [50], draining=True))
 
 
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_part_that_was_to_be_dropped_counts_as_held_only_by_a_report_from_after_that(dropped: bool) -> None:
+    """A shard that is told to drop a part and then to hold it again may have dropped it."""
+    one, two, three = decisions.part_keys(manifest("1"))
+
+    def report(obeyed: int, *held: PartKey) -> control.ShardReport:
+        parts = [key.to_wire() for key in held]
+        return control.ShardReport(shard_id="a", has_parts=bool(parts), parts=parts, obeyed=obeyed)
+
+    fleet = Fleet(60, lambda: 0.0)
+    shard = join(fleet, report(0, one, two))
+    shard.assigned = frozenset([one, two])
+    assert shard.tell() == 1
+    shard.assigned = frozenset([one])
+    assert fleet.holders().keys() == {one}
+    assert shard.tell() == 2
+    shard.assigned = frozenset([one, two, three])
+    assert shard.tell() == 3
+    assert fleet.holders().keys() == {one}
+    fleet.hear(shard, report(1, one, two))  # it was on its way
+    assert fleet.holders().keys() == {one}
+    if not dropped:
+        assert fleet.hear(shard, report(2))
+        assert fleet.holders().keys() == {one, two}
+        return
+    assert fleet.hear(shard, report(2, one))
+    assert fleet.holders().keys() == {one}
+    fleet.hear(shard, report(3, one, two))
+    assert fleet.holders().keys() == {one, two}
+
+
 def test_silence_counts_only_while_the_controller_listens() -> None:
     now = 100.0
     fleet = Fleet(5, lambda: now)

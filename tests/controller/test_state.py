@@ -109,6 +109,15 @@ class World:
         self.reports[name].parts.extend(message.parts)
         self.report(name)
 
+    def learn(self, name: str) -> None:
+        """A shard takes the routing that it was told, if it was told one, and reports that from now on."""
+        message = self.state.message(name)
+        if message and message.HasField("routing"):
+            report = self.reports[name]
+            report.term, report.epoch = message.routing.term, message.routing.epoch
+            report.served[:] = [f"{each.model.name}@{each.model.version}" for each in message.routing.models]
+            report.ClearField("models")
+
     def pass_time(self, seconds: float, step: float = 0.25) -> list[Instruction]:
         """With a tick each quarter of a second, and a heartbeat of each shard each second."""
         done: list[Instruction] = []
@@ -385,6 +394,45 @@ def test_a_part_that_a_shard_was_told_to_drop_is_not_routed_to_it_though_it_repo
     world.report("b")
     world.pass_time(0.5)
     assert world.owners() == [[]] * 3
+
+
+@pytest.mark.parametrize("found", [Catalogue({"m": [ONE, TWO]}), Catalogue({"m": [ONE]}, {("m", "2"): "torn"}), None])
+@pytest.mark.parametrize("planning", [False, True])
+def test_what_shards_serve_that_come_after_the_first_routing_is_served_on(
+    found: Catalogue | None, planning: bool
+) -> None:
+    """A controller starts again beside new shards, and hears those that served before only then."""
+    world = World()
+    world.join("b")
+    world.feed(Looked(found))
+    world.pass_time(0.75)
+    world.answers = not planning
+    world.pass_time(1)
+    serves = {"term": CLOCK_MS - 1, "epoch": 7, "served": ["m@1"], "models": [decisions.model_info(ONE)]}
+    world.join("a", held=KEYS[:2], **serves)  # the third part was lost with its shard
+    world.answers = True
+    if planning:
+        plans = world.done[-1]
+        assert isinstance(plans, Plan)
+        world.feed(Planned(plan(plans.parts, plans.nodes, plans.replicas)))
+    for _ in range(20):
+        for name in "ab":
+            world.learn(name)
+        world.pass_time(0.25)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+    assert world.owners() == [["a"], ["a"], []]
+    assert world.assigned("a") >= set(KEYS[:2])
+
+
+def test_a_version_that_the_store_has_no_more_is_not_served_for_a_late_shard() -> None:
+    world = World()
+    world.serve(TWO)
+    world.join("c", held=KEYS, term=CLOCK_MS - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.pass_time(1)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@2"]
+    world.feed(Looked(Catalogue({"n": [manifest("1", "n")]})))
+    world.pass_time(1)
+    assert not world.state.routing.models
 
 
 def test_a_new_version_takes_over_whole_and_in_one_routing() -> None:

@@ -410,7 +410,8 @@ class Simulation:
         for shard in self.shards:
             if shard.name not in self.drained:
                 self.restart(shard)
-        while len(self.live()) < max(self.schedule.shards, self.schedule.replicas):
+        wanted = max(self.schedule.shards, self.schedule.replicas)
+        while sum(not shard.duties.draining for shard in self.live()) < wanted:
             self.start_shard()
 
     def disorder(self) -> str:
