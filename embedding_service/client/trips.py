@@ -137,7 +137,9 @@ class Watchdog:
                 late = [stream for stream, due in self._due.items() if due <= now]
                 for stream in late:
                     del self._due[stream]
-                self._wakes = min(self._due.values(), default=float("inf"))
+                # If all were answered it keeps its time. Or each call that is answered at once would wake it again.
+                idle = self._wakes if self._wakes > now else float("inf")
+                self._wakes = min(self._due.values(), default=idle)
                 if not late:
                     # It wakes up for those that are due sooner, and not for those that were forgotten.
                     self._changed.wait(None if self._wakes == float("inf") else self._wakes - now)
