@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.client.wants import Want
-from embedding_service.placement.routing import Ids, Model, Routing
+from embedding_service.placement.routing import FEW_IDS, Ids, Model, Routing, Table
 
 # More bytes of rows that must be decoded are asked of a shard in pieces. It gathers one while others travel and are
 # decoded.
@@ -45,6 +45,11 @@ class Standing(NamedTuple):
     due: Set[str]
     calm: bool
 
+    @property
+    def best(self) -> int:
+        """No badness is below it."""
+        return -2 if self.due else 0
+
 
 def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str], topology: str = "") -> Standing:
     """From addresses that failed this lookup, that rest, and whose rest is over, for a client of this topology.
@@ -72,8 +77,13 @@ def share_out(
     nowhere: Missing = {}
     for index, positions in missing.items():
         ids, table = wants[index].ids, model.tables[wants[index].table.name]
-        parts = (ids if positions is None else ids[positions]) // table.rows_per_part
-        for shard, where in _by_owner(_choose(table.owners, parts, turn, standing), positions):
+        ids = ids if positions is None else ids[positions]
+        shares: Iterable[tuple[int, Ids | None]] | None = None
+        if len(ids) <= FEW_IDS:
+            shares = _shares_of_few(table, ids, positions, turn, standing)
+        if shares is None:
+            shares = _by_owner(_choose(table.owners, ids // table.rows_per_part, turn, standing), positions)
+        for shard, where in shares:
             if shard < 0:
                 nowhere[index] = where
             else:
@@ -120,12 +130,29 @@ def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:
     return {index: np.concatenate(positions) if positions else None for index, positions in pieces.items()}
 
 
+def _shares_of_few(
+    table: Table, ids: Ids, positions: Ids | None, turn: int, standing: Standing
+) -> list[tuple[int, Ids | None]] | None:
+    """`_by_owner` of `_choose`, where the owners whose turn it is will do. None: others have to be looked at."""
+    column = table.columns[turn % len(table.columns)]
+    owners = [column[each // table.rows_per_part] for each in ids.tolist()]
+    different = sorted(set(owners))
+    if len(table.columns) > 1 and any(standing.badness[owner] > standing.best for owner in different):
+        return None
+    if len(different) == 1:
+        return [(owners[0], positions)]
+    places: dict[int, list[int]] = {owner: [] for owner in different}
+    for place, owner in enumerate(owners):
+        places[owner].append(place)
+    return [(owner, np.array(where) if positions is None else positions[where]) for owner, where in places.items()]
+
+
 def _choose(owners: npt.NDArray[np.int32], parts: Ids, turn: int, standing: Standing) -> npt.NDArray[np.int32]:
     """For each part the best of its owners, in turn among equals; -1 where there is none."""
-    copies, badness, best = owners.shape[1], standing.badness, -2 if standing.due else 0
+    copies, badness = owners.shape[1], standing.badness
     chosen = owners[parts, turn % copies]
     for column in range(1, copies):
-        if (badness[chosen] <= best).all():
+        if (badness[chosen] <= standing.best).all():
             break
         other = owners[parts, (turn + column) % copies]
         chosen = np.where(badness[other] < badness[chosen], other, chosen)

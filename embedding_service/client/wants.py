@@ -24,7 +24,7 @@ from embedding_service.formats import RowFormat, get_format
 from embedding_service.formats.plain import plain_dtypes
 from embedding_service.near.reader import Rows
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Ids, Model, Table, check_ids
+from embedding_service.placement.routing import FEW_IDS, Ids, Model, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import Bytes
 
@@ -38,8 +38,6 @@ ENCODINGS = {
 # Up to this many bytes, rows are used together, once all are there. Above it, work on an answer costs more than to
 # begin it, and is done while other answers are on their way.
 FEW_BYTES = 64 << 10
-# Up to this many ids, a set finds repetitions sooner than sorting does.
-FEW_IDS = 64
 # Rows are asked for once if one in this many is a repetition. To spread them over their places costs a copy of all.
 WORTH_SPREADING = 16
 

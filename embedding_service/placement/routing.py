@@ -21,13 +21,19 @@ if TYPE_CHECKING:
     from embedding_service.ngram import NgramHasher
 
 Ids = npt.NDArray[np.int64]
+# Up to this many ids, Python's own numbers take less time than numpy needs to begin.
+FEW_IDS = 64
 # Where the service says no limit: a message that gRPC could not carry anyway.
 _UNLIMITED = 1 << 31
 
 
 def check_ids(ids: Ids, rows: int, table: str) -> None:
     """Raise OutOfRange unless all of `ids` [n] are in [0, rows); `table` names the table in the message."""
-    if len(ids) and ids.view(np.uint64).max() >= rows:  # a negative id is a huge unsigned one
+    if not len(ids):
+        return
+    few = ids.tolist() if len(ids) <= FEW_IDS else None
+    # A negative id is a huge unsigned one.
+    if (min(few) < 0 or max(few) >= rows) if few else ids.view(np.uint64).max() >= rows:
         position = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
         raise OutOfRange(
             f"id {int(ids[position])} at position {position} is outside table {table}: ids must be from 0 to {rows - 1}"
@@ -49,6 +55,11 @@ class Table:
     row_bytes: int
     rows_per_part: int
     owners: npt.NDArray[np.int32]
+
+    @cached_property
+    def columns(self) -> list[list[int]]:
+        """`owners` by copy: R lists of a number for each part."""
+        return self.owners.T.tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
