@@ -366,7 +366,7 @@ def _flat(ids: Tensor) -> Ids:
         raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InvalidRequest(f"ids must be an integer tensor, got {ids.dtype}")
-    flat = ids.reshape(-1)
+    flat = ids if ids.dim() == 1 else ids.reshape(-1)
     if flat.dtype != torch.int64 or flat.device.type != "cpu":
         flat = flat.to("cpu", torch.int64)
     return flat.numpy()

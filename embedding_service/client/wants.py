@@ -52,8 +52,11 @@ class Decoder(NamedTuple):
 
     def decode(self, rows: Bytes, inverse: npt.NDArray[Any] | None = None, out: Tensor | None = None) -> Tensor:
         """Rows uint8 [n, row_bytes] -> Tensor[n, dim], in `out` if given. With `inverse` [m]: those rows, [m, dim]."""
-        stored = self.move(rows if inverse is None else rows.take(inverse, axis=0))
-        return self.row_format.decode(stored, self.dim, out, self.dtype)
+        if inverse is not None:
+            rows = rows.take(inverse, axis=0)
+        if out is None and self.device.type == "cpu":
+            return self.row_format.decode_array(rows, self.dim, self.dtype)
+        return self.row_format.decode(self.move(rows), self.dim, out, self.dtype)
 
     def move(self, array: npt.NDArray[Any]) -> Tensor:
         """An array as a tensor on the device. A copy to a GPU is from page-locked memory, and nobody waits for it."""
@@ -298,7 +301,7 @@ class RowLookup(Lookup):
     def result(self) -> Tensor:
         """Tensor[*shape, dim]."""
         [rows] = self._tensors()
-        return rows.view(*self.shape, rows.shape[1])
+        return rows if len(self.shape) == 1 else rows.view(*self.shape, rows.shape[1])
 
     def _ids(self, model: Model) -> list[tuple[str, Ids]]:
         return [(self.table, self.ids)]

@@ -8,6 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from embedding_service.errors import InvalidRequest, UnencodableRow
 from embedding_service.late import late
 
@@ -62,6 +65,10 @@ class RowFormat(ABC):
         Without `out` and `dtype` it is float32. `out` decides if both are given. Equal bit for bit to FBGEMM's CPU
         kernel for inference tables. The one exception is -0.0 in plain rows, which that kernel reads as 0.0.
         """
+
+    def decode_array(self, stored: npt.NDArray[np.uint8], dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """`decode` for an array in this process's memory, in the way that takes least time to begin."""
+        return self.decode(torch.from_numpy(stored), dim, None, dtype)
 
     def check_stored(self, stored: torch.Tensor, dim: int) -> None:
         """Raise InvalidRequest unless `stored` is uint8 [n, row_bytes(dim)]."""

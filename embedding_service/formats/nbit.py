@@ -66,12 +66,8 @@ class NbitFormat(RowFormat):
     ) -> torch.Tensor:
         """Dequantize. A float32 `out` is written directly, others through a float32 scratch."""
         self.check_stored(stored, dim)
-        # For no rows numpy makes an array whose strides torch will not view as bytes.
-        if stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
-            few = self._decode_few(stored.numpy(), dim)
-            if out is None and dtype in (None, few.dtype):
-                return few
-            return narrow_into(output(stored, dim, out, dtype), few)
+        if out is None and stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
+            return self.decode_array(stored.numpy(), dim, dtype or torch.float32)
         out = output(stored, dim, out, dtype)
         # A device takes few large steps. A CPU takes steps that stay in its cache.
         step = max(1, _CACHED_VALUES // dim) if stored.device.type == "cpu" else max(1, len(stored))
@@ -85,12 +81,18 @@ class NbitFormat(RowFormat):
                 narrow_into(out[rows], values)
         return out
 
-    def _decode_few(self, stored: npt.NDArray[np.uint8], dim: int) -> torch.Tensor:
+    def decode_array(self, stored: npt.NDArray[np.uint8], dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Decode a token's rows. numpy takes a third of torch's time to begin an operation."""
+        # For no rows numpy makes an array whose strides torch will not view as bytes.
+        if not 0 < len(stored) * dim <= _FEW_VALUES or stored.shape[1] != self.row_bytes(dim):
+            return super().decode_array(stored, dim, dtype)
         values = np.empty((len(stored), dim), np.float32)
         header = stored[:, :HEADER_BYTES].copy().view(np.float16).astype(np.float32)
         self._fill(values, stored[:, HEADER_BYTES:], header)
-        return torch.from_numpy(values)
+        few = torch.from_numpy(values)
+        if dtype == torch.bfloat16:
+            return narrow_into(torch.empty(few.shape, dtype=dtype), few)
+        return few.to(dtype)
 
     def _fill(self, values: Any, codes: Any, header: Any) -> None:
         """Codes uint8 [n, row_bytes - 4] and float32 header [n, 2] -> float32 `values` [n, dim], torch's or numpy's."""

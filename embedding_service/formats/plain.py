@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from embedding_service.errors import UnencodableRow
 from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
 from embedding_service.late import late
@@ -21,10 +24,12 @@ class PlainFormat(RowFormat):
     Attributes:
         item_bytes: Bytes of a value.
         torch_name: The dtype's name in torch. Knowing a row's bytes does not import torch.
+        numpy_name: In numpy, which has no bfloat16.
     """
 
     item_bytes: ClassVar[int]
     torch_name: ClassVar[str]
+    numpy_name: ClassVar[str | None] = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,6 +71,13 @@ class PlainFormat(RowFormat):
             return values
         return narrow_into(output(stored, dim, out, dtype), values)
 
+    def decode_array(self, stored: npt.NDArray[np.uint8], dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """A view, where that is all: numpy makes one in a third of torch's time."""
+        if dtype != self.dtype or self.numpy_name is None or stored.shape[1] != self.row_bytes(dim):
+            return super().decode_array(stored, dim, dtype)
+        values = stored.view(self.numpy_name)
+        return torch.from_numpy(values if values.flags.aligned else values.copy())
+
     def _narrow(self, rows: torch.Tensor) -> torch.Tensor:
         narrowed = rows.to(self.dtype)
         finite = torch.isfinite(narrowed)
@@ -78,14 +90,14 @@ class Fp32Format(PlainFormat):
     """IEEE single precision."""
 
     name, tensor_dtype, item_bytes, torch_name = "fp32", "F32", 4, "float32"
-    source_dtype, fbgemm_type = "F32", 0
+    source_dtype, fbgemm_type, numpy_name = "F32", 0, "float32"
 
 
 class Fp16Format(PlainFormat):
     """IEEE half precision."""
 
     name, tensor_dtype, item_bytes, torch_name = "fp16", "F16", 2, "float16"
-    source_dtype, fbgemm_type = "F16", 1
+    source_dtype, fbgemm_type, numpy_name = "F16", 1, "float16"
 
 
 class Bf16Format(PlainFormat):

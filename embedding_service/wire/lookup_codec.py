@@ -195,7 +195,7 @@ def _view(message: bytes, start: int) -> Bytes:
 def _copy_or_view(message: bytes, start: int) -> Bytes:
     """`_view`, or a copy where that costs less."""
     if len(message) <= _SMALL:
-        return np.frombuffer(message, np.uint8, -1, start).copy()
+        return np.ndarray(len(message) - start, np.uint8, bytearray(message), start)
     return _view(message, start)
 
 
@@ -212,6 +212,7 @@ class _Memory:
         }
 
 
+@lru_cache(1024)
 def _varint(value: int) -> bytes:
     """Base 128, low bits first, as protobuf writes lengths."""
     out = bytearray()
