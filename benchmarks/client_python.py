@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -152,7 +153,7 @@ def in_turns(folders: dict[str, str], rounds: int) -> dict[str, dict[str, np.nda
     command = [sys.executable, "-m", "benchmarks.client_python", "--child"]
     children = {
         name: subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--child"] if name != "here" else command,
+            [sys.executable, str(Path(__file__).resolve()), "--child"] if name != "here" else command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -204,7 +205,7 @@ def main() -> None:
         return rounds_here()
     if options.profile:
         return profile()
-    folders = {"here": os.getcwd()} | ({"beside": os.path.abspath(options.beside)} if options.beside else {})
+    folders = {"here": str(Path.cwd())} | ({"beside": str(Path(options.beside).resolve())} if options.beside else {})
     found = in_turns(folders, options.rounds)
     table = Table("rows", title=f"The client's Python for {HEADS} rows, microseconds", show_lines=False)
     for column in ("warm", "cold", *(("beside: warm", "cold", "here to beside: warm", "cold") * bool(options.beside))):
