@@ -6,7 +6,7 @@ Imports and workers read it here, so that both take the same file for a tensor.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from embedding_service.errors import BadTensorFile, ImportRefused, StoreError
 from embedding_service.foreign import printable, shown
 from embedding_service.formats import get_format, kept_formats
 from embedding_service.machine import open_file, read_object
-from embedding_service.tensorfile import ITEM_BITS, TensorSpan, byte_view, read_spans
+from embedding_service.tensorfile import ITEM_BITS, TensorSpan, byte_view, read_spans, tensor_bytes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -58,6 +58,11 @@ class SourceTensor:
     def stored_as(self) -> str:
         """The row format that `read_stored` gives: `keep` in an import."""
         return kept_formats()[self.dtype]
+
+    def first_rows(self, count: int) -> SourceTensor:
+        """A matrix of its first rows alone: what follows them is padding."""
+        shape = (count, self.dim)
+        return replace(self, span=replace(self.span, shape=shape, bytes=tensor_bytes(self.dtype, shape)))
 
     def read_rows(self, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count), exactly: float Tensor[count, dim]. Raises StoreError."""

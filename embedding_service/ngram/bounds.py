@@ -18,6 +18,7 @@ MOST_LAYER = 1 << 20  # a layer's id
 MOST_HEADS = 4096  # of a table
 MOST_HEADS_IN_ALL = 16_384
 MOST_ENDS = 256  # ids that end a segment
+MOST_IGNORED = 1 << 16  # ids that are no text
 MOST_WORD = 1 << 63
 
 

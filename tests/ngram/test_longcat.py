@@ -246,6 +246,46 @@ def test_the_older_keys_mean_the_same() -> None:
     assert NgramHasher.from_config(older).tables[0].head_rows[0] == 16_476_898
 
 
+NEXT = {
+    **config(vocab_size=1009, ratio=3.7, n=4, k=3),
+    "model_type": "longcat_next",
+    "architectures": ["LongcatNextForCausalLM"],
+    "vocab_size": 1400,
+    "text_vocab_size": 1009,
+    "oe_ignored_token_ids": list(range(1009, 1020)),
+}
+
+
+def reference_of_next(sequence: list[int]) -> list[list[int]]:
+    """LongCat-Next's ids: those of the segments of text, each for itself, and of token 0 between them."""
+    text = {**NEXT, "vocab_size": NEXT["text_vocab_size"]}
+    ids: list[list[int]] = []
+    segment: list[int] = []
+    for token in [0 if token in NEXT["oe_ignored_token_ids"] else token for token in sequence]:
+        if token == 0:
+            ids += [*reference(text, segment), *reference(text, [0])]
+            segment = []
+        else:
+            segment.append(token)
+    return ids + reference(text, segment)
+
+
+def test_ignored_tokens_of_longcat_next_count_as_token_0_and_cut() -> None:
+    hasher = NgramHasher.from_config(NEXT)
+    assert hasher.tables[0].head_rows[0] == int(3.7 * 1009) + 1
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 1400, (20, 40), generator=generator)
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.1] = 1012
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.1] = EOS
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.05] = 0
+    expected = [reference_of_next(sequence) for sequence in tokens.tolist()]
+    assert hasher.row_ids(tokens)[:, :, 0].tolist() == expected
+    again = NgramHasher.from_params("longcat", json.loads(json.dumps(hasher.params())))
+    assert again.row_ids(tokens[:, 7:], tokens[:, :7])[:, :, 0].tolist() == [ids[7:] for ids in expected]
+    with pytest.raises(InvalidRequest, match="text_vocab_size <= vocab_size, got 1401 and 1400"):
+        NgramHasher.from_config({**NEXT, "text_vocab_size": 1401})
+
+
 def test_keys_alone_are_enough_where_a_config_names_no_architecture() -> None:
     bare = {key: value for key, value in LITE.items() if key not in ("model_type", "architectures")}
     assert NgramHasher.from_config(bare).params() == NgramHasher.from_config(LITE).params()

@@ -1,6 +1,7 @@
 """Importing qwen4_exp, engram and any matrix: every row where it belongs, refusals that say what to do."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from support.checkpoints import (
     engram_checkpoint,
     engram_tables,
     engram_tensors,
+    longcat_checkpoint,
+    longcat_table,
     qwen4_exp_checkpoint,
     qwen4_exp_tables,
 )
@@ -60,6 +63,71 @@ def refused(checkpoint: Path, message: str, **options: Any) -> None:
     with pytest.raises(ImportRefused, match=message):
         import_checkpoint(checkpoint, store, "tiny", **options)
     assert not store.exists()
+
+
+USUAL = re.compile(r"model\.ngram_embeddings\.(embedders|post_projs)\.(\d+)\.weight")
+FLAT = {"embedders": "oe_embed_tokens", "post_projs": "oe_embed_proj"}
+LONGCAT_LAYOUTS = ["model.ngram_embeddings.", "ngram_embeddings.", "model.oe_", "oe_"]
+
+
+def renamed(name: str, layout: str) -> str:
+    """A tensor of LongCat's n-gram embedding as another build calls it."""
+    match = USUAL.fullmatch(name)
+    if match is None:
+        return name
+    if layout.endswith("oe_"):
+        return f"{layout.removesuffix('oe_')}{FLAT[match[1]]}{match[2]}.weight"
+    return f"{layout}{match[1]}.{match[2]}.weight"
+
+
+def in_layout(tensors: dict[str, torch.Tensor], layout: str, padding: int) -> None:
+    """Rename all, and pad each head to a multiple of so many rows, with rows that nobody may see."""
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if ".embedders." in name and len(tensor) % padding:
+            tensor = torch.cat([tensor, torch.full((-len(tensor) % padding, tensor.shape[1]), -9.0)])
+        tensors[renamed(name, layout)] = tensor
+
+
+@pytest.mark.parametrize("padding", [1, 64])
+@pytest.mark.parametrize("layout", LONGCAT_LAYOUTS)
+def test_longcat_under_every_name_and_padded(tmp_path: Path, layout: str, padding: int) -> None:
+    """LongCat-Flash-Lite, LongCat-Flash-Lite-Sparse, LongCat-2.0."""
+    checkpoint = rewrite(
+        longcat_checkpoint(tmp_path / "checkpoint"), lambda tensors: in_layout(tensors, layout, padding)
+    )
+    if layout.endswith("oe_"):
+        config = json.loads((checkpoint / "config.json").read_text())
+        older = {"ngram_vocab_size_ratio": "oe_vocab_size_ratio"}
+        older |= {f"emb_{name}_num": f"oe_{name}_num" for name in ("neighbor", "split")}
+        config = {older.get(key, key): value for key, value in config.items()}
+        config |= {"architectures": ["LongcatCausalLM"], "model_type": None}
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    manifest = import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype="keep", part_bytes=PART_BYTES)
+    assert torch.equal(stored_rows(tmp_path / "store", manifest, "ngram"), longcat_table().view(torch.uint8))
+    assert manifest.dense is not None
+    words = {renamed(f"model.ngram_embeddings.post_projs.{head}.weight", layout) for head in range(6)}
+    assert set(manifest.dense.tensors) == {"model.embed_tokens.weight", *words}
+
+    split_checkpoint(checkpoint, tmp_path / "split")
+    assert set(load_file(tmp_path / "split" / "dense" / "model.safetensors")) == set(manifest.dense.tensors)
+    again = import_checkpoint(tmp_path / "split" / "tables", tmp_path / "again", "tiny", dtype="keep")
+    assert torch.equal(stored_rows(tmp_path / "again", again, "ngram"), longcat_table().view(torch.uint8))
+
+
+def test_a_longcat_checkpoint_of_two_layouts_or_of_another_geometry_is_refused(tmp_path: Path) -> None:
+    def fresh(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        return rewrite(longcat_checkpoint(tmp_path / name), change)
+
+    first = "model.ngram_embeddings.embedders.0.weight"
+    twice = fresh("a", lambda tensors: tensors.update({"oe_embed_tokens0.weight": tensors[first].clone()}))
+    refused(twice, r"holds head 0 twice, as .*: remove one")
+    short = fresh("b", lambda tensors: tensors.update({first: tensors[first][1:].clone()}))
+    refused(short, r"embedders\.0\.weight is \[3240, 16\], but the config asks for \[3241, 16\]")
+    refused(
+        reconfigure(fresh("c", dict), vocab_size=990),
+        "has 3,241 rows, but the config asks for 3,218: vocab_size or ngram_vocab_size_ratio is not this checkpoint's",
+    )
 
 
 @pytest.mark.parametrize("pieces", [1, 11])
