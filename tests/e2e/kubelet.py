@@ -2,7 +2,8 @@
 
 Every pod is a container with an address and a name of its own. What a manifest says of it holds: command, arguments,
 environment (the downward API too), mounts, user, read-only root, capabilities, memory, probes, termination grace. What
-is left out: scheduling (every pod is alone on a node of its own), network policies, sidecars, disruption budgets.
+is left out: scheduling (a pod is alone on a node of its own, or where `Cluster.node_of` says), network policies,
+sidecars, disruption budgets.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import threading
@@ -24,7 +26,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from podman import Podman
-from support.kustomize import Manifest, environment
+from support.kustomize import Manifest, filled_in, resolved
 
 NETWORK = "embedding-e2e"
 CHAIN = "EMBEDDING-E2E"
@@ -37,11 +39,16 @@ UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 class Cluster:
-    """One namespace of pods. Entering makes the network; leaving removes every trace."""
+    """One namespace of pods. Entering makes the network; leaving removes every trace.
+
+    Attributes:
+        node_of: The nodes of pods, by the pods' names, that are to share one.
+    """
 
     def __init__(self, podman: Podman, folder: Path, objects: list[Manifest], say: Callable[[str], None]) -> None:
         self.podman, self.folder, self.objects, self.say = podman, folder, objects, say
         self.pods: dict[str, Pod] = {}
+        self.node_of: dict[str, str] = {}
         self.services: dict[str, tuple[Manifest, str]] = {}
         self._numbers = itertools.count(10)
         self._lock = threading.Lock()
@@ -130,6 +137,7 @@ class Pod:
         self.cluster, self.name, self.namespace, self.template = cluster, name, namespace, template
         self.labels: dict[str, str] = template["metadata"]["labels"]
         self.container: Manifest = template["spec"]["containers"][0]
+        self.node = cluster.node_of.get(name, f"node-of-{name}")
         self.address = cluster.next_address()
         self.names = [f"{name}.{governing_service}.{namespace}.svc"] if governing_service else []
         self.ready, self.restarts, self.exit_code = False, 0, None
@@ -233,19 +241,16 @@ class Pod:
 
     def _words(self, field: str) -> list[str]:
         variables = self._environment()
-        return [_filled_in(word, variables) for word in self.container.get(field, [])]
+        return [filled_in(word, variables) for word in self.container.get(field, [])]
 
     def _environment(self) -> dict[str, str]:
         fields = {
             "metadata.name": self.name,
             "metadata.namespace": self.namespace,
-            "spec.nodeName": f"node-of-{self.name}",
+            "spec.nodeName": self.node,
+            "status.podIP": self.address,
         }
-        found = environment(self.container, self.cluster.objects)
-        return {
-            name: value if isinstance(value, str) else fields[value["fieldRef"]["fieldPath"]]
-            for name, value in found.items()
-        }
+        return resolved(self.container, self.cluster.objects, fields.__getitem__)
 
     def _options(self) -> list[str]:
         security = self.template["spec"]["securityContext"] | self.container["securityContext"]
@@ -282,13 +287,29 @@ class Pod:
         group = self.template["spec"]["securityContext"]["fsGroup"]
         for mount in self.container["volumeMounts"]:
             volume = volumes[mount["name"]]
-            claim = volume.get("persistentVolumeClaim")
-            folder = (
-                claim_folder(self.cluster.folder, claim["claimName"]) if claim else self._own_folder() / volume["name"]
-            )
-            folder.mkdir(parents=True, exist_ok=True)
-            give_to_group(folder, group)
+            folder = self._folder_of_node(volume)
+            if folder is None:
+                claim = volume.get("persistentVolumeClaim")
+                folder = (
+                    claim_folder(self.cluster.folder, claim["claimName"])
+                    if claim
+                    else self._own_folder() / volume["name"]
+                )
+                folder.mkdir(parents=True, exist_ok=True)
+                give_to_group(folder, group)
             yield f"{folder}:{mount['mountPath']}:{'ro' if mount.get('readOnly') else 'rw'}"
+
+    def _folder_of_node(self, volume: Manifest) -> Path | None:
+        """What is mounted of this node, if the volume is a folder of the nodes. Kubelets leave its owner alone."""
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        for each in self.cluster.objects:
+            if each["kind"] == "PersistentVolume" and each["spec"]["claimRef"]["name"] == claim:
+                assert each["spec"]["hostPath"]["type"] == "Directory"
+                folder = node_folder(self.cluster.folder, self.node, each["spec"]["hostPath"]["path"])
+                if not folder.is_dir():
+                    raise RuntimeError(f"{self.name} cannot start: {self.node} has no folder {folder}")
+                return folder
+        return None
 
     def _own_folder(self) -> Path:
         return self.cluster.folder / "pods" / self.name
@@ -367,6 +388,31 @@ class StatefulSet:
         return self.cluster.start_pod(f"{self.name}-{ordinal}", namespace, spec["template"], spec["serviceName"])
 
 
+class DaemonSet:
+    """A pod on each of some nodes, with another name each time it is made."""
+
+    def __init__(self, cluster: Cluster, manifest: Manifest) -> None:
+        self.cluster, self.manifest = cluster, manifest
+        self.pods: list[Pod] = []
+
+    def start(self, nodes: list[str]) -> None:
+        """Returns when all are ready."""
+        metadata = self.manifest["metadata"]
+        for node in nodes:
+            name = f"{metadata['name']}-x{secrets.token_hex(2)}"
+            self.cluster.node_of[name] = node
+            self.pods.append(self.cluster.start_pod(name, metadata["namespace"], self.manifest["spec"]["template"]))
+        wait_ready(self.pods)
+
+    def roll(self) -> None:
+        """Replace every pod, one after the other."""
+        for pod in list(self.pods):
+            pod.stop()
+            self.pods.remove(pod)
+            self.start([pod.node])
+            wait_ready(self.pods, self.manifest["spec"].get("minReadySeconds", 0))
+
+
 def run_job(cluster: Cluster, manifest: Manifest, seconds: float = 120) -> None:
     """Run a Job's pod to its end. Raises RuntimeError if it fails."""
     template = manifest["spec"]["template"] | {
@@ -400,15 +446,16 @@ def claim_folder(folder: Path, claim: str) -> Path:
     return folder / "volumes" / claim
 
 
+def node_folder(folder: Path, node: str, path: str) -> Path:
+    """Where a folder of a node lies on this machine."""
+    return folder / "nodes" / node / path.lstrip("/")
+
+
 def give_to_group(folder: Path, group: int) -> None:
     """Let a pod's fsGroup read and write a volume, as kubelets do."""
     for path in (folder, *folder.rglob("*")):
         os.chown(path, -1, group)
         path.chmod(path.stat().st_mode | (0o2770 if path.is_dir() else 0o660))
-
-
-def _filled_in(word: str, variables: dict[str, str]) -> str:
-    return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), word)
 
 
 def _iptables(*arguments: str, table: str = "nat", check: bool = True) -> None:

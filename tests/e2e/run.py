@@ -3,8 +3,10 @@
     python tests/e2e/run.py [--keep-images]      (make e2e; as root)
 
 While a client checks every row of its lookups and asks a worker for completions, the StatefulSet of shards is scaled
-3 -> 5 -> 2 -> 3, rolled, and one pod after another is killed and cut off. Ends with exit code 1 if a lookup or
-a completion failed or was wrong. Takes at most 20 minutes and leaves nothing behind, but for images if told to.
+3 -> 5 -> 2 -> 3, rolled, and one pod after another is killed and cut off. One shard shares a node with both and hands
+them its rows to read in place (component `near`). In the end a DaemonSet takes over (component `per-node`). Ends with
+exit code 1 if a lookup or a completion failed or was wrong. Takes at most 20 minutes and leaves nothing behind, but for
+images if told to.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/worker")]
 
 import images  # noqa: E402
 import yaml  # noqa: E402
-from kubelet import Cluster, StatefulSet, claim_folder, run_job, wait_ready  # noqa: E402
+from kubelet import Cluster, DaemonSet, StatefulSet, claim_folder, node_folder, run_job, wait_ready  # noqa: E402
 from podman import Podman  # noqa: E402
 from ray_service import deploy, serve_service, start_head  # noqa: E402
 from small_model import write_checkpoint  # noqa: E402
@@ -39,6 +41,10 @@ SECONDS = 20 * 60
 CALM_SECONDS = 10
 CUT_SECONDS = 15
 OVERLAY = K8S / "overlays/local-small"
+NEAR, PER_NODE = K8S / "components/near", K8S / "components/per-node"
+# Where the client, the worker and a shard are together.
+NODE, OTHER_NODE = "node-of-workers", "another-node"
+MOST_SHARDS = 5
 # The checkpoint whose rows name themselves, and the one that a worker can run.
 ROWS, MODEL = "rows", "model"
 
@@ -55,12 +61,14 @@ class Scenario:
 
     def __init__(self, podman: Podman, work: Path) -> None:
         self.work = work
-        self.service = _rendered(work, OVERLAY, {})
-        self.worker = find(_rendered(work, OVERLAY / "worker", {}), "RayService")
+        self.service = _rendered(work, OVERLAY, components=[NEAR])
+        self.worker = find(_rendered(work, OVERLAY / "worker", components=[NEAR / "head"]), "RayService")
         objects = [*self.service, serve_service(self.worker)]
         self.cluster = Cluster(podman, work, objects, say)
+        self.cluster.node_of = dict.fromkeys(("client", "model-worker-head", "embedding-shard-0"), NODE)
         self.controller = StatefulSet(self.cluster, find(objects, "StatefulSet", "embedding-controller"))
         self.shards = StatefulSet(self.cluster, find(objects, "StatefulSet", "embedding-shard"))
+        self.daemons: DaemonSet | None = None
         self._seen: dict[str, Any] = {}
 
     def run(self) -> bool:
@@ -70,6 +78,7 @@ class Scenario:
             self.bring_up()
             client = self.start_client()
             self.step("calm", lambda: time.sleep(CALM_SECONDS))
+            self.step("kill the shard of the client's node", self.kill_near)
             self.step("scale 3 -> 5", lambda: self.scale(5))
             self.step("roll 5", self.roll)
             self.step("restart the controller", self.restart_controller)
@@ -77,6 +86,7 @@ class Scenario:
             self.step("scale 2 -> 3", lambda: self.scale(3))
             self.step("kill a pod", self.kill_one)
             self.step("cut a pod off", self.cut_one_off)
+            self.step("one shard a node instead", self.move_to_daemon_set)
             client.stop()
             return self.verdict()
 
@@ -90,7 +100,7 @@ class Scenario:
         write_checkpoint(volume / MODEL)
         for name, dtype in ((ROWS, "fp32"), (MODEL, "int8")):
             settings = {"CHECKPOINT": f"/checkpoint/{name}", "MODEL": name, "DTYPE": dtype, "PART_SIZE": "64KiB"}
-            objects = _rendered(self.work, OVERLAY / "import", {"embedding-import": settings})
+            objects = _rendered(self.work, OVERLAY / "import", settings={"embedding-import": settings})
             self.cluster.objects = objects
             run_job(self.cluster, find(objects, "Job"))
         self.cluster.objects = [*self.service, serve_service(self.worker)]
@@ -100,6 +110,9 @@ class Scenario:
 
     def bring_up(self) -> None:
         """Controller, shards and worker."""
+        for pod in range(MOST_SHARDS):
+            name = f"{self.shards.name}-{pod}"
+            self.prepare_node(self.cluster.node_of.get(name, f"node-of-{name}"))
         self.controller.scale(1)
         self.shards.scale(self.shards.manifest["spec"]["replicas"])
         self.settle()
@@ -109,6 +122,14 @@ class Scenario:
         deploy(head, self.worker)
         wait_ready([head])
         say("the worker's application runs")
+
+    def prepare_node(self, node: str) -> None:
+        """What the component `near` asks of an administrator."""
+        path = find(self.service, "PersistentVolume")["spec"]["hostPath"]["path"]
+        folder = node_folder(self.work, node, path)
+        folder.mkdir(parents=True)
+        os.chown(folder, 10001, 10001)
+        folder.chmod(0o700)
 
     def check_restricted(self) -> None:
         """That a shard's first process may do as little as its manifest says, by the kernel's word."""
@@ -129,8 +150,9 @@ class Scenario:
         say(f"a shard runs with {', '.join(f'{name} {value}' for name, value in wanted.items())}")
 
     def start_client(self) -> Any:
-        """The client's pod: the service's image with the tests' code mounted."""
+        """The client's pod: the service's image with the tests' code, and what the worker mounts to read near rows."""
         shard = self.shards.manifest["spec"]["template"]
+        worker = self.worker["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
         code = "/tests"
         template: Manifest = {
             "metadata": {"labels": {"embedding-service/client": "true"}},
@@ -149,12 +171,14 @@ class Scenario:
                         "volumeMounts": [
                             {"name": "code", "mountPath": code, "readOnly": True},
                             {"name": "report", "mountPath": "/report"},
+                            *(each for each in worker["containers"][0]["volumeMounts"] if each["name"] == "near"),
                         ],
                     }
                 ],
                 "volumes": [
                     {"name": "code", "persistentVolumeClaim": {"claimName": "code"}},
                     {"name": "report", "persistentVolumeClaim": {"claimName": "report"}},
+                    *(each for each in worker["volumes"] if each["name"] == "near"),
                 ],
             },
         }  # fmt: skip
@@ -203,11 +227,61 @@ class Scenario:
         wait_ready([pod])
         self.settle()
 
+    def move_to_daemon_set(self) -> None:
+        """As `kubectl apply` of the component and `kubectl scale --replicas=0 statefulset` do."""
+        everywhere = {"COPIES": "0", "EXPECT_SHARDS": "0"}
+        self.service = _rendered(self.work, OVERLAY, components=[PER_NODE], settings={"embedding": everywhere})
+        self.cluster.objects = [*self.service, serve_service(self.worker)]
+        self.prepare_node(OTHER_NODE)
+        self.controller.manifest = find(self.service, "StatefulSet", "embedding-controller")
+        self.controller.roll()
+        self.daemons = DaemonSet(self.cluster, find(self.service, "DaemonSet"))
+        self.daemons.start([NODE, OTHER_NODE])
+        self.shards.scale(0)
+        self.settle()
+        self.all_near()
+        self.daemons.roll()
+        self.settle()
+        self.all_near()
+
+    def all_near(self) -> None:
+        """Until the client needs no wire: its node has every part."""
+        before = self._near()
+
+        def near() -> bool:
+            nonlocal before
+            last, before = before, self._near()
+            return before["near_rows"] > last["near_rows"] and before["wired_rows"] == last["wired_rows"]
+
+        _until(near, f"all rows to be near: {before}", 60, every=3)
+
+    def kill_near(self) -> None:
+        """The wire takes over, and what comes back is near again."""
+        pod = self.shards.pods[0]
+        shard = pod.name
+        self.until_near(shard)
+        pod.kill()
+        _until(lambda: self._near()["shards"].get(shard) != "near", f"{shard} to be near no more", 30)
+        before = self._near()["wired_rows"]
+        _until(lambda: self._near()["wired_rows"] > before, "rows over the wire", 30)
+        wait_ready([pod])
+        self.settle()
+        self.until_near(shard)
+
+    def until_near(self, shard: str) -> None:
+        """Until the client reads this shard's rows in place."""
+        before = self._near()["near_rows"]
+        _until(
+            lambda: self._near()["shards"].get(shard) == "near" and self._near()["near_rows"] > before,
+            f"near rows of {shard}: {self._near()}",
+            60,
+        )
+
     # What is seen
 
     def settle(self) -> None:
         """Wait until every shard holds all its parts, and every part has its copies."""
-        _until(self._settled, f"{len(self.shards.pods)} shards that hold all their parts", 120)
+        _until(self._settled, f"{len(self._shards())} shards that hold all their parts", 120)
 
     def _settled(self) -> bool:
         try:
@@ -216,15 +290,20 @@ class Scenario:
             return False
         parts = sum(model.parts for model in status.models)
         return (
-            {shard.shard_id for shard in status.shards} == {pod.name for pod in self.shards.pods}
+            {shard.shard_id for shard in status.shards} == self._shards()
             and not any(shard.parts_missing or shard.draining for shard in status.shards)
             and len(status.models) == 2
             and all(model.serving for model in status.models)
             and sum(shard.parts for shard in status.shards) == parts * self._copies()
         )
 
+    def _shards(self) -> set[str]:
+        """By their ids: the names of pods, and of nodes where there is one on each."""
+        daemons = self.daemons.pods if self.daemons else []
+        return {pod.name for pod in self.shards.pods} | {pod.node for pod in daemons}
+
     def _copies(self) -> int:
-        return int(find(self.service, "ConfigMap")["data"]["COPIES"])
+        return int(find(self.service, "ConfigMap")["data"]["COPIES"]) or len(self._shards())
 
     def step(self, title: str, action: Callable[[], None]) -> None:
         """Do it, and tell what the client saw."""
@@ -244,12 +323,21 @@ class Scenario:
         say("; ".join(lines))
 
     def _read(self) -> dict[str, Any]:
+        return {kind: counts for kind, counts in self._report().items() if kind != "near"}
+
+    def _near(self) -> dict[str, Any]:
+        """Where the client's rows came from so far."""
+        return self._report()["near"]
+
+    def _report(self) -> dict[str, Any]:
         report = claim_folder(self.work, "report") / "report.json"
         return json.loads(report.read_text()) if report.exists() else {}
 
     def verdict(self) -> bool:
         """The sums, with the first of everything that went wrong."""
-        good = True
+        near = self._near()
+        say(f"of the client's rows, {near['near_rows']} were read in place and {near['wired_rows']} came over the wire")
+        good = bool(near["near_rows"])
         for kind, counts in self._read().items():
             done, failed, wrong = (counts[name] for name in ("seconds", "failed", "wrong"))
             say(f"in all: {len(done)} {kind}, {len(failed)} failed, {len(wrong)} wrong")
@@ -259,16 +347,23 @@ class Scenario:
         return good
 
 
-def _rendered(work: Path, overlay: Path, settings: dict[str, dict[str, str]]) -> list[Manifest]:
-    """The overlay with the images built here and other settings, by an overlay on top of it, as users do it."""
+def _rendered(
+    work: Path,
+    overlay: Path,
+    *,
+    components: Sequence[Path] = (),
+    settings: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[Manifest]:
+    """The overlay with the images built here, components and other settings, by an overlay on top, as users do it."""
     folder = work / "rendered"
     folder.mkdir(exist_ok=True)
     on_top = {
         "resources": [os.path.relpath(overlay, folder)],
+        "components": [os.path.relpath(component, folder) for component in components],
         "images": [{"name": name, "newName": f"localhost/{name}", "newTag": images.TAG} for name in images.IMAGES],
         "configMapGenerator": [
             {"name": name, "behavior": "merge", "literals": [f"{key}={value}" for key, value in values.items()]}
-            for name, values in settings.items()
+            for name, values in (settings or {}).items()
         ],
         "namespace": "embedding",
     }
@@ -276,12 +371,12 @@ def _rendered(work: Path, overlay: Path, settings: dict[str, dict[str, str]]) ->
     return render(folder)
 
 
-def _until(condition: Callable[[], object], what: str, seconds: float) -> None:
+def _until(condition: Callable[[], object], what: str, seconds: float, every: float = 0.5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.5)
+        time.sleep(every)
 
 
 def _check_tools() -> None:

@@ -15,7 +15,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
-from support.kustomize import K8S, Manifest, can_render, environment, find, pod_templates, render
+from support.kustomize import K8S, Manifest, can_render, environment, filled_in, find, pod_templates, render, resolved
 
 import embedding_service.cli
 from embedding_service.client.client import TOPOLOGY
@@ -198,17 +198,17 @@ def test_arguments_are_those_of_the_commands(overlay: Path) -> None:
     for template in pod_templates(objects):
         for container in containers(template):
             if "command" not in container and container.get("args"):
-                words = _filled_in(container["args"], environment(container, objects))
+                words = words_of(container, objects)
+                assert not [word for word in words if "$(" in word]
                 parse(embedding_service.cli.app, words)
                 commands.add(words[0])
     assert commands == {"controller", "shard", "import"}
 
 
-def _filled_in(words: list[str], variables: dict[str, Manifest | str]) -> list[str]:
-    values = {
-        name: value if isinstance(value, str) else name.lower().replace("_", "-") for name, value in variables.items()
-    }
-    return [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in words]
+def words_of(container: Manifest, objects: list[Manifest]) -> list[str]:
+    """A container's arguments, where each field of the pod has its path for a value."""
+    variables = resolved(container, objects, lambda path: re.sub(r"\W+", "-", path).strip("-"))
+    return [filled_in(word, variables) for word in container["args"]]
 
 
 @each_overlay
@@ -340,16 +340,16 @@ def on_top(folder: Path, overlay: str, *components: str) -> list[Manifest]:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "components", "worker", "socket"),
+    ("overlay", "components", "worker", "shard_id"),
     [
-        ("cpu-production", ["near"], "near/worker", "--near=/near/pod-name"),
-        ("local-small", ["near"], "near/head", "--near=/near/pod-name"),
-        ("local-small", ["per-node"], "near/head", "--near=/near/node-name"),
-        ("gpu-near", [], "", "--near=/near/node-name"),
+        ("cpu-production", ["near"], "near/worker", "metadata-name"),
+        ("local-small", ["near"], "near/head", "metadata-name"),
+        ("local-small", ["per-node"], "near/head", "spec-nodeName"),
+        ("gpu-near", [], "", "spec-nodeName"),
     ],
 )
 def test_shards_and_workers_meet_in_one_folder_of_their_node(
-    overlay: str, components: list[str], worker: str, socket: str, tmp_path: Path
+    overlay: str, components: list[str], worker: str, shard_id: str, tmp_path: Path
 ) -> None:
     service = on_top(tmp_path / "service", overlay, *components)
     objects = [*service, *on_top(tmp_path / "worker", f"{overlay}/worker", *([worker] if worker else []))]
@@ -374,9 +374,10 @@ def test_shards_and_workers_meet_in_one_folder_of_their_node(
         assert volume["spec"]["claimRef"] == {"namespace": "embedding", "name": claim}
     assert near_of(replica["spec"]["volumes"])["persistentVolumeClaim"]["readOnly"]
     container = shard["spec"]["containers"][0]
-    words = _filled_in(container["args"], environment(container, objects))
+    words = words_of(container, objects)
     parse(embedding_service.cli.app, words)
-    assert socket in words
+    assert f"--near=/near/{shard_id}" in words
+    assert f"--id={shard_id}" in words
 
 
 def near_of(named: list[Manifest]) -> Manifest:
@@ -391,13 +392,13 @@ def test_shards_and_workers_say_the_zone_of_their_node(components: list[str], tm
     objects += on_top(tmp_path / "worker", "cpu-production/worker", "zones/worker")
     for each in objects:
         validate(each)
-    shard = shards_of(objects)["spec"]["template"]["spec"]["containers"][0]
+    [shard] = shards_of(objects)["spec"]["template"]["spec"]["containers"]
     worker = find(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
-    variables = environment(shard, objects)
-    assert "--topology=$(ZONE)" in shard["args"]
-    assert environment(worker["containers"][0], objects)[TOPOLOGY] == variables["ZONE"]
-    assert variables["ZONE"] == {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
-    parse(embedding_service.cli.app, _filled_in(shard["args"], variables))
+    zone = {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
+    assert environment(shard, objects)["TOPOLOGY"] == environment(worker["containers"][0], objects)[TOPOLOGY] == zone
+    words = words_of(shard, objects)
+    parse(embedding_service.cli.app, words)
+    assert "--topology=metadata-labels-topology-kubernetes-io-zone" in words
 
 
 @pytest.mark.parametrize("overlay", ["gpu-near", "local-small"])
@@ -406,11 +407,9 @@ def test_shards_one_a_node_are_those_of_the_statefulset_by_another_name(overlay:
     assert [each["metadata"]["name"] for each in objects if each["kind"] == "StatefulSet"] == ["embedding-controller"]
     assert not [each for each in objects if each["kind"] == "PodDisruptionBudget"]
     spec = shards_of(objects)["spec"]["template"]["spec"]
-    usual = find(objects_of(K8S / "overlays" / "local-small"), "StatefulSet", "embedding-shard")["spec"]["template"][
-        "spec"
-    ]
-    here, there = ({word.partition("=")[0]: word for word in each["containers"][0]["args"]} for each in (spec, usual))
-    differing = {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}
-    assert differing == {"--id", "--advertise", "--near"}
+    usually = objects_of(K8S / "overlays" / "local-small")
+    usual = shards_of(usually)["spec"]["template"]["spec"]
+    here, there = ({*words_of(pod["containers"][0], of)} for pod, of in ((spec, objects), (usual, usually)))
+    assert {"--id=spec-nodeName", "--advertise=status-podIP:7070", "--near=/near/spec-nodeName"} <= here - there
     assert "topologySpreadConstraints" not in spec
     assert spec["containers"][0]["readinessProbe"] == usual["containers"][0]["readinessProbe"]

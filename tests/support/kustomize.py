@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,19 @@ def environment(container: Manifest, objects: list[Manifest]) -> dict[str, Manif
     for variable in container.get("env", []):
         variables[variable["name"]] = variable.get("value") or variable["valueFrom"]
     return variables
+
+
+def resolved(container: Manifest, objects: list[Manifest], field_of: Callable[[str], str]) -> dict[str, str]:
+    """The variables of a container as a kubelet sets them. A value may name variables that come before it.
+
+    `field_of`: what the downward API says at a path.
+    """
+    found: dict[str, str] = {}
+    for name, value in environment(container, objects).items():
+        found[name] = filled_in(value, found) if isinstance(value, str) else field_of(value["fieldRef"]["fieldPath"])
+    return found
+
+
+def filled_in(text: str, variables: Mapping[str, str]) -> str:
+    """With the values of the variables that it names as $(NAME), as far as they are known."""
+    return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), text)
