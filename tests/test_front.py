@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import random
@@ -28,6 +29,8 @@ from embedding_service.front import PEER, base
 from embedding_service.front.base import REQUEST_AT_ONCE_BYTES
 from embedding_service.machine import give_freed_memory_back
 from embedding_service.methods import Method, Places
+from embedding_service.serving import RequestLimits
+from embedding_service.shard.held import HeldRows
 
 ECHO = f"/{TOY}/Echo".encode()
 STATUS = health_pb2.HealthCheckResponse.ServingStatus
@@ -304,6 +307,28 @@ def test_places_are_counted_by_host_and_in_all() -> None:
     places.leave("b")
     assert places.take("a").startswith("2 such streams of a are open at this server")
     assert places.take("b") == ""
+
+
+def room_of(places: Places) -> tuple[int, int]:
+    """How many streams have a place in all, and from one host."""
+    taken = {host: next(number for number in itertools.count() if places.take(host)) for host in "abc"}
+    for host, number in taken.items():
+        for _ in range(number):
+            places.leave(host)
+    return sum(taken.values()), taken["a"]
+
+
+def test_streams_have_the_places_that_the_rule_names(toy: ToyServer) -> None:
+    """Watches and streams of lookups cost little and have many, each kind its own. All others share theirs."""
+    HeldRows(lambda *_: None, RequestLimits()).offer_lookups(toy.server, None, None)
+    places = {path.decode().rpartition("/")[2]: method.places for path, method in toy.server._methods.items()}
+    watches, lookups, chats = places["Watch"], places["StreamLookup"], places["Chat"]
+    assert watches and lookups and chats
+    assert room_of(watches) == room_of(lookups) == (16_384, 12_288)
+    assert watches is not lookups
+    assert room_of(chats) == (4_096, 2_048)
+    assert all(places[name] is chats for name in ("Repeat", "Join"))
+    assert all(places[name] is None for name in ("Echo", "Check", "Lookup"))
 
 
 def test_streams_beyond_their_places_are_refused_and_come_in_when_others_end(

@@ -1,5 +1,6 @@
 """The client's half of the protocol: what it asks next, given what it was answered. No I/O: every turn can be had."""
 
+import random
 from typing import Any
 
 import grpc
@@ -113,9 +114,38 @@ def test_a_shard_that_hangs_is_given_up_early_where_others_hold_the_rows(clock: 
 
 
 def test_a_shard_that_is_alone_gets_half_of_the_time_that_is_left(clock: Clock) -> None:
-    first, second, *_ = timeouts_of([0], 60, clock)
+    first, second, third, last = timeouts_of([0], 60, clock)
     assert first == pytest.approx(30, abs=0.1)
     assert second == pytest.approx(15, abs=0.1)
+    assert third == 4 * ATTEMPT_TIMEOUT  # never less than where there are others
+    assert last == pytest.approx(7, abs=0.1)  # all of it
+    assert timeouts_of([0], 3, clock)[0] == ATTEMPT_TIMEOUT
+
+
+class NoSpread(random.Random):
+    """The middle of all that it may be."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return (a + b) / 2
+
+
+def test_waits_between_tries_double_from_10_ms_to_half_a_second(clock: Clock) -> None:
+    waits: list[float] = []
+
+    def pass_time(seconds: float) -> None:
+        clock.pass_time(seconds)
+        waits.append(seconds)
+
+    shards = Shards(routing([[0, 1]] * 4))
+    shards.dead, shards.pass_time = {"h:0", "h:1", "h:2"}, pass_time
+    with pytest.raises(errors.Unavailable):
+        fetch(Router(["h:2"], Routing(shards.now), clock=clock, chance=NoSpread(1)), shards, [5], seconds=5)
+    assert waits[:6] == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32])
+    assert len(waits) > 10 and set(waits[6:]) == {0.5}
+    waits.clear()
+    with pytest.raises(errors.Unavailable):
+        fetch(Router(["h:2"], Routing(shards.now), clock=clock), shards, [5], seconds=10)
+    assert all(0.25 <= wait <= 0.75 for wait in waits[6:]) and len(set(waits[6:])) > 10
 
 
 def test_no_call_outlives_its_deadline(clock: Clock) -> None:

@@ -27,6 +27,13 @@ def test_it_plans_says_what_does_not_fit_and_is_replaced_when_it_dies() -> None:
         with pytest.raises(PlacementError, match="2 replicas of every part need 2 shards, there are 1"):
             await planning.plan(PARTS, NODES[:1], 2)
         [process] = processes()
+        process.suspend()  # a plan that takes its time
+        asking = asyncio.create_task(planning.plan(PARTS, NODES, 1))
+        for _ in range(5):
+            await asyncio.sleep(0.01)  # the loop goes on, and with it all that shards say
+        assert not asking.done()
+        process.resume()
+        assert await asking == before
         process.kill()
         assert await planning.plan(PARTS, NODES, 1) == before
 

@@ -31,7 +31,7 @@ from embedding_service.controller.events import (
 from embedding_service.controller.fleet import IdTaken
 from embedding_service.controller.placing import REPLAN_SECONDS
 from embedding_service.controller.presenter import problems_of
-from embedding_service.controller.state import NOTE_SECONDS, ControllerState, Phase, Settings
+from embedding_service.controller.state import NOTE_SECONDS, TICK_SECONDS, ControllerState, Phase, Settings
 from embedding_service.errors import InvalidRequest, PlacementError
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest
@@ -354,6 +354,36 @@ def test_with_a_copy_on_every_shard_one_that_joins_gets_all_and_one_that_leaves_
     world.pass_time(6)
     assert world.owners() == [["b", "c"]] * 3
     assert not list(problems_of(world.state, "store"))
+
+
+def test_1000_shards_are_heard_while_a_plan_is_made_and_told_once_a_second() -> None:
+    world = World(answers=False, expect_shards=1000)
+    names = [f"s{number}" for number in range(1000)]
+    for name in names:
+        world.join(name)
+    world.feed(Looked(Catalogue({"m": [ONE]})))
+    world.pass_time(0.5)
+    world.feed(TermRead(0, CLOCK_MS))
+    world.feed(TermNoted(True))
+    [question] = world.feed(Tick())
+    assert isinstance(question, Plan)
+    assert world.pass_time(10) == []  # it takes long: all are heard, and none is lost
+    for name, key in zip(names, KEYS, strict=False):
+        assert world.report(name, has_parts=True, parts=[key.to_wire()]) == []
+    done = world.feed(Planned(plan(question.parts, question.nodes, 1)))
+    assert kinds(done) == ["Publish"] + ["Tell"] * 1000
+    assert [each.full_name for each in world.state.routing.models] == ["m@1"] if world.state.routing else False
+    assert world.state.tick_in() == TICK_SECONDS
+    world.answers = True
+    for name in names[10:20]:  # what happens now waits for a second, and is told at once then
+        world.now += 0.09
+        world.report(name, draining=True)
+        assert "Publish" not in kinds(world.feed(Tick())) and not [each for each in world.done if isinstance(each, End)]
+    assert world.state.tick_in() == pytest.approx(0.1)
+    world.now += 0.101
+    world.feed(Tick())
+    shards = world.state.fleet.shards
+    assert all(shards[name].released for name in names[10:20]) and not shards[names[20]].released
 
 
 def test_what_a_shard_leaves_is_kept_for_the_grace_time_after_all_new_copies_are_there() -> None:
