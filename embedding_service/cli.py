@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from embedding_service.commands import bench, cluster, plan, policy, query, store
+from embedding_service.commands import bench, cluster, overlays, plan, policy, query, store
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import printable
 
@@ -19,6 +19,9 @@ app = typer.Typer(
 app.command("import")(store.import_command)
 for command in (
     store.split,
+    overlays.publish,
+    overlays.rollback,
+    overlays.diff,
     cluster.up,
     cluster.controller,
     cluster.shard,

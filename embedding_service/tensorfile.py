@@ -136,16 +136,19 @@ def _check_cover(path: Path, spans: dict[str, TensorSpan], start: int, size: int
         raise ValueError(f"it has {size - end:,} bytes that belong to no tensor")
 
 
-def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]], on_page: str | None = None) -> bytes:
     """The bytes before the data of `tensors` (name -> dtype, shape), which lie side by side in this order.
 
-    The header is padded with spaces so that the data begins on a page. Then it can be mapped wherever a page can.
+    The header is padded with spaces so that the data begins on a page, or that of tensor `on_page` does. Then it can be
+    mapped wherever a page can.
     """
-    entries, begin = {}, 0
+    entries, begin, before = {}, 0, 0
     for name, (dtype, shape) in tensors.items():
+        before = begin if name == on_page else before
         end = begin + tensor_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    header = header.ljust(-(-(_LENGTH_BYTES + len(header)) // PAGE_BYTES) * PAGE_BYTES - _LENGTH_BYTES)
+    least = _LENGTH_BYTES + len(header) + before
+    header = header.ljust(-(-least // PAGE_BYTES) * PAGE_BYTES - before - _LENGTH_BYTES)
     return len(header).to_bytes(_LENGTH_BYTES, "little") + header

@@ -166,8 +166,7 @@ def _parse_nodes(texts: Sequence[str]) -> list[Node]:
 
 def _stored_parts(url: str, name: str | None) -> list[PartDemand]:
     """The parts of the newest version of each model of a store, or of one model."""
-    from embedding_service.placement.demand import PartDemand
-    from embedding_service.placement.parts import PartKey
+    from embedding_service.controller.decisions import part_demands
     from embedding_service.store import Store
 
     store = Store(url)
@@ -175,12 +174,7 @@ def _stored_parts(url: str, name: str | None) -> list[PartDemand]:
     manifests = [store.manifest(model, version or None)] if name else store.newest()
     if not manifests:
         raise NotFound(f"no model in {url}: `embedding-service import` puts one there")
-    return [
-        PartDemand(PartKey(manifest.model, manifest.version, table.name, part.index), part.rows, table.row_bytes)
-        for manifest in manifests
-        for table in manifest.tables
-        for part in table.parts
-    ]
+    return part_demands(manifests, {})
 
 
 def _table_parts(rows: int, dim: int, dtype: str, part_bytes: int | None) -> list[PartDemand]:

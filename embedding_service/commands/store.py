@@ -16,6 +16,9 @@ from embedding_service.formats import FORMATS
 if TYPE_CHECKING:
     import rich.progress
 
+    from embedding_service.store.manifest import Manifest
+    from embedding_service.store.store import Store
+
 
 def import_command(
     checkpoint: Annotated[
@@ -26,11 +29,21 @@ def import_command(
     ],
     store: Annotated[str, typer.Option(help="Store to import into: a folder or an fsspec URL.")],
     name: Annotated[str, typer.Option(help="Name the model is served under.")],
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)} or keep, for the checkpoint's own.")] = "int8",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(FORMATS)} or keep, for the checkpoint's own. Default: int8, or the base's."),
+    ] = None,
     version: Annotated[str, typer.Option(help="Version of the model; the highest one is served.")] = "1",
     part_size: Annotated[
         str | None,
         typer.Option(help="Largest size of a part. Default: a 16th of each table, at most 256MiB."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="A version of this model: only rows that differ from its rows are written, and held beside them.",
+        ),
     ] = None,
     generic: Annotated[
         list[str] | None,
@@ -44,11 +57,8 @@ def import_command(
     part_bytes = parse_bytes(part_size) if part_size is not None else None
     wanted = _tables_by_tensor(generic) if generic else None
     from embedding_service.store.importing import import_checkpoint
-    from embedding_service.store.store import Store, next_version
 
-    target = Store(store)
-    if target.is_private:
-        raise InvalidRequest(f"{store} is gone when this command ends: give a folder, or a URL that others can read")
+    target = open_store(store)
     with _Progress("importing") as progress:
         manifest = import_checkpoint(
             checkpoint,
@@ -57,6 +67,7 @@ def import_command(
             version=version,
             dtype=dtype,
             part_bytes=part_bytes,
+            base=base,
             progress=progress,
             generic=wanted,
         )
@@ -64,14 +75,33 @@ def import_command(
         f"{table.rows:,} rows of {table.dim} as {table.dtype} in {table.name}" for table in manifest.tables
     )
     parts = sum(len(table.parts) for table in manifest.tables)
-    say(
-        f"{name}@{version}: {tables}; {format_bytes(progress.total)} in, {format_bytes(manifest.bytes)} out in "
-        f"{parts} parts, {progress.seconds:.1f} s, to {store}"
-    )
-    newest = target.versions(name)[-1]
-    if newest != version:
+    out = f"{format_bytes(manifest.bytes)} out in {parts} parts"
+    if manifest.base:
+        rows = sum(table.rows for table in manifest.tables)
+        out = f"{manifest.replaced_rows:,} of {rows:,} rows differ from {'@'.join(manifest.root)}"
+        out += f", {format_bytes(manifest.replaced_bytes)} out"
+    say(f"{name}@{version}: {tables}; {format_bytes(progress.total)} in, {out}, {progress.seconds:.1f} s, to {store}")
+    note_if_not_served(target, manifest)
+
+
+def open_store(url: str) -> Store:
+    """A store to write to. Raises InvalidRequest for one that is gone when the command ends."""
+    from embedding_service.store.store import Store
+
+    store = Store(url)
+    if store.is_private:
+        raise InvalidRequest(f"{url} is gone when this command ends: give a folder, or a URL that others can read")
+    return store
+
+
+def note_if_not_served(store: Store, manifest: Manifest) -> None:
+    """Say so if a version that was just published is not the newest one of its model."""
+    from embedding_service.store.store import next_version
+
+    newest = store.versions(manifest.model)[-1]
+    if newest != manifest.version:
         say(
-            f"note: {name}@{newest} stays the newest and is what is served: to replace it, import with "
+            f"note: {manifest.model}@{newest} stays the newest and is what is served: to replace it, give "
             f"--version {next_version([newest])}",
             err=True,
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from embedding_service.errors import InvalidRequest, StoreError
+from embedding_service.placement.demand import PartDemand
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import MOST_PARTS, Manifest, part_file
 from embedding_service.store.store import Catalogue, natural_order
@@ -23,6 +26,33 @@ def part_keys(manifest: Manifest) -> list[PartKey]:
         for table in manifest.tables
         for part in table.parts
     ]
+
+
+def shared_part(key: PartKey, manifest: Manifest) -> PartKey:
+    """The part that a version's part has its rows from: its base's, or itself. A shard holds it once for all versions.
+
+    So versions of one base are placed together, part by part.
+    """
+    return PartKey(*manifest.root, key.table, key.part)
+
+
+def part_demands(manifests: Iterable[Manifest], accesses: Mapping[PartKey, int]) -> list[PartDemand]:
+    """What there is to place: each shared part once, with what versions replace in it.
+
+    All parts of a table count as many replaced bytes as the one that has most, so that they stay of one size.
+    """
+    demands: dict[PartKey, PartDemand] = {}
+    replaced: Counter[tuple[str, str, str]] = Counter()
+    for manifest in manifests:
+        for table in manifest.tables:
+            overlays = manifest.overlays(table.name).values()
+            replaced[(*manifest.root, table.name)] += max((overlay.bytes for overlay in overlays), default=0)
+            for part in table.parts:
+                key = PartKey(manifest.model, manifest.version, table.name, part.index)
+                shared = shared_part(key, manifest)
+                load = accesses.get(key, 0) + (demands[shared].load if shared in demands else 0.0)
+                demands[shared] = PartDemand(shared, part.rows, table.row_bytes, float(load))
+    return [replace(demand, more=replaced[key[:3]]) if replaced[key[:3]] else demand for key, demand in demands.items()]
 
 
 def is_away(found: Catalogue | None, served: Iterable[object]) -> bool:
@@ -117,10 +147,15 @@ def choose_versions(
 
 
 def by_importance(wanted: Iterable[Manifest], served: Container[tuple[str, str]]) -> list[Manifest]:
-    """What is served comes first, then the smallest. If not all fits, the last ones are left out."""
-    return sorted(
-        wanted, key=lambda each: ((each.model, each.version) not in served, each.bytes, each.model, each.version)
-    )
+    """What is served comes first, then what takes least. If not all fits, the last ones are left out."""
+    wanted = list(wanted)
+    shared = {each.root for each in wanted if (each.model, each.version) in served}
+
+    def order(each: Manifest) -> tuple[bool, int, str, str]:
+        takes = each.replaced_bytes + (0 if each.base and each.root in shared else each.bytes)
+        return (each.model, each.version) not in served, takes, each.model, each.version
+
+    return sorted(wanted, key=order)
 
 
 def too_few_shards(wanted: int, replicas: int) -> str:
@@ -209,19 +244,22 @@ def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:
 
 
 def manifest_of(info: wire.ModelInfo) -> Manifest:
-    """A version as a shard knows it, in a manifest. It has no checksums of parts, which only readers need.
+    """A version as a shard knows it, in a manifest. It has neither checksums nor overlays, which only readers need.
 
     Raises InvalidRequest for what no manifest could say.
     """
     source = f"what is said of {info.name}@{info.version}"
     try:
-        content = {
+        content: dict[str, object] = {
             "model": info.name,
             "version": info.version,
             "family": info.family,
             "hash_params": json.loads(info.hash_params or "{}"),
             "tables": [_table_of(table) for table in info.tables],
         }
+        if info.base:
+            model, _, version = info.base.partition("@")
+            content |= {"format_version": 2, "base": {"model": model, "version": version, "overlays": {}}}
         return Manifest.from_json(json.dumps(content), source)
     except (StoreError, ValueError, RecursionError) as error:
         raise InvalidRequest(str(error)) from error
@@ -260,6 +298,7 @@ def model_info(manifest: Manifest) -> wire.ModelInfo:
         version=manifest.version,
         family=manifest.family,
         hash_params=json.dumps(manifest.hash_params, sort_keys=True),
+        base="@".join(manifest.root) if manifest.base else "",
         tables=[
             wire.TableInfo(
                 name=table.name,

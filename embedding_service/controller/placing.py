@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from embedding_service.controller import decisions
 from embedding_service.controller.events import Plan, Planned, Question
 from embedding_service.controller.fleet import Fleet, Shard
 from embedding_service.errors import PlacementError
-from embedding_service.placement.demand import CUDA, Node, PartDemand, Placement
+from embedding_service.placement.demand import CUDA, Node, Placement
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest
 
@@ -88,9 +88,10 @@ class Placing:
         """Place what is served, and as many further versions as fit."""
         fits, fails = sum((each.model, each.version) in served for each in manifests) - 1, len(manifests) + 1
         placement: Placement | None = None
+        accesses = self._fleet.accesses()
         problem, self._replan_at, count = "", 0.0, len(manifests)
         while fails - fits > 1:  # `fits` versions fit, and `fails` do not
-            answer = yield Plan(self._demands(manifests[:count]), nodes, replicas)
+            answer = yield Plan(decisions.part_demands(manifests[:count], accesses), nodes, replicas)
             if isinstance(answer.outcome, Placement):
                 placement, fits = answer.outcome, count
             elif isinstance(answer.outcome, PlacementError):
@@ -103,7 +104,8 @@ class Placing:
             count = (fits + fails) // 2
         if placement:
             left_out = manifests[fits:]
-            self.target, self._left_out = placement.shards_of, {(each.model, each.version) for each in left_out}
+            self.target = _expanded(placement.shards_of, manifests[:fits])
+            self._left_out = {(each.model, each.version) for each in left_out}
             names = ", ".join(f"{each.model}@{each.version}" for each in left_out)
             problem = f"not placed: {names}: {problem}" if left_out else problem
             log.info("planned %d versions on %d shards", fits, len(nodes))
@@ -111,24 +113,29 @@ class Placing:
             log.error("cannot place the models: %s", problem)
         self.problem = problem
 
-    def _demands(self, manifests: Sequence[Manifest]) -> list[PartDemand]:
-        accesses = self._fleet.accesses()
-        return [
-            PartDemand(key, part.rows, table.row_bytes, float(accesses[key]))
-            for manifest in manifests
-            for table in manifest.tables
-            for part in table.parts
-            for key in [PartKey(manifest.model, manifest.version, table.name, part.index)]
-        ]
+
+def _expanded(shards_of: Mapping[PartKey, list[str]], manifests: Sequence[Manifest]) -> dict[PartKey, list[str]]:
+    """For each part of these versions its shards, which are those of the part that it has its rows from."""
+    return {
+        key: list(shards_of[decisions.shared_part(key, manifest)])
+        for manifest in manifests
+        for key in decisions.part_keys(manifest)
+    }
 
 
-def _node(shard: Shard, wanted: Container[tuple[str, str]]) -> Node:
-    """A shard as the planner sees it. The planner knows nothing of versions that are not wanted."""
+def _node(shard: Shard, wanted: Mapping[tuple[str, str], Manifest]) -> Node:
+    """A shard as the planner sees it. The planner knows nothing of versions that are not wanted.
+
+    A base counts as held though it is not wanted itself, for versions that are may use its rows.
+    """
     report = shard.report
+    roots = {manifest.root for manifest in wanted.values()}
+    there = shard.keeps | (shard.assigned or frozenset())
+    held = {decisions.shared_part(key, wanted[key[:2]]) for key in there if key[:2] in wanted}
     return Node(
         shard.name,
         report.memory_limit,
-        frozenset(key for key in shard.keeps | (shard.assigned or frozenset()) if key[:2] in wanted),
+        frozenset(held | {key for key in there if key[:2] in roots}),
         device=report.device,
         topology=report.topology,
         draining=report.draining,

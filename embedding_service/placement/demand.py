@@ -36,17 +36,21 @@ class Node:
 
 @dataclass(frozen=True)
 class PartDemand:
-    """A part to place: its rows, the bytes of one row, and the measured accesses (in any unit of time)."""
+    """A part to place: its rows, the bytes of one row, and the measured accesses (in any unit of time).
+
+    `more`: bytes of what lies with it, which are rows that versions replace in it.
+    """
 
     key: PartKey
     rows: int
     row_bytes: int
     load: float = 0.0
+    more: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory it takes."""
-        return self.rows * self.row_bytes
+        return self.rows * self.row_bytes + self.more
 
 
 @dataclass

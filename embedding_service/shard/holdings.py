@@ -6,14 +6,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from embedding_service.errors import CorruptPart, EmbeddingServiceError
 from embedding_service.placement.parts import PartKey
-from embedding_service.rows.base import Ids, Location, TableRows
+from embedding_service.rows.base import Ids, LiesIn, Location, TableRows
+from embedding_service.rows.overlaid import OverlaidTable
 from embedding_service.store.manifest import Manifest, Part, Table
+from embedding_service.store.overlays import Replaced, read_overlay, rows_offset
 from embedding_service.store.store import Store
 from embedding_service.threads import apart
 
@@ -24,6 +28,8 @@ RETRY_SECONDS = 5.0
 # A store on this machine is said to be away after this many seconds without an answer.
 STALL_SECONDS = 30.0
 T = TypeVar("T")
+# Model, version, table.
+TableKey = tuple[str, str, str]
 
 
 class Sharing(Protocol):
@@ -34,6 +40,26 @@ class Sharing(Protocol):
 
     def drop(self, key: PartKey) -> None:
         """Returns when nobody else uses the part any more."""
+
+
+@dataclass
+class _Users:
+    """Who uses a part of the ground: parts of versions that are held, or about to be. One of them loads it."""
+
+    keys: set[PartKey] = field(default_factory=set)
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Ground:
+    """Rows that versions share: those of a base. `users` by part."""
+
+    rows: TableRows
+    users: dict[int, _Users] = field(default_factory=dict)
+
+    def holds(self, part: Part) -> bool:
+        """Whether the part's rows are there."""
+        return part.index in self.rows.held_parts()
 
 
 class Holdings:
@@ -70,7 +96,9 @@ class Holdings:
         self._tasks: dict[PartKey, asyncio.Task[None]] = {}
         self._taken = 0  # bytes of what is held and of what is being read
         self._room = asyncio.Event()
-        self._tables: dict[tuple[str, str, str], TableRows] = {}
+        self._tables: dict[TableKey, OverlaidTable] = {}
+        self._grounds: dict[TableKey, _Ground] = {}
+        self._shared: set[PartKey] = set()
         self._tables_lock = threading.Lock()
         self._reading = 0  # threads that read the store
         self._chunk_read = 0.0
@@ -78,8 +106,9 @@ class Holdings:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the rows that are held."""
-        return sum(self._part(key).bytes for key in self.held)
+        """Bytes of the rows that are held. Rows that versions share count once."""
+        grounds = {(*self._manifest(key).root, key.table, key.part): self._part(key).bytes for key in self.held}
+        return sum(grounds.values()) + sum(self._overlay_bytes(key) for key in self.held)
 
     def table(self, model: str, version: str, table: str) -> TableRows | None:
         """The rows of a table, if any part of it is held."""
@@ -89,7 +118,7 @@ class Holdings:
         """Rows gathered from a held part since its table was opened here."""
         return self._tables[key[:3]].accesses(key.part)
 
-    def add_accesses(self, table: tuple[str, str, str], accesses: Ids) -> None:
+    def add_accesses(self, table: TableKey, accesses: Ids) -> None:
         """Count what other processes gathered from a table's parts: int64 [parts]."""
         rows = self._tables.get(table)
         if rows:
@@ -115,7 +144,10 @@ class Holdings:
             return
         for rows in self._tables.values():
             rows.close()
+        for ground in self._grounds.values():
+            ground.rows.close()
         self._tables.clear()
+        self._grounds.clear()
         self.held.clear()
 
     async def _load(self, key: PartKey) -> None:
@@ -137,27 +169,28 @@ class Holdings:
         async with self._loaders:
             if key not in self._wanted:
                 return True
-            began, reserved = time.monotonic(), 0
+            began, needed, taken = time.monotonic(), 0, False
             try:
-                part = (await self._read(key, self._manifest, key)).table(key.table).parts[key.part]
-                if self._taken + part.bytes > self.memory_limit:
+                await self._read(key, self._open, key)
+                needed = self._needed(key)
+                if self._taken + needed > self.memory_limit:
                     self._fail(
                         key,
                         f"waits for room: {self._taken:,} of this shard's {self.memory_limit:,} bytes are taken and it "
-                        f"needs {part.bytes:,}; if it waits for long, add shards or raise --memory",
+                        f"needs {needed:,}; if it waits for long, add shards or raise --memory",
                     )
                     return False
-                reserved = part.bytes
-                self._taken += reserved
-                await self._read(key, self._load_blocking, key, part)
+                taken = self._take(key)
+                await self._read(key, self._load_blocking, key)
             except (EmbeddingServiceError, OSError, MemoryError) as error:
-                self._taken -= reserved
+                if taken:
+                    self._give_back(key)
                 self._fail(key, str(error))
                 return False
         self.failures.pop(key, None)
         self.held.add(key)
         self.changed.set()
-        log.info("holds %s: %s bytes in %.2f s", key, f"{part.bytes:,}", time.monotonic() - began)
+        log.info("holds %s: %s bytes in %.2f s", key, f"{needed:,}", time.monotonic() - began)
         if key not in self._wanted:
             self._drop(key)
         return True
@@ -190,36 +223,97 @@ class Holdings:
             self.failures[key] = message
             self.changed.set()
 
-    def _load_blocking(self, key: PartKey, part: Part) -> None:
-        path = self._store.fetch_part(self._manifest(key), part, self._cache)
-        rows = self._rows(key)
-        try:
-            rows.load(part, path, self._pace)
+    def _open(self, key: PartKey) -> None:
+        """Make the tables that a part is to be held in, if they are not there."""
+        manifest = self._manifest(key)
+        table, root = manifest.table(key.table), (*manifest.root, key.table)
+        with self._tables_lock:
+            if root not in self._grounds:
+                self._grounds[root] = _Ground(self._tier(table, shared=bool(self.sharing)))
+            if key[:3] not in self._tables:
+                replaced = sum(overlay.rows for overlay in manifest.overlays(key.table).values())
+                self._tables[key[:3]] = OverlaidTable(table, self._grounds[root].rows, replaced)
+
+    def _load_blocking(self, key: PartKey) -> None:
+        manifest, part, rows, ground = self._manifest(key), self._part(key), self._tables[key[:3]], self._ground(key)
+        path = self._store.fetch_part(manifest, part, self._cache)
+        with self._removing(path), ground.users[part.index].loading:
+            if not ground.holds(part):
+                ground.rows.load(part, path, self._pace)
+        overlay = manifest.overlays(key.table).get(part.index)
+        if overlay is None:
+            rows.hold(part, Replaced.none(rows.table.row_bytes))
+        else:
+            path_over = self._store.fetch_overlay(manifest, rows.table, overlay, self._cache)
+            with self._removing(path_over):
+                replaced = read_overlay(path_over, rows.table, overlay, self._pace)
+            in_files = self._tier.lies_in is LiesIn.FILES
+            rows.hold(part, replaced, path_over if in_files else None, rows_offset(path_over, overlay))
+        if not rows.replaces(part):  # one that lies in two places is read by this process alone
             for each in self.sharing:
                 each.hold(key, rows.table, rows.location(part, path))
+            self._shared.add(key)
+
+    @contextmanager
+    def _removing(self, path: Path) -> Iterator[None]:
+        """Remove a copy of a remote file that turns out to be bad. The next try fetches another."""
+        try:
+            yield
         except CorruptPart:
             if not self._store.is_local:
-                path.unlink(missing_ok=True)  # a bad copy: the next try fetches another
+                path.unlink(missing_ok=True)
             raise
-
-    def _rows(self, key: PartKey) -> TableRows:
-        with self._tables_lock:
-            if key[:3] not in self._tables:
-                table = self._manifest(key).table(key.table)
-                self._tables[key[:3]] = self._tier(table, shared=bool(self.sharing))
-            return self._tables[key[:3]]
 
     def _drop(self, key: PartKey) -> None:
         self.held.discard(key)
         self.changed.set()
-        for each in self.sharing:
-            each.drop(key)
+        if key in self._shared:
+            self._shared.discard(key)
+            for each in self.sharing:
+                each.drop(key)
         self._tables[key[:3]].drop(self._part(key))
-        self._taken -= self._part(key).bytes
+        self._give_back(key)
         self._room.set()
         log.info("dropped %s", key)
         if not any(other[:3] == key[:3] for other in self.held | self._tasks.keys()):
             self._tables.pop(key[:3]).close()
+            root = self._root(key)
+            if not any(self._root(PartKey(*other, 0)) == root for other in self._tables):
+                self._grounds.pop(root).rows.close()
+
+    # Memory: rows that versions share are taken once
+
+    def _needed(self, key: PartKey) -> int:
+        """Bytes that holding a part takes, besides what is held already."""
+        ground = 0 if key.part in self._ground(key).users else self._part(key).bytes
+        return ground + self._overlay_bytes(key)
+
+    def _take(self, key: PartKey) -> bool:
+        self._taken += self._needed(key)
+        self._ground(key).users.setdefault(key.part, _Users()).keys.add(key)
+        return True
+
+    def _give_back(self, key: PartKey) -> None:
+        """A part is not held here any more. Rows of the ground go once no version uses them."""
+        ground, part = self._ground(key), self._part(key)
+        keys = ground.users[part.index].keys
+        keys.discard(key)
+        self._taken -= self._overlay_bytes(key)
+        if not keys:
+            del ground.users[part.index]
+            self._taken -= part.bytes
+            if ground.holds(part):
+                ground.rows.drop(part)
+
+    def _ground(self, key: PartKey) -> _Ground:
+        return self._grounds[self._root(key)]
+
+    def _root(self, key: PartKey) -> TableKey:
+        return (*self._manifest(key).root, key.table)
+
+    def _overlay_bytes(self, key: PartKey) -> int:
+        overlay = self._manifest(key).overlays(key.table).get(key.part)
+        return overlay.bytes if overlay else 0
 
     def _manifest(self, key: PartKey) -> Manifest:
         name = (key.model, key.version)

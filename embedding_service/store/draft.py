@@ -8,6 +8,7 @@ a temporary one on this machine, each finished part is copied to its final place
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ import xxhash
 from pydantic import ValidationError
 
 from embedding_service.errors import CorruptPart, ImportRefused, StoreError
-from embedding_service.store.manifest import Manifest, Part, check_name
+from embedding_service.store.manifest import Manifest, Overlay, Part, check_name
 from embedding_service.store.parts import verify
 from embedding_service.store.store import MANIFEST_FILE, Store, next_version
 from embedding_service.tensorfile import PAGE_BYTES
@@ -50,9 +51,10 @@ class Draft:
         """The entry of a part that is there already."""
         return self._finished.get(file)
 
-    def keep(self, part: Part) -> None:
-        """Note a part that was just written. If this import dies, the next one need not write it again."""
-        self._finished[part.file] = part
+    def keep(self, part: Part | Overlay) -> None:
+        """Note a file that was just written. If this import dies, the next one need not write a part again."""
+        if isinstance(part, Part):
+            self._finished[part.file] = part
         with (self.folder / _JOURNAL).open("a") as journal:
             journal.write(part.model_dump_json() + "\n")
             journal.flush()
@@ -66,7 +68,8 @@ class Draft:
         """Make the version visible, all at once."""
         _write_durably(self.folder / MANIFEST_FILE, manifest.to_json())
         for table in manifest.tables:
-            _sync_folder(self.folder / table.name)
+            if (self.folder / table.name).exists():  # a table whose rows are all the base's has none
+                _sync_folder(self.folder / table.name)
         _sync_folder(self.folder)
         self.folder.rename(self._published)
         _sync_folder(self._published.parent)
@@ -123,8 +126,8 @@ class Draft:
 class RemoteDraft(Draft):
     """A version of a remote store under way. It can be resumed on the same machine only."""
 
-    def keep(self, part: Part) -> None:
-        """Copy the part to its final place. Here only the journal remembers it."""
+    def keep(self, part: Part | Overlay) -> None:
+        """Copy the file to its final place. Here only the journal remembers it."""
         location = self.store.location(self.model, self.version, part.file)
         self.store.filesystem.makedirs(location.rpartition("/")[0], exist_ok=True)
         self.store.filesystem.put_file(str(self.folder / part.file), location)
@@ -269,3 +272,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained_write_errors(store: Store) -> Iterator[None]:
+    """Say of a failure to write what it was, and what is kept."""
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise StoreError(
+            f"writing to {store.url} failed: {what}. Finished parts are kept: run the same import again to go on"
+        ) from error

@@ -7,7 +7,6 @@ torch's own threads made it three times slower when they had to wait for a busy 
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,23 +16,28 @@ from importlib.metadata import version as installed_version
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
 from embedding_service.checkpoint import Checkpoint, LooseTensors, SourceMatrix
-from embedding_service.errors import ImportRefused, InvalidRequest, StoreError, UnencodableRow
+from embedding_service.errors import ImportRefused, InvalidRequest, UnencodableRow
 from embedding_service.formats import FORMATS, RowFormat, get_format
-from embedding_service.store.draft import Draft, finish_published, open_draft
+from embedding_service.store.draft import Draft, explained_write_errors, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
-from embedding_service.store.manifest import Dense, Manifest, Part, Provenance, Table
+from embedding_service.store.manifest import Dense, Manifest, Overlay, Part, Provenance, Table
+from embedding_service.store.overlays import Replaced
 from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_part, rows_per_part
 from embedding_service.store.progress import Meter, Progress
+from embedding_service.store.publishing import publish_overlays, write_overlays
+from embedding_service.store.reading import part_rows
 from embedding_service.store.store import Store
 from embedding_service.tensorfile import PAGE_BYTES
 
 # Bytes of a chunk in float32. Measured: 1 MiB and 16 MiB are both slower by a quarter.
 _CHUNK_BYTES = 4 << 20
 KEEP = "keep"
+DEFAULT_DTYPE = "int8"
 
 
 def import_checkpoint(
@@ -42,15 +46,17 @@ def import_checkpoint(
     name: str,
     *,
     version: str = "1",
-    dtype: str = "int8",
+    dtype: str | None = None,
     part_bytes: int | None = None,
+    base: str | None = None,
     progress: Progress | None = None,
     generic: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Import the tables of a Hugging Face checkpoint folder as `name@version` and return the manifest.
 
-    dtype: a name in `formats.FORMATS`, or "keep" for the checkpoint's own.
+    dtype: a name in `formats.FORMATS`, or "keep" for the checkpoint's own. None: int8, or the base's.
     part_bytes: most bytes of a part. None takes a 16th of each table in whole pages, at most 256 MiB.
+    base: a version of this model. Of the checkpoint's rows only those are written that differ from its rows.
     generic: tensor -> table, to take these matrices of any model as tables without a family. Then `checkpoint` may also
     be a safetensors file, or a folder of them without a config.
     Goes on where an earlier call with the same checkpoint and options was interrupted, even while it published. Until
@@ -59,17 +65,25 @@ def import_checkpoint(
     InvalidRequest: name, dtype, part size. StoreError: reading or writing failed midway.
     """
     source, importer = _open(Path(checkpoint), generic)
-    plans = [_plan(table, dtype, part_bytes) for table in importer.tables()]
     store = store if isinstance(store, Store) else Store(store)
-    fingerprint = _fingerprint(source, plans)
+    if base is None:
+        plans = [_plan(table, dtype or DEFAULT_DTYPE, part_bytes) for table in importer.tables()]
+        root = None
+    else:
+        root = store.manifest(*store.manifest(name, base).root)
+        plans = _plans_like(root, importer, dtype, part_bytes)
+    fingerprint = _fingerprint(source, plans, root)
     if published := finish_published(store, name, version, fingerprint):
         return published
-    with open_draft(store, name, version) as draft, _explained_write_errors(store), _one_torch_thread():
+    with open_draft(store, name, version) as draft, explained_write_errors(store), _one_torch_thread():
         draft.resume(fingerprint)
         parts = [part for plan in plans for part in plan.parts()]
-        draft.check_space([part.bytes + PAGE_BYTES for part in parts if not draft.finished(part.file)])
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
         try:
+            if root:
+                overlays = _write_differences(store, root, plans, draft, meter)
+                return publish_overlays(draft, root, overlays, _provenance(source, plans))
+            draft.check_space([part.bytes + PAGE_BYTES for part in parts if not draft.finished(part.file)])
             tables = tuple(_write_table(plan, draft, meter) for plan in plans)
         except ImportRefused:  # a row that cannot be held: the same import would fail there again
             draft.abandon()
@@ -117,14 +131,59 @@ def _plan(source: TableSource, dtype: str, part_bytes: int | None) -> _TablePlan
     return _TablePlan(source, row_format, row_bytes, part_rows)
 
 
-def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan]) -> str:
-    """Tell apart imports whose parts would differ: of another checkpoint, dtype or part size."""
+def _plans_like(root: Manifest, importer: Importer, dtype: str | None, part_bytes: int | None) -> list[_TablePlan]:
+    """The checkpoint's tables as the base has them. Raises ImportRefused if they are others."""
+    if part_bytes is not None:
+        raise InvalidRequest("with --base, parts are the base's: leave --part-size out")
+    sources = importer.tables()
+    tables = {table.name: table for table in root.tables}
+    ours = [(source.name, source.rows, source.dim) for source in sources]
+    theirs = [(table.name, table.rows, table.dim) for table in root.tables]
+    if (importer.family, ours) != (root.family, theirs) or importer.hash_params != root.hash_params:
+        raise ImportRefused(
+            f"the checkpoint's tables are not those of {root.full_name}: {ours} of family {importer.family!r}, and "
+            f"{theirs} of family {root.family!r}; import it without --base"
+        )
+    for table in root.tables:
+        if dtype not in (None, KEEP, table.dtype):
+            raise InvalidRequest(f"{root.full_name} stores table {table.name} as {table.dtype}: leave --dtype out")
+    return [
+        _TablePlan(source, get_format(table.dtype), table.row_bytes, table.rows_per_part)
+        for source in sources
+        for table in [tables[source.name]]
+    ]
+
+
+def _write_differences(
+    store: Store, root: Manifest, plans: list[_TablePlan], draft: Draft, meter: Meter
+) -> dict[str, tuple[Overlay, ...]]:
+    """Write the rows of the checkpoint that are not the base's."""
+    by_name = {plan.source.name: plan for plan in plans}
+
+    def differences(table: Table, part: Part) -> Replaced:
+        plan, found, first = by_name[table.name], [Replaced.none(table.row_bytes)], 0
+        new = NewPart(table.name, part.index, part.first_row, part.rows, table.dim, plan.row_format)
+        with part_rows(store, root, table, part) as before:
+            for chunk in _stored_chunks(plan, new):
+                differ = np.flatnonzero((chunk.numpy() != before[first : first + len(chunk)]).any(1))
+                found.append(Replaced(part.first_row + first + differ, chunk.numpy()[differ]))
+                first += len(chunk)
+                meter.add(len(chunk) * (plan.source.bytes // plan.source.rows))
+        ids, rows = zip(*found, strict=True)
+        return Replaced(np.concatenate(ids), np.concatenate(rows))
+
+    return write_overlays(draft, root.tables, differences)
+
+
+def _fingerprint(checkpoint: Checkpoint, plans: list[_TablePlan], root: Manifest | None) -> str:
+    """Tell apart imports whose parts would differ: of another checkpoint, dtype, part size or base."""
     files = [(file.name, stat.st_size, stat.st_mtime_ns) for file in checkpoint.files() for stat in [file.stat()]]
     tables = [
         (plan.source.name, [tensor.name for tensor in plan.source.tensors], plan.row_format.name, plan.rows_per_part)
         for plan in plans
     ]
-    return xxhash.xxh3_128_hexdigest(json.dumps([checkpoint.config, files, tables], sort_keys=True).encode())
+    about = [checkpoint.config, files, tables, *(root.root if root else ())]
+    return xxhash.xxh3_128_hexdigest(json.dumps(about, sort_keys=True).encode())
 
 
 def _write_table(plan: _TablePlan, draft: Draft, meter: Meter) -> Table:
@@ -185,7 +244,6 @@ def _manifest(
     plans: list[_TablePlan],
     tables: tuple[Table, ...],
 ) -> Manifest:
-    files = sorted({tensor.file for plan in plans for tensor in plan.source.tensors})
     return Manifest(
         model=name,
         version=version,
@@ -193,14 +251,19 @@ def _manifest(
         hash_params=importer.hash_params,
         tables=tables,
         dense=_dense(checkpoint, importer),
-        provenance=Provenance(
-            checkpoint=str(checkpoint.folder.resolve()),
-            files={file.name: file.stat().st_size for file in files},
-            source_dtype=", ".join(sorted({plan.source.dtype for plan in plans})),
-            source_bytes=sum(plan.source.bytes for plan in plans),
-            imported_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            importer=f"embedding-service {installed_version('embedding-service')}",
-        ),
+        provenance=_provenance(checkpoint, plans),
+    )
+
+
+def _provenance(checkpoint: Checkpoint, plans: list[_TablePlan]) -> Provenance:
+    files = sorted({tensor.file for plan in plans for tensor in plan.source.tensors})
+    return Provenance(
+        checkpoint=str(checkpoint.folder.resolve()),
+        files={file.name: file.stat().st_size for file in files},
+        source_dtype=", ".join(sorted({plan.source.dtype for plan in plans})),
+        source_bytes=sum(plan.source.bytes for plan in plans),
+        imported_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        importer=f"embedding-service {installed_version('embedding-service')}",
     )
 
 
@@ -218,14 +281,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _explained_write_errors(store: Store) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise StoreError(
-            f"writing to {store.url} failed: {what}. Finished parts are kept: run the same import again to go on"
-        ) from error

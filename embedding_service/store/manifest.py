@@ -18,6 +18,8 @@ MOST_ROWS = 1 << 48
 MOST_DIM = 1 << 20
 MOST_PARTS = 100_000
 MOST_BYTES = 1 << 56
+# Of a row id in an overlay's file.
+ID_BYTES = 8
 # Of the errors that pydantic finds in a manifest.
 _ERRORS_NAMED = 3
 
@@ -34,6 +36,11 @@ def check_name(name: str) -> str:
 def part_file(table: str, index: int) -> str:
     """Where a part lies within the version's folder. No manifest can say otherwise."""
     return f"{table}/part-{index:05d}.safetensors"
+
+
+def overlay_file(table: str, index: int) -> str:
+    """Where the rows lie that replace some of a part of the base, within the version's folder."""
+    return f"{table}/overlay-{index:05d}.safetensors"
 
 
 Json = str | bytes
@@ -90,6 +97,33 @@ class Table(_Frozen):
         return self
 
 
+class Overlay(_Frozen):
+    """Rows that replace some of a part of the base: one file, of their ids and of them as they are stored."""
+
+    # Of the table's parts, the one they fall in.
+    part: int = Field(ge=0, lt=MOST_PARTS)
+    rows: int = Field(ge=1, le=MOST_ROWS)
+    # Relative to the version's folder, with forward slashes.
+    file: str
+    # Of ids and rows together. The checksum is over these.
+    bytes: int = Field(ge=1, le=MOST_BYTES)
+    checksum: str = Field(pattern=r"^xxh3-128:[0-9a-f]{32}$")
+
+
+class Base(_Frozen):
+    """The version whose part files a version uses, and the rows that it replaces.
+
+    A base is a whole version, never one with a base of its own.
+    """
+
+    model: Name
+    version: Name
+    # For each table that has any, in the order of the parts.
+    overlays: dict[Name, tuple[Overlay, ...]]
+    # The version whose rows these are, where a rollback made this one.
+    restores: Name | None = None
+
+
 class Dense(_Frozen):
     """Tensors of the checkpoint that stay with the worker."""
 
@@ -112,21 +146,48 @@ class Provenance(_Frozen):
 class Manifest(_Frozen):
     """One version of one model, as STORE/MODEL/VERSION/manifest.json says it."""
 
-    format_version: Literal[1] = 1
+    # 2: with a base, which readers of 1 do not know.
+    format_version: Literal[1, 2] = 1
     model: Name
     version: Name
     # "longcat", for example. Empty for tables that are addressed by row id only.
     family: str
     # What NgramHasher.from_params takes.
     hash_params: dict[str, Any]
+    # With a base, these are the base's: its parts, to be found in its folder.
     tables: tuple[Table, ...] = Field(min_length=1)
     dense: Dense | None = None
     provenance: Provenance | None = None
+    base: Base | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of all rows of all tables."""
         return sum(table.bytes for table in self.tables)
+
+    @property
+    def full_name(self) -> str:
+        """`model@version`."""
+        return f"{self.model}@{self.version}"
+
+    @property
+    def root(self) -> tuple[str, str]:
+        """(model, version) of the folder that the parts lie in: the base's, or its own."""
+        return (self.base.model, self.base.version) if self.base else (self.model, self.version)
+
+    @property
+    def replaced_rows(self) -> int:
+        """Rows that are not the base's."""
+        return sum(overlay.rows for table in self.tables for overlay in self.overlays(table.name).values())
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of those rows, with their ids."""
+        return sum(overlay.bytes for table in self.tables for overlay in self.overlays(table.name).values())
+
+    def overlays(self, table: str) -> dict[int, Overlay]:
+        """The rows that a table replaces, by part. Empty for a version without a base."""
+        return {overlay.part: overlay for overlay in self.base.overlays.get(table, ())} if self.base else {}
 
     @model_validator(mode="after")
     def _tables_can_be_told_apart_and_carried(self) -> Manifest:
@@ -135,6 +196,21 @@ class Manifest(_Frozen):
             raise ValueError(f"more than one table is named {', '.join(twice)}")
         if self.bytes > MOST_BYTES or sum(len(table.parts) for table in self.tables) > MOST_PARTS:
             raise ValueError(f"a version has at most {MOST_BYTES:,} bytes in {MOST_PARTS:,} parts")
+        return self
+
+    @model_validator(mode="after")
+    def _overlays_fit_the_tables(self) -> Manifest:
+        if (self.format_version == 2) != (self.base is not None):
+            raise ValueError("a manifest of format version 2 has a base, and no other has")
+        if self.base is None:
+            return self
+        if self.root == (self.model, self.version):
+            raise ValueError("a version cannot be its own base")
+        tables = {table.name: table for table in self.tables}
+        for name, overlays in self.base.overlays.items():
+            if name not in tables:
+                raise ValueError(f"an overlay of table {name}, which is not there")
+            _check_overlays(tables[name], overlays)
         return self
 
     def table(self, name: str) -> Table:
@@ -146,8 +222,8 @@ class Manifest(_Frozen):
         raise NotFound(f"model {self.model}@{self.version} has no table {name!r}; it has: {known}")
 
     def to_json(self) -> str:
-        """As it lies on disk."""
-        return self.model_dump_json(indent=1)
+        """As it lies on disk. Nothing is said of a base where there is none, so that older readers take it."""
+        return self.model_dump_json(indent=1, exclude=None if self.base else {"base"})
 
     @classmethod
     def from_json(cls, text: Json, source: str) -> Manifest:
@@ -159,6 +235,21 @@ class Manifest(_Frozen):
         except InvalidRequest as error:
             wrong = str(error)
         raise StoreError(f"{source} is not a manifest that this version can read: {wrong}")
+
+
+def _check_overlays(table: Table, overlays: tuple[Overlay, ...]) -> None:
+    """Raise ValueError unless they can be of that table."""
+    if [each.part for each in overlays] != sorted({each.part for each in overlays}):
+        raise ValueError(f"table {table.name}: overlays must be one for each part, in the order of the parts")
+    for each in overlays:
+        if each.part >= len(table.parts) or each.rows > table.parts[each.part].rows:
+            raise ValueError(f"table {table.name}: an overlay of {each.rows} rows in part {each.part}")
+        if each.bytes != each.rows * (ID_BYTES + table.row_bytes):
+            raise ValueError(f"table {table.name}: the overlay of part {each.part} has not the bytes of its rows")
+        if each.file != overlay_file(table.name, each.part):
+            raise ValueError(
+                f"table {table.name}: the overlay of part {each.part} must be {overlay_file(table.name, each.part)}"
+            )
 
 
 def _in_one_line(error: ErrorDetails) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import xxhash
 
@@ -81,11 +81,11 @@ def part_layout(path: Path) -> PartLayout:
 Pace = Callable[[int], None]
 
 
-def _at_once(chunk_bytes: int) -> None:
+def at_once(chunk_bytes: int) -> None:
     """The pace that does not wait."""
 
 
-def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor, pace: Pace = _at_once) -> None:
+def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor, pace: Pace = at_once) -> None:
     """Fill `buffer` (contiguous, exactly part.bytes) with the part's rows, hashing on the way.
 
     Raises CorruptPart if the file or its checksum is not the manifest's. The buffer then holds rubbish. Raises
@@ -97,7 +97,7 @@ def read_into(path: Path, part: Part, buffer: memoryview | torch.Tensor, pace: P
     _read_checked(path, part, lambda begin, end: view[begin:end], pace)
 
 
-def verify(path: Path, part: Part, pace: Pace = _at_once) -> None:
+def verify(path: Path, part: Part, pace: Pace = at_once) -> None:
     """Read the whole part, chunk by chunk, and raise CorruptPart unless it is what the manifest says."""
     scratch = memoryview(bytearray(min(CHUNK_BYTES, part.bytes)))
     _read_checked(path, part, lambda begin, end: scratch[: end - begin], pace)
@@ -110,16 +110,21 @@ def _read_checked(path: Path, part: Part, place: Callable[[int, int], memoryview
         raise CorruptPart(
             f"{path}: expected {part.rows:,} rows in {part.bytes:,} bytes, got {list(layout.shape)} in {layout.bytes:,}"
         )
+    if (got := read_hashed(path, layout.offset, part.bytes, place, pace)) != part.checksum:
+        raise CorruptPart(f"{path} is corrupt: expected {part.checksum}, got {got}. Import the table again")
+
+
+def read_hashed(path: Path, offset: int, nbytes: int, place: Callable[[int, int], memoryview], pace: Pace) -> str:
+    """Read [begin, end) of the `nbytes` at `offset` into place(begin, end), chunk by chunk. Returns their checksum."""
     digest = xxhash.xxh3_128()
     with open_file(path) as file:
-        file.seek(layout.offset)
-        for begin in range(0, part.bytes, CHUNK_BYTES):
-            chunk = place(begin, min(begin + CHUNK_BYTES, part.bytes))
+        file.seek(offset)
+        for begin in range(0, nbytes, CHUNK_BYTES):
+            chunk = place(begin, min(begin + CHUNK_BYTES, nbytes))
             _read_exactly(file, chunk, path)
             digest.update(chunk)
             pace(len(chunk))
-    if (got := _checksum(digest)) != part.checksum:
-        raise CorruptPart(f"{path} is corrupt: expected {part.checksum}, got {got}. Import the table again")
+    return _checksum(digest)
 
 
 def _read_exactly(file: FileIO, chunk: memoryview, path: Path) -> None:
@@ -157,45 +162,36 @@ class NewPart:
         return part_file(self.table, self.index)
 
 
-class PartWriter:
-    """Writes one part chunk by chunk. The file takes its name only when it is whole and on disk.
+class RowsWriter:
+    """Writes one file of rows chunk by chunk. The file takes its name only when it is whole and on disk.
 
     Use it as a context manager. Leaving it by an exception removes what was written.
     """
 
-    def __init__(self, folder: Path, part: NewPart) -> None:
-        self._part = part
-        self._path = folder / part.file
-        self._partial = self._path.with_suffix(".partial")
-        shape = part.row_format.part_shape(part.rows, part.dim)
-        self._header = header_bytes({TENSOR_NAME: (part.row_format.tensor_dtype, shape)})
+    def __init__(self, path: Path, header: bytes) -> None:
+        self._path = path
+        self._partial = path.with_suffix(".partial")
+        self._header = header
         self._digest = xxhash.xxh3_128()
 
-    def write(self, stored: torch.Tensor) -> None:
-        """Append rows: uint8 Tensor[n, row_bytes], contiguous."""
-        view = byte_view(stored)
+    def write(self, data: torch.Tensor) -> None:
+        """Append a contiguous tensor's bytes."""
+        view = byte_view(data)
         self._digest.update(view)
         self._write_all(view)
 
-    def finish(self) -> Part:
-        """Bring the file to disk under its name and return its entry for the manifest."""
+    def close(self) -> str:
+        """Bring the file to disk under its name. Returns its checksum."""
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.rename(self._path)
-        return Part(
-            index=self._part.index,
-            first_row=self._part.first_row,
-            rows=self._part.rows,
-            file=self._part.file,
-            bytes=self._part.bytes,
-            checksum=_checksum(self._digest),
-        )
+        return _checksum(self._digest)
 
     def _write_all(self, view: memoryview) -> None:
         while view:
             view = view[self._file.write(view) :]
 
-    def __enter__(self) -> PartWriter:
+    def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb", buffering=0)
         try:
@@ -210,3 +206,23 @@ class PartWriter:
     ) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+class PartWriter(RowsWriter):
+    """Writes one part. Its rows come as uint8 Tensor[n, row_bytes]."""
+
+    def __init__(self, folder: Path, part: NewPart) -> None:
+        self._part = part
+        shape = part.row_format.part_shape(part.rows, part.dim)
+        super().__init__(folder / part.file, header_bytes({TENSOR_NAME: (part.row_format.tensor_dtype, shape)}))
+
+    def finish(self) -> Part:
+        """Bring the file to disk under its name and return its entry for the manifest."""
+        return Part(
+            index=self._part.index,
+            first_row=self._part.first_row,
+            rows=self._part.rows,
+            file=self._part.file,
+            bytes=self._part.bytes,
+            checksum=self.close(),
+        )

@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from embedding_service.errors import NotFound, StoreError
 from embedding_service.foreign import one_line, printable
-from embedding_service.store.manifest import Manifest, Part, check_name
+from embedding_service.store.manifest import Manifest, Overlay, Part, Table, check_name
+from embedding_service.store.overlays import read_overlay
 from embedding_service.store.parts import verify
 
 MANIFEST_FILE = "manifest.json"
@@ -97,8 +98,16 @@ class Store:
                         check_name(version)
                         manifest = self._read_manifest(model, version, have.get((model, version)))
                         if manifest:
+                            self._check_base(manifest)
                             found.manifests.setdefault(model, []).append(manifest)
         return found
+
+    def _check_base(self, manifest: Manifest) -> None:
+        """Raise StoreError if the version that it replaces rows of is not there."""
+        if manifest.base and not self.has(*manifest.root):
+            raise StoreError(
+                f"its base {'@'.join(manifest.root)} is not there: bring it back, or publish a whole version"
+            )
 
     def versions(self, model: str) -> list[str]:
         """Published versions of a model, oldest first (2 before 10). Empty for a model that is not there."""
@@ -123,6 +132,7 @@ class Store:
         manifest = self._read_manifest(model, version)
         if manifest is None:
             raise NotFound(f"model {model!r} in {self.url} has no version {version!r} any more")
+        self._check_base(manifest)
         return manifest
 
     @property
@@ -139,7 +149,7 @@ class Store:
 
     def part_path(self, manifest: Manifest, part: Part) -> Path:
         """Path of a part in a local store. Nothing is read. For remote stores see `fetch_part`."""
-        return Path(self.location(manifest.model, manifest.version, part.file))
+        return Path(self.location(*manifest.root, part.file))
 
     def fetch_part(self, manifest: Manifest, part: Part, cache: Path) -> Path:
         """Return a local path of the part: its own in a local store, else a verified copy below `cache`.
@@ -148,31 +158,41 @@ class Store:
         again. Raises CorruptPart. Raises StoreError if the disk of `cache` is full or a link leads out of it. Raises
         the filesystem's own OSError.
         """
+        return self._fetch(manifest.root, part, cache, lambda path: verify(path, part))
+
+    def fetch_overlay(self, manifest: Manifest, table: Table, overlay: Overlay, cache: Path) -> Path:
+        """`fetch_part` for the rows that a version replaces in a part."""
+        name = (manifest.model, manifest.version)
+        return self._fetch(name, overlay, cache, lambda path: read_overlay(path, table, overlay))
+
+    def _fetch(
+        self, version: tuple[str, str], file: Part | Overlay, cache: Path, check: Callable[[Path], object]
+    ) -> Path:
         if self.is_local:
-            return self.part_path(manifest, part)
-        path = _below(cache, manifest.model, manifest.version, part.file)
+            return Path(self.location(*version, file.file))
+        path = _below(cache, *version, file.file)
         if not path.exists():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._copy(manifest, part, path)
+                self._copy(self.location(*version, file.file), path, check)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise StoreError(
-                    f"no room on the disk of {cache} for {part.file} of {part.bytes:,} bytes: make room there, or give "
+                    f"no room on the disk of {cache} for {file.file} of {file.bytes:,} bytes: make room there, or give "
                     "the shard another --cache"
                 ) from error
         return path
 
-    def _copy(self, manifest: Manifest, part: Part, path: Path) -> None:
-        """Bring a part here. It takes its name once its checksum held, and a failed copy goes away."""
-        # A file of this thread alone. Another thread may be fetching the same part.
+    def _copy(self, location: str, path: Path, check: Callable[[Path], object]) -> None:
+        """Bring a file here. It takes its name once `check` passed, and a failed copy goes away."""
+        # A file of this thread alone. Another thread may be fetching the same one.
         descriptor, name = tempfile.mkstemp(prefix=f"{path.stem}.partial-", dir=path.parent)
         os.close(descriptor)
         partial = Path(name)
         try:
-            self.filesystem.get_file(self.location(manifest.model, manifest.version, part.file), str(partial))
-            verify(partial, part)
+            self.filesystem.get_file(location, str(partial))
+            check(partial)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)

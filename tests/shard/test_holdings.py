@@ -1,17 +1,25 @@
-"""What a shard holds, where its store does not answer."""
+"""What a shard holds: where its store does not answer, and versions that share rows."""
 
 import asyncio
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.overlays import overlaid_table, rows_file, some_ids
+from support.tiers import MIB
 
 from embedding_service.placement.parts import PartKey
+from embedding_service.rows import TIERS
+from embedding_service.rows.base import Location
 from embedding_service.rows.ram import RamTable
 from embedding_service.shard import holdings as holdings_module
 from embedding_service.shard.holdings import Holdings
-from embedding_service.store.manifest import Manifest, Part
+from embedding_service.store.manifest import Manifest, Part, Table
+from embedding_service.store.publishing import publish_rows
 from embedding_service.store.store import Store
 
 
@@ -57,3 +65,99 @@ def test_a_store_that_stalls_holds_up_its_part_alone_and_no_end(
 
     asyncio.run(use())  # ends, though a thread may still wait for the store
     stalling.answers.set()
+
+
+class Told:
+    """Remembers the parts that are shared."""
+
+    def __init__(self) -> None:
+        self.held: set[PartKey] = set()
+
+    def hold(self, key: PartKey, table: Table, location: Location) -> None:
+        self.held.add(key)
+
+    def drop(self, key: PartKey) -> None:
+        self.held.remove(key)
+
+
+def linked_store(store: Path, model: str, folder: Path) -> Store:
+    """A store with that model alone, to which a test may add."""
+    folder.mkdir()
+    shutil.copytree(store / model, folder / model, copy_function=os.link)
+    return Store(folder)
+
+
+@pytest.mark.parametrize("tier", ["ram", "mmap"])
+def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Path, tier: str) -> None:
+    own = linked_store(store, "int8", tmp_path / "store")
+    base = own.manifest("int8")
+    few = np.array([0, 5])
+    versions = {
+        ("int8", "2"): publish_rows(own, "int8@1", rows_file(tmp_path / "rows", some_ids(7, 0.04), 7)),
+        ("int8+legal", "1"): publish_rows(own, "int8@1", rows_file(tmp_path / "few", few, 8), name="int8+legal"),
+    }
+    expected = {
+        ("int8", "1"): overlaid_table("int8"),
+        ("int8", "2"): overlaid_table("int8", (some_ids(7, 0.04), 7)),
+        ("int8+legal", "1"): overlaid_table("int8", (few, 8)),
+    }
+    keys = {name: [PartKey(*name, "ngram", part.index) for part in base.tables[0].parts] for name in expected}
+    ids = np.random.default_rng(1).permutation(len(expected["int8", "1"]))
+
+    async def use() -> None:
+        holdings = Holdings(own, TIERS[tier], base.bytes + MIB, tmp_path)
+        told = Told()
+        holdings.sharing.append(told)
+
+        async def hold(*names: tuple[str, str], but: int = 0) -> None:
+            wanted = {key for name in names for key in keys[name][but:]}
+            holdings.assign(wanted)
+            await until(lambda: holdings.held == wanted or holdings.failures)
+            assert not holdings.failures
+            rows = base.bytes - sum(part.bytes for part in base.tables[0].parts[:but])
+            overlays = [
+                each for name in names if name in versions for each in versions[name].overlays("ngram").values()
+            ]
+            assert holdings.held_bytes == rows + sum(each.bytes for each in overlays if each.part >= but)
+            assert holdings._taken == holdings.held_bytes
+            for name in names:
+                table = holdings.table(*name, "ngram")
+                here = ids[ids >= but * base.tables[0].rows_per_part]
+                assert table and np.array_equal(table.gather(here, "stored"), expected[name][here])
+            assert all(holdings.table(*name, "ngram") is None for name in expected if name not in names)
+
+        await hold(("int8", "1"))
+        await hold(*expected)  # for which there would be no room three times
+        assert {key for key in told.held if key[:2] == ("int8", "1")} == set(keys["int8", "1"])
+        assert {key for key in told.held if key[:2] == ("int8+legal", "1")} == set(keys["int8+legal", "1"][1:])
+        await hold(("int8", "2"), ("int8+legal", "1"))  # the base has left the routing
+        await hold(("int8+legal", "1"), but=2)
+        await hold(("int8", "2"))
+        holdings.assign([])
+        assert holdings._taken == holdings.held_bytes == 0 and not told.held
+        await hold(("int8", "2"))  # a shard that never held the base
+        await holdings.close()
+
+    asyncio.run(use())
+
+
+def test_an_overlay_that_cannot_be_read_leaves_the_base_alone(store: Path, tmp_path: Path) -> None:
+    own = linked_store(store, "int8", tmp_path / "store")
+    manifest = publish_rows(own, "int8@1", rows_file(tmp_path / "rows", np.array([1]), 7))
+    path = Path(own.location("int8", "2", manifest.overlays("ngram")[0].file))
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"?")
+    keys = [PartKey("int8", "1", "ngram", 0), PartKey("int8", "2", "ngram", 0)]
+
+    async def use() -> None:
+        holdings = Holdings(own, RamTable, 1 << 30, tmp_path)
+        holdings.assign(keys)
+        await until(lambda: holdings.held == {keys[0]} and "is corrupt" in holdings.failures.get(keys[1], ""))
+        taken = holdings._taken
+        path.write_bytes(good)
+        holdings._room.set()
+        await until(lambda: holdings.held == set(keys))
+        assert holdings._taken == taken + manifest.replaced_bytes
+        await holdings.close()
+
+    asyncio.run(use())

@@ -1,0 +1,238 @@
+"""The rows of one version of a table, over rows that several versions share.
+
+A version may be its base but for some rows. A shard holds the base's parts once, in a table of its tier: the ground.
+Each version has an `OverlaidTable` on it. A gather reads the ground, and puts the rows over it that the version
+replaces. Those lie in host memory, or under `mmap` in their file.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.late import late
+from embedding_service.rows.base import STORED, Bytes, Ids, Location, TableRows
+from embedding_service.rows.host import HostTable
+from embedding_service.store.manifest import Part, Table
+from embedding_service.store.overlays import Replaced
+from embedding_service.store.parts import Pace
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
+
+# What a word of a bitmap tells of: 64 numbers, the low 6 bits of which say which bit.
+_WORD_ROWS, _WORD_BITS, _LOW = 64, 6, 63
+_ONE = np.uint64(1)
+# Of a table's rows, the share above which nearly every word tells of some: then there is a word for all rows.
+_DENSE = 1 / 64
+
+
+class OverlaidTable(TableRows):
+    """A version's table: rows of the ground, and those that the version replaces.
+
+    It holds a part when the ground does and the replaced rows are there. `hold` and `drop` keep to that order: the
+    ground's part is loaded before `hold`, and given up after `drop`.
+
+    Args:
+        table: As the manifest has it, which is as the ground's is.
+        ground: The rows that versions share.
+        replaced: Rows that the version replaces, in all parts together.
+    """
+
+    def __init__(self, table: Table, ground: TableRows, replaced: int = 0) -> None:
+        super().__init__(table)
+        self._ground = ground
+        self._over = _Over(table, dense=replaced > table.rows * _DENSE) if replaced else None
+
+    def hold(self, part: Part, replaced: Replaced, path: Path | None = None, offset: int = 0) -> None:
+        """Answer for a part, which the ground holds, with these rows in place of the ground's.
+
+        path, offset: where the rows lie in a file. They are mapped there. None: they are copied.
+        """
+        if len(replaced.ids):
+            assert self._over is not None
+            self._over.put(part, replaced, path, offset)
+        self._generation[part.index] = next(self._loads)
+
+    def at_hand(self, ids: Ids) -> bool:
+        """See the base class. Of the ground's rows."""
+        return self._ground.at_hand(ids)
+
+    def read_ahead(self, ids: Ids) -> None:
+        """See the base class. Of the ground's rows."""
+        self._ground.read_ahead(ids)
+
+    def location(self, part: Part, path: Path) -> Location:
+        """Of a part without replaced rows: where the ground's are. Raises InvalidRequest for others."""
+        if self.replaces(part):
+            raise InvalidRequest(f"part {part.index} of {self.table.name} lies in two places: no process can map it")
+        return self._ground.location(part, path)
+
+    def replaces(self, part: Part) -> bool:
+        """Whether any row of a held part is not the ground's."""
+        return self._over is not None and self._over.has(part)
+
+    def _load(self, part: Part, path: Path, pace: Pace) -> None:
+        raise InvalidRequest("a part is loaded into the ground: see `hold`")
+
+    def _unload(self, part: Part) -> None:
+        if self._over is not None:
+            self._over.remove(part)
+
+    def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
+        rows = self._ground._gather(ids, encoding, out)
+        if self._over is not None:
+            found, places = self._over.find(ids)
+            if len(found):
+                rows[found] = self._over.rows.gather_replaced(places, encoding)
+        return rows
+
+
+class _Over:
+    """The rows that a version replaces, and where each of them is.
+
+    Row i of a part's replaced rows lies at the part's first row + i of `rows`, a table of as many addresses as the
+    ground has. So parts come and go without moving others.
+
+    The index is a bitmap of the table's rows with ranks: a word tells which of 64 rows are replaced, and where the
+    first of them lies. A dense index has a word for all rows. A sparse one has words where rows are replaced, and
+    another bitmap with ranks of the words, which is small enough for a processor's cache.
+    """
+
+    def __init__(self, table: Table, dense: bool) -> None:
+        self.rows = _ReplacedRows(table)
+        self._step = table.rows_per_part
+        unit = _WORD_ROWS if dense else _WORD_ROWS * _WORD_ROWS
+        # No word, and in a sparse index no word of words, tells of two parts.
+        self._gap = -self._step % unit
+        self._words_per_part = (self._step + self._gap) // _WORD_ROWS
+        words = len(table.parts) * self._words_per_part
+        self._words = _Bitmap(words)
+        self._tops = None if dense else _Bitmap(words // _WORD_ROWS)
+        self._parts: set[int] = set()
+
+    def has(self, part: Part) -> bool:
+        """Whether a part has replaced rows."""
+        return part.index in self._parts
+
+    def put(self, part: Part, replaced: Replaced, path: Path | None, offset: int) -> None:
+        """Take a part's rows in."""
+        self.rows.put(part, replaced.rows, path, offset)
+        begin = part.index * self._words_per_part
+        local = replaced.ids - part.first_row
+        if self._tops is None:
+            self._words.put(begin * _WORD_ROWS + local, part.first_row)
+        else:
+            numbers, packed = np.unique(local // _WORD_ROWS, return_inverse=True)
+            self._words.put((begin + packed) * _WORD_ROWS + local % _WORD_ROWS, part.first_row)
+            self._tops.put(begin + numbers, begin)
+        self._parts.add(part.index)
+
+    def remove(self, part: Part) -> None:
+        """Give a part's memory back."""
+        if not self.has(part):
+            return
+        self._parts.discard(part.index)
+        begin, end = part.index * self._words_per_part, (part.index + 1) * self._words_per_part
+        if self._tops is not None:
+            self._tops.clear(begin // _WORD_ROWS, end // _WORD_ROWS)
+        self._words.clear(begin, end)
+        self.rows.remove(part)
+
+    def find(self, ids: Ids) -> tuple[Ids, Ids]:
+        """Which of `ids` are replaced, as positions int64 [k], and where in `rows` each of these lies, int64 [k]."""
+        at = ids + ids // self._step * self._gap if self._gap else ids
+        if self._tops is None:
+            return self._words.find(at)
+        known, words = self._tops.find(at >> _WORD_BITS)
+        if not len(known):
+            return known, words
+        found, places = self._words.find(words << _WORD_BITS | at[known] & _LOW)
+        return known[found], places
+
+
+class _Bitmap:
+    """Which of some numbers are in a set, and the rank of those that are. Its memory is taken where it is written to.
+
+    Args:
+        words: Of 64 numbers each.
+    """
+
+    def __init__(self, words: int) -> None:
+        nbytes = max(1, words) * 8
+        self._memory = [mmap.mmap(-1, nbytes), mmap.mmap(-1, nbytes)]
+        for each in self._memory:
+            each.madvise(mmap.MADV_NOHUGEPAGE)
+        self._bits = np.frombuffer(self._memory[0], np.uint64)
+        self._first = np.frombuffer(self._memory[1], np.int64)
+
+    def put(self, numbers: Ids, rank: int) -> None:
+        """Add ascending numbers, the first of which has this rank. They are in words that have none yet."""
+        words, begins = np.unique(numbers >> _WORD_BITS, return_index=True)
+        bits = np.left_shift(np.uint64(1), (numbers & _LOW).view(np.uint64))
+        self._first[words] = rank + begins
+        self._bits[words] = np.bitwise_or.reduceat(bits, begins)
+
+    def clear(self, begin: int, end: int) -> None:
+        """Take all numbers of the words [begin, end) out."""
+        for each in (self._bits, self._first):
+            each[begin:end][each[begin:end] != 0] = 0
+        first, last = -(-begin * 8 // mmap.PAGESIZE), end * 8 // mmap.PAGESIZE
+        if last > first:
+            for memory in self._memory:
+                memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+    def find(self, numbers: Ids) -> tuple[Ids, Ids]:
+        """Which of `numbers` are in the set, as positions int64 [k], and the rank of each of these, int64 [k]."""
+        words = numbers >> _WORD_BITS
+        bits = self._bits.take(words)
+        shifts = (numbers & _LOW).view(np.uint64)
+        found = (bits >> shifts & _ONE).nonzero()[0]
+        if not len(found):
+            return found, found
+        below = bits.take(found) & (_ONE << shifts.take(found)) - _ONE
+        return found, self._first.take(words.take(found)) + count_bits(below)
+
+
+class _ReplacedRows(HostTable):
+    """Rows in the place of others. Those of a part lie side by side from the part's first row on."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self._stored: Bytes = self._rows.numpy()
+
+    def put(self, part: Part, rows: Bytes, path: Path | None, offset: int) -> None:
+        """Copy a part's rows into memory, or map them at `offset` of a file."""
+        begin = part.first_row * self.table.row_bytes
+        if path is None:
+            self._space.map_memory(begin, rows.nbytes).copy_(torch.from_numpy(rows.reshape(-1)))
+            return
+        with path.open("rb") as file:
+            self._space.map_file(begin, rows.nbytes, file.fileno(), offset)
+
+    def remove(self, part: Part) -> None:
+        """Give the memory back."""
+        self._unload(part)
+
+    def gather_replaced(self, places: Ids, encoding: str) -> Bytes:
+        """Rows at `places`, uint8 [k, bytes of a row in `encoding`]. For few rows numpy is faster than torch."""
+        if encoding in (STORED, self.table.dtype):
+            return self._stored.take(places, 0)
+        return self._gather(places, encoding, None)
+
+    def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
+        raise InvalidRequest("rows are put here")
+
+
+def count_bits(words: npt.NDArray[np.uint64]) -> Ids:
+    """Bits that are set in each word: int64 [n]. numpy has a function for it since 2.0."""
+    if hasattr(np, "bitwise_count"):
+        return np.bitwise_count(words).astype(np.int64)
+    return np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1, dtype=np.int64)
