@@ -11,11 +11,34 @@ from typing import Any, NoReturn
 
 import grpc
 
+from embedding_service.security.identity import Caller
+
 # Seconds.
 FAR_FUTURE = 1e9
 
-# Answers a serialized request with at most this many bytes, or None. It runs on the polling thread and must not wait.
-AtOnce = Callable[[bytes, int], bytes | None]
+# Answers a serialized request of a caller with at most this many bytes, or None. It runs on the polling thread and must
+# not wait. Without a policy there is no caller.
+AtOnce = Callable[[bytes, int, Caller | None], bytes | None]
+
+# Where there is a policy: the rights of which a call needs one. A method that is not here is nobody's.
+ANYBODY, KNOWN = ("anybody",), ("known",)
+RIGHTS: dict[str, tuple[str, ...]] = {
+    # Says whether a process serves. Probes and load balancers have no token.
+    "grpc.health.v1.Health/Check": ANYBODY,
+    "grpc.health.v1.Health/Watch": ANYBODY,
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": KNOWN,
+    # Which models: checked where the table is looked up.
+    "embedding.v1.EmbeddingService/Lookup": ("read",),
+    "embedding.v1.EmbeddingService/StreamLookup": ("read",),
+    "embedding.v1.EmbeddingService/LookupNgrams": ("read",),
+    "embedding.v1.EmbeddingService/Answer": ("read",),
+    "embedding.v1.EmbeddingService/ListModels": ("read",),
+    "embedding.v1.EmbeddingService/GetRouting": ("read",),
+    "embedding.v1.ControlService/Register": ("member",),
+    "embedding.v1.ControlService/GetStatus": ("admin", "member"),
+}
+# What only the port of members answers, where there is one.
+MEMBERS = frozenset({"embedding.v1.ControlService/Register"})
 
 
 class Places:
@@ -59,6 +82,8 @@ class Method:
         watch: In place of `handler`: takes a message, and answers whenever there is something to say.
         places: Streams of it that may be open.
         private: Offered at private addresses only.
+        rights: See `RIGHTS`. None: nobody's.
+        members: Offered at the members' port only, where there is one.
     """
 
     handler: Any = None
@@ -67,6 +92,8 @@ class Method:
     watch: Watched | None = None
     places: Places | None = None
     private: bool = False
+    rights: tuple[str, ...] | None = None
+    members: bool = False
 
 
 class Watched:
@@ -93,9 +120,14 @@ class Aborted(Exception):
 
 
 class Context:
-    """What a handler may ask and say about its call: the part of grpc.aio.ServicerContext that this service uses."""
+    """What a handler may ask and say about its call: the part of grpc.aio.ServicerContext that this service uses.
 
-    def __init__(self, peer: str, due: float) -> None:
+    Attributes:
+        caller: Whose the call is. None without a policy.
+    """
+
+    def __init__(self, peer: str, due: float, caller: Caller | None = None) -> None:
+        self.caller = caller
         self._peer = peer
         self._due = due
         self._done: list[Callable[[Any], object]] = []

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,12 +21,14 @@ from embedding_service.budget import Budget
 from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Unavailable
 from embedding_service.floods import FloodGuard
 from embedding_service.foreign import LineFormatter
-from embedding_service.front import Front, Options, open_front
+from embedding_service.front import Front, Kind, Options, open_front
 from embedding_service.grpc_codes import code_of
 from embedding_service.health import Health
 from embedding_service.machine import allow_many_files, complete_address, join_address, split_address
-from embedding_service.methods import Context, Method, Places
+from embedding_service.methods import MEMBERS, RIGHTS, Context, Method, Places
 from embedding_service.placement.routing import Routing
+from embedding_service.security.identity import Caller
+from embedding_service.security.server import Security
 from embedding_service.wire import embedding_pb2 as wire
 
 log = logging.getLogger("embedding_service")
@@ -38,6 +40,8 @@ STREAMS, IDLE_STREAMS = (4096, 2048), (16384, 12288)
 BUDGET_BYTES = 256 << 20
 # The health service's name for "this process answers", even without a routing. Restart it only without that.
 ALIVE = "alive"
+# Views of the routing that are kept, one for each set of models that somebody may read.
+_VIEWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,14 @@ class Server:
     Args:
         limits: Larger requests are refused by gRPC itself, with RESOURCE_EXHAUSTED naming the limit.
         budget: The bytes under way in this process.
+        security: Who may do what. None: plain text, and everybody may do everything.
 
     Attributes:
         refused: Calls that were refused before a handler saw them.
     """
 
-    def __init__(self, limits: RequestLimits, budget: Budget | None = None) -> None:
+    def __init__(self, limits: RequestLimits, budget: Budget | None = None, security: Security | None = None) -> None:
+        self._security = security
         self.health = Health()
         self.refused = 0
         self._counting = threading.Lock()
@@ -81,7 +87,14 @@ class Server:
         self._methods: dict[bytes, Method] = {}
         self._budget = budget or Budget(BUDGET_BYTES)
         self._watching: asyncio.Task[None] | None = None
-        self._options = Options(self._methods, self._budget, limits.request_bytes, self._on_refused, self._on_death)
+        self._options = Options(
+            self._methods,
+            self._budget,
+            limits.request_bytes,
+            self._on_refused,
+            self._on_death,
+            security=security,
+        )
         self._fronts: list[Front] = []
         self._guard = FloodGuard(self._options.arrivals)
         self._streams = Places(*STREAMS)
@@ -95,8 +108,8 @@ class Server:
         self._services.append(name)
 
     def offer(self, path: str, method: Method) -> None:
-        """Offer one method, "package.Service/Method"."""
-        self._methods[f"/{path}".encode()] = method
+        """Offer one method, "package.Service/Method". `methods.RIGHTS` says whose it is."""
+        self._methods[f"/{path}".encode()] = replace(method, rights=RIGHTS.get(path), members=path in MEMBERS)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Called by generated code, which registers each method as well."""
@@ -109,7 +122,9 @@ class Server:
             streams = handler.request_streaming or handler.response_streaming
             self.offer(f"{service}/{name}", Method(handler, places=self._streams if streams else None))
 
-    async def listen(self, address: str, *, shared: bool = False, private: bool = False) -> Front:
+    async def listen(
+        self, address: str, *, shared: bool = False, private: bool = False, kind: Kind | None = None
+    ) -> Front:
         """Answer at an address, as `Front` says. Raises InvalidRequest naming one that cannot be had."""
         if not self._fronts:
             servicer = reflection.aio.ReflectionServicer(self._services)
@@ -117,7 +132,9 @@ class Server:
             await self.set_serving(False)
             await self.health.set(ALIVE, True)
             self._watching = asyncio.create_task(self._budget.watch())
-        front = await open_front(address, self._options, shared=shared, private=private)
+            if self._security:
+                self._security.guard.watch(self._look_again)
+        front = await open_front(address, self._options, shared=shared, private=private, kind=kind)
         self._fronts.append(front)
         if not private:
             self._guard.watch(split_address(front.address)[1])
@@ -137,8 +154,14 @@ class Server:
         await self.health.end()
         await asyncio.gather(*(front.stop() for front in self._fronts))
         await asyncio.to_thread(self._guard.stop)
+        if self._security:
+            await asyncio.to_thread(self._security.guard.close)
         if self._watching:
             await cancel([self._watching])
+
+    def _look_again(self) -> None:
+        for front in self._fronts:
+            front.look_again()
 
     def _on_refused(self) -> None:
         with self._counting:
@@ -162,6 +185,10 @@ def _is_written(handler: Any) -> bool:
 class RoutingService:
     """The part of EmbeddingService that needs only the routing. Shards and controller both answer it."""
 
+    def __init__(self) -> None:
+        # Of callers who may not read everything, by what they may read: the whole routing, and what they see of it.
+        self._seen: dict[tuple[str, ...], tuple[Routing, Routing]] = {}
+
     def current_routing(self) -> Routing | None:
         """The routing now. None before the first one came."""
         raise NotImplementedError
@@ -176,10 +203,23 @@ class RoutingService:
             )
         return routing
 
+    def visible_routing(self, caller: Caller | None) -> Routing:
+        """The routing with the models that a caller may read. Raises Unavailable before the first one came."""
+        routing = self.known_routing()
+        if caller is None or caller.reads_all:
+            return routing
+        key = caller.rights.models("read")
+        seen = self._seen.get(key)
+        if seen is None or seen[0] is not routing:
+            if len(self._seen) >= _VIEWS:
+                self._seen.clear()
+            seen = self._seen[key] = routing, routing.only(caller.may_read)
+        return seen[1]
+
     async def GetRouting(self, request: wire.GetRoutingRequest, context: Context) -> wire.Routing:
         """Where every part lies. The request carries the caller's age, and a routing is returned only if newer."""
         try:
-            routing = self.known_routing()
+            routing = self.visible_routing(context.caller)
         except EmbeddingServiceError as error:
             await abort(context, error)
         if (request.term, request.epoch) >= routing.age:
@@ -189,7 +229,7 @@ class RoutingService:
     async def ListModels(self, request: wire.ListModelsRequest, context: Context) -> wire.ListModelsResponse:
         """What is served now."""
         try:
-            models = self.known_routing().message.models
+            models = self.visible_routing(context.caller).message.models
         except EmbeddingServiceError as error:
             await abort(context, error)
         return wire.ListModelsResponse(models=[placement.model for placement in models])

@@ -304,7 +304,7 @@ def test_calls_that_wait_for_a_busy_server_are_answered_too(toy: ToyServer) -> N
     answering = threading.Event()
     quick = toy.toy.quick
 
-    def slow(message: bytes, room: int) -> bytes | None:
+    def slow(message: bytes, room: int, caller: object) -> bytes | None:
         answering.set()
         time.sleep(2)
         return quick(message, room)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from embedding_service.security.access import Access
+
 # Rows come in messages larger than gRPC's 4 MB default. The server's own limits bound them. Addresses may change behind
 # a name (a restarted pod), so connecting again must not back off for minutes.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -22,11 +24,18 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """A channel for threads to host:port. It connects when it is first used."""
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, access: Access | None) -> grpc.Channel:
+    """A channel for threads to host:port. It connects when it is first used.
+
+    `access`: what it shows and believes. None: plain text. Raises InvalidRequest naming a file that cannot be read.
+    """
+    if access is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, access.credentials(), options=CHANNEL_OPTIONS)
 
 
-def open_channel_async(address: str) -> grpc.aio.Channel:
-    """A channel for the running event loop to host:port. It connects when it is first used."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel_async(address: str, access: Access | None) -> grpc.aio.Channel:
+    """A channel for the running event loop to host:port. It connects when it is first used. See `open_channel`."""
+    if access is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, access.credentials(), options=CHANNEL_OPTIONS)

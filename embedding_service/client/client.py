@@ -23,6 +23,7 @@ from embedding_service.errors import InvalidRequest, Unavailable
 from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Ids, Model, Routing
+from embedding_service.security.access import Access, access_of
 
 # Lookups that run ahead at the same time. They wait for shards and hardly compute. Others wait for their turn.
 MOST_AHEAD = 32
@@ -73,6 +74,10 @@ class EmbeddingClient:
         topology: Where this client is, as `embedding-service shard --topology` says it for shards: of several copies it
             asks those of its own topology first. Bytes between zones may cost money. Default: what the variable
             EMBEDDING_SERVICE_TOPOLOGY says.
+        tls: A folder with the authority's certificate ca.crt, and perhaps a certificate (tls.crt, tls.key) and a token.
+            Or that certificate's file alone, or a TOML file (docs/security.md). None: what EMBEDDING_SERVICE_TLS
+            says, plain text without it. False: plain text.
+        token: A bearer token. None: that of the folder, of EMBEDDING_SERVICE_TOKEN or EMBEDDING_SERVICE_TOKEN_FILE.
     """
 
     def __init__(
@@ -84,6 +89,8 @@ class EmbeddingClient:
         cache_bytes: int = 0,
         near: bool = False,
         topology: str | None = None,
+        tls: str | os.PathLike[str] | bool | Access | None = None,
+        token: str | None = None,
     ) -> None:
         seeds: list[Any] = list(address) if isinstance(address, (list, tuple)) else [address]
         if not seeds:
@@ -93,6 +100,7 @@ class EmbeddingClient:
         self._seeds, self._timeout, self._hedge, self._cache_bytes = seeds, timeout, hedge, cache_bytes
         self._reads_near = near
         self._topology = os.environ.get(TOPOLOGY, "") if topology is None else topology
+        self._access = access_of(tls, token)
         self._hashers: dict[str, NgramHasher] = {}
         self._tally = Tally()
         self._closed = False
@@ -101,7 +109,7 @@ class EmbeddingClient:
 
     def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
-        self._transport = GrpcTransport()
+        self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
         self._near = NearRows() if self._reads_near else None  # has no thread before a shard is near
@@ -139,6 +147,7 @@ class EmbeddingClient:
             "cache_bytes": self._cache_bytes,
             "near": self._reads_near,
             "topology": self._topology,
+            "tls": self._access or False,
         }
         return _client, (self._seeds, options)
 

@@ -61,7 +61,7 @@ def watch(client: Forkable) -> None:
         # Opened first. With GRPC_ENABLE_FORK_SUPPORT=1 gRPC registers hooks too, and later hooks run earlier. The
         # channel never connects. While there is a channel, gRPC stays up and stops its threads for a fork. Without one
         # it goes down on a thread of its own, and a child that is forked just then would wait for that thread for ever.
-        _process.idle = open_channel("127.0.0.1:1")
+        _process.idle = open_channel("127.0.0.1:1", None)
         os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
 
 
@@ -116,7 +116,7 @@ def _shows_life() -> bool:
 
 
 def _call(address: str, noticed: threading.Event) -> None:
-    with open_channel(address) as channel:
+    with open_channel(address, None) as channel:
         try:
             channel.unary_unary("/")(b"", timeout=SIGN_OF_LIFE)
         except grpc.RpcError as error:

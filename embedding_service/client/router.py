@@ -397,6 +397,8 @@ class Router:
                 if isinstance(answer, wire.Routing):
                     return self.adopt(Routing(answer))
                 failure = answer
+            if failure.code in _REFUSALS:
+                raise error_of(failure.code, failure.message)
             if self._clock() + pause >= deadline:
                 raise Unavailable(
                     f"no embedding service answers at {', '.join(self._seeds)} "
@@ -415,6 +417,8 @@ class Router:
 
 
 _NOBODY: frozenset[str] = frozenset()
+# Whom we are will not change by asking again.
+_REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 

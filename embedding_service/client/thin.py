@@ -16,6 +16,7 @@ from embedding_service.client.channels import open_channel
 from embedding_service.errors import InvalidRequest, ProtocolError, Unavailable
 from embedding_service.grpc_codes import error_of
 from embedding_service.machine import split_address
+from embedding_service.security.access import access_of
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
@@ -42,7 +43,7 @@ def get_rows(address: str, name: str, ids: Sequence[int], timeout: float = 10.0)
 
 def _ask(address: str, call: Callable[[EmbeddingServiceStub], Any]) -> Any:
     split_address(address, least=1)
-    with open_channel(address) as channel:
+    with open_channel(address, access_of(None, None)) as channel:
         try:
             return call(EmbeddingServiceStub(channel))
         except grpc.RpcError as error:

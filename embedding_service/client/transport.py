@@ -18,6 +18,7 @@ from embedding_service.client.channels import open_channel
 from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.trips import Pool, Trips, Watchdog
 from embedding_service.errors import Unavailable
+from embedding_service.security.access import Access
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import EncodedLookup, read
 
@@ -35,10 +36,14 @@ class GrpcTransport:
 
     There is one channel an address, opened when it is first used and shared by all threads. `send` makes unary calls.
     `exchange` takes a stream of each address for as long as its call takes. Streams are kept open.
+
+    Args:
+        access: What connections show and believe. None: plain text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access | None = None) -> None:
         _let_malloc_keep_answers()
+        self._access = access
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message] | type[EncodedLookup]], Callable[..., Any]] = {}
         self._pools: dict[str, Pool] = {}
@@ -176,7 +181,7 @@ class GrpcTransport:
             if self._closed:
                 raise Unavailable(_CLOSED)
             if address not in self._channels:
-                self._channels[address] = open_channel(address)
+                self._channels[address] = open_channel(address, self._access)
             return self._channels[address]
 
     def _method(self, address: str, kind: type[Message] | type[EncodedLookup]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedding_service.commands.query import DEFAULT_ADDRESS
+from embedding_service.commands.secured import TlsOption, TokenOption
 from embedding_service.commands.text import check_address
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 
@@ -55,6 +56,8 @@ def bench(
         typer.Option(min=0.001, help="Open loop: lookups a second in all. Default: each follows an answer."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="What rows become in the client: float32, float16, bfloat16.")] = "float32",
+    tls: TlsOption = None,
+    token_file: TokenOption = None,
 ) -> None:
     """Latency and throughput of lookups with random ids. Exit code 1 if some failed.
 
@@ -102,9 +105,10 @@ def health_p50(address: str) -> float:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from embedding_service.client.channels import open_channel
+    from embedding_service.security.access import access_of
 
     times = []
-    with open_channel(address) as channel:
+    with open_channel(address, access_of(None, None)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)

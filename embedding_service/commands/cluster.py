@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from embedding_service.commands.secured import (
+    AuthorityOption,
+    CertificateOption,
+    HealthOption,
+    InsecureOption,
+    KeyOption,
+    PolicyOption,
+    check_plain,
+    files_of,
+)
 from embedding_service.commands.text import check_address, parse_bytes
 from embedding_service.errors import InvalidRequest
 from embedding_service.machine import complete_address, prepare_local_ray
@@ -68,6 +78,15 @@ def up(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for parts of a remote store.")] = None,
     processes: ProcessesOption = 1,
+    secure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="TLS and rights: this folder gets an authority, certificates, a policy and an admin's token, all of "
+            "which are used.",
+        ),
+    ] = None,
+    insecure: InsecureOption = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -90,9 +109,17 @@ def up(
         memory=_rows_memory(memory),
         cache=cache,
         processes=processes,
+        secure=secure,
+        insecure=insecure,
     )
+    if secure and insecure:
+        raise typer.BadParameter("--secure and --insecure exclude each other")
     if ray is None:
+        if not secure:
+            check_plain(insecure, host)
         run(options)
+    elif secure:
+        raise typer.BadParameter("with --ray, certificates are made elsewhere: leave --secure out")
     elif host != LOOPBACK:
         raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")
     else:
@@ -138,10 +165,28 @@ def controller(
         float, typer.Option(help="Seconds a shard keeps a part that clients were routed away from.")
     ] = 5.0,
     metrics_port: MetricsOption = 0,
+    control_listen: Annotated[
+        str | None,
+        typer.Option(
+            help="A HOST:PORT of its own for shards. --listen then answers clients alone. With TLS it is needed.",
+            callback=check_address,
+        ),
+    ] = None,
+    tls_cert: CertificateOption = None,
+    tls_key: KeyOption = None,
+    tls_ca: AuthorityOption = None,
+    policy: PolicyOption = None,
+    insecure: InsecureOption = False,
+    health_listen: HealthOption = None,
 ) -> None:
     """The process that knows the shards, places the parts and publishes the routing."""
     from embedding_service.controller.server import ControllerOptions, main
 
+    security = files_of(tls_cert, tls_key, tls_ca, policy)
+    if security is None:
+        check_plain(insecure, listen, control_listen)
+    elif control_listen is None:
+        raise typer.BadParameter("with TLS, shards need a port of their own: give --control-listen HOST:PORT")
     main(
         ControllerOptions(
             store=store,
@@ -152,6 +197,9 @@ def controller(
             lost_after=lost_after,
             grace=grace,
             metrics_port=metrics_port,
+            control_listen=control_listen,
+            security=security,
+            health_listen=health_listen,
         )
     )
     _leave()
@@ -160,7 +208,10 @@ def controller(
 def shard(
     store: StoreOption,
     # Checked here. Without a port it would be asked again and again.
-    controller: Annotated[str, typer.Option(help="HOST:PORT of the controller.", callback=check_address)],
+    controller: Annotated[
+        str,
+        typer.Option(help="HOST:PORT of the controller, its --control-listen if it has one.", callback=check_address),
+    ],
     listen: Annotated[
         str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.", callback=check_address)
     ] = "127.0.0.1:0",
@@ -193,10 +244,19 @@ def shard(
         typer.Option(metavar="PATH", help="Unix socket at which clients of this machine get rows to read in place."),
     ] = None,
     metrics_port: MetricsOption = 0,
+    tls_cert: CertificateOption = None,
+    tls_key: KeyOption = None,
+    tls_ca: AuthorityOption = None,
+    policy: PolicyOption = None,
+    insecure: InsecureOption = False,
+    health_listen: HealthOption = None,
 ) -> None:
     """A process that holds parts and answers lookups."""
     from embedding_service.shard.server import ShardOptions, main
 
+    security = files_of(tls_cert, tls_key, tls_ca, policy)
+    if security is None:
+        check_plain(insecure, listen, shared_listen)
     given = {"shard_id": id, "cache": cache}
     main(
         ShardOptions(
@@ -214,6 +274,8 @@ def shard(
             processes=processes,
             near=near,
             metrics_port=metrics_port,
+            security=security,
+            health_listen=health_listen,
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )
     )

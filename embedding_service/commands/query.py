@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedding_service.commands.secured import TlsOption, TokenOption
 from embedding_service.commands.text import check_address, format_bytes, say
 from embedding_service.errors import OutOfRange
 
@@ -21,7 +22,7 @@ MOST_ID = 1 << 63
 DEFAULT_ADDRESS = "localhost:7070"
 
 
-def status(address: AddressArgument = DEFAULT_ADDRESS) -> None:
+def status(address: AddressArgument = DEFAULT_ADDRESS, tls: TlsOption = None, token_file: TokenOption = None) -> None:
     """Show shards, parts, memory, rates, models and what stands in the way. Exit code 1 if something does."""
     from embedding_service.client.status import get_status
     from embedding_service.commands.console import wide_console
@@ -83,7 +84,7 @@ def _state(model: control.ModelStatus) -> str:
     return "serving" if model.parts_ready == model.parts else "serving, parts lost"
 
 
-def models(address: AddressArgument = DEFAULT_ADDRESS) -> None:
+def models(address: AddressArgument = DEFAULT_ADDRESS, tls: TlsOption = None, token_file: TokenOption = None) -> None:
     """Show what is served now, a line for each table."""
     from embedding_service.client.thin import list_models
 
@@ -98,6 +99,8 @@ def lookup(
     ids: Annotated[list[int], typer.Argument(help="Row ids.")],
     address: Annotated[str, typer.Option(help="HOST:PORT of any shard.", callback=check_address)] = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds in all.")] = 10.0,
+    tls: TlsOption = None,
+    token_file: TokenOption = None,
 ) -> None:
     """Print rows, one on each line: the id, then the values."""
     for position, row_id in enumerate(ids):

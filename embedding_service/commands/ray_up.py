@@ -27,6 +27,7 @@ from rich.console import Console
 from embedding_service.commands import up
 from embedding_service.commands.console import wide_console
 from embedding_service.commands.query import status_tables
+from embedding_service.commands.secured import check_plain
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
@@ -284,6 +285,7 @@ def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[
     The controller starts on this node each time, at the same address. If this node is lost, so is the driver.
     """
     host = ray.util.get_node_ip_address()
+    check_plain(options.insecure, host)
     controller = join_address(host, free_port(host))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(_MemberActor).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from embedding_service.machine import check_free, end_with_parent, free_port, jo
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn
+from embedding_service.security.access import Access, access_of
 from embedding_service.wire import control_pb2 as control
 
 # Seconds from SIGTERM on. A process that has not ended by then is killed.
@@ -45,7 +47,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 class UpOptions:
     """What `up` starts. `memory` is bytes of a shard, None for an equal share of what is available.
 
-    `processes` are those of one shard.
+    `processes` are those of one shard. `secure`: the folder with certificates. None: plain text, which `insecure`
+    allows beyond loopback.
     """
 
     store: str
@@ -57,6 +60,8 @@ class UpOptions:
     memory: int | None
     cache: Path | None
     processes: int
+    secure: Path | None = None
+    insecure: bool = False
 
 
 def run(options: UpOptions) -> None:
@@ -78,14 +83,18 @@ def run(options: UpOptions) -> None:
     members: list[_Member] = []
     sockets = PrivateFolder()
     try:
-        controller = join_address(options.host, free_port(options.host))
-        members.append(_Member("controller", controller_command(options, controller)))
-        for index in range(options.shards):
-            name = f"shard-{index}"
-            members.append(_Member(name, shard_command(options, controller, name, str(sockets.path))))
-        status = wait_until_serving(controller, lambda: _check_alive(members), options.shards, console)
+        controller, control = two_addresses(options.host)
+        names = [f"shard-{index}" for index in range(options.shards)]
+        access = prepare(options.secure, options.host, names) if options.secure else None
+        members.append(_Member("controller", controller_command(options, controller, control)))
+        for name in names:
+            command = shard_command(options, control if options.secure else controller, name, str(sockets.path))
+            members.append(_Member(name, command))
+        status = wait_until_serving(controller, lambda: _check_alive(members), options.shards, console, access)
         for table in status_tables(status):
             console.print(table)
+        if options.secure:
+            console.print(Text(f'clients: EmbeddingClient("{address}", tls="{options.secure / "client"}")'))
         print(f"ready: {options.shards} shards at {address}, controller {controller}", flush=True)
         _keep_running(members, console)
     except KeyboardInterrupt:
@@ -109,14 +118,45 @@ def check_store(url: str) -> None:
         raise NotFound(f"no model in store {url}{absent}: `embedding-service import` puts one there")
 
 
-def controller_command(options: UpOptions, controller: str) -> list[str]:
-    """The arguments of a controller at host:port `controller`."""
+def two_addresses(host: str) -> tuple[str, str]:
+    """The controller's, for clients and for shards."""
+    first, second = free_port(host), free_port(host)
+    while second == first:
+        second = free_port(host)
+    return join_address(host, first), join_address(host, second)
+
+
+def prepare(folder: Path, host: str, shards: Sequence[str]) -> Access:
+    """Make what secures a service in a folder. Returns what its admin shows."""
+    from embedding_service.security.authority import prepare_folder
+
+    here = ["localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()]
+    hosts = list(dict.fromkeys([*here, *([] if host in ("0.0.0.0", "::") else [host])]))
+    prepare_folder(folder, hosts, ["controller", *shards])
+    access = access_of(folder / "client", None)
+    assert access
+    return access
+
+
+def _secured(options: UpOptions, name: str) -> list[str]:
+    """The arguments that secure a member, or that let it speak plain text."""
+    if options.secure is None:
+        return ["--insecure"] if options.insecure else []
+    own = options.secure.absolute() / name
+    files = [f"--tls-cert={own / 'tls.crt'}", f"--tls-key={own / 'tls.key'}", f"--tls-ca={own / 'ca.crt'}"]
+    return [*files, f"--policy={options.secure.absolute() / 'policy.toml'}"]
+
+
+def controller_command(options: UpOptions, controller: str, control: str = "") -> list[str]:
+    """The arguments of a controller at host:port `controller`; `control` is for shards, where they have TLS."""
     return [
         "controller",
         f"--store={options.store}",
         f"--listen={controller}",
         f"--replicas={options.replicas}",
         f"--expect-shards={options.shards}",
+        *_secured(options, "controller"),
+        *([f"--control-listen={control}"] if options.secure else []),
     ]
 
 
@@ -132,6 +172,7 @@ def shard_command(options: UpOptions, controller: str, name: str, folder: str) -
         f"--tier={options.tier}",
         f"--processes={options.processes}",
         "--drain-seconds=0",  # all of them end together
+        *_secured(options, name),
     ]
     memory, tier = options.memory, TIERS[options.tier]
     if tier.shareable:
@@ -190,7 +231,11 @@ def _check_alive(members: list[_Member]) -> None:
 
 
 def wait_until_serving(
-    controller: str, check_alive: Callable[[], None], shards: int, console: Console
+    controller: str,
+    check_alive: Callable[[], None],
+    shards: int,
+    console: Console,
+    access: Access | None = None,
 ) -> control.Status:
     """Wait until every model is served. The console says what it waits for.
 
@@ -199,6 +244,7 @@ def wait_until_serving(
         check_alive: Called all along. Raises when one of the processes ended.
         shards: How many are to register.
         console: Where to say it.
+        access: What to show the controller. None: plain text.
 
     Raises:
         PlacementError: the models do not fit the shards, or the store cannot be read.
@@ -211,7 +257,7 @@ def wait_until_serving(
             check_alive()
             waiting.say(awaited(status, shards))
             with suppress(EmbeddingServiceError):
-                status = get_status(controller, timeout=2.0)
+                status = get_status(controller, timeout=2.0, tls=access or False)
             if status.models and all(model.serving for model in status.models):
                 for problem in status.problems:  # such as fewer shards than copies, or a folder that is no model's
                     console.print(Text(printable(f"note: {problem.message}")))

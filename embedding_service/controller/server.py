@@ -39,11 +39,15 @@ from embedding_service.controller.planning import Planning
 from embedding_service.controller.presenter import metrics_of, status_of
 from embedding_service.controller.state import ControllerState, Settings
 from embedding_service.controller.watch import StoreWatch
-from embedding_service.errors import EmbeddingServiceError
-from embedding_service.machine import spare_collections
+from embedding_service.errors import EmbeddingServiceError, PermissionDenied
+from embedding_service.front import Kind
+from embedding_service.machine import spare_collections, split_address
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter
 from embedding_service.placement.routing import Routing
+from embedding_service.security.certificates import stands_for
+from embedding_service.security.identity import Caller
+from embedding_service.security.server import Files, Security
 from embedding_service.serving import (
     RequestLimits,
     RoutingService,
@@ -78,6 +82,10 @@ class ControllerOptions:
         grace: Seconds a shard keeps a part after the routing stopped naming it.
         limits: What one lookup may ask for. Clients learn it from the routing.
         metrics_port: Port of Prometheus metrics, on the host of `listen`. 0: none.
+        control_listen: A host:port of its own for members, which `listen` then does not answer. With `security`, they
+            have to show a certificate there. None: `listen` answers members too.
+        security: Certificate, key, authorities and policy. None: plain text, and everybody may do everything.
+        health_listen: A further host:port that answers health checks alone, in plain text.
     """
 
     store: str
@@ -91,6 +99,9 @@ class ControllerOptions:
     grace: float = 5.0
     limits: RequestLimits = field(default_factory=RequestLimits)
     metrics_port: int = 0
+    control_listen: str | None = None
+    security: Files | None = None
+    health_listen: str | None = None
 
     def settings(self, address: str) -> Settings:
         """The settings for its state. `address` is where clients reach it."""
@@ -128,6 +139,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     """Tells `state` what happens, and does what it says. It decides nothing."""
 
     def __init__(self, options: ControllerOptions, address: str) -> None:
+        super().__init__()
         self.state = ControllerState(options.settings(address), time.monotonic, random.Random())
         self._store = options.store
         self._watch = StoreWatch(Store(options.store), address, self._looked)
@@ -149,6 +161,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         first = await anext(reports, None)
         if first is None:
             return
+        if context.caller:
+            try:
+                _check_certificate(context.caller, first)
+            except EmbeddingServiceError as error:
+                await abort(context, error)
         stream = _Stream()
         self._streams.add(stream)
         self._handle(Joined(stream, first))
@@ -255,6 +272,16 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 self._over.set_exception(why)
 
 
+def _check_certificate(caller: Caller, report: control.ShardReport) -> None:
+    """Raise PermissionDenied if a member's certificate is not the one of the shard that it speaks for."""
+    names = caller.credential.names
+    if not stands_for(names, split_address(report.address)[0], report.shard_id):
+        raise PermissionDenied(
+            f"the certificate of {', '.join(names)} does not speak for shard {report.shard_id} at {report.address}: "
+            "its names must hold the shard's id and the host of its address"
+        )
+
+
 async def _refuse(why: EmbeddingServiceError, context: Context) -> NoReturn:
     if isinstance(why, IdTaken):
         await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(why))
@@ -268,10 +295,14 @@ def main(options: ControllerOptions) -> None:
 
 async def _serve(options: ControllerOptions) -> None:
     controller = Controller(options, reachable_address(options.listen, options.advertise))
-    server = Server(options.limits)
+    server = Server(options.limits, security=Security(options.security) if options.security else None)
     server.add(add_ControlServiceServicer_to_server, controller, "embedding.v1.ControlService")
     server.add(add_EmbeddingServiceServicer_to_server, controller, "embedding.v1.EmbeddingService")
-    front = await server.listen(options.listen)
+    front = await server.listen(options.listen, kind=Kind(apart=options.control_listen is not None))
+    if options.control_listen:
+        await server.listen(options.control_listen, kind=Kind(members=True))
+    if options.health_listen:
+        await server.listen(options.health_listen, kind=Kind(health_only=True))
     spare_collections()
     await server.set_serving(True)
     log.info("listening on %s", front.address)

@@ -10,14 +10,16 @@ kinds of calls, the same for both.
 from __future__ import annotations
 
 from embedding_service import grpc_core
-from embedding_service.front.base import PEER, REQUEST_COPIES, UNREAD_BYTES, Front, Options
+from embedding_service.front.base import CALLER, PEER, REQUEST_COPIES, UNREAD_BYTES, Front, Kind, Options
 from embedding_service.front.polling import PollingFront
 from embedding_service.front.public import PublicFront
 
-__all__ = ["PEER", "REQUEST_COPIES", "UNREAD_BYTES", "Front", "Options", "open_front"]
+__all__ = ["CALLER", "PEER", "REQUEST_COPIES", "UNREAD_BYTES", "Front", "Kind", "Options", "open_front"]
 
 
-async def open_front(address: str, options: Options, *, shared: bool = False, private: bool = False) -> Front:
+async def open_front(
+    address: str, options: Options, *, shared: bool = False, private: bool = False, kind: Kind | None = None
+) -> Front:
     """Listen at an address.
 
     Args:
@@ -26,11 +28,12 @@ async def open_front(address: str, options: Options, *, shared: bool = False, pr
         shared: Several processes listen on this same port, and the kernel spreads connections over them.
         private: Only processes of this service can reach the address. They pass calls on, and their word on the peer
             counts.
+        kind: What the port is for.
 
     Raises:
         InvalidRequest: Names an address that cannot be had.
     """
-    kind = PublicFront if grpc_core.why_public() else PollingFront
-    front = kind(address, options, shared=shared, private=private)
+    which = PublicFront if grpc_core.why_public() else PollingFront
+    front = which(address, options, shared=shared, private=private, kind=kind)
     await front.start()
     return front

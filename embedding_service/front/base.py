@@ -20,6 +20,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.floods import Arrivals
 from embedding_service.machine import room_for_connections, split_address
 from embedding_service.methods import Method
+from embedding_service.security.server import Security
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ ENDING_TICK = 0.01
 SHOWN_BYTES = 100
 # Metadata of a call that a process passes on, on a private address: whose call it is.
 PEER = "embedding-peer"
+# And the caller's identity, where there is a policy.
+CALLER = "embedding-caller"
 
 ENDS = "this server is ending: ask another one, or this address again in a moment"
 MALFORMED = "the message is malformed: it is no valid protobuf of this method's request"
@@ -71,6 +74,7 @@ class Options:
         refused: Called for each call that was refused before a handler saw it, on any thread.
         died: Called with what ended a front that was not told to end, on the event loop.
         arrivals: Told of each call and message.
+        security: Who may do what. None: plain text, and everybody may do everything.
     """
 
     methods: Mapping[bytes, Method]
@@ -79,8 +83,30 @@ class Options:
     refused: Callable[[], None] = lambda: None
     died: Callable[[BaseException], None] = lambda error: None
     arrivals: Arrivals = field(default_factory=Arrivals)
+    security: Security | None = None
     # Reads large messages, one at a time: Python's lock is held for as long as protobuf takes.
     reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reading"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a port is for.
+
+    Attributes:
+        members: Members of the service alone. With TLS, a client has to have a certificate.
+        apart: Another port is for members. This one does not answer what only they may ask.
+        health_only: It answers health checks in plain text, and nothing else.
+    """
+
+    members: bool = False
+    apart: bool = False
+    health_only: bool = False
+
+    def offers(self, method: Method, path: bytes) -> bool:
+        """Whether the port answers a method."""
+        if self.health_only:
+            return path.startswith(b"/grpc.health.v1.Health/")
+        return not (method.members and self.apart)
 
 
 class Rpc(Protocol):
@@ -99,6 +125,9 @@ class Rpc(Protocol):
     peer: str
     due: float
     metadata: Sequence[tuple[str, str | bytes]]
+
+    def certificate(self) -> bytes | None:
+        """The client's certificate, PEM, if the port asked for one."""
 
     def await_close(self, tag: Callable[[bool], None]) -> None:
         """Call the tag when the client's side has ended: True if the client gave up, or its deadline passed."""
@@ -131,6 +160,9 @@ class Answered(Protocol):
     def end_stream(self) -> None:
         """The process ends. Let go of a call that would not end by itself."""
 
+    def look_again(self) -> None:
+        """End the call if its caller may not make it any more. On any thread."""
+
     def fail(self) -> None:
         """End the call with the exception that is being handled."""
 
@@ -142,6 +174,7 @@ class Front(ABC):
         address: host:port to listen on, port 0 takes a free one; or unix:path.
         private: Only processes of this service can reach the address. They pass calls on, and their word on the peer
             counts.
+        kind: What else is said of the port.
 
     Attributes:
         calls: Those that have not ended.
@@ -149,10 +182,12 @@ class Front(ABC):
         ending: New calls are answered with UNAVAILABLE.
     """
 
-    def __init__(self, address: str, options: Options, *, private: bool = False) -> None:
+    def __init__(self, address: str, options: Options, *, private: bool = False, kind: Kind | None = None) -> None:
         self.address = address
         self.options = options
         self.private = private
+        self.kind = kind or Kind()
+        self.security = None if self.kind.health_only else options.security
         self.loop = asyncio.get_running_loop()
         self.calls: set[Answered] = set()
         self.unread: Counter[str] = Counter()
@@ -166,6 +201,15 @@ class Front(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds. Then hang up."""
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """Of TLS. None for plain text."""
+        return None if self.private or not self.security else self.security.credentials(self.kind.members)
+
+    def look_again(self) -> None:
+        """End calls of those who may not make them any more. On any thread."""
+        for call in list(self.calls):
+            call.look_again()
 
     def to_loop(self, work: Callable[..., object], *arguments: Any) -> None:
         """Have work done on the event loop, unless that has ended."""

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from embedding_service.budget import COUNTED_BYTES
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.front.base import (
     ANSWER_COPIES,
     AT_ONCE_BYTES,
@@ -24,7 +24,9 @@ from embedding_service.front.base import (
     Front,
     Rpc,
 )
+from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Aborted, Context, Method
+from embedding_service.security.identity import Caller
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Call:
         self._rpc = rpc
         self._peer = peer
         self._method = method
+        self.caller: Caller | None = None
         self._unread = 0
         self._open = 2  # the client's side, and ours
         self._lock = threading.Lock()
@@ -74,6 +77,17 @@ class Call:
 
     def end_stream(self) -> None:
         """The process ends. Let go of a call that would not end by itself."""
+
+    def look_again(self) -> None:
+        """See `Answered`."""
+        security = self._front.security
+        if self.caller is None or security is None:
+            return
+        try:
+            self.caller = security.again(self.caller, self._method.rights, self._rpc.path)
+        except EmbeddingServiceError as error:
+            self.end(code_of(error), str(error))
+            self.on_cancelled()
 
     def receive(self) -> None:
         """Wait for the next message."""
@@ -165,7 +179,7 @@ class Call:
         """The answer, if it may be made here."""
         if self._method.at_once is None or len(message) > REQUEST_AT_ONCE_BYTES:
             return None
-        return self._method.at_once(message, self.room())
+        return self._method.at_once(message, self.room(), self.caller)
 
     async def read(self, message: bytes) -> Any:
         """What a message says. Raises Malformed."""

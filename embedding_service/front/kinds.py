@@ -11,11 +11,14 @@ from typing import Any
 import grpc
 
 from embedding_service.budget import COUNTED_BYTES
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.floods import CALL_BYTES
-from embedding_service.front.base import ENDS, MOST_FIELDS, PEER, SHOWN_BYTES, STREAM_WINDOW, Front, Rpc
+from embedding_service.front.base import CALLER, ENDS, MOST_FIELDS, PEER, SHOWN_BYTES, STREAM_WINDOW, Front, Rpc
 from embedding_service.front.call import Call, Malformed, host_of, settle
+from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Aborted, Context, Method
+from embedding_service.security.guard import HEADER
+from embedding_service.security.identity import Caller
 
 
 def take(front: Front, rpc: Rpc) -> Call:
@@ -34,17 +37,40 @@ def _call_of(front: Front, rpc: Rpc) -> Call:
     if front.ending:
         return _Refused(front, rpc, peer, Method(), grpc.StatusCode.UNAVAILABLE, ENDS)
     method = front.options.methods.get(path)
-    if method is None or (method.private and not front.private):
+    if method is None or (method.private and not front.private) or not front.kind.offers(method, path):
         details = f"there is no method {path[:SHOWN_BYTES].decode(errors='backslashreplace')!r} here"
         return _Refused(front, rpc, peer, Method(), grpc.StatusCode.UNIMPLEMENTED, details)
+    caller = None
+    if front.security:
+        try:
+            caller = _caller(front, rpc, method)
+        except EmbeddingServiceError as error:
+            return _Refused(front, rpc, peer, Method(), code_of(error), str(error))
     if method.places and (full := method.places.take(host_of(peer))):
         return _Refused(front, rpc, peer, Method(), grpc.StatusCode.RESOURCE_EXHAUSTED, full)
+    call = _kind(method)(front, rpc, peer, method)
+    call.caller = caller
+    return call
+
+
+def _kind(method: Method) -> Callable[[Front, Rpc, str, Method], Call]:
     if method.watch:
-        return _Watch(front, rpc, peer, method)
+        return _Watch
     if method.each:
-        return _Each(front, rpc, peer, method)
-    streams = method.handler.request_streaming or method.handler.response_streaming
-    return (_Stream if streams else _Unary)(front, rpc, peer, method)
+        return _Each
+    return _Stream if method.handler.request_streaming or method.handler.response_streaming else _Unary
+
+
+def _caller(front: Front, rpc: Rpc, method: Method) -> Caller | None:
+    """Whose a call is. None where the method is anybody's. Raises Unauthenticated, PermissionDenied."""
+    assert front.security
+    shown = dict(rpc.metadata)  # the last one of a name counts
+    if front.private:
+        passed_on = str(shown.get(CALLER, ""))
+        return front.security.admit(method.rights, rpc.path, passed_on=passed_on)
+    if front.kind.members:  # a proof may be a stolen one, a certificate's key is used in the handshake
+        return front.security.admit(method.rights, rpc.path, certificate=rpc.certificate)
+    return front.security.admit(method.rights, rpc.path, bearer=shown.get(HEADER))
 
 
 def _peer(front: Front, rpc: Rpc) -> str:
@@ -94,7 +120,7 @@ class _Unary(Call):
 
     def _begin_task(self, message: bytes) -> None:
         if not self.cancelled:
-            self._context = Context(self._peer, self._rpc.due)
+            self._context = Context(self._peer, self._rpc.due, self.caller)
             self._task = self._front.loop.create_task(self.guarded(self._answer(message), self._context))
 
     async def _answer(self, message: bytes) -> None:
@@ -139,7 +165,7 @@ class _Stream(Call):
 
     def _begin_task(self) -> None:
         if not self.cancelled:
-            self._context = Context(self._peer, self._rpc.due)
+            self._context = Context(self._peer, self._rpc.due, self.caller)
             self._task = self._front.loop.create_task(self.guarded(self._answer(), self._context))
 
     async def _answer(self) -> None:
@@ -226,7 +252,7 @@ class _Each(Call):
         if self.cancelled:
             self._front.options.budget.give_back(admitted)
             return
-        context = Context(self._peer, self._rpc.due)
+        context = Context(self._peer, self._rpc.due, self.caller)
         task = self._front.loop.create_task(self.guarded(self._answer(message, context), context))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

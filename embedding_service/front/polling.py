@@ -17,6 +17,7 @@ from embedding_service.front.base import (
     ENDING_TICK,
     STOP_GRACE,
     Front,
+    Kind,
     Options,
     cannot_listen,
     channel_arguments,
@@ -35,15 +36,23 @@ TICK = 0.1
 class PollingFront(Front):
     """A port and the thread that serves it. See `Front`."""
 
-    def __init__(self, address: str, options: Options, *, shared: bool = False, private: bool = False) -> None:
-        super().__init__(address, options, private=private)
+    def __init__(
+        self,
+        address: str,
+        options: Options,
+        *,
+        shared: bool = False,
+        private: bool = False,
+        kind: Kind | None = None,
+    ) -> None:
+        super().__init__(address, options, private=private, kind=kind)
         self._port = Port(channel_arguments(options.request_bytes, shared=shared))
         self._thread = threading.Thread(target=self._live, name="front", daemon=True)
         self._stopped = self._shut = False
 
     async def start(self) -> None:
         """See `Front`."""
-        bound = self._port.bind(self.address)
+        bound = self._port.bind(self.address, self.credentials())
         if not bound:
             raise cannot_listen(self.address)
         self.address = with_port(self.address, bound)

@@ -27,6 +27,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.front.base import (
     ENDING_TICK,
     Front,
+    Kind,
     Options,
     cannot_listen,
     channel_arguments,
@@ -45,8 +46,16 @@ PAUSE, TRIES = 0.1, 50
 class PublicFront(Front):
     """A port and grpc's asyncio server; see `Front`."""
 
-    def __init__(self, address: str, options: Options, *, shared: bool = False, private: bool = False) -> None:
-        super().__init__(address, options, private=private)
+    def __init__(
+        self,
+        address: str,
+        options: Options,
+        *,
+        shared: bool = False,
+        private: bool = False,
+        kind: Kind | None = None,
+    ) -> None:
+        super().__init__(address, options, private=private, kind=kind)
         self._arguments = partial(channel_arguments, options.request_bytes, shared=shared)
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -89,7 +98,11 @@ class PublicFront(Front):
         """Begin a server. Raises InvalidRequest where the address cannot be had."""
         server = grpc.aio.server(handlers=[_Handlers(self)], options=self._arguments())
         try:
-            bound = server.add_insecure_port(self.address)
+            credentials = self.credentials()
+            if credentials is None:
+                bound = server.add_insecure_port(self.address)
+            else:
+                bound = server.add_secure_port(self.address, credentials)
         except RuntimeError:
             raise cannot_listen(self.address) from None
         self.address = with_port(self.address, bound)
@@ -161,6 +174,11 @@ class _PublicCall:
         self._front = front
         self._context = context
         self._status: asyncio.Future[_Status] = front.loop.create_future()
+
+    def certificate(self) -> bytes | None:
+        """See `Rpc`."""
+        found = self._context.auth_context().get("x509_pem_cert")
+        return bytes(found[0]) if found else None
 
     async def until_ended(self) -> None:
         """Send the status when there is one."""

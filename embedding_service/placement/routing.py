@@ -6,7 +6,7 @@ Light on purpose (numpy and the wire): every client and the controller import it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -128,6 +128,18 @@ class Routing:
             far = [int(each != topology) for each in self.topologies]
             self._farness[topology] = np.array([*far, 6], np.int8)
         return self._farness[topology]
+
+    def only(self, may: Callable[[str, str], bool]) -> Routing:
+        """It without the models, by name and version, that somebody may not see."""
+        message = wire.Routing()
+        message.CopyFrom(self.message)
+        seen = [each for each in message.models if may(each.model.name, each.model.version)]
+        hidden = len(seen) < len(message.models)
+        if hidden:
+            kept = [wire.ModelPlacement.FromString(each.SerializeToString()) for each in seen]
+            del message.models[:]
+            message.models.extend(kept)
+        return Routing(message)
 
     @property
     def models(self) -> list[Model]:

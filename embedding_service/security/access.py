@@ -9,11 +9,12 @@ import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.security.files import Stamp, stamp_of
+from embedding_service.security.files import Stamp, read, stamp_of
 
 # Each means what the argument of this name does, where that is not given.
 TLS_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
@@ -50,12 +51,12 @@ class Access:
 
     def authorities(self) -> bytes:
         """The content of `ca`. Raises InvalidRequest."""
-        return _read(self.ca)
+        return read(self.ca)
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For a new connection. Raises InvalidRequest naming a file that cannot be read."""
         _need_packages()
-        pair = (_read(self.key), _read(self.certificate)) if self.key and self.certificate else (None, None)
+        pair = (read(self.key), read(self.certificate)) if self.key and self.certificate else (None, None)
         channel = grpc.ssl_channel_credentials(self.authorities(), *pair)
         if not (self.token or self.token_file or self.certificate):
             return channel
@@ -70,17 +71,17 @@ class _Shown(grpc.AuthMetadataPlugin):
         self._lock = threading.Lock()
         self._stamp: Stamp | None = None
         self._made = 0.0
-        self._header = ""
+        self._headers: dict[str, str] = {}
 
     def __call__(self, context: Any, callback: Any) -> None:
         try:
-            header = self._now()
+            header = self._now(urlsplit(context.service_url).hostname or "")
         except (InvalidRequest, ValueError) as error:
             callback((), error)
         else:
             callback((("authorization", header),), None)
 
-    def _now(self) -> str:
+    def _now(self, host: str) -> str:
         access = self._access
         if access.token:
             return f"Bearer {access.token}"
@@ -88,17 +89,19 @@ class _Shown(grpc.AuthMetadataPlugin):
         stamp, now = stamp_of([path for path in paths if path]), time.monotonic()
         with self._lock:
             if stamp != self._stamp or (not access.token_file and now - self._made > _PROOF_SECONDS):
-                self._header, self._stamp, self._made = f"Bearer {self._make()}", stamp, now
-            return self._header
+                self._headers, self._stamp, self._made = {}, stamp, now
+            if host not in self._headers:
+                self._headers[host] = f"Bearer {self._make(host)}"
+            return self._headers[host]
 
-    def _make(self) -> str:
+    def _make(self, host: str) -> str:
         access = self._access
         if access.token_file:
-            return _read(access.token_file).decode(errors="replace").strip()
+            return read(access.token_file).decode(errors="replace").strip()
         from embedding_service.security.proofs import prove
 
         assert access.certificate and access.key
-        return prove(_read(access.certificate), _read(access.key))
+        return prove(host, read(access.certificate), read(access.key))
 
 
 def access_of(tls: str | os.PathLike[str] | bool | Access | None, token: str | None) -> Access | None:
@@ -142,7 +145,7 @@ def _read_access(path: Path) -> Access:
         if "ca" not in found:
             raise InvalidRequest(f"{path} has no ca.crt: tls must name a folder with the authority's certificate")
         return Access(found.pop("ca"), found.get("certificate"), found.get("key"), found.get("token_file"))
-    content = _read(path)
+    content = read(path)
     if b"-----BEGIN" in content:
         return Access(path)
     try:
@@ -155,13 +158,6 @@ def _read_access(path: Path) -> Access:
     token = about.pop("token", None)
     files = {name: path.parent / file for name, file in about.items()}
     return Access(files["ca"], files.get("certificate"), files.get("key"), files.get("token_file"), token)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _need_packages() -> None:

@@ -51,14 +51,20 @@ def verify(chain: Sequence[bytes], authorities: bytes, when: float) -> x509.Cert
     return leaf
 
 
+def covers(names: Sequence[str], host: str) -> bool:
+    """Whether a certificate is one of a host, as it is or by a wildcard of DNS."""
+    dns, host = [name.lower() for name in names if "://" not in name], host.strip("[]").lower()
+    return host in dns or ("." in host and f"*.{host.partition('.')[2]}" in dns)
+
+
 def stands_for(names: Sequence[str], host: str, shard: str) -> bool:
     """Whether a shard's certificate may speak for this address and this shard id.
 
     Its names hold the host, as it is or by a wildcard of DNS. They also hold the id: as a name, as the first label of a
     name, by a wildcard, or as the last piece of a URI.
     """
-    dns = [name.lower() for name in names if "://" not in name]
-    host, shard = host.strip("[]").lower(), shard.lower()
-    knows_host = host in dns or f"*.{host.partition('.')[2]}" in dns
+    dns, shard = [name.lower() for name in names if "://" not in name], shard.lower()
     knows_id = any(name == shard or name.startswith((f"{shard}.", "*.")) for name in dns)
-    return knows_host and (knows_id or any(name.lower().endswith(f"/{shard}") for name in names if "://" in name))
+    return covers(names, host) and (
+        knows_id or any(name.lower().endswith(f"/{shard}") for name in names if "://" in name)
+    )

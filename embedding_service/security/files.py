@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from embedding_service.errors import InvalidRequest
+
 T = TypeVar("T")
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -16,6 +18,14 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 def stamp_of(paths: Sequence[Path]) -> Stamp:
     """What changes when a file is replaced, also by a link to another folder, as Kubernetes does it."""
     return tuple(_stamp(path) for path in paths)
+
+
+def read(path: Path) -> bytes:
+    """A file's content. Raises InvalidRequest naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.security import proofs, tokens
 from embedding_service.security.certificates import names_in
-from embedding_service.security.files import Reloaded
+from embedding_service.security.files import Reloaded, read
 from embedding_service.security.identity import Caller, Credential
 from embedding_service.security.policy import Policy, read_policy
 
@@ -34,18 +34,20 @@ class Guard:
     Args:
         policy: The policy file.
         authorities: PEM of who vouches for certificates.
+        certificate: PEM of the server's own certificate.
 
     Raises:
         InvalidRequest: A file cannot be read or is not right.
     """
 
-    def __init__(self, policy: Path, authorities: Path) -> None:
+    def __init__(self, policy: Path, authorities: Path, certificate: Path) -> None:
         def complain(error: Exception) -> None:
             log.error("the files of before go on counting: %s", error)
 
         self._policy = Reloaded([policy], lambda: read_policy(policy), complain)
         self._issuer: Reloaded[tokens.Issuer | None] = self._read_issuer(complain)
-        self._authorities = Reloaded([authorities], lambda: _read(authorities), complain)
+        self._authorities = Reloaded([authorities], lambda: read(authorities), complain)
+        self._own = Reloaded([certificate], lambda: names_in(read(certificate)), complain)
         self._complain = complain
         self._known: dict[bytes, Credential] = {}
         self._callers: dict[Credential, Caller] = {}
@@ -58,7 +60,7 @@ class Guard:
         if about is None:
             return Reloaded([], lambda: None)
         return Reloaded(
-            [about.jwks], lambda: tokens.Issuer.read(_read(about.jwks), about.issuer, about.audience), complain
+            [about.jwks], lambda: tokens.Issuer.read(read(about.jwks), about.issuer, about.audience), complain
         )
 
     def watch(self, listener: Callable[[], None]) -> None:
@@ -91,7 +93,7 @@ class Guard:
                 self._issuer = self._read_issuer(self._complain)
             except InvalidRequest as error:
                 self._complain(error)
-        if self._issuer.look() | self._authorities.look() | changed:
+        if self._issuer.look() | self._authorities.look() | self._own.look() | changed:
             self._known, self._callers = {}, {}
             log.info("the policy was read again")
 
@@ -109,7 +111,8 @@ class Guard:
         if passed_on is not None:
             return self._find(Credential(identity=passed_on))
         if certificate is not None:
-            return self._find(Credential(names=names_in(certificate)))
+            names = names_in(certificate) if certificate else ()
+            return self._find(Credential(names=names or ("",)))
         if bearer is None:
             raise Unauthenticated(MISSING)
         return self._find(self._of_bearer(bearer))
@@ -135,7 +138,7 @@ class Guard:
         if not tokens.is_jwt(token):
             return Credential(digest=digest)
         if proofs.is_proof(token):
-            names, until = proofs.check_proof(token, self._authorities.now)
+            names, until = proofs.check_proof(token, self._authorities.now, self._own.now)
             return Credential(names=names, until=until)
         if self._issuer.now is None:
             raise Unauthenticated("the token does not count: the policy has no table [jwt]")
@@ -156,16 +159,3 @@ class Guard:
         if caller.expired:
             raise Unauthenticated("the token has expired: send a newer one")
         return caller
-
-
-def bearer_of(metadata: Mapping[str, str | bytes] | None) -> str | None:
-    """The text of the metadata `authorization`, if there is any."""
-    found = (metadata or {}).get(HEADER)
-    return found.decode(errors="replace") if isinstance(found, bytes) else found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None

@@ -75,9 +75,8 @@ class Caller:
         """Raise PermissionDenied, naming the right and what needs it, unless it has one of these rights."""
         if not any(self.rights.has(right) for right in rights):
             asked = " or ".join(f"{right} of a model" if right in MODEL_RIGHTS else right for right in rights)
-            raise PermissionDenied(
-                f"{self.name} has no right to {what}: it needs the right {asked}, which the policy gives it"
-            )
+            missing = f"the policy does not give it {asked}" if rights else "nobody has"
+            raise PermissionDenied(f"{self.name} has no right to {what}: {missing}")
 
     @property
     def expired(self) -> bool:

@@ -1,7 +1,8 @@
 """Statements that a certificate's key signs: JSON web tokens with the certificate in their header `x5c`.
 
 gRPC's servers for Python ask all clients for certificates, or none. A port that takes bearer tokens asks none. There
-the holder of a certificate sends a short-lived token that its key signed. A routing is signed in the same way.
+the holder of a certificate sends a short-lived token that its key signed. It names the host that it is for, so who gets
+it cannot use it elsewhere. A routing is signed in the same way.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,10 @@ from jwt.exceptions import PyJWTError
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.foreign import one_line
-from embedding_service.security.certificates import names_of, verify
+from embedding_service.security.certificates import covers, names_of, verify
 
 # Seconds that a proof counts, and that two clocks may differ.
 LIFETIME, LEEWAY = 300, 60
-AUDIENCE = "embedding-service"
 # Certificates between one and its authority.
 MOST_CHAIN = 4
 
@@ -49,10 +50,10 @@ def sign(claims: dict[str, Any], certificate: bytes, key: bytes) -> str:
     return jwt.encode(claims, private, _algorithm(private.public_key()), headers=headers)
 
 
-def prove(certificate: bytes, key: bytes) -> str:
-    """A token that proves who sends it, for a while. Raises ValueError."""
+def prove(host: str, certificate: bytes, key: bytes) -> str:
+    """A token that proves to a server, by the host it is reached by, who sends it. Raises ValueError."""
     now = int(time.time())
-    return sign({"aud": AUDIENCE, "iat": now, "exp": now + LIFETIME}, certificate, key)
+    return sign({"aud": host, "iat": now, "exp": now + LIFETIME}, certificate, key)
 
 
 def is_proof(token: str) -> bool:
@@ -63,24 +64,29 @@ def is_proof(token: str) -> bool:
         return False
 
 
-def check_proof(token: str, authorities: bytes) -> tuple[tuple[str, ...], float]:
-    """The names of the certificate whose holder sent it, and until when it counts. Raises Unauthenticated."""
-    names, claims = check(token, authorities, time.time(), audience=AUDIENCE)
+def check_proof(token: str, authorities: bytes, own: Sequence[str]) -> tuple[tuple[str, ...], float]:
+    """The names of the certificate whose holder sent it, and until when it counts.
+
+    `own`: the names of the server's certificate, of which the token has to be for one. Raises Unauthenticated.
+    """
+    names, claims = check(token, authorities, time.time())
+    now = time.time()
+    if not isinstance(claims.get("exp"), int) or not now - LEEWAY <= claims["exp"] <= claims["iat"] + LIFETIME:
+        raise Unauthenticated(f"the proof has expired, or counts for more than {LIFETIME} s: send a newer one")
+    if not covers(own, str(claims.get("aud"))):
+        raise Unauthenticated("the proof is for another server")
     if not claims["iat"] <= claims["exp"] <= claims["iat"] + LIFETIME:
         raise Unauthenticated(f"a proof counts for at most {LIFETIME} s")
     return names, float(claims["exp"]) + LEEWAY
 
 
-def check(
-    token: str, authorities: bytes, when: float | None = None, audience: str | None = None
-) -> tuple[tuple[str, ...], dict[str, Any]]:
+def check(token: str, authorities: bytes, when: float | None = None) -> tuple[tuple[str, ...], dict[str, Any]]:
     """What a certificate's key signed: the names of the certificate, and the claims.
 
     Args:
         token: As `sign` makes it.
         authorities: PEM of those that may vouch for the certificate.
         when: Seconds since 1970 at which the certificate has to be valid; None: when the token was signed.
-        audience: The claim `aud` that is needed, with times that are right now; None: neither.
 
     Raises:
         Unauthenticated: Says why it does not count.
@@ -92,14 +98,8 @@ def check(
             when = float(jwt.decode(token, options={"verify_signature": False})["iat"])
         leaf = verify(chain, authorities, when)
         public: Any = leaf.public_key()
-        claims = jwt.decode(
-            token,
-            public,
-            [_algorithm(public)],
-            audience=audience,
-            leeway=LEEWAY,
-            options={"require": ["iat", "exp", "aud"]} if audience else {"verify_aud": False, "verify_exp": False},
-        )
+        options: Any = {"require": ["iat"], "verify_aud": False, "verify_exp": False}
+        claims = jwt.decode(token, public, [_algorithm(public)], leeway=LEEWAY, options=options)
     except (PyJWTError, KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
         raise Unauthenticated(f"the token does not count: {one_line(error)}") from None
     return names_of(leaf), claims

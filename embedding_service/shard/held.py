@@ -19,6 +19,7 @@ from embedding_service.formats import get_format
 from embedding_service.methods import Method, Places
 from embedding_service.placement.routing import Model, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
+from embedding_service.security.identity import Caller
 from embedding_service.serving import IDLE_STREAMS, RequestLimits, Server
 from embedding_service.store.manifest import Table as StoredTable
 from embedding_service.wire import embedding_pb2 as wire
@@ -116,27 +117,33 @@ class HeldRows:
         self._limits = limits
         self._counting = threading.Lock()
 
-    def answer(self, message: bytes, room: int) -> bytes | None:
+    def answer(self, message: bytes, room: int, caller: Caller | None = None) -> bytes | None:
         """The serialized answer to a serialized `LookupRequest` whose rows are here and take at most `room` bytes.
 
         None for all others, wrong ones too. May be called from any thread.
         """
         try:
-            return self._at_once(read_lookup(message), room, allocate)
+            return self._at_once(read_lookup(message), room, allocate, caller)
         except (EmbeddingServiceError, DecodeError):
             return None
 
-    def answer_streamed(self, message: bytes, room: int) -> bytes | None:
+    def answer_streamed(self, message: bytes, room: int, caller: Caller | None = None) -> bytes | None:
         """`answer` for a `StreamLookupRequest`."""
         try:
             request_id, lookup = read_streamed_lookup(message)
-            return self._at_once(lookup, room, partial(allocate_streamed, request_id=request_id))
+            return self._at_once(lookup, room, partial(allocate_streamed, request_id=request_id), caller)
         except (EmbeddingServiceError, DecodeError):
             return None
 
-    def _at_once(self, asked: LookupAsked, room: int, allocate: Callable[[Shape], tuple[bytes, Bytes]]) -> bytes | None:
+    def _at_once(
+        self,
+        asked: LookupAsked,
+        room: int,
+        allocate: Callable[[Shape], tuple[bytes, Bytes]],
+        caller: Caller | None,
+    ) -> bytes | None:
         began = time.perf_counter()
-        lookup = self._read(asked)
+        lookup = self._read(asked, caller)
         if lookup.held is None or lookup.shape.nbytes > room or not lookup.held.at_hand(lookup.ids):
             return None
         message, rows = allocate(lookup.shape)
@@ -144,8 +151,11 @@ class HeldRows:
         self._count(lookup.shape, began)
         return message
 
-    def _read(self, asked: LookupAsked) -> CheckedLookup:
-        """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held."""
+    def _read(self, asked: LookupAsked, caller: Caller | None) -> CheckedLookup:
+        """Check everything about a request. Raises Redirect when its sender routed it here and nothing is held.
+
+        A model that the caller may not read is none here, in every answer.
+        """
         request = asked.request
         encoding = encoding_of(request.encoding)
         count = _count_ids(asked)
@@ -157,11 +167,11 @@ class HeldRows:
                     f"{request.model!r}: take it from the routing, or send epoch 0 to have the newest version answer"
                 )
             model, held = None, self._tables(name, version, request.table)
-            if held is None:
+            if held is None or not (caller is None or caller.may_read(name, version)):
                 raise Redirect(MOVED)
             table: Table | StoredTable = held.table
         else:
-            model = self.known_model(request.model)
+            model = self.known_model(request.model, caller)
             table, version = model.table(request.table), model.version
             held = self._tables(model.name, version, request.table)
         row_bytes = row_bytes_of(table.dtype, table.dim, encoding)
@@ -171,7 +181,7 @@ class HeldRows:
         shape = Shape(count, row_bytes, table.dim, request.encoding or wire.ROW_ENCODING_FLOAT32, version)
         return CheckedLookup(ids, encoding, shape, held, model, request.table)
 
-    def known_model(self, name: str) -> Model:
+    def known_model(self, name: str, caller: Caller | None) -> Model:
         """The model that a thin client's request names. Raises Redirect if it is unknown."""
         raise Redirect(MOVED)
 

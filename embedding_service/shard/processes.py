@@ -27,13 +27,14 @@ import grpc
 from embedding_service.budget import Budget
 from embedding_service.client.channels import open_channel_async
 from embedding_service.errors import EmbeddingServiceError
-from embedding_service.front import PEER
+from embedding_service.front import CALLER, PEER
 from embedding_service.machine import end_with_parent, spare_collections
 from embedding_service.memory import keep_freed_memory
 from embedding_service.methods import Context, Method
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, Location
 from embedding_service.rows.mmap import MappedTable
+from embedding_service.security.server import Files, Security
 from embedding_service.serving import RequestLimits, Server, first_of, log_to_stderr
 from embedding_service.shard.held import ANSWER, SERVICE, Counters, HeldRows
 from embedding_service.store.manifest import Table
@@ -54,7 +55,7 @@ TableKey = tuple[str, str, str]
 class Settings(NamedTuple):
     """How a process runs: the `addresses` that it shares, the `main` process's address, torch `threads` of a gather.
 
-    `budget`: bytes of requests and answers that may be under way in it.
+    `budget`: bytes of requests and answers that may be under way in it. `security`: None for plain text.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Settings(NamedTuple):
     limits: RequestLimits
     threads: int
     budget: int
+    security: Files | None = None
 
 
 class _Ready(NamedTuple):
@@ -258,7 +260,7 @@ class _PassedOn:
     """Has the main process answer."""
 
     def __init__(self, address: str) -> None:
-        self._channel = open_channel_async(address)
+        self._channel = open_channel_async(address, None)  # a socket that is closed to other users
 
     def handler(self, path: str) -> Any:
         """Passes the calls of a method on, as the bytes they came in."""
@@ -266,7 +268,10 @@ class _PassedOn:
 
         async def answer(message: bytes, context: Context) -> bytes:
             try:
-                return await ask(message, timeout=context.time_remaining(), metadata=((PEER, context.peer()),))
+                whose = [(PEER, context.peer())]
+                if context.caller:
+                    whose.append((CALLER, context.caller.name))
+                return await ask(message, timeout=context.time_remaining(), metadata=whose)
             except grpc.aio.AioRpcError as error:
                 await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata()))
 
@@ -285,7 +290,8 @@ class _Serving:
     async def run(self) -> None:
         """Until the main process says so, or is no more."""
         self._loop = asyncio.get_running_loop()
-        self._server = Server(self._settings.limits, Budget(self._settings.budget))
+        security = Security(self._settings.security) if self._settings.security else None
+        self._server = Server(self._settings.limits, Budget(self._settings.budget), security)
         self._server.add(self._offer, _PassedOn(self._settings.main), SERVICE)
         for address in self._settings.addresses:
             await self._server.listen(address, shared=True)

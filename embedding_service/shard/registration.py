@@ -18,6 +18,7 @@ import grpc
 from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
 from embedding_service.memory import resident_bytes
+from embedding_service.security.access import Access
 from embedding_service.shard.duties import Duties
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
@@ -32,7 +33,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # SIGTERM ends the shard at once.
 CONTROLLER_PATIENCE = 30.0
 # Another shard has this one's id, or the controller does not accept what this one reports.
-_REFUSALS = (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.INVALID_ARGUMENT)
+_REFUSALS = (
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
 
 
 class Registration:
@@ -41,6 +47,7 @@ class Registration:
     Args:
         about: The report's constant fields: shard id, address, device, tier, memory limit.
         set_serving: Called when there is a routing to serve by.
+        access: What it shows the controller. None: plain text.
     """
 
     def __init__(
@@ -51,8 +58,10 @@ class Registration:
         router: Router,
         counters: Callable[[], Counters],
         set_serving: Callable[[bool], Awaitable[None]],
+        access: Access | None = None,
     ) -> None:
         self._controller = controller
+        self._access = access
         self._duties = Duties(about, holdings, router, time.monotonic)
         self._holdings = holdings
         self._set_serving = set_serving
@@ -65,7 +74,7 @@ class Registration:
         pause = FIRST_PAUSE
         while True:
             try:
-                async with open_channel_async(self._controller) as channel:
+                async with open_channel_async(self._controller, self._access) as channel:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
                         self._connected, self._refused = True, ""

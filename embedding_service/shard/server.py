@@ -19,6 +19,7 @@ from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
+from embedding_service.front import Kind
 from embedding_service.machine import check_free, spare_collections
 from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge
@@ -26,6 +27,7 @@ from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn
+from embedding_service.security.server import Files, Security
 from embedding_service.serving import (
     RequestLimits,
     Server,
@@ -68,6 +70,8 @@ class ShardOptions:
         processes: Processes that answer lookups, this one included.
         near: Path of the Unix socket at which clients of this machine get the files of its parts; None: nowhere.
         metrics_port: Port of Prometheus metrics, on the host of `listen`. 0: none.
+        security: Certificate, key, authorities and policy. None: plain text, and everybody may do everything.
+        health_listen: A second host:port that answers health checks alone, in plain text.
     """
 
     controller: str
@@ -86,6 +90,8 @@ class ShardOptions:
     processes: int = 1
     near: str | None = None
     metrics_port: int = 0
+    security: Files | None = None
+    health_listen: str | None = None
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -106,16 +112,20 @@ async def _serve(options: ShardOptions) -> None:
     memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
     tier.prepare(memory_limit)
     holdings = Holdings(Store(options.store), tier, memory_limit, options.cache, options.load_rate)
-    router, transport = Router([options.controller], topology=options.topology), GrpcTransport()
+    security = Security(options.security) if options.security else None
+    access = options.security.access if options.security else None
+    router, transport = Router([options.controller], topology=options.topology), GrpcTransport(access)
     budget = Budget(memory_for_requests(memory_limit if tier.lies_in is LiesIn.HOST else 0, options.processes))
     service = LookupService(holdings, router, transport, options.limits, budget)
     if options.processes > 1:
         check_free(options.listen)
-    server = Server(options.limits, budget)
+    server = Server(options.limits, budget, security)
     server.add(LookupService.add_to, service, SERVICE)
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]
     if options.shared_listen:
         fronts.append(await server.listen(options.shared_listen, shared=True))
+    if options.health_listen:
+        await server.listen(options.health_listen, kind=Kind(health_only=True))
     incarnation = secrets.randbits(63)
     near = None
     if options.near and not can_seal():
@@ -133,7 +143,15 @@ async def _serve(options: ShardOptions) -> None:
         folder = PrivateFolder()
         main_process = await server.listen(f"unix:{folder.path}/main", private=True)
         others.start(
-            Settings(options.shard_id, addresses, main_process.address, options.limits, options.threads, budget.most)
+            Settings(
+                options.shard_id,
+                addresses,
+                main_process.address,
+                options.limits,
+                options.threads,
+                budget.most,
+                options.security,
+            )
         )
 
     spare_collections()
@@ -159,7 +177,7 @@ async def _serve(options: ShardOptions) -> None:
         near=near.place if near else None,
     )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
-    registration = Registration(options.controller, about, holdings, router, counters, set_serving)
+    registration = Registration(options.controller, about, holdings, router, counters, set_serving, access)
     metrics = MetricsServer(
         options.listen.rpartition(":")[0],
         options.metrics_port,

@@ -26,6 +26,7 @@ from embedding_service.methods import Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
 from embedding_service.rows.base import Bytes, Ids, TableRows
+from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits, RoutingService, Server, abort
 from embedding_service.shard.held import (
     ANSWER,
@@ -106,7 +107,8 @@ class LookupService(HeldRows, RoutingService):
     def __init__(
         self, holdings: Holdings, router: Router, transport: GrpcTransport, limits: RequestLimits, budget: Budget
     ) -> None:
-        super().__init__(holdings.table, limits)
+        HeldRows.__init__(self, holdings.table, limits)
+        RoutingService.__init__(self)
         self._router = router
         self._transport = transport
         self._hashers: dict[str, NgramHasher] = {}
@@ -131,15 +133,15 @@ class LookupService(HeldRows, RoutingService):
         """The routing that the controller last sent."""
         return self._router.current
 
-    def known_model(self, name: str) -> Model:
+    def known_model(self, name: str, caller: Caller | None) -> Model:
         """A served model. Raises Unavailable, NotFound."""
-        return self.known_routing().model(name)
+        return self.visible_routing(caller).model(name)
 
     async def Lookup(self, request: LookupAsked, context: Context) -> bytes:
         """Rows of one table: a serialized `LookupResponse`."""
         began = time.perf_counter()
         try:
-            lookup = await self._check(request)
+            lookup = await self._check(request, context.caller)
             await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
             message, rows = allocate(lookup.shape)
             await self._fill(rows, lookup, _deadline(context))
@@ -155,7 +157,7 @@ class LookupService(HeldRows, RoutingService):
         """Answer a message of a `StreamLookup`: a serialized `StreamLookupResponse`, with rows or an error."""
         began = time.perf_counter()
         try:
-            lookup = await self._check(request.lookup)
+            lookup = await self._check(request.lookup, context.caller)
             await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
             message, rows = allocate_streamed(lookup.shape, request.request_id)
             await self._fill(rows, lookup, _deadline(context))
@@ -175,7 +177,7 @@ class LookupService(HeldRows, RoutingService):
         began = time.perf_counter()
         try:
             answer = await self._lookup_ngrams(
-                request, _deadline(context), partial(self._unread.add, context, copies=NGRAM_COPIES)
+                request, context.caller, _deadline(context), partial(self._unread.add, context, copies=NGRAM_COPIES)
             )
         except EmbeddingServiceError as error:
             self._count_error()
@@ -184,9 +186,11 @@ class LookupService(HeldRows, RoutingService):
         self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began)
         return answer
 
-    async def _check(self, request: LookupAsked) -> CheckedLookup:
+    async def _check(self, request: LookupAsked, caller: Caller | None) -> CheckedLookup:
         """`_read`, on a thread if that takes long."""
-        return await asyncio.to_thread(self._read, request) if request.ids.is_long else self._read(request)
+        if request.ids.is_long:
+            return await asyncio.to_thread(self._read, request, caller)
+        return self._read(request, caller)
 
     async def _fill(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """Write the rows, uint8 [n, row_bytes]. Raises Redirect for a sender that routed them here in vain."""
@@ -230,10 +234,12 @@ class LookupService(HeldRows, RoutingService):
             return held.gather(ids, encoding, out)
         return await asyncio.to_thread(_gather_anywhere, held, ids, encoding, out)
 
-    async def _lookup_ngrams(self, asked: NgramsAsked, deadline: float, room: Room) -> wire.LookupNgramsResponse:
+    async def _lookup_ngrams(
+        self, asked: NgramsAsked, caller: Caller | None, deadline: float, room: Room
+    ) -> wire.LookupNgramsResponse:
         request = asked.request
         encoding = encoding_of(request.encoding)
-        model = self.known_model(request.model)
+        model = self.known_model(request.model, caller)
         hasher = self._hasher(model)
         batch = request.batch or 1
         tables = [model.table(table.name) for table in hasher.tables]

@@ -80,7 +80,7 @@ def test_a_policy_that_is_not_right_names_the_field(tmp_path: Path, text: str, s
 def test_s4_a_policy_that_changes_counts_and_one_that_is_broken_does_not(tmp_path: Path) -> None:
     authority = _authority(tmp_path)
     policy = write_policy(tmp_path, {"a": {"tokens": ["one"], "read": ["m"]}})
-    guard = Guard(policy, authority)
+    guard = Guard(policy, *authority)
     caller = guard.caller("Bearer one")
     assert caller.name == "a" and caller.may_read("m", "1") and not caller.may_read("n", "1")
     with pytest.raises(PermissionDenied, match="admin"):
@@ -101,7 +101,7 @@ def test_s4_a_policy_that_changes_counts_and_one_that_is_broken_does_not(tmp_pat
     "bearer", [None, "", "Bearer", "Bearer ", "Basic one", "Bearer \x00", "Bearer " + "x" * 10_000]
 )
 def test_s3_what_is_no_token_is_nobody(tmp_path: Path, bearer: str | None) -> None:
-    guard = Guard(write_policy(tmp_path, {"a": {"tokens": ["one"]}}), _authority(tmp_path))
+    guard = Guard(write_policy(tmp_path, {"a": {"tokens": ["one"]}}), *_authority(tmp_path))
     with pytest.raises(Unauthenticated):
         guard.caller(bearer)
 
@@ -112,7 +112,7 @@ def test_s3_a_json_web_token_counts_by_its_issuers_keys_alone(tmp_path: Path) ->
     (tmp_path / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "k", "use": "sig", "alg": "ES256"}]}))
     about = {"jwks": "jwks.json", "issuer": "https://i", "audience": "us"}
     policy = write_policy(tmp_path, {"w": {"subjects": ["system:*"], "read": ["*"]}}, about)
-    guard = Guard(policy, _authority(tmp_path))
+    guard = Guard(policy, *_authority(tmp_path))
     now = int(time.time())
     right: dict[str, Any] = {"iss": "https://i", "aud": ["us", "x"], "sub": "system:w", "exp": now + 60}
 
@@ -136,22 +136,23 @@ def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authori
     authority.issue(tmp_path / "old", ["spiffe://x/shard/a"], begins=-2, days=-1)
     other.issue(tmp_path / "false", ["spiffe://x/shard/a"])
     policy = write_policy(tmp_path, {"members": {"certificates": ["spiffe://x/shard/*"], "rights": ["member"]}})
-    guard = Guard(policy, tmp_path / "shard" / "ca.crt")
+    guard = Guard(policy, tmp_path / "shard" / "ca.crt", tmp_path / "shard" / "tls.crt")
 
     def files(name: str) -> tuple[bytes, bytes]:
         return (tmp_path / name / "tls.crt").read_bytes(), (tmp_path / name / "tls.key").read_bytes()
 
-    assert guard.caller("Bearer " + proofs.prove(*files("shard"))).name == "members"
+    assert guard.caller("Bearer " + proofs.prove("localhost", *files("shard"))).name == "members"
     now = int(time.time())
-    wrong = [proofs.prove(*files(name)) for name in ("old", "false")]
-    wrong.append(proofs.sign({"aud": "x", "iat": now, "exp": now + 9}, *files("shard")))
-    wrong.append(proofs.sign({"aud": proofs.AUDIENCE, "iat": now, "exp": now + 99_999}, *files("shard")))
-    wrong.append(proofs.sign({"aud": proofs.AUDIENCE, "iat": now - 999, "exp": now - 900}, *files("shard")))
+    wrong = [proofs.prove("localhost", *files(name)) for name in ("old", "false")]
+    wrong.append(proofs.prove("another-shard", *files("shard")))  # as a shard would use one that it was sent
+    right = {"aud": "localhost", "iat": now, "exp": now + 60}
+    for claims in ({"exp": now + 99_999}, {"iat": now - 999, "exp": now - 900}, {"aud": ["localhost"]}, {"exp": "1"}):
+        wrong.append(proofs.sign({**right, **claims}, *files("shard")))
     for token in wrong:
         with pytest.raises(Unauthenticated):
             guard.caller(f"Bearer {token}")
     with pytest.raises(ValueError, match="not the certificate's"):
-        proofs.prove(files("shard")[0], files("false")[1])
+        proofs.prove("x", files("shard")[0], files("false")[1])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,6 @@ def test_s6_a_certificate_speaks_for_its_own_shard(names: list[str], host: str, 
     assert stands_for(names, host, shard) is right
 
 
-def _authority(folder: Path) -> Path:
-    Authority.create().save(folder)
-    return folder / "ca.crt"
+def _authority(folder: Path) -> tuple[Path, Path]:
+    Authority.create().issue(folder / "own", ["localhost"])
+    return folder / "own" / "ca.crt", folder / "own" / "tls.crt"

@@ -17,7 +17,8 @@ from support.checkpoints import longcat_table
 from support.cluster import Cluster, cluster, until
 from support.load import Load
 
-OPTIONS = ("--expect-shards=3", "--replicas=2", "--lost-after=2", "--grace=1")
+PLAIN = "--insecure"
+OPTIONS = ("--expect-shards=3", "--replicas=2", "--lost-after=2", "--grace=1", PLAIN)
 HERE, THERE = "10.83.0.1", "10.83.0.2"
 LINK_HERE, LINK_THERE = "here", "there"
 
@@ -78,9 +79,9 @@ def inside(namespace: str) -> list[str]:
 def main(folder: str, store: str, there: str) -> None:
     """Controller, two shards and the load are here; the third shard is in the namespace `there`."""
     with cluster(Path(folder), store, *OPTIONS, host=HERE) as running:
-        running.start_shard("a")
-        running.start_shard("b")
-        running.start_shard("c", host=THERE, within=inside(there))
+        running.start_shard("a", PLAIN)
+        running.start_shard("b", PLAIN)
+        running.start_shard("c", PLAIN, host=THERE, within=inside(there))
         check_absence(
             running,
             "c",

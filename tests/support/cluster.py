@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -206,20 +206,46 @@ def up(folder: Path, store: Path, shards: int, *options: str) -> Iterator[UpComm
 
 
 class Members:
-    """What `up` starts, with the same arguments, but forked: a controller and shards with one address for all."""
+    """What `up` starts, with the same arguments, but forked: a controller and shards with one address for all.
 
-    def __init__(self, folder: Path, store: Path, shards: int, replicas: int, memory: int | None) -> None:
-        from embedding_service.commands.up import UpOptions, controller_command, shard_command
+    Args:
+        secure: The folder of `up --secure`; None for plain text.
+        policy: In place of the policy that is made there.
+        more: Further arguments of members.
+
+    Attributes:
+        control: Where shards register.
+        access: What an admin shows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Path,
+        shards: int,
+        replicas: int,
+        memory: int | None,
+        secure: Path | None = None,
+        policy: str = "",
+        more: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        from embedding_service.commands.up import UpOptions, controller_command, prepare, shard_command
 
         self.address = f"127.0.0.1:{free_port()}"
         self._folder = folder
         self._controller = f"127.0.0.1:{free_port()}"
         port = int(self.address.rpartition(":")[2])
-        options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1)
+        options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1, secure)
+        self.control = f"127.0.0.1:{free_port()}" if secure else self._controller
         self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
         names = [f"shard-{number}" for number in range(shards)]
-        self._commands = {name: shard_command(options, self._controller, name, self._sockets.name) for name in names}
-        self._commands["controller"] = controller_command(options, self._controller)
+        self.access = prepare(secure, options.host, names) if secure else None
+        if secure and policy:
+            (secure / "policy.toml").write_text(policy)
+        self._commands = {name: shard_command(options, self.control, name, self._sockets.name) for name in names}
+        self._commands["controller"] = controller_command(options, self._controller, self.control)
+        for name, further in (more or {}).items():
+            self._commands[name] += further
         self._processes: list[Process] = []
 
     def restart(self) -> None:
@@ -230,7 +256,7 @@ class Members:
 
         self._processes = [Process(self._folder / f"{name}.log", *each) for name, each in self._commands.items()]
         with (self._folder / "waiting.log").open("w") as said:
-            wait_until_serving(self._controller, self._check, len(self._commands) - 1, Console(file=said))
+            wait_until_serving(self._controller, self._check, len(self._commands) - 1, Console(file=said), self.access)
 
     def end(self) -> None:
         """End them."""
@@ -250,7 +276,7 @@ class Members:
 
     def status(self) -> control.Status:
         """The controller's view."""
-        return get_status(self.address)
+        return get_status(self.address, tls=self.access)
 
     def _check(self) -> None:
         for process in self._processes:

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from embedding_service.budget import Budget
 from embedding_service.methods import Context, Method
+from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits, Server
 
 Request = health_pb2.HealthCheckRequest
@@ -43,7 +44,7 @@ class Toy:
         server.offer(f"{TOY}/Quick", Method(each, at_once=self.quick))
         server.offer(f"{TOY}/Private", Method(each, private=True))
 
-    def quick(self, message: bytes, room: int) -> bytes | None:
+    def quick(self, message: bytes, room: int, caller: Caller | None) -> bytes | None:
         """Answers what begins with q, on the polling thread."""
         if message.startswith(b"\x0a") and message[2:3] == b"q":
             return Request(service="at once").SerializeToString()

@@ -1,0 +1,124 @@
+"""A server's side: its certificate, and whom it lets in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import one_line
+from embedding_service.security.access import Access
+from embedding_service.security.files import Reloaded, read
+from embedding_service.security.guard import Guard
+from embedding_service.security.identity import Caller
+
+log = logging.getLogger(__name__)
+
+# What gRPC reads once for the ciphers of TLS 1.2. It has no setting for the oldest version. A cipher that needs a key
+# that both sides share, of which there is none, leaves TLS 1.3 alone.
+_CIPHERS, _NONE_BEFORE_TLS_1_3 = "GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES128-CBC-SHA"
+
+
+class Files(NamedTuple):
+    """What secures a process: PEM of its certificate, its key and the authorities it believes, and the policy."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+    policy: Path
+
+    @property
+    def access(self) -> Access:
+        """What it shows others of the service."""
+        return Access(self.ca, self.certificate, self.key)
+
+
+class Security:
+    """Who may do what in a process. To be made before the process's first connection.
+
+    Raises:
+        InvalidRequest: Names a file that cannot be read, or is not right.
+    """
+
+    def __init__(self, files: Files) -> None:
+        os.environ[_CIPHERS] = _NONE_BEFORE_TLS_1_3
+        self.files = files
+        self._pair = Reloaded(files[:3], self._read, _complain)
+        self.guard = Guard(files.policy, files.ca, files.certificate)
+
+    def credentials(self, members: bool) -> grpc.ServerCredentials:
+        """Of a port. gRPC asks for the files at each handshake. `members`: clients have to have a certificate."""
+        seen = self._pair.now
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal seen
+            self._pair.look()
+            if self._pair.now is seen:
+                return None
+            seen = self._pair.now
+            return seen
+
+        return grpc.dynamic_ssl_server_credentials(seen, fetch, members)
+
+    def admit(
+        self,
+        rights: tuple[str, ...] | None,
+        path: bytes,
+        *,
+        bearer: str | bytes | None = None,
+        certificate: Callable[[], bytes | None] | None = None,
+        passed_on: str | None = None,
+    ) -> Caller | None:
+        """Whose a new call is. None where it may be anybody's.
+
+        Args:
+            rights: Of which its method needs one (`methods.RIGHTS`).
+            path: The method's.
+            bearer: The metadata `authorization`.
+            certificate: The client's, at a port that asks for one, where nothing else counts.
+            passed_on: The identity that another process of this shard found.
+
+        Raises:
+            Unauthenticated, PermissionDenied: Says what is missing.
+        """
+        if rights == ("anybody",):
+            return None
+        if isinstance(bearer, bytes):
+            bearer = bearer.decode(errors="replace")
+        caller = self.guard.caller(bearer, certificate() or b"" if certificate else None, passed_on)
+        _require(caller, rights, path)
+        return caller
+
+    def again(self, caller: Caller, rights: tuple[str, ...] | None, path: bytes) -> Caller:
+        """Who the caller of an open call is by now. Raises Unauthenticated, PermissionDenied."""
+        now = self.guard.again(caller)
+        if now is not caller:
+            _require(now, rights, path)
+        return now
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        certificate, key, ca = (read(path) for path in self.files[:3])
+        try:
+            private = serialization.load_pem_private_key(key, None)
+            if private.public_key() != x509.load_pem_x509_certificate(certificate).public_key():
+                raise ValueError("the key is not the certificate's")
+            x509.load_pem_x509_certificates(ca)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(f"{self.files.certificate} and its key do not count: {one_line(error)}") from None
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
+
+
+def _require(caller: Caller, rights: tuple[str, ...] | None, path: bytes) -> None:
+    if rights != ("known",):
+        caller.require(rights or (), f"call {path.decode(errors='replace')[1:]}")
+
+
+def _complain(error: Exception) -> None:
+    log.error("the certificate of before is used on: %s", error)

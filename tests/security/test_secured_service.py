@@ -1,0 +1,289 @@
+"""A secured service: what is let in, and what is not. One service for all tests of this file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import pytest
+import torch
+from support.checkpoints import longcat_table
+from support.cluster import Members, until
+from support.security import write_policy
+
+from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from embedding_service.client.channels import CHANNEL_OPTIONS
+from embedding_service.client.status import get_status
+from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
+from embedding_service.security import proofs
+from embedding_service.security.access import Access
+from embedding_service.security.authority import URI, Authority
+from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
+
+pytestmark = [pytest.mark.service, pytest.mark.slow]
+
+# What may be read, and what not.
+SEEN, HIDDEN = "fp32", "int8"
+TABLE = f"{SEEN}/ngram"
+POLICY: dict[str, dict[str, Any]] = {
+    "members": {"certificates": [f"{URI}/controller", f"{URI}/shard/*"], "rights": ["member"]},
+    "admin": {"tokens": ["admin"], "rights": ["admin", "metrics"], "read": ["*"]},
+    "reader": {"tokens": ["reader"], "certificates": [f"{URI}/reader"], "read": [SEEN]},
+    "stranger": {"tokens": ["stranger"], "rights": ["metrics"]},
+}
+REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
+
+
+class Secured(NamedTuple):
+    """A running service, and its folder."""
+
+    members: Members
+    folder: Path
+
+    @property
+    def ca(self) -> Access:
+        """What a client without a token shows."""
+        return Access(self.folder / "ca.crt")
+
+    def token(self, token: str) -> Access:
+        return replace(self.ca, token=token)
+
+    def certificate(self, name: str, authority: Authority | None = None, **days: float) -> Access:
+        """A certificate of a further name, made now."""
+        where = self.folder / "more" / name.replace("/", "-")
+        ours = Authority.load(self.folder)
+        (authority or ours).issue(where, [f"{URI}/{name}", "localhost", "127.0.0.1"], **days)
+        return replace(self.ca, certificate=where / "tls.crt", key=where / "tls.key")
+
+    def addresses(self) -> dict[str, str]:
+        return {shard.shard_id: shard.address for shard in self.members.status().shards}
+
+
+@pytest.fixture(scope="module")
+def secured(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """Two shards, one of two processes."""
+    folder = tmp_path_factory.mktemp("secured")
+    policy = write_policy(folder, POLICY).read_text()
+    more = {"shard-1": ["--processes=2"]}
+    members = Members(folder, store, 2, 1, 64 << 20, folder / "secure", policy, more)
+    members.access = Access(folder / "secure" / "ca.crt", token="admin")
+    try:
+        members.restart()
+        yield Secured(members, folder / "secure")
+    finally:
+        members.end()
+
+
+def call(address: str, path: str, access: Access | None, message: bytes = b"") -> grpc.StatusCode:
+    """How a call of one message ends, on a connection of its own."""
+    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    credentials = access.credentials() if access else None
+    opened = (
+        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
+    )
+    with opened as channel:
+        under_way = channel.stream_stream(f"/{path}")(iter([message]), timeout=10)
+        try:
+            next(under_way, None)
+            under_way.cancel()
+        except grpc.RpcError as error:
+            return error.code()  # type: ignore[attr-defined,no-any-return]
+    return grpc.StatusCode.OK
+
+
+def message_of(path: str) -> bytes:
+    lookup = wire.LookupRequest(model=SEEN, table="ngram", ids=[0])
+    return {
+        "Lookup": lookup.SerializeToString(),
+        "StreamLookup": wire.StreamLookupRequest(request_id=1, lookup=lookup).SerializeToString(),
+    }.get(path.rpartition("/")[2], b"")
+
+
+def test_s1_rows_are_the_same_as_ever(secured: Secured) -> None:
+    table = longcat_table()
+    ids = torch.arange(0, len(table), 7)
+    for access in (secured.token("reader"), secured.certificate("reader"), secured.token("admin")):
+        with EmbeddingClient(secured.members.address, tls=access, timeout=30) as client:
+            assert torch.equal(client.lookup(TABLE, ids), table[ids])
+
+
+def test_s2_nothing_is_spoken_to_who_has_another_authority_or_speaks_plain_text(secured: Secured) -> None:
+    address, path = secured.members.address, "grpc.health.v1.Health/Check"
+    assert call(address, path, secured.ca) is grpc.StatusCode.OK
+    false = Authority.create()
+    false.issue(secured.folder / "false", ["localhost"])
+    for access in (None, Access(secured.folder / "false" / "ca.crt")):
+        assert call(address, path, access) is grpc.StatusCode.UNAVAILABLE
+    # The members' port wants a certificate that counts, before anything is said.
+    old = secured.certificate("shard/old", begins=-2, days=-1)
+    wrong = secured.certificate("shard/false", false)
+    for access in (secured.ca, secured.token("admin"), old, wrong):
+        assert call(secured.members.control, path, access) is grpc.StatusCode.UNAVAILABLE
+    assert call(secured.members.control, path, secured.certificate("shard/x")) is grpc.StatusCode.OK
+
+
+def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_else(secured: Secured) -> None:
+    false = secured.certificate("shard/false2", Authority.create())
+    old = secured.certificate("shard/old2", begins=-2, days=-1)
+    expired = proofs.sign({"aud": "127.0.0.1", "iat": 1, "exp": 2}, *_pair(secured.certificate("shard/y")))
+    replayed = proofs.prove("another-shard", *_pair(secured.certificate("shard/z")))
+    nobody = [secured.ca, secured.token("guess"), false, old, secured.token(expired), secured.token(replayed)]
+    rights = {name: {*each.get("rights", ()), *(["read"] if each.get("read") else [])} for name, each in POLICY.items()}
+    known = {name: secured.token(name) for name in ("admin", "reader", "stranger")}
+    known["members"] = secured.certificate("shard/shard-9")
+    rights["members"] |= {"read"}
+    members = secured.members
+    ports = {"controller": (members.status and members._controller), **secured.addresses(), "common": members.address}
+    cells, wrong = 0, []
+    for path in (*RIGHTS, "embedding.v1.EmbeddingService/Nothing"):
+        needed = RIGHTS.get(path, ())
+        for where, address in ports.items():
+            for access in nobody:
+                cells += 1
+                code = call(address, path, access, message_of(path))
+                if (code not in REFUSED) is not (needed == ANYBODY):
+                    wrong.append((path, where, "nobody", code))
+            for name, access in known.items():
+                cells += 1
+                code = call(address, path, access, message_of(path))
+                allowed = needed in (ANYBODY, KNOWN) or bool(rights[name] & set(needed))
+                # What only the members' port or another kind of process answers is absent to everybody.
+                if (code not in REFUSED) is not allowed and not (allowed and code is grpc.StatusCode.UNIMPLEMENTED):
+                    wrong.append((path, where, name, code))
+                if allowed and path in MEMBERS and code is not grpc.StatusCode.UNIMPLEMENTED:
+                    wrong.append((path, where, name, code))
+    assert cells > 400 and not wrong, wrong
+
+
+def test_s4_a_model_that_one_may_not_read_looks_like_one_that_is_not_there(secured: Secured) -> None:
+    with EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=5) as client:
+        assert [model.name for model in client.models()] == [SEEN]
+        for name in (f"{HIDDEN}/ngram", f"{HIDDEN}@1/ngram", "absent/ngram"):
+            with pytest.raises(NotFound) as raised:
+                client.lookup(name, torch.arange(3))
+            model = name.partition("/")[0]
+            assert str(raised.value) == f"no model {model!r} is served; served models: {SEEN}@1"
+    # Nor to who asks a shard by himself, with the routing of another one.
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(f"{HIDDEN}/ngram", torch.arange(3))
+        term, epoch = client._router.current.age  # type: ignore[union-attr]
+    for model in (HIDDEN, f"{HIDDEN}@1", "absent@1"):
+        for age in ((0, 0), (term, epoch)):
+            request = wire.LookupRequest(model=model, table="ngram", ids=[1], term=age[0], epoch=age[1])
+            for address in secured.addresses().values():
+                code = call(
+                    address,
+                    "embedding.v1.EmbeddingService/Lookup",
+                    secured.token("reader"),
+                    request.SerializeToString(),
+                )
+                assert code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def test_s4_refusals_say_what_is_missing(secured: Secured) -> None:
+    address = secured.members.address
+    with EmbeddingClient(address, tls=secured.ca) as client, pytest.raises(Unauthenticated, match="authorization"):
+        client.lookup(TABLE, torch.arange(3))
+    said = r"stranger has no right .* read of a model"
+    with EmbeddingClient(address, tls=secured.token("stranger")) as client, pytest.raises(PermissionDenied, match=said):
+        client.lookup(TABLE, torch.arange(3))
+    with pytest.raises(PermissionDenied, match="admin or member"):
+        get_status(address, tls=secured.token("reader"))
+
+
+def test_s5_a_forwarded_lookup_is_authorized_where_it_comes_in(secured: Secured) -> None:
+    table = longcat_table()
+    request = wire.LookupRequest(model=SEEN, table="ngram", ids=range(0, len(table), 50))
+    for address in secured.addresses().values():  # each has to ask the other one
+        with grpc.secure_channel(address, secured.token("reader").credentials()) as channel:
+            method = channel.unary_unary(
+                "/embedding.v1.EmbeddingService/Lookup",
+                wire.LookupRequest.SerializeToString,
+                wire.LookupResponse.FromString,
+            )
+            rows = torch.frombuffer(bytearray(method(request, timeout=20).rows), dtype=torch.float32).view(
+                -1, table.shape[1]
+            )
+        assert torch.equal(rows, table[::50])
+
+
+def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
+    """With a member's certificate of another shard, and with terms that no clock has."""
+    [taken] = [address for name, address in secured.addresses().items() if name == "shard-0"]
+    sound = {
+        "shard_id": "shard-0",
+        "address": taken,
+        "device": "cpu",
+        "tier": "ram",
+        "incarnation": 5,
+        "memory_limit": 1,
+    }
+    before = secured.members.status()
+    register, other = "embedding.v1.ControlService/Register", secured.certificate("shard/shard-7")
+    for report in (sound, {**sound, "shard_id": "shard-7", "address": "10.0.0.1:1"}, {**sound, "term": 2**64 - 1}):
+        message = control.ShardReport(**report).SerializeToString()  # type: ignore[arg-type]
+        assert call(secured.members.control, register, other, message) is grpc.StatusCode.PERMISSION_DENIED
+    own = secured.certificate("shard/shard-0")
+    message = control.ShardReport(**sound).SerializeToString()  # type: ignore[arg-type]
+    assert call(secured.members.control, register, own, message) is grpc.StatusCode.ALREADY_EXISTS
+    after = secured.members.status()
+    assert (after.term, len(after.shards)) == (before.term, 2)
+
+
+def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(secured: Secured) -> None:
+    table = longcat_table()
+    access = secured.token("second")
+    policy = secured.folder / "policy.toml"
+    kept = policy.read_text()
+    streams = []
+    over = threading.Event()
+
+    def asked() -> Iterator[bytes]:
+        yield message_of("/StreamLookup")
+        over.wait()
+
+    write_policy(secured.folder, {**POLICY, "second": {"tokens": ["second"], "read": [SEEN]}})
+    try:
+        with EmbeddingClient(secured.members.address, tls=access) as client:
+
+            def lets_in() -> bool:
+                try:
+                    return torch.equal(client.lookup(TABLE, torch.arange(3)), table[:3])
+                except Unauthenticated:
+                    return False
+
+            until(lets_in, "the new token")
+            addresses = [secured.members.address] * 4 + list(secured.addresses().values())
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            for address in addresses:  # open ones that nobody uses
+                channel = grpc.secure_channel(address, access.credentials(), options)
+                stream = channel.stream_stream("/embedding.v1.EmbeddingService/StreamLookup")(asked(), timeout=60)
+                next(stream)
+                streams.append((channel, stream))
+            write_policy(secured.folder, POLICY)
+            for _, stream in streams:
+                with pytest.raises(grpc.RpcError) as raised:
+                    next(stream)
+                assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(Unauthenticated):
+                client.lookup(TABLE, torch.arange(3))
+    finally:
+        over.set()
+        policy.write_text(kept)
+        for channel, _ in streams:
+            channel.close()
+
+
+def test_a_client_of_plain_text_hears_that_nobody_answers(secured: Secured) -> None:
+    with EmbeddingClient(secured.members.address, tls=False, timeout=1) as client, pytest.raises(Unavailable):
+        client.lookup(TABLE, torch.arange(3))
+
+
+def _pair(access: Access) -> tuple[bytes, bytes]:
+    assert access.certificate and access.key
+    return access.certificate.read_bytes(), access.key.read_bytes()
