@@ -103,6 +103,13 @@ def narrow_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return out.copy_(bits.to(torch.int16).view(torch.bfloat16))
 
 
+def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `values` as `dtype`, rounded as `narrow_into` does."""
+    if dtype == torch.bfloat16:
+        return narrow_into(torch.empty(values.shape, dtype=dtype), values)
+    return values.to(dtype)
+
+
 def check_finite(rows: torch.Tensor) -> None:
     """Raise UnencodableRow for the first row with a NaN or an infinity."""
     # One sum finds any of them in one pass. It may overflow by itself, so look closer only then.

@@ -7,14 +7,15 @@ IntNBitTableBatchedEmbeddingBagsCodegen reads these bytes as they are (row_align
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.errors import InvalidRequest, UnencodableRow
-from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
+from embedding_service.formats.base import RowFormat, check_finite, narrow_into, narrowed, output
 from embedding_service.formats.fbgemm import fbgemm_operator
 from embedding_service.late import late
 
@@ -27,13 +28,22 @@ HEADER_BYTES = 4  # fp16 scale, fp16 bias
 
 # 1 MiB of float32.
 _CACHED_VALUES = 1 << 18
-_FEW_VALUES = 1 << 14
+
+# uint8 [n, codes and header] -> float32 [n, dim].
+Kernel = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class NbitFormat(RowFormat):
-    """Codes of a few bits, with one scale and one bias for each row."""
+    """Codes of a few bits, with one scale and one bias for each row.
+
+    Attributes:
+        kernel_name: The operator of torch that decodes rows whose header comes last.
+        kernel_header: What its scales and biases are, in numpy's words.
+    """
 
     tensor_dtype = "U8"
+    kernel_name: ClassVar[str]
+    kernel_header: ClassVar[str]
 
     def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
         """Rows of bytes."""
@@ -64,12 +74,44 @@ class NbitFormat(RowFormat):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Dequantize. A float32 `out` is written directly, others through a float32 scratch."""
+        """Dequantize, by torch's build of FBGEMM's kernel where there is one, else in steps of torch."""
         self.check_stored(stored, dim)
-        if out is None and stored.device.type == "cpu" and 0 < len(stored) * dim <= _FEW_VALUES:
-            return self.decode_array(stored.numpy(), dim, dtype or torch.float32)
-        out = output(stored, dim, out, dtype)
+        if stored.device.type == "cpu" and (kernel := _kernel(self)):
+            return self._by_kernel(kernel, stored.numpy(), dim, out, dtype or torch.float32)
+        return self._by_steps(stored, output(stored, dim, out, dtype))
+
+    def decode_array(self, stored: npt.NDArray[np.uint8], dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """`decode`, without a tensor of what is stored."""
+        if stored.shape[1] != self.row_bytes(dim) or not (kernel := _kernel(self)):
+            return super().decode_array(stored, dim, dtype)
+        return self._by_kernel(kernel, stored, dim, None, dtype)
+
+    def _by_kernel(
+        self, kernel: Kernel, stored: npt.NDArray[np.uint8], dim: int, out: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Dequantize in steps whose float32 values stay in a core's cache."""
+        step = max(1, _CACHED_VALUES // dim)
+        if out is None and len(stored) <= step:
+            return narrowed(kernel(torch.from_numpy(self._header_last(stored))), dtype)
+        out = output(torch.from_numpy(stored), dim, out, dtype)
+        for start in range(0, len(stored), step):
+            rows = slice(start, start + step)
+            narrow_into(out[rows], kernel(torch.from_numpy(self._header_last(stored[rows]))))
+        return out
+
+    def _header_last(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Rows as the kernel wants them: uint8 [n, codes and header]."""
+        header = stored[:, :HEADER_BYTES].copy().view(np.float16).astype(self.kernel_header).view(np.uint8)
+        codes = stored.shape[1] - HEADER_BYTES
+        rows = np.empty((len(stored), codes + header.shape[1]), np.uint8)
+        rows[:, :codes] = stored[:, HEADER_BYTES:]
+        rows[:, codes:] = header
+        return rows
+
+    def _by_steps(self, stored: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Dequantize. A float32 `out` is written directly, others through a float32 scratch."""
         # A device takes few large steps. A CPU takes steps that stay in its cache.
+        dim = out.shape[1]
         step = max(1, _CACHED_VALUES // dim) if stored.device.type == "cpu" else max(1, len(stored))
         scratch = None if out.dtype == torch.float32 else torch.empty(min(step, len(out)), dim, device=out.device)
         header = _compact(stored[:, :HEADER_BYTES]).view(torch.float16).float()
@@ -81,21 +123,8 @@ class NbitFormat(RowFormat):
                 narrow_into(out[rows], values)
         return out
 
-    def decode_array(self, stored: npt.NDArray[np.uint8], dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Decode a token's rows. numpy takes a third of torch's time to begin an operation."""
-        # For no rows numpy makes an array whose strides torch will not view as bytes.
-        if not 0 < len(stored) * dim <= _FEW_VALUES or stored.shape[1] != self.row_bytes(dim):
-            return super().decode_array(stored, dim, dtype)
-        values = np.empty((len(stored), dim), np.float32)
-        header = stored[:, :HEADER_BYTES].copy().view(np.float16).astype(np.float32)
-        self._fill(values, stored[:, HEADER_BYTES:], header)
-        few = torch.from_numpy(values)
-        if dtype == torch.bfloat16:
-            return narrow_into(torch.empty(few.shape, dtype=dtype), few)
-        return few.to(dtype)
-
-    def _fill(self, values: Any, codes: Any, header: Any) -> None:
-        """Codes uint8 [n, row_bytes - 4] and float32 header [n, 2] -> float32 `values` [n, dim], torch's or numpy's."""
+    def _fill(self, values: torch.Tensor, codes: torch.Tensor, header: torch.Tensor) -> None:
+        """Codes uint8 [n, row_bytes - 4] and float32 header [n, 2] -> float32 `values` [n, dim]."""
         self._unpack(codes, values)
         # Code times scale is exact in float32 (8 + 11 bits). So two steps round as FBGEMM's fused multiply-add.
         values *= header[:, :1]
@@ -106,13 +135,31 @@ class NbitFormat(RowFormat):
         """float32 [n, dim] -> codes uint8 [n, row_bytes - 4], header float16 [n, 2]."""
 
     @abstractmethod
-    def _unpack(self, codes: Any, values: Any) -> None:
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
         """Codes uint8 [n, row_bytes - 4] -> the codes as numbers in `values` [n, dim]."""
 
 
 def _compact(columns: torch.Tensor) -> torch.Tensor:
     """Copy columns of bytes to memory of their own. Within rows of an odd length they cannot be viewed as floats."""
     return columns.clone(memory_format=torch.contiguous_format)
+
+
+@cache
+def _kernel(row_format: NbitFormat) -> Kernel | None:
+    """FBGEMM's dequantizer as torch has it, for its own quantized embeddings.
+
+    It takes one pass where torch's general operators take three. None where this torch has no such operator, or where
+    it gives other bits.
+    """
+    stored = np.tile(np.arange(HEADER_BYTES + 64, dtype=np.uint8), (2, 1))
+    stored[:, :HEADER_BYTES] = np.array([[0.1, -3.0], [-7e-5, 0.7]], np.float16).view(np.uint8)
+    try:
+        kernel: Kernel = getattr(torch.ops.quantized, row_format.kernel_name).default
+        values = kernel(torch.from_numpy(row_format._header_last(stored)))
+        expected = row_format._by_steps(torch.from_numpy(stored), torch.empty(values.shape))
+        return kernel if torch.equal(values, expected) else None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
 
 
 @cache
@@ -125,6 +172,7 @@ class Int8Format(NbitFormat):
     """One byte a value."""
 
     name, fbgemm_type = "int8", 2
+    kernel_name, kernel_header = "embedding_bag_byte_unpack", "float32"
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row: header and one byte a value."""
@@ -136,7 +184,7 @@ class Int8Format(NbitFormat):
         header = _compact(fused[:, -8:]).view(torch.float32).to(torch.float16)
         return fused[:, : rows.shape[1]], header
 
-    def _unpack(self, codes: Any, values: Any) -> None:
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
         values[:] = codes
 
 
@@ -144,6 +192,7 @@ class Int4Format(NbitFormat):
     """Two values a byte, the first in the low half."""
 
     name, fbgemm_type = "int4", 3
+    kernel_name, kernel_header = "embedding_bag_4bit_unpack", "float16"
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row: header and half a byte a value. FBGEMM's quantizer wants dim to be a multiple of 4."""
@@ -155,6 +204,6 @@ class Int4Format(NbitFormat):
         fused = _quantizer("FloatToFusedNBitRowwiseQuantizedSBHalf")(rows, 4)
         return fused[:, :-HEADER_BYTES], _compact(fused[:, -HEADER_BYTES:]).view(torch.float16)
 
-    def _unpack(self, codes: Any, values: Any) -> None:
+    def _unpack(self, codes: torch.Tensor, values: torch.Tensor) -> None:
         values[:, 0::2] = codes & 0x0F
         values[:, 1::2] = codes >> 4
