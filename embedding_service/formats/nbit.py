@@ -74,9 +74,10 @@ class NbitFormat(RowFormat):
         out: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Dequantize, by torch's build of FBGEMM's kernel where there is one, else in steps of torch."""
+        """Dequantize, by torch's build of FBGEMM's kernel where that takes less time, else in steps of torch."""
         self.check_stored(stored, dim)
-        if stored.device.type == "cpu" and (kernel := _kernel(self)):
+        into_float32 = out is not None and out.dtype == torch.float32  # to copy the kernel's values costs a pass
+        if stored.device.type == "cpu" and not into_float32 and (kernel := _kernel(self)):
             return self._by_kernel(kernel, stored.numpy(), dim, out, dtype or torch.float32)
         return self._by_steps(stored, output(stored, dim, out, dtype))
 
@@ -89,9 +90,9 @@ class NbitFormat(RowFormat):
     def _by_kernel(
         self, kernel: Kernel, stored: npt.NDArray[np.uint8], dim: int, out: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Dequantize in steps whose float32 values stay in a core's cache."""
+        """Dequantize. What is narrowed goes in steps whose float32 values stay in a core's cache."""
         step = max(1, _CACHED_VALUES // dim)
-        if out is None and len(stored) <= step:
+        if out is None and (len(stored) <= step or dtype == torch.float32):
             return narrowed(kernel(torch.from_numpy(self._header_last(stored))), dtype)
         out = output(torch.from_numpy(stored), dim, out, dtype)
         for start in range(0, len(stored), step):

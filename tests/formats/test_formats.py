@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_service.errors import InvalidRequest, UnencodableRow
-from embedding_service.formats import FORMATS, get_format
+from embedding_service.formats import FORMATS, get_format, nbit
 
 SPARSE = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
 OUTPUTS = {torch.float32: SparseType.FP32, torch.float16: SparseType.FP16, torch.bfloat16: SparseType.BF16}
@@ -67,16 +67,23 @@ def test_decode_equals_fbgemms_kernel_bit_for_bit(name: str, dim: int, dtype: to
         assert torch.equal(bits(row_format.decode(stored[:few], dim, dtype=dtype)), bits(expected[:few]))
 
 
+@pytest.mark.parametrize("torch_has_the_kernel", [True, False])
 @pytest.mark.parametrize("dtype", OUTPUTS, ids=str)
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_decode_equals_fbgemm_on_any_bytes(name: str, dtype: torch.dtype) -> None:
+def test_decode_equals_fbgemm_on_any_bytes(
+    name: str, dtype: torch.dtype, torch_has_the_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dim = 64
+    assert nbit._kernel(get_format(name)), "this torch has it"
+    if not torch_has_the_kernel:
+        monkeypatch.setattr(nbit, "_kernel", lambda row_format: None)
     stored = torch.randint(0, 256, (4000, get_format(name).row_bytes(dim)), generator=torch.Generator().manual_seed(1))
     stored = stored.to(torch.uint8)
     finite = torch.isfinite(stored[:, :4].contiguous().view(torch.float16)).all(dim=1)
     stored = stored[finite]
     expected = fbgemm_rows(stored, dim, SPARSE[name], OUTPUTS[dtype])
     assert torch.equal(bits(get_format(name).decode(stored, dim, dtype=dtype)), bits(expected))
+    assert torch.equal(bits(get_format(name).decode_array(stored.numpy(), dim, dtype)), bits(expected))
 
 
 @pytest.mark.parametrize("dim", [4, 12, 256])
@@ -179,6 +186,7 @@ def test_no_rows_at_all(name: str) -> None:
     stored = row_format.encode(torch.empty(0, 8))
     assert stored.shape == (0, row_format.row_bytes(8))
     assert row_format.decode(stored, 8).shape == (0, 8)
+    assert row_format.decode_array(stored.numpy(), 8, torch.float16).shape == (0, 8)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -191,6 +199,9 @@ def test_rows_anywhere_in_memory_decode_alike(name: str) -> None:
     for first, count in ((0, len(rows)), (3, 1), (5, 2)):
         chosen = slice(first, first + count)
         assert torch.equal(row_format.decode(shifted[chosen], 8), row_format.decode(stored, 8)[chosen])
+        for dtype in OUTPUTS:
+            decoded = row_format.decode_array(shifted[chosen].numpy(), 8, dtype)
+            assert torch.equal(bits(decoded), bits(row_format.decode(stored, 8, dtype=dtype)[chosen]))
 
 
 def test_what_does_not_fit_is_named() -> None:
