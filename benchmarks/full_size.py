@@ -235,7 +235,7 @@ def main() -> None:
             if state == "warm":
                 continue
             found["memory_at_start"] = memory(address, manifest.bytes)
-            with EmbeddingClient(address, timeout=60) as client:
+            with EmbeddingClient(address, timeout=60, near=False) as client:
                 for kind, ids_of in sources(hasher, table.rows).items():
                     for tokens in TOKENS:
                         for pages in ("cold", "warm") if tier == "mmap" else ("warm",):

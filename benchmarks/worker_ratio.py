@@ -3,10 +3,10 @@
     python -m benchmarks.worker_ratio --out FOLDER
 
 For each family it makes a random model of more than 100 M parameters beside its tables. Two of the worker's engines run
-it in this process. One looks rows up in `up` with two shards. The other has the tables here: LongCat's as one tensor,
-Qwen4-Exp's as transformers' own modules. They take turns with the same prompts and seeds, and must generate the same
-tokens. "decode" is short prompts and long answers, `batch` of them at once. "prefill" is one long prompt and one token.
-Lookup ms is what the model waited for rows, a step.
+it in this process. One looks rows up in `up` with two shards, and reads near rows in place (`--wired`: none). The other
+has the tables here: LongCat's as one tensor, Qwen4-Exp's as transformers' own modules. They take turns with the same
+prompts and seeds, and must generate the same tokens. "decode" is short prompts and long answers, `batch` of them at
+once. "prefill" is one long prompt and one token. Lookup ms is what the model waited for rows, a step.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from transformers import LongcatFlashConfig, PreTrainedTokenizerFast, Qwen4ExpFo
 
 from benchmarks.data import VOCAB, text_tokenizer
 from benchmarks.peers.base import service
+from benchmarks.peers.service import come_near
 from benchmarks.rounds import cpu_seconds
 from embedding_service import EmbeddingClient
 from examples.demo.make_checkpoint import LongcatFlashNgramForCausalLM
@@ -202,7 +203,7 @@ def local_model(family: str, checkpoint: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: Any) -> list[dict[str, Any]]:
+def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: Any, near: bool) -> list[dict[str, Any]]:
     """A record for each work."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -210,7 +211,10 @@ def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: An
         if parameters < 100_000_000:
             raise RuntimeError(f"{family} has {parameters} parameters beside its tables; make it larger")
         address, pids = stack.enter_context(served(folder, folder / "model"))
-        client = stack.enter_context(EmbeddingClient(address))
+        client = stack.enter_context(EmbeddingClient(address, near=near))
+        if near:
+            for table in client.models()[0].tables:
+                come_near(client, f"ratio/{table}")
         remote: Any = families.load_model(folder / "model")
         lookups = families.attach(remote, client, "ratio")
         there = Side(remote, tokenizer, lookups, pids)
@@ -223,6 +227,8 @@ def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: An
                 seen = _turn(here, there, work, text, turn)
                 if turn:  # the first is to warm up
                     found[work].append(seen)
+        had = client.statistics
+        print(f"{family}: {had.near_rows:,} rows were read in place, {had.wired_rows:,} were sent")
     return [_record(family, dtype, parameters, work, pairs) for work, pairs in found.items()]
 
 
@@ -290,6 +296,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=("longcat", "qwen4_exp"), default=["longcat", "qwen4_exp"])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of model and tables")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--wired", action="store_true", help="all rows over the wire")
     parser.add_argument("--threads", type=int, default=1, help="of the model; the worker's default is 1, too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -300,8 +307,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for family in given.families:
-        found += measure(family, given.dtype, given.rounds, text, tokenizer)
-        about = {"threads": given.threads, "rounds": given.rounds, "records": found}
+        found += measure(family, given.dtype, given.rounds, text, tokenizer, near=not given.wired)
+        about = {"threads": given.threads, "rounds": given.rounds, "near": not given.wired, "records": found}
         (given.out / "worker_ratio.json").write_text(json.dumps(about, indent=2) + "\n")
     show(found)
 

@@ -29,6 +29,8 @@ class Arguments(BaseModel):
     max_batch: int = 8
     max_queue: int = 64
     cache_bytes: str = "0"
+    near: bool = True
+    topology: str | None = None
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -40,7 +42,14 @@ def build(args: dict[str, Any]) -> Application:
     given = Arguments.model_validate(args)
     cache_bytes = parse_bytes(given.cache_bytes)
     config = resolve_model(
-        given.checkpoint, given.embeddings, given.name, given.max_batch, given.max_queue, cache_bytes
+        given.checkpoint,
+        given.embeddings,
+        given.name,
+        given.max_batch,
+        given.max_queue,
+        cache_bytes,
+        given.near,
+        given.topology,
     )
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

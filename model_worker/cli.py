@@ -65,6 +65,16 @@ def serve(
     cache_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
     ] = "0",
+    near: Annotated[
+        bool,
+        typer.Option("--near/--no-near", help="Read rows in place on a shard's machine, or never."),
+    ] = True,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            help="Where replicas are: shards that say the same come first. Default: EMBEDDING_SERVICE_TOPOLOGY."
+        ),
+    ] = None,
     upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before one more.")] = 10,
     downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
     drain_seconds: Annotated[
@@ -98,7 +108,7 @@ def serve(
     rows = parse_bytes(cache_bytes)
     progress = Waiting(PlainConsole(stderr=True), "model-worker")
     with progress:
-        config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, rows, progress.say)
+        config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, rows, near, topology, progress.say)
         progress.say("loading ray")
         from model_worker.serving import Scaling
     scaling = Scaling(
@@ -114,6 +124,8 @@ def resolve_model(
     max_batch: int,
     max_queue: int,
     cache_bytes: int,
+    near: bool,
+    topology: str | None,
     say: Say = lambda waiting: None,
 ) -> WorkerConfig:
     """Check the checkpoint and find the model in the service, before anything is started."""
@@ -125,9 +137,11 @@ def resolve_model(
     say(f"checking {checkpoint}")
     families.check(checkpoint)
     say(f"asking the embedding service at {embeddings} for its models")
-    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes) as client:
+    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
         model, version = _pick(name, [(each.name, each.version) for each in client.models()])
-    return WorkerConfig(str(checkpoint.resolve()), embeddings, model, version, max_batch, max_queue, cache_bytes)
+    return WorkerConfig(
+        str(checkpoint.resolve()), embeddings, model, version, max_batch, max_queue, cache_bytes, near, topology
+    )
 
 
 def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:

@@ -24,6 +24,8 @@ _COUNTERS = {
     "prompt_tokens": ("model_worker_prompt_tokens", "Tokens prefilled."),
     "generated_tokens": ("model_worker_generated_tokens", "Tokens generated."),
     "looked_up_tokens": ("model_worker_looked_up_tokens", "Tokens whose rows were asked of the embedding service."),
+    "near_rows": ("model_worker_near_rows", "Rows that were read in place."),
+    "wired_rows": ("model_worker_wired_rows", "Rows that shards sent."),
     "cache_hits": ("model_worker_cache_hits", "Rows that the row cache had."),
     "cache_misses": ("model_worker_cache_misses", "Rows that the row cache did not have."),
 }

@@ -44,7 +44,7 @@ class WorkerConfig:
     name: the served model id.
     version: of the model in the service. Pinned: another version's tables do not belong to this checkpoint.
     max_batch, max_queue: see `Engine`.
-    cache_bytes: see `EmbeddingClient`.
+    cache_bytes, near, topology: see `EmbeddingClient`.
     """
 
     checkpoint: str
@@ -54,6 +54,8 @@ class WorkerConfig:
     max_batch: int
     max_queue: int
     cache_bytes: int = 0
+    near: bool = True
+    topology: str | None = None
 
 
 class Generation:
@@ -143,9 +145,10 @@ class Worker:
     ) -> None:
         self.name = config.name
         self.started = int(time.time())
-        self._client = EmbeddingClient(config.embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
+        connect = partial(EmbeddingClient, config.embeddings, near=config.near, topology=config.topology)
+        self._client = connect(timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
         # An answer from the cache says nothing about the service.
-        self._probe = EmbeddingClient(config.embeddings) if config.cache_bytes else self._client
+        self._probe = connect() if config.cache_bytes else self._client
         self._served_as = f"{config.name}@{config.version}"
         model: Any = families.load_model(config.checkpoint)
         self._lookups = families.attach(model, self._client, self._served_as)
@@ -217,6 +220,7 @@ class Worker:
     def counts(self) -> dict[str, int]:
         """What it does now and has done since its start, in numbers."""
         cache = self._client.cache.stats if self._client.cache else None
+        rows = self._client.statistics
         return {
             "requests": self._engine.requests,
             "refused": self._engine.refused,
@@ -226,6 +230,8 @@ class Worker:
             "generated_tokens": self._engine.tokens,
             "lookups": self._lookups.count,
             "looked_up_tokens": self._lookups.tokens,
+            "near_rows": rows.near_rows,
+            "wired_rows": rows.wired_rows,
             "cache_hits": cache.hits if cache else 0,
             "cache_misses": cache.misses if cache else 0,
         }

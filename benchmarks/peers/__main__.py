@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -48,8 +48,7 @@ def all_peers(shards: int) -> list[Peer]:
         RawGrpc(stream=False),
         *ours(shards),
         Service("fp16", torch.float32, shards),
-        Service("fp16", torch.float16, shards, near=True),
-        Service("int8", torch.float16, shards, near=True),
+        *ours(shards, near=True),
         Redis(),
         TorchRpc(),
         TorchRpc(one_host=True),
@@ -60,9 +59,9 @@ def all_peers(shards: int) -> list[Peer]:
     ]
 
 
-def ours(shards: int) -> list[Peer]:
-    """Rows sent as fp16, and as int8 that the client decodes."""
-    return [Service("fp16", torch.float16, shards), Service("int8", torch.float16, shards)]
+def ours(shards: int, *, near: bool = False) -> list[Peer]:
+    """Rows as fp16, and as int8 that the client decodes: sent, or read in place."""
+    return [Service(stored, torch.float16, shards, near) for stored in ("fp16", "int8")]
 
 
 @contextmanager
@@ -113,9 +112,10 @@ def open_slices(closed: Sequence[Record]) -> list[Slice]:
     return [Slice(tokens, 0.5, rate=round(share * floor[tokens]), threads=4) for tokens, share in due]
 
 
-def clients_section(data: Data, console: Console) -> list[Record]:
+def clients_section(data: Data, console: Console, wanted: Callable[[Peer], bool]) -> list[Record]:
     """Throughput with more clients, each a process."""
-    peers = [RawGrpc(stream=True), RawGrpc(stream=False), *ours(1), Redis()]
+    peers = [RawGrpc(stream=True), RawGrpc(stream=False), *ours(1), *ours(1, near=True), Redis(), IndexSelect()]
+    peers = [peer for peer in peers if wanted(peer)]
     with started(peers, data, console, clients=8) as ready:
         return records(run_rounds(ready, [Slice(64, 0.5, clients=clients) for clients in (1, 2, 4, 8)], 3))
 
@@ -167,11 +167,12 @@ def main() -> None:
     rounds = arguments.rounds or (3 if arguments.quick else 8)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
-    peers = [
-        peer
-        for peer in all_peers(arguments.shards)
-        if not arguments.only or peer.name == FLOOR or any(text in peer.name for text in arguments.only)
-    ]
+    only = arguments.only
+
+    def wanted(peer: Peer) -> bool:
+        return not only or peer.name == FLOOR or any(text in peer.name for text in only)
+
+    peers = [peer for peer in all_peers(arguments.shards) if wanted(peer)]
     begun = time.monotonic()
     found: dict[str, list[Record]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as work:
@@ -180,7 +181,7 @@ def main() -> None:
         if "peers" in sections:
             found |= peers_section(peers, data, console, rounds, arguments.quick)
         if "clients" in sections:
-            found["clients"] = clients_section(data, console)
+            found["clients"] = clients_section(data, console, wanted)
         if "shards" in sections:
             found["shards"] = shards_section(data, console)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -42,14 +42,15 @@ class Service(Peer):
         name = f"{self.stored}/{TABLE}"
         with EmbeddingClient(target, timeout=30, near=self.near) as client:
             if self.near:
-                _come_near(client, name)
+                come_near(client, name)
             yield lambda ids: client.lookup(name, torch.from_numpy(ids), dtype=self.dtype)
 
 
-def _come_near(client: EmbeddingClient, name: str) -> None:
-    """Return when a lookup of any rows needs no wire."""
+def come_near(client: EmbeddingClient, name: str) -> None:
+    """Return when a lookup of any rows of table `name`, MODEL/TABLE, needs no wire. Raises Unusable."""
     deadline = time.monotonic() + START_SECONDS
-    [rows] = [rows for model in client.models() for rows, *_ in model.tables.values() if name.startswith(model.name)]
+    wanted, _, table = name.partition("/")
+    [rows] = [model.tables[table][0] for model in client.models() if model.name == wanted]
     while True:
         wired = client.statistics.wired_rows
         client.lookup(name, torch.arange(0, rows, 64))

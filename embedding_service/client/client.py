@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class EmbeddingClient:
         cache_bytes: Keep rows in so much memory, in the bytes they came in; a lookup whose rows are all here does no
             RPC. 0 keeps none. `cache` has the counts.
         near: Read rows in place where a shard of this machine hands them out (docs/near.md). What is not near comes
-            over the wire. Off by default until every caller was tried with it.
+            over the wire.
         topology: Where this client is, as `embedding-service shard --topology` says it for shards: of several copies it
             asks those of its own topology first. Bytes between zones may cost money. Default: what the variable
             EMBEDDING_SERVICE_TOPOLOGY says.
@@ -87,7 +88,7 @@ class EmbeddingClient:
         timeout: float = 10.0,
         hedge: bool = True,
         cache_bytes: int = 0,
-        near: bool = False,
+        near: bool = True,
         topology: str | None = None,
         tls: str | os.PathLike[str] | bool | Access | None = None,
         token: str | None = None,
@@ -109,6 +110,7 @@ class EmbeddingClient:
 
     def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
+        self._in_child = forks.in_child()
         self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
@@ -127,7 +129,6 @@ class EmbeddingClient:
         """See `forks.Forkable`. Kept rows are not: a thread that is not here may have been about to change them."""
         if self._near:
             self._near.abandon()
-            self._reads_near = False  # a child that maps rows itself was seen to die, and why is not known yet
         if not self._closed:
             self._begin_fresh(self._router.current)
 
@@ -196,6 +197,8 @@ class EmbeddingClient:
             NotFound, OutOfRange, InvalidRequest: no such model, table or row; not an integer tensor.
             Unavailable, DeadlineExceeded: the rows could not be had in time.
         """
+        if self._in_child and forks.must_leave_thread():
+            return self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout).result()
         asked = self._asked_for(table, ids, dtype)
         run(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
@@ -204,6 +207,8 @@ class EmbeddingClient:
         self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
     ) -> Tensor:
         """`lookup` for asyncio."""
+        if self._in_child and forks.must_leave_thread():
+            return await asyncio.wrap_future(self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout))
         asked = self._asked_for(table, ids, dtype)
         await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
@@ -232,6 +237,8 @@ class EmbeddingClient:
         Raises:
             As `lookup`, and InvalidRequest for token ids out of range.
         """
+        if self._in_child and forks.must_leave_thread():
+            return self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout).result()
         asked = self._ngrams_asked_for(model, token_ids, context, dtype)
         run(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
@@ -246,6 +253,9 @@ class EmbeddingClient:
         timeout: float | None = None,
     ) -> Tensor:
         """`lookup_ngrams` for asyncio."""
+        if self._in_child and forks.must_leave_thread():
+            begun = self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout)
+            return await asyncio.wrap_future(begun)
         asked = self._ngrams_asked_for(model, token_ids, context, dtype)
         await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
         return asked.result()
@@ -261,7 +271,7 @@ class EmbeddingClient:
         32 others are under way. If it has not begun when the client is closed, it is cancelled: its `result()` raises
         concurrent.futures.CancelledError. Raises Unavailable once closed.
         """
-        return self._begin(self.lookup, table, _copy(ids), dtype=dtype, timeout=timeout)
+        return self._begin(self.lookup, table, self._copy(ids), dtype=dtype, timeout=timeout)
 
     def prefetch_ngrams(
         self,
@@ -273,13 +283,21 @@ class EmbeddingClient:
         timeout: float | None = None,
     ) -> Future[Tensor]:
         """Begin a `lookup_ngrams` and go on, as `prefetch` does."""
-        return self._begin(self.lookup_ngrams, model, _copy(token_ids), _copy(context), dtype=dtype, timeout=timeout)
+        copies = self._copy(token_ids), self._copy(context)
+        return self._begin(self.lookup_ngrams, model, *copies, dtype=dtype, timeout=timeout)
 
     def _begin(self, lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Future[Tensor]:
         try:
             return self._ahead.submit(_finish, lookup, *arguments, **options)
         except RuntimeError:  # the pool was shut down
             raise Unavailable("this client is closed") from None
+
+    def _copy(self, ids: Any) -> Any:
+        """Copy what others may change. The lookup refuses what is no tensor."""
+        if not isinstance(ids, Tensor):
+            return ids
+        leave = self._in_child and forks.must_leave_thread()
+        return self._begin(ids.clone).result() if leave else ids.clone()
 
     def hasher(self, model: str, *, timeout: float | None = None) -> NgramHasher:
         """What the client hashes this model's token ids with. Raises NotFound, InvalidRequest (no n-gram family)."""
@@ -362,11 +380,6 @@ def _finish(lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> T
     if rows.is_cuda:
         torch.cuda.current_stream(rows.device).synchronize()
     return rows
-
-
-def _copy(ids: Any) -> Any:
-    """Copy what others may change. The lookup refuses what is no tensor."""
-    return ids.clone() if isinstance(ids, Tensor) else ids
 
 
 def _flat(ids: Tensor) -> Ids:

@@ -3,6 +3,10 @@
 gRPC's threads do not live on in a child, and locks that they held stay held there. So before a fork every client lets
 its calls end and drops its connections. Afterwards parent and child connect again when they are used. Other libraries
 may use gRPC as they like, so a child finds out whether its gRPC works before it relies on it.
+
+Neither do torch's threads live on. OpenMP remembers those that the forking thread used. In the child that thread waits
+for them for ever, or writes to memory that was theirs (SIGSEGV). Other threads of the child begin with new ones, so
+lookups of that thread are done on one of the client's own.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ import socket
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
+import torch
 
 from embedding_service.client.channels import open_channel
 from embedding_service.errors import Unavailable
@@ -51,6 +57,30 @@ class _Hooks:
 
 
 _process = _Hooks()
+# Of a child: its thread that is a copy of the forking one.
+_forked_thread: int | None = None
+
+
+def _remember_thread() -> None:
+    global _forked_thread
+    _forked_thread = threading.get_ident()
+
+
+os.register_at_fork(after_in_child=_remember_thread)
+
+
+def in_child() -> bool:
+    """Whether this process is a fork of another one."""
+    return _forked_thread is not None
+
+
+def must_leave_thread() -> bool:
+    """Whether torch may wait for threads of the parent on this one. A DataLoader's workers have it use none."""
+    if _forked_thread != threading.get_ident() or torch.get_num_threads() == 1:
+        return False
+    with suppress(Unavailable):
+        check_grpc()  # before there are more threads, for gRPC's own may have left something on their stacks
+    return True
 
 
 def watch(client: Forkable) -> None:

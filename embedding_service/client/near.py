@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 DOUBT_SECONDS = 1.0
 
 
-# In children of forks: what the parent's thread mapped stays mapped here.
-_abandoned: list[NearRows] = []
-
-
 class NearRows:
     """Follows the routing, and reads what is near by it. Thread-safe.
 
@@ -80,7 +76,6 @@ class NearRows:
         """In a child of a fork: the parent goes on with this."""
         self._finalizer.detach()
         self._reader.abandon()
-        _abandoned.append(self)
 
     def _follow(self, routing: Routing) -> None:
         if routing is not self._followed:

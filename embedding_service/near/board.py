@@ -34,6 +34,15 @@ _IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 _first, _second = threading.Lock(), threading.Lock()
 
 
+def _new_locks() -> None:
+    """In a child of a fork: a thread that is not here may have held one."""
+    global _first, _second
+    _first, _second = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_locks)
+
+
 def fence() -> None:
     """Keep what comes before it before what comes after it, reads and writes, for other processes too.
 

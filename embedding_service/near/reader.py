@@ -59,17 +59,6 @@ _NO_PART = -1
 # Up to so many parts it takes less time to look at all of a table's than to find out which are asked for.
 _FEW_PARTS = 256
 
-# torch's threads are not in a child of a fork, and what is done on several of them would wait for ever.
-_after_fork = False
-
-
-def _forked() -> None:
-    global _after_fork
-    _after_fork = True
-
-
-os.register_at_fork(after_in_child=_forked)
-
 # `model@version` and table.
 TableKey = tuple[str, str]
 
@@ -128,8 +117,6 @@ class NearTable:
         fence()
         if self._in_files:
             stored = through_kernel.copy(self._space, ids, self.info.row_bytes)
-        elif _after_fork:
-            stored = torch.from_numpy(self._rows.numpy().take(ids, axis=0))
         else:
             stored = self._rows.index_select(0, torch.from_numpy(ids))
         fence()
@@ -200,9 +187,14 @@ class _Failed:
 
 
 class NearReader:
-    """Reads rows of shards of this machine. `follow`, `view` and `read` may be called from any thread."""
+    """Reads rows of shards of this machine. `follow`, `view` and `read` may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        authorization: Says to a shard what this reader may read; see near.proto.
+    """
+
+    def __init__(self, authorization: str = "") -> None:
+        self._authorization = authorization
         self._view = View({}, ())
         self._lock = threading.Lock()
         self._places: dict[str, Place] = {}
@@ -226,7 +218,10 @@ class NearReader:
             if self._closed or (not mine and self._thread is None):
                 return
             if self._thread is None:
-                self._start()
+                try:
+                    self._start()
+                except (MemoryError, OSError, RuntimeError) as error:
+                    self._states = dict.fromkeys(self._states, f"this process has no room: {error}")
         self._poke()
 
     def states(self) -> dict[str, str]:
@@ -288,18 +283,28 @@ class NearReader:
             self._wake.close()
 
     def abandon(self) -> None:
-        """In a child of a fork, whose parent goes on with this one: close its connections here."""
+        """In a child of a fork, whose parent goes on with this: close its connections here, and unmap what it mapped.
+
+        No thread of the child reads it: the one that forked did not read then.
+        """
         self._view = View({}, ())
         for each in (self._wake, self._woken, *(link.connection for link in self._links.values())):
             if each is not None:
                 each.close()
+        self._tables.clear()
+        if self._thread is not None:
+            self._boards.unmap(0, MOST_SHARDS * BOARD_BYTES)
 
     def _start(self) -> None:
+        """Raises MemoryError, OSError or RuntimeError where there are no more addresses, files or threads for it."""
+        self._boards = AddressSpace(MOST_SHARDS * BOARD_BYTES)
+        self._peek = _words(self._boards).data
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, args=(self._woken,), name="embedding-near", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(self._woken,), name="embedding-near", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _poke(self) -> None:
         if self._wake is not None:
@@ -309,8 +314,6 @@ class NearReader:
     # From here on: the thread's.
 
     def _run(self, woken: socket.socket) -> None:
-        self._boards = AddressSpace(MOST_SHARDS * BOARD_BYTES)
-        self._peek = _words(self._boards).data
         reported = time.monotonic()
         try:
             while not self._closed:
@@ -356,7 +359,7 @@ class NearReader:
 
     def _greet(self, place: Place) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        hello = near.NearRequest(version=VERSION, incarnation=place.incarnation)
+        hello = near.NearRequest(version=VERSION, incarnation=place.incarnation, authorization=self._authorization)
         try:
             connection.connect(place.path)
             connection.send(hello.SerializeToString())
@@ -547,11 +550,6 @@ def _check_part(table: _Mapped, part: near.NearPart, file: int) -> int:
     if os.fstat(file).st_size < part.offset + nbytes:
         raise ValueError(f"the file of part {part.part} of table {info.name} is too short")
     return nbytes
-
-
-def _is_memory(file: int, nbytes: int) -> bool:
-    """Whether it is memory of this many bytes that cannot become shorter."""
-    return bool(sealed(file)) and os.fstat(file).st_size >= nbytes
 
 
 def _rows_of(info: wire.TableInfo, part: int) -> int:

@@ -48,7 +48,7 @@ class _Scratch(threading.local):
     memory: _Memory | None = None
 
     def take(self, nbytes: int) -> _Memory:
-        """At least `nbytes` bytes. Raises MemoryError."""
+        """At least `nbytes` bytes. Raises MemoryError, OSError."""
         if self.memory is None or nbytes > len(self.memory.bytes):
             self.memory = None  # before the new one is made: never twice the bytes
             self.memory = _Memory(nbytes)
@@ -75,7 +75,10 @@ def copy(space: AddressSpace, ids: npt.NDArray[np.int64], row_bytes: int) -> Ten
     sample = ids[:: max(1, len(ids) // _LOOKED_AT)]
     if not space.resident((sample * row_bytes).tolist()):
         return None
-    memory = _scratch.take(len(ids) * row_bytes)
+    try:
+        memory = _scratch.take(len(ids) * row_bytes)
+    except (MemoryError, OSError):
+        return None
     pieces = np.empty((len(ids), 2), np.int64)
     pieces[:, 0] = ids * row_bytes + space.address
     pieces[:, 1] = row_bytes

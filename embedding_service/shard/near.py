@@ -20,7 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from embedding_service.address_space import sealed
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.foreign import shown
 from embedding_service.machine import boot_id
 from embedding_service.near.board import BEAT_SECONDS, VERSION, Board
@@ -40,6 +40,8 @@ MOST_FILES, MOST_DROPPED, PACKET_BYTES = 64, 1_000, 64 << 10
 HELLO_SECONDS = 2.0
 # Of one client's count of rows that it read, which says how much a part is asked for and nothing else.
 MOST_READS = 1 << 32
+# Parts that were dropped since a client asked last: one that does not ask is let go.
+MOST_UNTOLD = 100_000
 # Of the files that this process may open, those for parts.
 SHARE_OF_FILES = 4
 MOST_PATH_BYTES = 107  # sockaddr_un's, with a zero behind it
@@ -48,15 +50,22 @@ _PEER = struct.Struct("3i")  # process, user, group
 
 # Model, version, table.
 TableKey = tuple[str, str, str]
+# Says of a part whether a client may read it.
+Rights = Callable[[PartKey], bool]
+
+
+def all_parts(authorization: str) -> Rights:
+    """The rights of everybody who is let in, where nobody says otherwise."""
+    return lambda key: True
 
 
 @dataclass(eq=False)
 class _Client:
-    """A connection. `seen` is the newest generation it was told of; `files`: whether it was let in."""
+    """A connection. `rights` are those of its hello, None before it; `seen` is the newest generation it was told of."""
 
     connection: socket.socket
     since: float
-    let_in: bool = False
+    rights: Rights | None = None
     waits: bool = False
     seen: int = 0
     dropped: list[int] = field(default_factory=list)
@@ -82,6 +91,8 @@ class NearServer:
         incarnation: This shard's; clients name the one that they mean.
         age: The (term, epoch) of the routing it serves by.
         add_accesses: Told what clients read: int64 [parts] of a table.
+        rights_of: What a client may read, by what its hello has as `authorization`. It is asked once for each
+            connection. What it raises, an EmbeddingServiceError, is why the client is refused.
 
     Attributes:
         rows: Rows that clients read so far, by what they reported.
@@ -95,12 +106,14 @@ class NearServer:
         incarnation: int,
         age: Callable[[], tuple[int, int]],
         add_accesses: Callable[[TableKey, Ids], None],
+        rights_of: Callable[[str], Rights] = all_parts,
     ) -> None:
         self._path = os.path.realpath(path)
         self.rows = 0
         self._incarnation = incarnation
         self._age = age
         self._add_accesses = add_accesses
+        self._rights_of = rights_of
         self._loop = asyncio.get_running_loop()
         self._generations = itertools.count(time.time_ns())
         self._held: dict[int, _Held] = {}  # by generation, the newest last
@@ -152,9 +165,11 @@ class NearServer:
         self._board.drop(held.message.slot)
         os.close(held.fd)
         for client in list(self._clients):
-            if generation <= client.seen:
+            if generation <= client.seen and client.rights and client.rights(key):
                 client.dropped.append(generation)
                 self._tell(client)
+                if len(client.dropped) > MOST_UNTOLD:
+                    self._leave(client)
 
     def tell_age(self) -> None:
         """There is a newer routing."""
@@ -192,7 +207,7 @@ class NearServer:
             self.tell_age()
             self._board.beat()
             late = time.monotonic() - HELLO_SECONDS
-            for client in [each for each in self._clients if not each.let_in and each.since < late]:
+            for client in [each for each in self._clients if each.rights is None and each.since < late]:
                 self._leave(client)
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -220,7 +235,7 @@ class NearServer:
             return
         if not packet:
             self._leave(client)
-        elif not client.let_in:
+        elif client.rights is None:
             self._let_in(client, request)
         else:
             self._count(request)
@@ -236,14 +251,18 @@ class NearServer:
         elif request.incarnation != self._incarnation:
             self._refuse(client, "this is another shard than the routing names")
         else:
-            client.let_in = True
-            self._answer(client, near.NearAnswer(board=True), [self._board.fd])
+            try:
+                client.rights = self._rights_of(request.authorization)
+            except EmbeddingServiceError as error:
+                self._refuse(client, str(error))
+            else:
+                self._answer(client, near.NearAnswer(board=True), [self._board.fd])
 
     def _tell(self, client: _Client) -> None:
         """What the client does not know yet, if it asked for it and there is something."""
-        if not client.waits:
+        if not client.waits or client.rights is None:
             return
-        news = _newer(self._held, client.seen)[:MOST_FILES]
+        news = [each for each in _newer(self._held, client.seen) if client.rights(each.key)][:MOST_FILES]
         dropped = client.dropped[:MOST_DROPPED]
         if not news and not dropped:
             return

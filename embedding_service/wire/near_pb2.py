@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from embedding_service.wire import embedding_pb2 as embedding_dot_v1_dot_embedding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mbedding/v1/near.proto\x12\x0c\x65mbedding.v1\x1a\x1c\x65mbedding/v1/embedding.proto\"i\n\x0bNearRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04next\x18\x03 \x01(\x08\x12&\n\x05reads\x18\x04 \x03(\x0b\x32\x17.embedding.v1.NearReads\"-\n\tNearReads\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"c\n\nNearAnswer\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05\x62oard\x18\x02 \x01(\x08\x12$\n\x04held\x18\x03 \x03(\x0b\x32\x16.embedding.v1.NearPart\x12\x0f\n\x07\x64ropped\x18\x04 \x03(\x04\"\xa2\x01\n\x08NearPart\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x05table\x18\x03 \x01(\x0b\x32\x17.embedding.v1.TableInfo\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\x0e\n\x06memory\x18\x08 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mbedding/v1/near.proto\x12\x0c\x65mbedding.v1\x1a\x1c\x65mbedding/v1/embedding.proto\"\x80\x01\n\x0bNearRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04next\x18\x03 \x01(\x08\x12&\n\x05reads\x18\x04 \x03(\x0b\x32\x17.embedding.v1.NearReads\x12\x15\n\rauthorization\x18\x05 \x01(\t\"-\n\tNearReads\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"c\n\nNearAnswer\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05\x62oard\x18\x02 \x01(\x08\x12$\n\x04held\x18\x03 \x03(\x0b\x32\x16.embedding.v1.NearPart\x12\x0f\n\x07\x64ropped\x18\x04 \x03(\x04\"\xa2\x01\n\x08NearPart\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x05table\x18\x03 \x01(\x0b\x32\x17.embedding.v1.TableInfo\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\x0e\n\x06memory\x18\x08 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'embedding.v1.near_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NEARREQUEST']._serialized_start=71
-  _globals['_NEARREQUEST']._serialized_end=176
-  _globals['_NEARREADS']._serialized_start=178
-  _globals['_NEARREADS']._serialized_end=223
-  _globals['_NEARANSWER']._serialized_start=225
-  _globals['_NEARANSWER']._serialized_end=324
-  _globals['_NEARPART']._serialized_start=327
-  _globals['_NEARPART']._serialized_end=489
+  _globals['_NEARREQUEST']._serialized_start=72
+  _globals['_NEARREQUEST']._serialized_end=200
+  _globals['_NEARREADS']._serialized_start=202
+  _globals['_NEARREADS']._serialized_end=247
+  _globals['_NEARANSWER']._serialized_start=249
+  _globals['_NEARANSWER']._serialized_end=348
+  _globals['_NEARPART']._serialized_start=351
+  _globals['_NEARPART']._serialized_end=513
 # @@protoc_insertion_point(module_scope)

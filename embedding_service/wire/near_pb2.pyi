@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NearRequest(_message.Message):
-    __slots__ = ("version", "incarnation", "next", "reads")
+    __slots__ = ("version", "incarnation", "next", "reads", "authorization")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NEXT_FIELD_NUMBER: _ClassVar[int]
     READS_FIELD_NUMBER: _ClassVar[int]
+    AUTHORIZATION_FIELD_NUMBER: _ClassVar[int]
     version: int
     incarnation: int
     next: bool
     reads: _containers.RepeatedCompositeFieldContainer[NearReads]
-    def __init__(self, version: _Optional[int] = ..., incarnation: _Optional[int] = ..., next: bool = ..., reads: _Optional[_Iterable[_Union[NearReads, _Mapping]]] = ...) -> None: ...
+    authorization: str
+    def __init__(self, version: _Optional[int] = ..., incarnation: _Optional[int] = ..., next: bool = ..., reads: _Optional[_Iterable[_Union[NearReads, _Mapping]]] = ..., authorization: _Optional[str] = ...) -> None: ...
 
 class NearReads(_message.Message):
     __slots__ = ("generation", "rows")

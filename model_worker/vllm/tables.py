@@ -16,6 +16,7 @@ from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from model_worker.rows import check_same_hash
 
 CONFIG_KEY = "embedding_service"
+_NEEDED, _OPTIONS = {"address", "model"}, {"near": bool, "topology": str}
 _EXAMPLE = '--additional-config \'{"embedding_service": {"address": "HOST:PORT", "model": "NAME"}}\''
 
 # vLLM ends an engine whose step failed. So a step waits long for a service that is away for a while.
@@ -30,14 +31,17 @@ class ServedTables:
     address: `HOST:PORT` of any shard.
     name: the model's name in the service, `name` or `name@version`.
     config: the checkpoint's config, as transformers has it.
+    near, topology: see `EmbeddingClient`.
     Raises InvalidRequest: the service's tables have another hash than the config says.
     NotFound: the service has no such model.
     Unavailable: it does not answer.
     """
 
-    def __init__(self, address: str, name: str, config: object) -> None:
+    def __init__(
+        self, address: str, name: str, config: object, *, near: bool = True, topology: str | None = None
+    ) -> None:
         self.name = name
-        self.client = EmbeddingClient(address, timeout=_LOOKUP_SECONDS)
+        self.client = EmbeddingClient(address, timeout=_LOOKUP_SECONDS, near=near, topology=topology)
         try:
             self.hasher = self.client.hasher(name, timeout=_START_SECONDS)
         except EmbeddingServiceError as error:
@@ -54,9 +58,13 @@ class ServedTables:
         settings = config.get(CONFIG_KEY) if isinstance(config, dict) else None
         if settings is None:
             return None
-        if not isinstance(settings, dict) or settings.keys() != {"address", "model"}:
-            raise InvalidRequest(f"additional_config[{CONFIG_KEY!r}] is {settings!r}; say it as {_EXAMPLE}")
-        return cls(settings["address"], settings["model"], vllm_config.model_config.hf_config)
+        if not _are_understood(settings):
+            raise InvalidRequest(
+                f"additional_config[{CONFIG_KEY!r}] is {settings!r}; say it as {_EXAMPLE}; there may also be "
+                '"near": false and "topology": "ZONE"'
+            )
+        options = {name: value for name, value in settings.items() if name in _OPTIONS}
+        return cls(settings["address"], settings["model"], vllm_config.model_config.hf_config, **options)
 
     def check(self, table: str, rows: int, dim: int) -> str:
         """The full name, `model/table`, of a table for a module that would have held [rows, dim].
@@ -106,6 +114,14 @@ class TablesElsewhere:
         """Load as the model does, without the tables. In a mapped file that holds others too, they stay on disk."""
         wanted = ((name, weight) for name, weight in weights if not self.is_unused_checkpoint_weight(name))
         return super().load_weights(wanted)  # type: ignore[misc,no-any-return]
+
+
+def _are_understood(settings: object) -> bool:
+    return (
+        isinstance(settings, dict)
+        and _NEEDED <= settings.keys() <= _NEEDED | _OPTIONS.keys()
+        and all(isinstance(settings[name], kind) for name, kind in _OPTIONS.items() if name in settings)
+    )
 
 
 @contextmanager

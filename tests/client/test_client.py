@@ -2,16 +2,26 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support.checkpoints import DIM, HEADS, VOCAB, longcat_table
 from support.cluster import Up, free_port
+from support.nearness import come_near
 
 from embedding_service import EmbeddingClient, RemoteEmbedding, errors
 from embedding_service.formats import FORMATS, get_format
 
 ROWS = len(longcat_table())
+
+
+@pytest.fixture(scope="module", params=["near", "wired"])
+def client(request: pytest.FixtureRequest, service: Up) -> Iterator[EmbeddingClient]:
+    """One whose rows are all near, and one without any."""
+    near = request.param == "near"
+    with EmbeddingClient(service.address, timeout=30, near=near) as client:
+        yield come_near(client) if near else client
 
 
 def expected(model: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import engram_checkpoint, engram_tables, qwen4_exp_checkpoint, qwen4_exp_tables
 from support.cluster import Up, serving
+from support.nearness import come_near
 
 from embedding_service import EmbeddingClient, NgramHasher
 from embedding_service.errors import InvalidRequest
@@ -43,11 +44,12 @@ def families(folder: Path) -> Iterator[Up]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def families_client(families: Up) -> Iterator[EmbeddingClient]:
-    """A client of theirs."""
-    with EmbeddingClient(families.address, timeout=30) as client:
-        yield client
+@pytest.fixture(scope="module", params=["near", "wired"])
+def families_client(request: pytest.FixtureRequest, families: Up) -> Iterator[EmbeddingClient]:
+    """A client of theirs whose rows are all near, and one without any."""
+    near = request.param == "near"
+    with EmbeddingClient(families.address, timeout=30, near=near) as client:
+        yield come_near(client) if near else client
 
 
 def sequences(name: str, hasher: NgramHasher) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,21 +27,24 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("how", ["fork", "forkserver", "spawn"])
-def test_a_data_loaders_workers_use_a_client(service: Up, how: str) -> None:
-    assert run("-m", "support.forking", how, service.address) == "right"
+@pytest.mark.parametrize(("how", "way"), [("fork", "near"), ("forkserver", "wired"), ("spawn", "near")])
+def test_a_data_loaders_workers_use_a_client(service: Up, how: str, way: str) -> None:
+    assert run("-m", "support.forking", how, service.address, way) == "right"
 
 
-@pytest.mark.parametrize("support", ["", "1"])
-def test_children_of_a_fork_get_rows(service: Up, support: str) -> None:
-    """With GRPC_ENABLE_FORK_SUPPORT=1 every child of a process that had a client hung."""
+@pytest.mark.parametrize(("support", "way"), [("", "near"), ("1", "wired")])
+def test_children_of_a_fork_get_rows(service: Up, support: str, way: str) -> None:
+    """With GRPC_ENABLE_FORK_SUPPORT=1 every child of a process that had a client hung.
+
+    Children that worked on many rows waited for torch's threads of their parent, or died of a signal (SIGSEGV).
+    """
     environment = {"GRPC_ENABLE_FORK_SUPPORT": support} if support else {}
-    assert run("-m", "support.forking", "os.fork", service.address, **environment) == "right"
+    assert run("-m", "support.forking", "os.fork", service.address, way, **environment) == "right"
 
 
 def test_a_child_whose_grpc_does_not_work_says_so(service: Up) -> None:
     """Rows or an error that names the remedy, never a wait for ever: here gRPC is told not to prepare for forks."""
-    assert run("-m", "support.forking", "unprepared", service.address, GRPC_ENABLE_FORK_SUPPORT="0") == "right"
+    assert run("-m", "support.forking", "unprepared", service.address, "wired", GRPC_ENABLE_FORK_SUPPORT="0") == "right"
 
 
 def test_importing_changes_nothing_for_others() -> None:

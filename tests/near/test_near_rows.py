@@ -8,7 +8,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
+import resource
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -24,8 +27,9 @@ from support.cluster import until
 from support.near import NearShard, near_reader, near_shard, read, stored_rows, wait_for
 
 from embedding_service.errors import InvalidRequest
-from embedding_service.near.board import VERSION
+from embedding_service.near.board import BOARD_BYTES, VERSION
 from embedding_service.near.reader import NearReader
+from embedding_service.shard.near import Rights
 from embedding_service.wire import near_pb2 as near
 
 
@@ -55,12 +59,19 @@ def some_ids(rows: int, count: int = 500) -> np.ndarray:
     return np.concatenate([np.random.default_rng(7).integers(0, rows, count), edges]).astype(np.int64)
 
 
-def hello(shard: NearShard, version: int = VERSION, incarnation: int | None = None) -> socket.socket:
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def hello(
+    shard: NearShard, version: int = VERSION, incarnation: int | None = None, authorization: str = ""
+) -> socket.socket:
     """A connection that said what it wants."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(20)
     connection.connect(shard.place.path)
-    request = near.NearRequest(version=version, incarnation=incarnation or shard.place.incarnation)
+    incarnation = incarnation or shard.place.incarnation
+    request = near.NearRequest(version=version, incarnation=incarnation, authorization=authorization)
     connection.send(request.SerializeToString())
     return connection
 
@@ -173,6 +184,30 @@ def test_n2_a_part_that_two_shards_hold_stays_near_when_one_goes(
         until(there, "the other shard's parts", seconds=20)
 
 
+def test_n2_a_part_that_moves_away_and_back_is_read_where_it_is(
+    store: Path, tmp_path: Path, expected: np.ndarray
+) -> None:
+    with (
+        near_shard(tmp_path / "one", store, "fp32", incarnation=1) as one,
+        near_shard(tmp_path / "two", store, "fp32", incarnation=2) as two,
+        near_reader(one, two) as reader,
+    ):
+        one.hold()
+        wait_for(reader, one.key)
+        ids = np.arange(one.table.rows)
+
+        def reads_by(shard: NearShard) -> int:
+            rows = read(reader, one.key, ids)
+            assert rows is None or np.array_equal(rows, expected[ids])
+            return shard.accesses[1]
+
+        for there, here in ((two, one), (one, two)):
+            there.hold(1)
+            here.drop(1)
+            before = there.accesses[1]
+            until(lambda: reads_by(there) > before, "its rows to be read there", seconds=20)  # noqa: B023
+
+
 def test_n3_a_reader_sees_that_a_shard_has_a_newer_routing(shard: NearShard) -> None:
     with near_reader(shard) as reader:
         wait_for(reader, shard.key)
@@ -238,6 +273,48 @@ def test_n5_another_user_gets_nothing_though_the_socket_lets_it_in(shard: NearSh
     os.close(there)
 
 
+def test_n5_a_client_learns_only_of_models_that_it_may_read(store: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    def rights_of(authorization: str) -> Rights:
+        if authorization not in ("all", "some"):
+            raise InvalidRequest(f"nobody is {authorization!r}")
+        return lambda key: authorization == "all" or key.model != "secret"
+
+    with near_shard(tmp_path / "near", store, "fp32", rights_of=rights_of) as shard:
+        secret = shard.part(0)._replace(model="secret")
+        shard.hold()
+        place = shard.rows.location(shard.table.parts[0], shard._store.part_path(shard.manifest, shard.table.parts[0]))
+        shard.server.hold(secret, shard.table, place)
+        readers = {who: NearReader(who) for who in ("all", "some", "none")}
+        for reader in readers.values():
+            reader.follow([shard.place])
+        for who in ("all", "some"):
+            wait_for(readers[who], shard.key)
+            rows = read(readers[who], shard.key, np.arange(shard.table.rows))
+            assert rows is not None
+            assert np.array_equal(rows, expected)
+        until(lambda: "nobody is 'none'" in readers["none"].states()["shard-1"], "the refusal", seconds=20)
+        wait_for(readers["all"], ("secret@1", shard.key[1]), whole=False)
+        view = readers["some"].view()
+        assert view is not None
+        assert list(view.tables) == [shard.key]
+        with hello(shard, authorization="some") as connection:
+            files_of(connection)
+            told = []
+            for _ in range(2):
+                connection.send(near.NearRequest(next=True).SerializeToString())
+                if told:  # nothing is said of what it was not told of
+                    shard.on_loop(lambda: shard.server.drop(secret))
+                    shard.drop(2)
+                answer, files = files_of(connection)
+                told.append(answer)
+                for file in files:
+                    os.close(file)
+            assert {part.model for answer in told for part in answer.held} == {"fp32"}
+            assert len(told[1].dropped) == 1
+        for reader in readers.values():
+            reader.close()
+
+
 def test_a_shard_refuses_another_version_and_a_client_that_means_another_shard(shard: NearShard) -> None:
     for options, why in (({"version": 9}, "version 1, the client 9"), ({"incarnation": 5}, "another shard")):
         with hello(shard, **options) as connection:  # type: ignore[arg-type]
@@ -300,12 +377,28 @@ def test_n2_a_client_that_takes_nothing_holds_nobody_up(shard: NearShard, expect
         assert np.array_equal(rows, expected)
 
 
+def test_n2_a_client_that_keeps_what_it_mapped_holds_up_no_drop(shard: NearShard, expected: np.ndarray) -> None:
+    """It reads on what it has, and the board says that it is not to."""
+    with hello(shard) as connection:
+        _, [board] = files_of(connection)
+        connection.send(near.NearRequest(next=True).SerializeToString())
+        answer, files = files_of(connection)
+        part = answer.held[0]
+        rows = mmap.mmap(files[0], part.offset + 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+        words = np.frombuffer(mmap.mmap(board, BOARD_BYTES, mmap.MAP_SHARED, mmap.PROT_READ), np.int64)
+        assert words[part.slot] == part.generation
+        shard.drop(part.part)
+        assert words[part.slot] == 0
+        assert rows[part.offset : part.offset + 64] == expected[part.part * shard.table.rows_per_part].tobytes()
+        shard.hold(part.part)
+        assert words[part.slot] not in (0, part.generation)
+        for file in (board, *files):
+            os.close(file)
+
+
 def test_a_hundred_clients_are_near_at_once_and_nothing_is_kept_of_those_that_end(
     shard: NearShard, expected: np.ndarray
 ) -> None:
-    def open_files() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     before = open_files()
     readers = [NearReader() for _ in range(100)]
     for reader in readers:
@@ -324,16 +417,42 @@ def test_a_hundred_clients_are_near_at_once_and_nothing_is_kept_of_those_that_en
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(shard: NearShard) -> None:
+    before, there = open_files(), shard.accesses
     child = os.fork()
     if child == 0:
-        kept = hello(shard)
-        time.sleep(60)
-        kept.close()
-        os._exit(1)
-    until(lambda: shard.server.clients == 1, "the client", seconds=20)
-    os.kill(child, 9)
+        with near_reader(shard) as reader:
+            wait_for(reader, shard.key)
+            while True:
+                read(reader, shard.key, np.arange(9))
+                time.sleep(0.01)
+    until(lambda: there[0] > 0, "the client to read", seconds=20)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     until(lambda: shard.server.clients == 0, "the shard to forget it", seconds=20)
+    assert open_files() <= before
+
+
+def test_a_process_without_room_for_maps_says_so(shard: NearShard) -> None:
+    """It may have few addresses more, as by `ulimit -v`."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "?"
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + (16 << 20),) * 2)
+            reader = NearReader()
+            reader.follow([shard.place])
+            outcome = f"{reader.states()} {reader.view()}"
+            reader.close()
+        finally:
+            os.write(there, outcome.encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(here, 1000).decode()
+    assert re.fullmatch(r"\{'shard-1': 'this process has no room: mapping [\d,]+ bytes failed: .*'\} None", said), said
+    os.close(here)
+    os.close(there)
 
 
 def test_n7_rows_that_are_read_count_for_their_parts(shard: NearShard) -> None:

@@ -17,6 +17,7 @@ from support import sabotage
 from support.checkpoints import longcat_table
 from support.cluster import UpCommand, free_port, until, up
 from support.load import Load
+from support.nearness import come_near
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
@@ -218,6 +219,7 @@ def test_a_ray_of_its_own(store: Path, tmp_path: Path) -> None:
     with up(tmp_path, store, 2, "--ray=local") as running:
         table = longcat_table()
         with EmbeddingClient(running.address, timeout=30) as client:
+            come_near(client)
             assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
         niceness = {psutil.Process(shard.stats.pid).nice() for shard in running.status().shards}
         assert niceness == {psutil.Process().nice()}

@@ -19,7 +19,7 @@ from embedding_service.near.reader import NearReader, NearTable, Place
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import TableRows
-from embedding_service.shard.near import NearServer
+from embedding_service.shard.near import NearServer, Rights, all_parts
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Store
 from support.cluster import until
@@ -35,7 +35,15 @@ class NearShard:
         accesses: Rows that clients said they read, by part.
     """
 
-    def __init__(self, path: Path, store: Path, model: str, tier: str = "ram", incarnation: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        store: Path,
+        model: str,
+        tier: str = "ram",
+        incarnation: int = 1,
+        rights_of: Callable[[str], Rights] = all_parts,
+    ) -> None:
         self.age = (1, 1)
         self.accesses: Counter[int] = Counter()
         self.place = Place(f"shard-{incarnation}", str(path), boot_id(), incarnation)
@@ -46,25 +54,29 @@ class NearShard:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self.on_loop(lambda: NearServer(str(path), incarnation, lambda: self.age, self._count))
+        self.server = self.on_loop(lambda: NearServer(str(path), incarnation, lambda: self.age, self._count, rights_of))
 
     @property
     def key(self) -> tuple[str, str]:
         """Of its table, as a reader has it."""
         return f"{self.manifest.model}@{self.manifest.version}", self.table.name
 
+    def part(self, index: int) -> PartKey:
+        """Of its table, by number."""
+        return PartKey(self.manifest.model, self.manifest.version, self.table.name, index)
+
     def hold(self, *parts: int) -> None:
         """Load parts and hand them out; all where none is named."""
         for index in parts or range(len(self.table.parts)):
             part, path = self.table.parts[index], self._store.part_path(self.manifest, self.table.parts[index])
             self.rows.load(part, path)
-            self.server.hold(self._part(index), self.table, self.rows.location(part, path))
+            self.server.hold(self.part(index), self.table, self.rows.location(part, path))
         self.on_loop(lambda: None)
 
     def drop(self, *parts: int) -> None:
         """Hold these no longer."""
         for index in parts:
-            self.on_loop(lambda index=index: self.server.drop(self._part(index)))  # type: ignore[misc]
+            self.on_loop(lambda index=index: self.server.drop(self.part(index)))  # type: ignore[misc]
             self.rows.drop(self.table.parts[index])
 
     def flip(self, term: int, epoch: int) -> None:
@@ -92,17 +104,21 @@ class NearShard:
         self._loop.close()
         self.rows.close()
 
-    def _part(self, index: int) -> PartKey:
-        return PartKey(self.manifest.model, self.manifest.version, self.table.name, index)
-
     def _count(self, table: tuple[str, str, str], accesses: np.ndarray) -> None:
         self.accesses.update({int(part): int(accesses[part]) for part in np.flatnonzero(accesses)})
 
 
 @contextmanager
-def near_shard(path: Path, store: Path, model: str, tier: str = "ram", incarnation: int = 1) -> Iterator[NearShard]:
+def near_shard(
+    path: Path,
+    store: Path,
+    model: str,
+    tier: str = "ram",
+    incarnation: int = 1,
+    rights_of: Callable[[str], Rights] = all_parts,
+) -> Iterator[NearShard]:
     """A shard that holds nothing yet; ended afterwards."""
-    shard = NearShard(path, store, model, tier, incarnation)
+    shard = NearShard(path, store, model, tier, incarnation, rights_of)
     try:
         yield shard
     finally:

@@ -16,8 +16,11 @@ pytestmark = pytest.mark.slow
 
 def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embeddings: str) -> None:
     arguments = {"checkpoint": str(model_folder), "embeddings": embeddings, "max_batch": 3, "cache_bytes": "2MiB"}
-    bound = build_as_ray_does(build, arguments)._bound_deployment  # type: ignore[arg-type]
-    assert bound.init_args == (WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20),)
+    where = {"near": False, "topology": "zone-a"}
+    for more in ({}, where):
+        bound = build_as_ray_does(build, arguments | more)._bound_deployment  # type: ignore[arg-type]
+        config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **more)  # type: ignore[arg-type]
+        assert bound.init_args == (config,)
 
 
 def test_an_argument_that_is_wrong_is_named() -> None:

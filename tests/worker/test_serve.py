@@ -455,7 +455,12 @@ def test_it_holds_no_tables(server: Server, client: openai.OpenAI, model_folder:
 
 def test_metrics(server: Server, client: openai.OpenAI) -> None:
     """What Prometheus reads: the counts that the worker itself tells, in time."""
-    client.completions.create(model="small", prompt=PROMPT, max_tokens=5)
+
+    def near() -> bool:
+        client.completions.create(model="small", prompt=PROMPT, max_tokens=5)
+        return server.info()["near_rows"] > 0
+
+    until(near, "near rows")
     info = server.info()
 
     def scrape() -> dict[str, float]:
@@ -466,7 +471,7 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
 
     until(lambda: scrape().get("generated_tokens_total", 0) >= info["generated_tokens"], "the counts")
     seen = scrape()
-    for name in ("requests", "prompt_tokens", "generated_tokens", "looked_up_tokens"):
+    for name in ("requests", "prompt_tokens", "generated_tokens", "looked_up_tokens", "near_rows"):
         assert seen[f"{name}_total"] == info[name], name
     assert seen["batch_requests"] == seen["queue_requests"] == 0
     assert 0 < seen["time_to_first_token_seconds_count"] <= info["requests"]
@@ -525,7 +530,7 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, 
 
     On IPv6, to have a server there as well.
     """
-    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB", host="::1")
+    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB", "--no-near", host="::1")
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
     def ask() -> str:

@@ -35,7 +35,15 @@ def test_a_model_keeps_its_tables_where_nothing_is_said(other: Any, checkpoint: 
     assert ServedTables.of(vllm_config(other, checkpoint)) is None
 
 
-@pytest.mark.parametrize("wrong", ["localhost:7070", {"address": "localhost:7070"}, {"address": "a:1", "name": "b"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "localhost:7070",
+        {"address": "localhost:7070"},
+        {"address": "a:1", "name": "b"},
+        {"address": "a:1", "model": "b", "near": "no"},
+    ],
+)
 def test_settings_that_are_not_understood(wrong: Any, checkpoint: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"additional_config\['embedding_service'\] is .*--additional-config"):
         ServedTables.of(vllm_config({"embedding_service": wrong}, checkpoint))
@@ -46,6 +54,15 @@ def test_no_service(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(ServiceError, match=f"--additional-config .*{address}.*embedding-service up"):
         ServedTables.of(vllm_config(settings(address), checkpoint))
+
+
+def test_where_the_engine_is_and_that_it_is_to_use_the_wire(checkpoint: Path, service: Up) -> None:
+    more = {**settings(service.address)["embedding_service"], "near": False, "topology": "zone-a"}
+    served = ServedTables.of(vllm_config({"embedding_service": more}, checkpoint))
+    assert served is not None
+    _, options = served.client.__reduce__()[1]
+    assert (options["near"], options["topology"]) == (False, "zone-a")
+    served.client.close()
 
 
 def test_another_model_s_name(checkpoint: Path, service: Up) -> None:
