@@ -17,7 +17,7 @@ from embedding_service.client.calls import Call, Failure, undecodable
 from embedding_service.client.channels import open_channel
 from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.trips import Pool, Trips, Watchdog
-from embedding_service.errors import Unavailable
+from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.security.access import Access
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import EncodedLookup, read
@@ -44,6 +44,10 @@ class GrpcTransport:
     def __init__(self, access: Access | None = None) -> None:
         _let_malloc_keep_answers()
         self._access = access
+        self._stamp = access.stamp() if access else ()
+        self._looks_at = 0.0
+        # Connections that show files of before, with the time at which their calls have ended.
+        self._outdated: list[tuple[float, _Connections]] = []
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message] | type[EncodedLookup]], Callable[..., Any]] = {}
         self._pools: dict[str, Pool] = {}
@@ -115,6 +119,8 @@ class GrpcTransport:
 
     def _enter(self, this: object) -> None:
         """Count what begins, and wait while paused. `pause` first says that it pauses, then looks at the count."""
+        if self._access is not None and time.monotonic() > self._looks_at:
+            self._look(self._access)
         self._under_way.add(this)
         while self._pauses and not self._closed:
             self._under_way.discard(this)
@@ -123,18 +129,36 @@ class GrpcTransport:
                     self._changed.wait()
             self._under_way.add(this)
 
+    def _look(self, access: Access) -> None:
+        """Make connections again where the files that they show have changed. Those of before end a while later."""
+        now = time.monotonic()
+        with self._lock:
+            self._looks_at = now + _LOOK_SECONDS
+            stamp = access.stamp()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._outdated.append((now + _OUTDATED_SECONDS, self._take_all()))
+            over = [connections for until, connections in self._outdated if until < now]
+            self._outdated = [each for each in self._outdated if each[0] >= now]
+        for each in over:
+            _close(each, _OUTDATED)
+
+    def _take_all(self) -> _Connections:
+        """All connections, which nobody finds any more. With the lock."""
+        taken = [*self._pools.values()], [*self._channels.values()]
+        self._channels, self._methods, self._pools = {}, {}, {}
+        return taken
+
     def _wait_for_ends(self, deadline: float) -> None:
         while self._under_way and time.monotonic() < deadline:
             time.sleep(_LOOK)
 
     def _drop(self, why: str) -> None:
         with self._lock:
-            channels, self._channels, self._methods = self._channels, {}, {}
-            pools, self._pools = self._pools, {}
-        for each in pools.values():
-            each.close(why)
-        for channel in channels.values():
-            channel.close()
+            dropped = [self._take_all(), *(connections for _, connections in self._outdated)]
+            self._outdated = []
+        for each in dropped:
+            _close(each, why)
 
     def _send(self, call: Call, result: Future[Any]) -> Future[Any]:
         kind = type(call.request)
@@ -146,7 +170,7 @@ class GrpcTransport:
         except BaseException:
             self._under_way.discard(result)
             raise
-        rpc.add_done_callback(lambda rpc: self._answered(result, _outcome(rpc, call)))
+        rpc.add_done_callback(lambda rpc: self._answered(result, _outcome(rpc, call, self._access)))
         return result
 
     def _answered(self, result: Future[Any], outcome: Any) -> None:
@@ -194,10 +218,22 @@ class GrpcTransport:
         return method
 
 
+_Connections = tuple[list[Pool], list[grpc.Channel]]
+# Seconds between two looks at the files that are shown, and those that calls on connections of before may take.
+_LOOK_SECONDS, _OUTDATED_SECONDS = 1.0, 60.0
+_OUTDATED = "the connection shows files of before"
 _CLOSED = "this client is closed"
 _PAUSED = "cancelled, for this process forks"
 # Seconds between two looks whether calls have ended, and seconds that cancelled ones may take to end.
 _LOOK, _LEAVING = 0.0005, 0.2
+
+
+def _close(connections: _Connections, why: str) -> None:
+    pools, channels = connections
+    for pool in pools:
+        pool.close(why)
+    for channel in channels:
+        channel.close()
 
 
 def _let_malloc_keep_answers() -> None:
@@ -210,12 +246,17 @@ def _let_malloc_keep_answers() -> None:
     bytes(_LARGEST_LEARNT)
 
 
-def _outcome(rpc: Any, call: Call) -> Any:
+def _outcome(rpc: Any, call: Call, access: Access | None) -> Any:
     if rpc.code() is not grpc.StatusCode.OK:
         return Failure(rpc.code(), rpc.details() or "")
     try:
         if call.shape is not None:
             return read(rpc.result(), call.shape)
-        return wire.Routing.FromString(rpc.result())
+        routing = wire.Routing.FromString(rpc.result())
+        if access:
+            access.check_routing(routing, (call.request.term, call.request.epoch))  # type: ignore[union-attr]
+        return routing
     except DecodeError as error:
         return undecodable(error)
+    except EmbeddingServiceError as error:  # another one may give the controller's own
+        return Failure(grpc.StatusCode.UNAVAILABLE, f"{call.address}: {error}")

@@ -47,6 +47,8 @@ from embedding_service.metrics import MetricsServer, counter
 from embedding_service.placement.routing import Routing
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.identity import Caller
+from embedding_service.security.proofs import Signer
+from embedding_service.security.routing import sign_routing
 from embedding_service.security.server import Files, Security
 from embedding_service.serving import (
     RequestLimits,
@@ -61,6 +63,7 @@ from embedding_service.serving import (
 )
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
 
@@ -149,6 +152,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._tick_at = 0.0
         self._sooner = asyncio.Event()
         self._routing: Routing | None = None
+        self._signer = Signer(options.security.certificate, options.security.key) if options.security else None
+        self._signature = ""
         self._ending = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -174,6 +179,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             while not stream.is_over and not self._ending:
                 message = self.state.message(stream)
                 if message is not None:
+                    if message.HasField("routing"):
+                        message.routing.signature = self._signature
                     yield message
                 await stream.outbox.wait()
                 stream.outbox.clear()
@@ -231,6 +238,15 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 async with asyncio.timeout(wait):
                     await self._sooner.wait()
 
+    def _signed(self, routing: Routing) -> Routing:
+        """A routing as it is given away. The state compares its own with the next one, so that stays as it is."""
+        if self._signer is None:
+            return routing
+        message = wire.Routing()
+        message.CopyFrom(routing.message)
+        self._signature = message.signature = sign_routing(message, self._signer)
+        return Routing(message)
+
     async def _answer(self) -> None:
         """The state asks one thing at a time. Shards are heard all the while."""
         while True:
@@ -265,7 +281,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             case Dismiss(_Stream() as stream, why):
                 stream.end(why)
             case Publish(routing):
-                self._routing = routing
+                self._routing = self._signed(routing)
             case ReadTerm() | NoteTerm() | Plan():
                 self._questions.put_nowait(instruction)
             case End(why) if not self._over.done():

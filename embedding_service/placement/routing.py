@@ -131,11 +131,13 @@ class Routing:
 
     def only(self, may: Callable[[str, str], bool]) -> Routing:
         """It without the models, by name and version, that somebody may not see."""
+        from embedding_service.security.routing import model_digests  # with cryptography, which plain text does without
+
         message = wire.Routing()
         message.CopyFrom(self.message)
         seen = [each for each in message.models if may(each.model.name, each.model.version)]
-        hidden = len(seen) < len(message.models)
-        if hidden:
+        if len(seen) < len(message.models):
+            message.digests.extend(model_digests(message))  # the signature is one of all models
             kept = [wire.ModelPlacement.FromString(each.SerializeToString()) for each in seen]
             del message.models[:]
             message.models.extend(kept)

@@ -15,6 +15,7 @@ import grpc
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.security.files import Stamp, read, stamp_of
+from embedding_service.wire import embedding_pb2 as wire
 
 # Each means what the argument of this name does, where that is not given.
 TLS_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
@@ -52,6 +53,12 @@ class Access:
     def authorities(self) -> bytes:
         """The content of `ca`. Raises InvalidRequest."""
         return read(self.ca)
+
+    def check_routing(self, routing: wire.Routing, known: tuple[int, int]) -> None:
+        """Refuse a routing that is not the controller's (`routing.check_routing`). Raises Unauthenticated."""
+        from embedding_service.security.routing import check_routing  # with cryptography
+
+        check_routing(routing, known, self.authorities())
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For a new connection. Raises InvalidRequest naming a file that cannot be read."""

@@ -17,6 +17,7 @@ import grpc
 
 from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
+from embedding_service.errors import EmbeddingServiceError
 from embedding_service.memory import resident_bytes
 from embedding_service.security.access import Access
 from embedding_service.shard.duties import Duties
@@ -78,6 +79,7 @@ class Registration:
                     async for assignment in ControlServiceStub(channel).Register(self._reports()):
                         pause = FIRST_PAUSE
                         self._connected, self._refused = True, ""
+                        self._check(assignment)
                         if self._duties.obey(assignment):
                             await self._set_serving(True)
                 log.warning("the controller at %s ended the registration", self._controller)
@@ -91,6 +93,15 @@ class Registration:
             self._connected = False
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check(self, assignment: control.Assignment) -> None:
+        """Leave out a routing that the controller did not sign."""
+        if self._access and assignment.HasField("routing"):
+            try:
+                self._access.check_routing(assignment.routing, (0, 0))
+            except EmbeddingServiceError as error:
+                log.error("ignored a routing from %s: %s", self._controller, error)
+                assignment.ClearField("routing")
 
     async def drain(self, seconds: float) -> None:
         """Ask the controller to have this shard's parts held elsewhere, and wait until no routing names this shard.

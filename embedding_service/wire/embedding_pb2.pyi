@@ -171,20 +171,24 @@ class GetRoutingRequest(_message.Message):
     def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("term", "epoch", "shards", "models", "limits", "controller")
+    __slots__ = ("term", "epoch", "shards", "models", "limits", "controller", "signature", "digests")
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     term: int
     epoch: int
     shards: _containers.RepeatedCompositeFieldContainer[ShardAddress]
     models: _containers.RepeatedCompositeFieldContainer[ModelPlacement]
     limits: Limits
     controller: str
-    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardAddress, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelPlacement, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., controller: _Optional[str] = ...) -> None: ...
+    signature: str
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardAddress, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelPlacement, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., controller: _Optional[str] = ..., signature: _Optional[str] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ShardAddress(_message.Message):
     __slots__ = ("id", "address", "topology", "near")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,11 @@ from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
 from embedding_service.security import proofs
 from embedding_service.security.access import Access
 from embedding_service.security.authority import URI, Authority
+from embedding_service.security.proofs import Signer
+from embedding_service.security.routing import sign_routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 
@@ -247,6 +251,15 @@ def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(se
         yield message_of("/StreamLookup")
         over.wait()
 
+    def opened(address: str) -> Any:
+        channel = grpc.secure_channel(address, access.credentials(), [("grpc.use_local_subchannel_pool", 1)])
+        stream = channel.stream_stream("/embedding.v1.EmbeddingService/StreamLookup")(asked(), timeout=60)
+        try:
+            next(stream)
+        except grpc.RpcError:
+            return None
+        return channel, stream
+
     write_policy(secured.folder, {**POLICY, "second": {"tokens": ["second"], "read": [SEEN]}})
     try:
         with EmbeddingClient(secured.members.address, tls=access) as client:
@@ -259,12 +272,8 @@ def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(se
 
             until(lets_in, "the new token")
             addresses = [secured.members.address] * 4 + list(secured.addresses().values())
-            options = [("grpc.use_local_subchannel_pool", 1)]
             for address in addresses:  # open ones that nobody uses
-                channel = grpc.secure_channel(address, access.credentials(), options)
-                stream = channel.stream_stream("/embedding.v1.EmbeddingService/StreamLookup")(asked(), timeout=60)
-                next(stream)
-                streams.append((channel, stream))
+                streams.append(until(lambda: opened(address), "the new token at every process"))  # noqa: B023
             write_policy(secured.folder, POLICY)
             for _, stream in streams:
                 with pytest.raises(grpc.RpcError) as raised:
@@ -277,6 +286,85 @@ def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(se
         policy.write_text(kept)
         for channel, _ in streams:
             channel.close()
+
+
+class _Astray(EmbeddingServiceServicer):
+    """A shard that a stranger has taken over. It says that it holds all there is, in a routing newer than any."""
+
+    def __init__(self, routing: wire.Routing, address: str, files: Access) -> None:
+        self.asked = 0
+        self._routing = wire.Routing(term=2**50, epoch=1, limits=routing.limits, models=routing.models)
+        self._routing.shards.add(id="shard-0", address=address)
+        for model in self._routing.models:
+            for table in model.tables:
+                for part in table.parts:
+                    part.shards[:] = [0]
+        assert files.certificate and files.key
+        self._routing.signature = sign_routing(self._routing, Signer(files.certificate, files.key))
+
+    def GetRouting(self, request: wire.GetRoutingRequest, context: Any) -> wire.Routing:
+        self.asked += 1
+        return self._routing
+
+
+def test_s6_a_shard_that_was_taken_over_leads_no_client_astray(secured: Secured) -> None:
+    table, files = longcat_table(), secured.certificate("shard/shard-0")
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(TABLE, torch.arange(3))
+        routing = client._router.current.message  # type: ignore[union-attr]
+    server = grpc.server(ThreadPoolExecutor(4))
+    certificate, key = _pair(files)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+    astray = _Astray(routing, f"127.0.0.1:{port}", files)
+    add_EmbeddingServiceServicer_to_server(astray, server)
+    server.start()
+    try:
+        addresses = [f"127.0.0.1:{port}", secured.members.address]
+        with EmbeddingClient(addresses, tls=secured.token("reader"), timeout=20) as client:
+            for _ in range(20):
+                assert torch.equal(client.lookup(TABLE, torch.arange(50)), table[:50])
+                client._router._looks_at = 0.0
+        assert astray.asked
+        said = "signed by another member"
+        with EmbeddingClient(addresses[0], tls=files, timeout=2) as client, pytest.raises(Unavailable, match=said):
+            client.lookup(TABLE, torch.arange(3))
+    finally:
+        server.stop(None).wait()
+
+
+def test_s2_files_that_are_replaced_count_on_both_sides_and_no_lookup_is_lost(secured: Secured) -> None:
+    table, folder, ids = longcat_table(), secured.folder, torch.arange(0, 3000, 11)
+    access = secured.certificate("reader")
+    hosts = ["localhost", "127.0.0.1"]
+
+    def replace_all(**days: float) -> None:
+        authority = Authority.load(folder)
+        for name in ("shard-0", "shard-1"):
+            authority.issue(folder / name, [f"{URI}/shard/{name}", name, *hosts], **days)
+        authority.issue(folder / "controller", [f"{URI}/controller", *hosts], **days)
+        secured.certificate("reader", **days)
+        write_policy(folder, POLICY)
+
+    def look_up(client: EmbeddingClient) -> None:
+        assert torch.equal(client.lookup(TABLE, ids), table[ids])
+
+    with EmbeddingClient(secured.members.address, tls=access, timeout=30) as one:
+        for _ in range(20):
+            replace_all()
+            look_up(one)
+            with EmbeddingClient(secured.members.address, tls=access, timeout=30) as another:
+                look_up(another)
+        replace_all(begins=-2, days=-1)
+        with EmbeddingClient(secured.members.address, tls=access, timeout=1) as another, pytest.raises(Unavailable):
+            look_up(another)
+        replace_all()
+        until(lambda: _connects(secured, access), "certificates that count again")
+        look_up(one)
+
+
+def _connects(secured: Secured, access: Access) -> bool:
+    code = call(secured.members.address, "embedding.v1.EmbeddingService/ListModels", access)
+    return code is grpc.StatusCode.OK
 
 
 def test_a_client_of_plain_text_hears_that_nobody_answers(secured: Secured) -> None:
