@@ -84,7 +84,7 @@ CLASSES ?=
 attack: setup
 	PYTHONPATH=tests $(BIN)/python -m support.attack --seed $(SEED) --only "$(CLASSES)"
 
-# The Kubernetes overlay on podman containers, from the images' build on: 20 minutes at most. Needs root and a kubectl.
+# The Kubernetes overlay on podman containers, from the images' build on: 30 minutes at most. Needs root and a kubectl.
 PODMAN_PACKAGES := podman runc netavark aardvark-dns catatonit iptables debootstrap
 e2e: setup
 	@dpkg --status $(PODMAN_PACKAGES) >/dev/null 2>&1 || { apt-get update && apt-get install --yes --no-install-recommends $(PODMAN_PACKAGES); }

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from credentials import TokenIssuer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from podman import Podman
 from support.kustomize import Manifest, filled_in, resolved
@@ -43,12 +44,15 @@ class Cluster:
 
     Attributes:
         node_of: The nodes of pods, by the pods' names, that are to share one.
+        secrets: The content of Secrets, by their names.
     """
 
     def __init__(self, podman: Podman, folder: Path, objects: list[Manifest], say: Callable[[str], None]) -> None:
         self.podman, self.folder, self.objects, self.say = podman, folder, objects, say
         self.pods: dict[str, Pod] = {}
         self.node_of: dict[str, str] = {}
+        self.secrets: dict[str, dict[str, bytes]] = {}
+        self.tokens = TokenIssuer()
         self.services: dict[str, tuple[Manifest, str]] = {}
         self._numbers = itertools.count(10)
         self._lock = threading.Lock()
@@ -123,6 +127,12 @@ class Cluster:
         self.pods[name] = pod
         pod.thread.start()
         return pod
+
+    def set_secrets(self, content: dict[str, dict[str, bytes]]) -> None:
+        """Change Secrets, and the volumes of pods that show them."""
+        self.secrets |= content
+        for pod in list(self.pods.values()):
+            pod.write_volumes()
 
     def save_logs(self) -> None:
         """What every container that is still there has printed."""
@@ -283,6 +293,7 @@ class Pod:
         return [f"--ip={self.address}", f"--mac-address={wire}"]
 
     def _mounts(self) -> Iterable[str]:
+        self.write_volumes()
         volumes = {volume["name"]: volume for volume in self.template["spec"]["volumes"]}
         group = self.template["spec"]["securityContext"]["fsGroup"]
         for mount in self.container["volumeMounts"]:
@@ -296,8 +307,32 @@ class Pod:
                     else self._own_folder() / volume["name"]
                 )
                 folder.mkdir(parents=True, exist_ok=True)
-                give_to_group(folder, group)
+                if "secret" not in volume and "projected" not in volume:
+                    give_to_group(folder, group)
             yield f"{folder}:{mount['mountPath']}:{'ro' if mount.get('readOnly') else 'rw'}"
+
+    def write_volumes(self) -> None:
+        """Volumes of Secrets and tokens, with what they show by now."""
+        for volume in self.template["spec"]["volumes"]:
+            sources = (
+                [{"secret": volume["secret"]}] if "secret" in volume else volume.get("projected", {}).get("sources")
+            )
+            if sources:
+                files = {name: text for source in sources for name, text in self._files_of(source).items()}
+                write_volume(self._own_folder() / volume["name"], files, self.template["spec"]["securityContext"])
+
+    def _files_of(self, source: Manifest) -> dict[str, bytes]:
+        if "serviceAccountToken" in source:
+            wanted = source["serviceAccountToken"]
+            account = self.template["spec"]["serviceAccountName"]
+            issue = self.cluster.tokens.token
+            token = issue(self.namespace, account, wanted["audience"], wanted["expirationSeconds"])
+            return {wanted["path"]: token}
+        about = source["secret"]
+        content = self.cluster.secrets[about.get("secretName") or about["name"]]
+        if "items" in about:
+            return {item["path"]: content[item["key"]] for item in about["items"]}
+        return content
 
     def _folder_of_node(self, volume: Manifest) -> Path | None:
         """What is mounted of this node, if the volume is a folder of the nodes. Kubelets leave its owner alone."""
@@ -449,6 +484,24 @@ def claim_folder(folder: Path, claim: str) -> Path:
 def node_folder(folder: Path, node: str, path: str) -> Path:
     """Where a folder of a node lies on this machine."""
     return folder / "nodes" / node / path.lstrip("/")
+
+
+def write_volume(folder: Path, files: dict[str, bytes], security: Manifest) -> None:
+    """Replace all files of a volume at once, as kubelets do: names lead through one link to a folder of this moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = folder / f"..{time.time_ns()}"
+    now.mkdir()
+    for name, content in files.items():
+        (now / name).write_bytes(content)
+        os.chown(now / name, 0, security["fsGroup"])
+        (now / name).chmod(0o440)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    before = (folder / "..data").resolve()
+    (folder / "..data.new").symlink_to(now.name)
+    (folder / "..data.new").replace(folder / "..data")
+    if before != folder / "..data" and before.is_dir():
+        shutil.rmtree(before)
 
 
 def give_to_group(folder: Path, group: int) -> None:

@@ -1,12 +1,13 @@
 """The overlay `local-small`, run for real: images built, pods as containers, and everything that may happen to them.
 
-    python tests/e2e/run.py [--keep-images]      (make e2e; as root)
+    python tests/e2e/run.py [--keep-images] [--only open|secured]      (make e2e; as root)
 
 While a client checks every row of its lookups and asks a worker for completions, the StatefulSet of shards is scaled
 3 -> 5 -> 2 -> 3, rolled, and one pod after another is killed and cut off. One shard shares a node with both and hands
-them its rows to read in place (component `near`). In the end a DaemonSet takes over (component `per-node`). Ends with
-exit code 1 if a lookup or a completion failed or was wrong. Takes at most 20 minutes and leaves nothing behind, but for
-images if told to.
+them its rows to read in place (component `near`). In the end a DaemonSet takes over (component `per-node`). Then all
+begins again with TLS and a policy (component `secure`), and certificates, tokens and policy are replaced every second.
+Ends with exit code 1 if a lookup or a completion failed or was wrong. Takes at most 30 minutes and leaves nothing
+behind, but for images if told to.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/worker")]
 
+import grpc  # noqa: E402
 import images  # noqa: E402
 import yaml  # noqa: E402
+from credentials import CertManager  # noqa: E402
 from kubelet import Cluster, DaemonSet, StatefulSet, claim_folder, node_folder, run_job, wait_ready  # noqa: E402
 from podman import Podman  # noqa: E402
 from ray_service import deploy, serve_service, start_head  # noqa: E402
@@ -36,12 +39,21 @@ from support.kustomize import K8S, Manifest, find, render  # noqa: E402
 
 from embedding_service.client.status import get_status  # noqa: E402
 from embedding_service.errors import EmbeddingServiceError  # noqa: E402
+from embedding_service.security.authority import new_token  # noqa: E402
+from embedding_service.security.policy import digest_of  # noqa: E402
+from embedding_service.wire import control_pb2 as control  # noqa: E402
+from embedding_service.wire import embedding_pb2 as wire  # noqa: E402
+from embedding_service.wire.control_pb2_grpc import ControlServiceStub  # noqa: E402
+from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub  # noqa: E402
 
-SECONDS = 20 * 60
+SECONDS = 30 * 60
 CALM_SECONDS = 10
 CUT_SECONDS = 15
+ROTATIONS = 20
+# As docs/kubernetes.md says it.
+STATUS = ("status", "embedding-controller:7069", "--tls", "/tls")
 OVERLAY = K8S / "overlays/local-small"
-NEAR, PER_NODE = K8S / "components/near", K8S / "components/per-node"
+NEAR, PER_NODE, SECURE = (K8S / "components" / name for name in ("near", "per-node", "secure"))
 # Where the client, the worker and a shard are together.
 NODE, OTHER_NODE = "node-of-workers", "another-node"
 MOST_SHARDS = 5
@@ -59,10 +71,14 @@ def say(text: str) -> None:
 class Scenario:
     """The steps. Each tells what the client saw."""
 
+    components: tuple[Path, ...] = (NEAR,)
+    worker_components: tuple[Path, ...] = (NEAR / "head",)
+
     def __init__(self, podman: Podman, work: Path) -> None:
+        work.mkdir()
         self.work = work
-        self.service = _rendered(work, OVERLAY, components=[NEAR])
-        self.worker = find(_rendered(work, OVERLAY / "worker", components=[NEAR / "head"]), "RayService")
+        self.service = _rendered(work, OVERLAY, components=self.components)
+        self.worker = find(_rendered(work, OVERLAY / "worker", components=self.worker_components), "RayService")
         objects = [*self.service, serve_service(self.worker)]
         self.cluster = Cluster(podman, work, objects, say)
         self.cluster.node_of = dict.fromkeys(("client", "model-worker-head", "embedding-shard-0"), NODE)
@@ -157,6 +173,7 @@ class Scenario:
         template: Manifest = {
             "metadata": {"labels": {"embedding-service/client": "true"}},
             "spec": {
+                "serviceAccountName": worker.get("serviceAccountName", "default"),
                 "securityContext": shard["spec"]["securityContext"],
                 "containers": [
                     {
@@ -164,21 +181,21 @@ class Scenario:
                         "command": ["python3.11", f"{code}/e2e/client.py"],
                         "args": ["embedding:7070", f"{ROWS}/ngram", "http://model-worker-serve-svc:8000/v1/completions",
                                  "/report/report.json"],
-                        "env": [{"name": "PYTHONPATH", "value": code}],
+                        "env": [{"name": "PYTHONPATH", "value": code}, *_of_service(worker["containers"][0]["env"])],
                         "ports": [],
                         "resources": {"limits": {"memory": "2Gi"}},
                         "securityContext": shard["spec"]["containers"][0]["securityContext"],
                         "volumeMounts": [
                             {"name": "code", "mountPath": code, "readOnly": True},
                             {"name": "report", "mountPath": "/report"},
-                            *(each for each in worker["containers"][0]["volumeMounts"] if each["name"] == "near"),
+                            *_of_service(worker["containers"][0]["volumeMounts"]),
                         ],
                     }
                 ],
                 "volumes": [
                     {"name": "code", "persistentVolumeClaim": {"claimName": "code"}},
                     {"name": "report", "persistentVolumeClaim": {"claimName": "report"}},
-                    *(each for each in worker["volumes"] if each["name"] == "near"),
+                    *_of_service(worker["volumes"]),
                 ],
             },
         }  # fmt: skip
@@ -285,8 +302,8 @@ class Scenario:
 
     def _settled(self) -> bool:
         try:
-            status = get_status(f"{self.controller.pods[0].address}:7069", timeout=2)
-        except EmbeddingServiceError:
+            status = self.status()
+        except (EmbeddingServiceError, grpc.RpcError):
             return False
         parts = sum(model.parts for model in status.models)
         return (
@@ -296,6 +313,10 @@ class Scenario:
             and all(model.serving for model in status.models)
             and sum(shard.parts for shard in status.shards) == parts * self._copies()
         )
+
+    def status(self) -> control.Status:
+        """The controller's view. Raises EmbeddingServiceError, grpc.RpcError."""
+        return get_status(f"{self.controller.pods[0].address}:7069", timeout=2)
 
     def _shards(self) -> set[str]:
         """By their ids: the names of pods, and of nodes where there is one on each."""
@@ -347,6 +368,112 @@ class Scenario:
         return good
 
 
+class Secured(Scenario):
+    """With TLS, certificates, service-account tokens and a policy, all of which change under load."""
+
+    components = (NEAR, SECURE)
+    worker_components = (NEAR / "head", SECURE / "head")
+
+    def __init__(self, podman: Podman, work: Path) -> None:
+        super().__init__(podman, work)
+        self.cert_manager, self.admin = CertManager(), new_token()
+        self.changes = 0
+        self.change_credentials()
+
+    def run(self) -> bool:
+        """From an empty cluster to the end; whether everything was answered, and rightly. Raises if others get in."""
+        with self.cluster:
+            self.import_checkpoints()
+            self.bring_up()
+            client = self.start_client()
+            self.step("calm", lambda: time.sleep(CALM_SECONDS))
+            self.step(f"other certificates, tokens and policies {ROTATIONS} times", self.rotate)
+            self.step("kill the shard of the client's node", self.kill_near)
+            self.step("roll 3", self.roll)
+            self.step("restart the controller", self.restart_controller)
+            self.turn_strangers_away()
+            self.cluster.podman("exec", self.shards.pods[0].name, "embedding-service", *STATUS)
+            client.stop()
+            return self.verdict()
+
+    def change_credentials(self) -> None:
+        """New ones of everything, as when they are renewed."""
+        self.changes += 1
+        certificates = [each for each in self.service if each["kind"] == "Certificate" and "uris" in each["spec"]]
+        policy = (SECURE / "policy.toml").read_text() + (
+            f"\n[identities.admin-{self.changes}]\ntokens = ['sha256:{digest_of(self.admin)}']\nrights = ['admin']\n"
+        )
+        self.cluster.set_secrets(
+            {each["spec"]["secretName"]: self.cert_manager.issue(each) for each in certificates}
+            | {"embedding-policy": {"policy.toml": policy.encode(), "jwks.json": self.cluster.tokens.jwks()}}
+        )
+
+    def rotate(self) -> None:
+        """Each second."""
+        for _ in range(ROTATIONS):
+            self.change_credentials()
+            time.sleep(1)
+
+    def turn_strangers_away(self) -> None:
+        """What each of them tries, and how it has to end."""
+        worker, other = (self._token(account) for account in ("model-worker", "default"))
+        shard, controller = self.shards.pods[0].address, self.controller.pods[0].address
+        routing, status = wire.GetRoutingRequest(), control.GetStatusRequest()
+        code = grpc.StatusCode
+        for who, channel, request, expected in (
+            ("a worker", self._channel(f"{shard}:7070", worker), routing, code.OK),
+            ("who speaks plain text", grpc.insecure_channel(f"{shard}:7070"), routing, code.UNAVAILABLE),
+            ("who has no token", self._channel(f"{shard}:7070", ""), routing, code.UNAUTHENTICATED),
+            ("another service account", self._channel(f"{shard}:7070", other), routing, code.UNAUTHENTICATED),
+            (
+                "a worker who wants the status",
+                self._channel(f"{controller}:7069", worker),
+                status,
+                code.PERMISSION_DENIED,
+            ),
+            ("the admin", self._channel(f"{controller}:7069", self.admin), status, code.OK),
+            ("who has no certificate", self._channel(f"{controller}:7071", self.admin), status, code.UNAVAILABLE),
+            ("who asks a probe's port", grpc.insecure_channel(f"{shard}:7079"), routing, code.UNIMPLEMENTED),
+        ):
+            with channel:
+                found = _code_of(channel, request)
+            if found is not expected:
+                raise RuntimeError(f"{who} got {found.name}, not {expected.name}")
+            say(f"{who} gets {found.name}")
+
+    def status(self) -> control.Status:
+        """The controller's view, for the admin."""
+        with self._channel(f"{self.controller.pods[0].address}:7069", self.admin) as channel:
+            return ControlServiceStub(channel).GetStatus(control.GetStatusRequest(), timeout=2)
+
+    def _token(self, account: str) -> str:
+        return self.cluster.tokens.token("embedding", account, "embedding-service", 60).decode()
+
+    def _channel(self, address: str, token: str) -> grpc.Channel:
+        """To a pod's address, which its certificate does not name."""
+        shown = grpc.ssl_channel_credentials(self.cluster.secrets["embedding-shard-tls"]["ca.crt"])
+        if token:
+            shown = grpc.composite_channel_credentials(shown, grpc.access_token_call_credentials(token))
+        name = "embedding" if address.endswith(":7070") else "embedding-controller"
+        return grpc.secure_channel(address, shown, [("grpc.ssl_target_name_override", name)])
+
+
+def _code_of(channel: grpc.Channel, request: Any) -> grpc.StatusCode:
+    """How a call ends."""
+    status = isinstance(request, control.GetStatusRequest)
+    call = ControlServiceStub(channel).GetStatus if status else EmbeddingServiceStub(channel).GetRouting
+    try:
+        call(request, timeout=5)
+    except grpc.RpcError as error:
+        return error.code()  # type: ignore[attr-defined,no-any-return]
+    return grpc.StatusCode.OK
+
+
+def _of_service(named: list[Manifest]) -> list[Manifest]:
+    """What a client of the service needs of a worker's environment, volumes or mounts."""
+    return [each for each in named if each["name"] in ("near", "credentials", "EMBEDDING_SERVICE_TLS")]
+
+
 def _rendered(
     work: Path,
     overlay: Path,
@@ -369,6 +496,9 @@ def _rendered(
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(on_top))
     return render(folder)
+
+
+SCENARIOS = {"open": Scenario, "secured": Secured}
 
 
 def _until(condition: Callable[[], object], what: str, seconds: float, every: float = 0.5) -> None:
@@ -398,7 +528,8 @@ def main() -> None:
     """Build, run, clean up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep-images", action="store_true", help="so that the next run need not build them")
-    keep_images = parser.parse_args().keep_images
+    parser.add_argument("--only", choices=SCENARIOS, help="one of the two")
+    given = parser.parse_args()
     _check_tools()
     signal.signal(signal.SIGALRM, _end)
     signal.signal(signal.SIGTERM, _end)
@@ -409,17 +540,21 @@ def main() -> None:
     podman.remove_containers()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    good = True
     try:
         images.build_all(podman)
         say("images are built")
-        good = Scenario(podman, work).run()
+        for name, scenario in SCENARIOS.items():
+            if given.only in (None, name):
+                say(f"{name}:")
+                good = scenario(podman, work / name).run() and good
     except BaseException:
-        for log in sorted([*work.glob("*.log"), podman.folder / "build.log"]):
+        for log in sorted([*work.rglob("*.log"), podman.folder / "build.log"]):
             tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
             print(f"--- {log.name}", *tail, sep="\n", flush=True)
         raise
     finally:
-        if keep_images:
+        if given.keep_images:
             podman.remove_containers()
             shutil.rmtree(work, ignore_errors=True)
         else:

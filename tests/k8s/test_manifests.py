@@ -20,6 +20,9 @@ from support.kustomize import K8S, Manifest, can_render, environment, filled_in,
 import embedding_service.cli
 from embedding_service.client.client import TOPOLOGY
 from embedding_service.commands.text import parse_bytes
+from embedding_service.security.access import TLS_VARIABLE
+from embedding_service.security.certificates import stands_for
+from embedding_service.security.policy import read_policy
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
 
@@ -71,7 +74,7 @@ each_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
 
 def validate(manifest: Manifest) -> None:
     """Raises jsonschema's ValidationError. Custom resources: by the schemas in k8s/crd-schemas."""
-    if manifest["apiVersion"].partition("/")[0] not in ("ray.io", "monitoring.coreos.com"):
+    if manifest["apiVersion"].partition("/")[0] not in ("ray.io", "monitoring.coreos.com", "cert-manager.io"):
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
         return
     definitions = schema_contents(f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict/_definitions.json", KUBERNETES)
@@ -364,15 +367,15 @@ def test_shards_and_workers_meet_in_one_folder_of_their_node(
     ]
     assert mounted == [shard, replica]
     for pod in (shard["spec"], replica["spec"]):
-        claim = near_of(pod["volumes"])["persistentVolumeClaim"]["claimName"]
-        assert near_of(pod["containers"][0]["volumeMounts"])["mountPath"] == "/near"
+        claim = named(pod["volumes"], "near")["persistentVolumeClaim"]["claimName"]
+        assert named(pod["containers"][0]["volumeMounts"], "near")["mountPath"] == "/near"
         assert (pod["securityContext"]["runAsUser"], pod.get("hostUsers", True)) == (10001, True)
         volume = find(objects, "PersistentVolume", find(objects, "PersistentVolumeClaim", claim)["spec"]["volumeName"])
         # At home on every node, and nobody else's.
         assert volume["spec"]["hostPath"] == {"path": "/run/embedding-service", "type": "Directory"}
         assert "nodeAffinity" not in volume["spec"]
         assert volume["spec"]["claimRef"] == {"namespace": "embedding", "name": claim}
-    assert near_of(replica["spec"]["volumes"])["persistentVolumeClaim"]["readOnly"]
+    assert named(replica["spec"]["volumes"], "near")["persistentVolumeClaim"]["readOnly"]
     container = shard["spec"]["containers"][0]
     words = words_of(container, objects)
     parse(embedding_service.cli.app, words)
@@ -380,10 +383,10 @@ def test_shards_and_workers_meet_in_one_folder_of_their_node(
     assert f"--id={shard_id}" in words
 
 
-def near_of(named: list[Manifest]) -> Manifest:
+def named(those: list[Manifest], name: str) -> Manifest:
     """The one of that name."""
-    [near] = [each for each in named if each["name"] == "near"]
-    return near
+    [found] = [each for each in those if each["name"] == name]
+    return found
 
 
 @pytest.mark.parametrize("components", [["zones"], ["per-node", "zones"]])
@@ -413,3 +416,82 @@ def test_shards_one_a_node_are_those_of_the_statefulset_by_another_name(overlay:
     assert {"--id=spec-nodeName", "--advertise=status-podIP:7070", "--near=/near/spec-nodeName"} <= here - there
     assert "topologySpreadConstraints" not in spec
     assert spec["containers"][0]["readinessProbe"] == usual["containers"][0]["readinessProbe"]
+
+
+# Secure
+
+
+@pytest.mark.parametrize(
+    ("overlay", "components", "worker"),
+    [("cpu-production", ["near", "zones", "secure"], "secure/worker"), ("local-small", ["secure"], "secure/head")],
+)
+def test_members_and_workers_show_what_the_policy_knows_them_by(
+    overlay: str, components: list[str], worker: str, tmp_path: Path
+) -> None:
+    objects = on_top(tmp_path / "service", overlay, *components)
+    ray = on_top(tmp_path / "worker", f"{overlay}/worker", worker)
+    for each in [*objects, *ray]:
+        validate(each)
+    policy = read_policy(K8S / "components/secure/policy.toml")
+    issued = {each["spec"]["secretName"]: each["spec"] for each in objects if each["kind"] == "Certificate"}
+    for name in ("embedding-controller", "embedding-shard"):
+        pod = find(objects, "StatefulSet", name)["spec"]["template"]["spec"]
+        certificate = issued[named(pod["volumes"], "tls")["secret"]["secretName"]]
+        assert policy.identities[policy.of_names(certificate["uris"]) or ""].rights == ("member",)
+        assert {"server auth", "client auth"} <= set(certificate["usages"])
+        mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        words = words_of(pod["containers"][0], objects)
+        parse(embedding_service.cli.app, words)
+        assert "--insecure" not in words
+        tls, rules = mounts["tls"], mounts["policy"]
+        files = [f"--tls-cert={tls}/tls.crt", f"--tls-key={tls}/tls.key", f"--tls-ca={tls}/ca.crt"]
+        assert {*files, f"--policy={rules}/policy.toml"} <= set(words)
+    account = find(ray, "ServiceAccount")["metadata"]
+    cluster = find(ray, "RayService")["spec"]["rayClusterConfig"]
+    assert policy.jwt
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["serviceAccountName"] == account["name"]
+        subject = f"system:serviceaccount:{account['namespace']}:{account['name']}"
+        identity = policy.identities[policy.of_subject(subject) or ""]
+        assert (identity.rights, identity.read) == ((), ("*",))
+        secret, token = named(pod["volumes"], "credentials")["projected"]["sources"]
+        assert secret["secret"]["name"] in issued
+        assert [item["path"] for item in secret["secret"]["items"]] == ["ca.crt"]  # and not the key
+        assert token["serviceAccountToken"]["audience"] == policy.jwt.audience
+        assert token["serviceAccountToken"]["path"] == "token"
+        container = pod["containers"][0]
+        folder = named(container["volumeMounts"], "credentials")["mountPath"]
+        assert environment(container, ray)[TLS_VARIABLE] == folder
+
+
+def test_certificates_speak_for_the_names_that_shards_and_clients_use() -> None:
+    certificates = list(yaml.safe_load_all((K8S / "components/secure/certificates.yaml").read_text()))
+    controller, shard = (each["spec"]["dnsNames"] for each in certificates)
+    assert stands_for(shard, "embedding-shard-3.embedding-shards.embedding.svc", "embedding-shard-3")
+    assert not stands_for(shard, "embedding-controller.embedding.svc", "embedding-shard-3")
+    assert {"embedding", "embedding.embedding.svc"} <= set(shard)
+    assert {"embedding-controller", "embedding-controller.embedding.svc"} <= set(controller)
+
+
+def test_probes_reach_a_port_of_their_own_and_shards_alone_the_controllers(tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "cpu-production", "secure")
+    for name in ("embedding-controller", "embedding-shard"):
+        container = find(objects, "StatefulSet", name)["spec"]["template"]["spec"]["containers"][0]
+        [health] = [each["containerPort"] for each in container["ports"] if each["name"] == "health"]
+        assert f"--health-listen=0.0.0.0:{health}" in container["args"]
+        assert {container[f"{kind}Probe"]["grpc"]["port"] for kind in ("startup", "readiness", "liveness")} == {health}
+    assert not [each for each in objects if each["kind"] == "Service" and "h2c" in str(each)]
+    rules = find(objects, "NetworkPolicy", "embedding-controller")["spec"]["ingress"]
+    [control] = [rule for rule in rules if {"port": "control"} in rule["ports"]]
+    [allowed] = control["from"]
+    assert allowed["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "shard"
+    assert "namespaceSelector" not in allowed
+    [services] = [
+        each for each in objects if each["kind"] == "Service" and each["metadata"]["name"] == "embedding-controller"
+    ]
+    [port] = [each["port"] for each in services["spec"]["ports"] if each["name"] == "control"]
+    shard = shards_of(objects)["spec"]["template"]["spec"]["containers"][0]
+    assert f"--controller=embedding-controller:{port}" in shard["args"]
+    out = find(objects, "NetworkPolicy", "embedding-shard")["spec"]["egress"][0]["ports"]
+    assert {"port": port} in out
