@@ -28,6 +28,8 @@ Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 STORED = "stored"
+# Of a gather. A part may have changed its place while it was read, and be there.
+_TRIES = 3
 
 
 class LiesIn(Enum):
@@ -59,11 +61,13 @@ class TableRows(ABC):
         device: The device whose memory answers: "cpu" or "cuda". Shards of a tier on "cuda" need a GPU.
         lies_in: What takes its rows in.
         shareable: Whether other processes of this machine can map rows that lie here.
+        foldable: Whether rows of a held part can be written to (`write`).
     """
 
     device: ClassVar[str] = "cpu"
     lies_in: ClassVar[LiesIn] = LiesIn.HOST
     shareable: ClassVar[bool] = False
+    foldable: ClassVar[bool] = False
 
     @classmethod
     def check_machine(cls) -> None:
@@ -151,13 +155,23 @@ class TableRows(ABC):
             NotFound: a part of them is not held (any more).
         """
         parts = ids // self.table.rows_per_part
-        generation = self._generation[parts]
-        if np.count_nonzero(generation) == len(ids):
+        for _ in range(_TRIES):
+            generation = self._generation[parts]
+            if np.count_nonzero(generation) < len(ids):
+                break
             rows = self._gather(ids, encoding, out)
             if np.count_nonzero(self._generation[parts] == generation) == len(ids):
                 np.add.at(self._accesses, parts, 1)
                 return rows
         raise NotFound(f"a part of the rows asked of {self.table.name} is not held here")
+
+    def read(self, ids: Ids) -> Bytes:
+        """Stored rows of held parts, for who sees to it that they stay: uint8 [n, row_bytes]."""
+        return self._gather(ids, STORED, None)
+
+    def write(self, ids: Ids, rows: Bytes) -> None:
+        """Put stored rows in the place of others. Gathers see the old, the new, or some of both. For `foldable`."""
+        raise InvalidRequest("rows of this tier cannot be written to")
 
     def close(self) -> None:
         """Give all memory back. Nothing is held afterwards."""

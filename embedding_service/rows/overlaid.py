@@ -8,6 +8,7 @@ replaces. Those lie in host memory, or under `mmap` in their file.
 from __future__ import annotations
 
 import mmap
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from embedding_service.errors import InvalidRequest
 from embedding_service.late import late
 from embedding_service.rows.base import STORED, Bytes, Ids, Location, TableRows
-from embedding_service.rows.host import HostTable
+from embedding_service.rows.mmap import FileTable
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.overlays import Replaced
 from embedding_service.store.parts import Pace
@@ -50,24 +51,57 @@ class OverlaidTable(TableRows):
         super().__init__(table)
         self._ground = ground
         self._over = _Over(table, dense=replaced > table.rows * _DENSE) if replaced else None
+        self._changing = threading.Lock()  # against drops while a part is folded in
 
-    def hold(self, part: Part, replaced: Replaced, path: Path | None = None, offset: int = 0) -> None:
+    def hold(self, part: Part, replaced: Replaced, place: Location | None = None) -> None:
         """Answer for a part, which the ground holds, with these rows in place of the ground's.
 
-        path, offset: where the rows lie in a file. They are mapped there. None: they are copied.
+        place: where the rows lie in a file, in which they are mapped. None: they are copied.
         """
         if len(replaced.ids):
-            assert self._over is not None
-            self._over.put(part, replaced, path, offset)
+            if self._over is None:
+                self._over = _Over(self.table, dense=False)
+            self._over.put(part, replaced, place)
         self._generation[part.index] = next(self._loads)
 
+    def drop(self, part: Part) -> None:
+        """See the base class."""
+        with self._changing:
+            super().drop(part)
+
+    def fold(self, part: Part) -> Replaced:
+        """Put a part's replaced rows into the ground, which no other version uses there. Returns the ground's rows.
+
+        Gathers go on, and are right at each moment. First the ground has the rows too, while those over it count. Then
+        they count no more: what a gather found before that is used only if it ends before they go.
+        """
+        over = self._over
+        with self._changing:
+            if over is None or not self.replaces(part):
+                return Replaced.none(self.table.row_bytes)
+            replaced = over.content(part)
+        below = Replaced(replaced.ids, self._ground.read(replaced.ids))
+        self._ground.write(replaced.ids, replaced.rows)
+        with self._changing:
+            if self._generation[part.index]:
+                over.forget(part)
+                self._generation[part.index] = next(self._loads)
+                over.remove(part)
+        return below
+
     def at_hand(self, ids: Ids) -> bool:
-        """See the base class. Of the ground's rows."""
-        return self._ground.at_hand(ids)
+        """See the base class."""
+        if not self._ground.at_hand(ids):
+            return False
+        over = self._over
+        return over is None or not over.in_files or over.rows.at_hand(over.find(ids)[1])
 
     def read_ahead(self, ids: Ids) -> None:
-        """See the base class. Of the ground's rows."""
+        """See the base class."""
         self._ground.read_ahead(ids)
+        over = self._over
+        if over is not None and over.in_files:
+            over.rows.read_ahead(over.find(ids)[1])
 
     def location(self, part: Part, path: Path) -> Location:
         """Of a part without replaced rows: where the ground's are. Raises InvalidRequest for others."""
@@ -87,11 +121,13 @@ class OverlaidTable(TableRows):
             self._over.remove(part)
 
     def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
+        over = self._over
+        if over is None:
+            return self._ground._gather(ids, encoding, out)
+        found, places = over.find(ids)  # before the ground is read: see `fold`
         rows = self._ground._gather(ids, encoding, out)
-        if self._over is not None:
-            found, places = self._over.find(ids)
-            if len(found):
-                rows[found] = self._over.rows.gather_replaced(places, encoding)
+        if len(found):
+            rows[found] = over.rows.gather_replaced(places, encoding)
         return rows
 
 
@@ -104,6 +140,10 @@ class _Over:
     The index is a bitmap of the table's rows with ranks: a word tells which of 64 rows are replaced, and where the
     first of them lies. A dense index has a word for all rows. A sparse one has words where rows are replaced, and
     another bitmap with ranks of the words, which is small enough for a processor's cache.
+
+    Attributes:
+        rows: The replaced rows.
+        in_files: Whether some of them may have to come from a disk.
     """
 
     def __init__(self, table: Table, dense: bool) -> None:
@@ -116,16 +156,18 @@ class _Over:
         words = len(table.parts) * self._words_per_part
         self._words = _Bitmap(words)
         self._tops = None if dense else _Bitmap(words // _WORD_ROWS)
-        self._parts: set[int] = set()
+        self._ids: dict[int, Ids] = {}
+        self.in_files = False
 
     def has(self, part: Part) -> bool:
         """Whether a part has replaced rows."""
-        return part.index in self._parts
+        return part.index in self._ids
 
-    def put(self, part: Part, replaced: Replaced, path: Path | None, offset: int) -> None:
+    def put(self, part: Part, replaced: Replaced, place: Location | None) -> None:
         """Take a part's rows in."""
-        self.rows.put(part, replaced.rows, path, offset)
-        begin = part.index * self._words_per_part
+        self.rows.put(part, replaced.rows, place)
+        self.in_files |= place is not None
+        begin, _ = self._words_of(part)
         local = replaced.ids - part.first_row
         if self._tops is None:
             self._words.put(begin * _WORD_ROWS + local, part.first_row)
@@ -133,18 +175,29 @@ class _Over:
             numbers, packed = np.unique(local // _WORD_ROWS, return_inverse=True)
             self._words.put((begin + packed) * _WORD_ROWS + local % _WORD_ROWS, part.first_row)
             self._tops.put(begin + numbers, begin)
-        self._parts.add(part.index)
+        self._ids[part.index] = replaced.ids.copy()  # not a view of what was read with the rows
+
+    def content(self, part: Part) -> Replaced:
+        """What was put."""
+        ids = self._ids[part.index]
+        return Replaced(ids, self.rows.read(part.first_row + np.arange(len(ids))))
+
+    def forget(self, part: Part) -> None:
+        """Find none of a part's rows from now on. They stay where they are, for who found them before."""
+        if self._tops is not None:
+            self._tops.forget(*(end // _WORD_ROWS for end in self._words_of(part)))
+        self._words.forget(*self._words_of(part))
 
     def remove(self, part: Part) -> None:
         """Give a part's memory back."""
-        if not self.has(part):
-            return
-        self._parts.discard(part.index)
-        begin, end = part.index * self._words_per_part, (part.index + 1) * self._words_per_part
-        if self._tops is not None:
-            self._tops.clear(begin // _WORD_ROWS, end // _WORD_ROWS)
-        self._words.clear(begin, end)
-        self.rows.remove(part)
+        if self._ids.pop(part.index, None) is not None:
+            if self._tops is not None:
+                self._tops.clear(*(end // _WORD_ROWS for end in self._words_of(part)))
+            self._words.clear(*self._words_of(part))
+            self.rows.remove(part)
+
+    def _words_of(self, part: Part) -> tuple[int, int]:
+        return part.index * self._words_per_part, (part.index + 1) * self._words_per_part
 
     def find(self, ids: Ids) -> tuple[Ids, Ids]:
         """Which of `ids` are replaced, as positions int64 [k], and where in `rows` each of these lies, int64 [k]."""
@@ -166,8 +219,8 @@ class _Bitmap:
     """
 
     def __init__(self, words: int) -> None:
-        nbytes = max(1, words) * 8
-        self._memory = [mmap.mmap(-1, nbytes), mmap.mmap(-1, nbytes)]
+        nbytes, private = max(1, words) * 8, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = [mmap.mmap(-1, nbytes, private), mmap.mmap(-1, nbytes, private)]
         for each in self._memory:
             each.madvise(mmap.MADV_NOHUGEPAGE)
         self._bits = np.frombuffer(self._memory[0], np.uint64)
@@ -180,14 +233,20 @@ class _Bitmap:
         self._first[words] = rank + begins
         self._bits[words] = np.bitwise_or.reduceat(bits, begins)
 
+    def forget(self, begin: int, end: int) -> None:
+        """Take all numbers of the words [begin, end) out. Ranks stay, for who is looking at them."""
+        bits = self._bits[begin:end]
+        bits[bits != 0] = 0  # pages that were never written to stay so
+
     def clear(self, begin: int, end: int) -> None:
-        """Take all numbers of the words [begin, end) out."""
-        for each in (self._bits, self._first):
-            each[begin:end][each[begin:end] != 0] = 0
-        first, last = -(-begin * 8 // mmap.PAGESIZE), end * 8 // mmap.PAGESIZE
-        if last > first:
+        """Take all numbers of the words [begin, end) out, and give their memory back."""
+        self.forget(begin, end)
+        first = self._first[begin:end]
+        first[first != 0] = 0
+        page, last = -(-begin * 8 // mmap.PAGESIZE), end * 8 // mmap.PAGESIZE
+        if last > page:
             for memory in self._memory:
-                memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+                memory.madvise(mmap.MADV_DONTNEED, page * mmap.PAGESIZE, (last - page) * mmap.PAGESIZE)
 
     def find(self, numbers: Ids) -> tuple[Ids, Ids]:
         """Which of `numbers` are in the set, as positions int64 [k], and the rank of each of these, int64 [k]."""
@@ -201,21 +260,21 @@ class _Bitmap:
         return found, self._first.take(words.take(found)) + count_bits(below)
 
 
-class _ReplacedRows(HostTable):
+class _ReplacedRows(FileTable):
     """Rows in the place of others. Those of a part lie side by side from the part's first row on."""
 
     def __init__(self, table: Table) -> None:
         super().__init__(table)
         self._stored: Bytes = self._rows.numpy()
 
-    def put(self, part: Part, rows: Bytes, path: Path | None, offset: int) -> None:
-        """Copy a part's rows into memory, or map them at `offset` of a file."""
+    def put(self, part: Part, rows: Bytes, place: Location | None) -> None:
+        """Copy a part's rows into memory, or map them where they lie in a file."""
         begin = part.first_row * self.table.row_bytes
-        if path is None:
+        if place is None:
             self._space.map_memory(begin, rows.nbytes).copy_(torch.from_numpy(rows.reshape(-1)))
             return
-        with path.open("rb") as file:
-            self._space.map_file(begin, rows.nbytes, file.fileno(), offset)
+        with Path(place.path).open("rb") as file:
+            self._space.map_file(begin, rows.nbytes, file.fileno(), place.offset)
 
     def remove(self, part: Part) -> None:
         """Give the memory back."""

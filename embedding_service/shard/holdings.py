@@ -44,10 +44,16 @@ class Sharing(Protocol):
 
 @dataclass
 class _Users:
-    """Who uses a part of the ground: parts of versions that are held, or about to be. One of them loads it."""
+    """Who uses a part of the ground: parts of versions that are held, or about to be. One of them loads it.
+
+    `base`: once rows of a version were folded in, what the base has in their place. `changing`: held by who loads the
+    part, or folds rows in. `folds`: how many do the latter, and so use it as well.
+    """
 
     keys: set[PartKey] = field(default_factory=set)
-    loading: threading.Lock = field(default_factory=threading.Lock)
+    changing: threading.Lock = field(default_factory=threading.Lock)
+    base: Replaced | None = None
+    folds: int = 0
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Holdings:
         self._tables: dict[TableKey, OverlaidTable] = {}
         self._grounds: dict[TableKey, _Ground] = {}
         self._shared: set[PartKey] = set()
+        self._folding: set[asyncio.Task[None]] = set()
         self._tables_lock = threading.Lock()
         self._reading = 0  # threads that read the store
         self._chunk_read = 0.0
@@ -136,7 +143,7 @@ class Holdings:
 
     async def close(self) -> None:
         """Stop loading and give all memory back."""
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._folding]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -164,6 +171,9 @@ class Holdings:
             del self._tasks[key]
             if not self._tasks:
                 self._pacer.active = True
+                for root, ground in self._grounds.items():
+                    for part in ground.users:
+                        self._fold(root, part)
 
     async def _try_load(self, key: PartKey) -> bool:
         async with self._loaders:
@@ -236,20 +246,31 @@ class Holdings:
 
     def _load_blocking(self, key: PartKey) -> None:
         manifest, part, rows, ground = self._manifest(key), self._part(key), self._tables[key[:3]], self._ground(key)
-        path = self._store.fetch_part(manifest, part, self._cache)
-        with self._removing(path), ground.users[part.index].loading:
+        overlay, replaced, place = (
+            manifest.overlays(key.table).get(part.index),
+            Replaced.none(rows.table.row_bytes),
+            None,
+        )
+        if overlay:
+            path = self._store.fetch_overlay(manifest, rows.table, overlay, self._cache)
+            with self._removing(path):
+                replaced = read_overlay(path, rows.table, overlay, self._pace)
+            if self._tier.lies_in is LiesIn.FILES:
+                place = Location(str(path), rows_offset(path, overlay))
+        path, users = self._store.fetch_part(manifest, part, self._cache), ground.users[part.index]
+        with users.changing:
             if not ground.holds(part):
-                ground.rows.load(part, path, self._pace)
-        overlay = manifest.overlays(key.table).get(part.index)
-        if overlay is None:
-            rows.hold(part, Replaced.none(rows.table.row_bytes))
-        else:
-            path_over = self._store.fetch_overlay(manifest, rows.table, overlay, self._cache)
-            with self._removing(path_over):
-                replaced = read_overlay(path_over, rows.table, overlay, self._pace)
-            in_files = self._tier.lies_in is LiesIn.FILES
-            rows.hold(part, replaced, path_over if in_files else None, rows_offset(path_over, overlay))
-        if not rows.replaces(part):  # one that lies in two places is read by this process alone
+                with self._removing(path):
+                    ground.rows.load(part, path, self._pace)
+            if users.base is not None:  # the ground has rows of another version, which this one has not
+                replaced, place = replaced.over(users.base), None
+            rows.hold(part, replaced, place)
+        self._share(key, path)
+
+    def _share(self, key: PartKey, path: Path) -> None:
+        """Tell others of a part, unless it lies in two places. Such a one is read by this process alone."""
+        rows, part = self._tables[key[:3]], self._part(key)
+        if not rows.replaces(part):
             for each in self.sharing:
                 each.hold(key, rows.table, rows.location(part, path))
             self._shared.add(key)
@@ -275,11 +296,46 @@ class Holdings:
         self._give_back(key)
         self._room.set()
         log.info("dropped %s", key)
+        self._fold(self._root(key), key.part)
         if not any(other[:3] == key[:3] for other in self.held | self._tasks.keys()):
             self._tables.pop(key[:3]).close()
-            root = self._root(key)
-            if not any(self._root(PartKey(*other, 0)) == root for other in self._tables):
-                self._grounds.pop(root).rows.close()
+            self._close_unused(self._root(key))
+
+    # Folding in: where a version is alone with a part of the ground, its rows are put there
+
+    def _fold(self, root: TableKey, index: int) -> None:
+        """Begin to, if there is one that has rows of its own."""
+        users = self._grounds[root].users.get(index)
+        if users is None or len(users.keys) != 1 or users.folds or not self._tier.foldable:
+            return
+        [key] = users.keys
+        alone = key in self.held and key in self._wanted
+        if alone and self._tables[key[:3]].replaces(self._part(key)):
+            users.folds += 1
+            task = asyncio.create_task(self._fold_apart(key, users))
+            self._folding.add(task)
+            task.add_done_callback(self._folding.discard)
+
+    async def _fold_apart(self, key: PartKey, users: _Users) -> None:
+        try:
+            async with self._loaders:
+                await apart(self._counted, self._fold_blocking, key, users)
+        finally:
+            users.folds -= 1
+            self._drop_unused(key)
+        if key in self.held and key not in self._shared:
+            self._share(key, Path())
+
+    def _fold_blocking(self, key: PartKey, users: _Users) -> None:
+        ground, rows = self._ground(key).rows, self._tables.get(key[:3])
+        with users.changing:
+            if users.keys != {key} or rows is None:  # another version came, or this one goes
+                return
+            base = rows.fold(self._part(key))
+            base = users.base.over(base) if users.base else base
+            differ = (base.rows != ground.read(base.ids)).any(1)
+            users.base = Replaced(base.ids[differ], base.rows[differ])
+        log.info("folded %s in: %d rows", key, len(base.ids))
 
     # Memory: rows that versions share are taken once
 
@@ -296,14 +352,26 @@ class Holdings:
     def _give_back(self, key: PartKey) -> None:
         """A part is not held here any more. Rows of the ground go once no version uses them."""
         ground, part = self._ground(key), self._part(key)
-        keys = ground.users[part.index].keys
-        keys.discard(key)
+        ground.users[part.index].keys.discard(key)
         self._taken -= self._overlay_bytes(key)
-        if not keys:
+        self._drop_unused(key)
+
+    def _drop_unused(self, key: PartKey) -> None:
+        """Give a part of the ground back if nobody uses it."""
+        ground, part = self._ground(key), self._part(key)
+        users = ground.users[part.index]
+        if not users.keys and not users.folds:
             del ground.users[part.index]
             self._taken -= part.bytes
+            self._room.set()
             if ground.holds(part):
                 ground.rows.drop(part)
+            self._close_unused(self._root(key))
+
+    def _close_unused(self, root: TableKey) -> None:
+        """Give a ground back if no version is on it."""
+        if not self._grounds[root].users and not any(self._root(PartKey(*each, 0)) == root for each in self._tables):
+            self._grounds.pop(root).rows.close()
 
     def _ground(self, key: PartKey) -> _Ground:
         return self._grounds[self._root(key)]

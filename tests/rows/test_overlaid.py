@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.overlays import overlaid_table, replaced_of, some_ids
 from support.readers import reading
@@ -15,7 +15,7 @@ from support.tiers import open_table
 from embedding_service.errors import InvalidRequest, NotFound
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.rows import TIERS, overlaid
-from embedding_service.rows.base import TableRows
+from embedding_service.rows.base import Location, TableRows
 from embedding_service.rows.overlaid import OverlaidTable
 from embedding_service.store.manifest import Manifest
 from embedding_service.store.overlays import Replaced, rows_offset, write_overlay
@@ -48,7 +48,7 @@ class Overlaid:
                 if tier == "mmap" and len(replaced.ids):
                     overlay = write_overlay(folder / name, self.table, part, replaced)
                     path = folder / name / overlay.file
-                    rows.hold(part, replaced, path, rows_offset(path, overlay))
+                    rows.hold(part, replaced, Location(str(path), rows_offset(path, overlay)))
                 else:
                     rows.hold(part, replaced)
 
@@ -127,6 +127,28 @@ def test_threads_read_right_rows_or_none_while_a_part_comes_and_goes(store: Path
     assert not readers.outcomes["wrong"]
 
 
+def test_t12_a_version_that_is_left_alone_is_folded_in_while_it_is_read(store: Path, tmp_path: Path) -> None:
+    over = Overlaid(Store(store), "int8", "ram", tmp_path)
+    ids = np.random.default_rng(5).permutation(over.table.rows)[:3000]
+    before, rows = over.expected["base"], over.versions["dense"]
+    for each in ("base", "sparse"):
+        over.versions[each].close()
+    with reading(rows, ids, over.expected["dense"][ids]) as readers:
+        for _ in range(4):
+            for part in over.table.parts:
+                below = rows.fold(part)
+                assert np.array_equal(below.rows, before[below.ids]) and not rows.replaces(part)
+                assert len(rows.fold(part).ids) == 0
+            readers.wait_for_right()
+            assert np.array_equal(over.ground.gather(ids, "stored"), over.expected["dense"][ids])
+            for part in over.table.parts:  # and back: as a part that was loaded again
+                rows.drop(part)
+                here = np.arange(part.first_row, part.first_row + part.rows)
+                over.ground.write(here, before[here])
+                over.hold_again("dense", part.index)
+    assert readers.outcomes["right"] and not readers.outcomes["wrong"]
+
+
 def test_a_part_in_two_places_is_shown_to_no_other_process(store: Path, tmp_path: Path) -> None:
     over = Overlaid(Store(store), "int8", "mmap", tmp_path)
     part, path = over.table.parts[0], Store(store).part_path(over.manifest, over.table.parts[0])
@@ -135,6 +157,7 @@ def test_a_part_in_two_places_is_shown_to_no_other_process(store: Path, tmp_path
         over.versions["dense"].location(part, path)
 
 
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 63 * 64), max_size=300).map(lambda numbers: np.unique(np.array(numbers, np.int64))),
     st.lists(st.integers(0, 63 * 64), max_size=50).map(lambda numbers: np.array(numbers, np.int64)),

@@ -134,8 +134,15 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
         await hold(("int8+legal", "1"), but=2)
         await hold(("int8", "2"))
         holdings.assign([])
-        assert holdings._taken == holdings.held_bytes == 0 and not told.held
-        await hold(("int8", "2"))  # a shard that never held the base
+        await until(lambda: not holdings._taken)
+        assert holdings.held_bytes == 0 and not told.held and not holdings._grounds
+        for name in (("int8", "2"), ("int8", "1"), ("int8+legal", "1"), ("int8", "2")):
+            await hold(name)  # alone: its rows are folded in, and then others read it in place
+            if tier == "ram":
+                await until(lambda name=name: told.held == set(keys[name]))
+                await hold(name)
+            await hold(*expected)  # the base is over the other one's rows now, where they differ
+            assert len(holdings._grounds) == 1
         await holdings.close()
 
     asyncio.run(use())
