@@ -1,7 +1,9 @@
 """The contract of overlaid tables: over each tier in TIERS, with rows of each format in FORMATS, in each encoding."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from embedding_service.formats import FORMATS, get_format
 from embedding_service.rows import TIERS, overlaid
 from embedding_service.rows.base import Location, TableRows
 from embedding_service.rows.overlaid import OverlaidTable
-from embedding_service.store.manifest import Manifest
+from embedding_service.store.manifest import Manifest, Part
 from embedding_service.store.overlays import Replaced, rows_offset, write_overlay
 from embedding_service.store.store import Store
 
@@ -147,6 +149,37 @@ def test_t12_a_version_that_is_left_alone_is_folded_in_while_it_is_read(store: P
                 over.ground.write(here, before[here])
                 over.hold_again("dense", part.index)
     assert readers.outcomes["right"] and not readers.outcomes["wrong"]
+
+
+def test_a_gather_is_right_whose_ground_is_read_before_the_fold_and_that_ends_before_it(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = Overlaid(Store(store), "int8", "ram", tmp_path)
+    part, rows, ids = over.table.parts[1], over.versions["dense"], over.ids["dense"]
+    ids = ids[(ids >= part.first_row) & (ids < part.first_row + part.rows)]
+    forgotten, go_on = threading.Event(), threading.Event()
+    folding = threading.Thread(target=rows.fold, args=(part,))
+    gather, forget = over.ground._gather, overlaid._Over.forget
+
+    def then_fold(*arguments: Any) -> Any:
+        read = gather(*arguments)
+        if threading.current_thread() is not folding and not folding.ident:
+            folding.start()
+            assert forgotten.wait(30)
+        return read
+
+    def half(self: Any, part: Part) -> None:
+        forget(self, part)
+        forgotten.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(over.ground, "_gather", then_fold)
+    monkeypatch.setattr(overlaid._Over, "forget", half)
+    got = rows.gather(ids, "stored")
+    go_on.set()
+    folding.join()
+    assert np.array_equal(got, over.expected["dense"][ids])
+    assert np.array_equal(rows.gather(ids, "stored"), over.expected["dense"][ids])
 
 
 def test_a_part_in_two_places_is_shown_to_no_other_process(store: Path, tmp_path: Path) -> None:
