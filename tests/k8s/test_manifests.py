@@ -20,9 +20,14 @@ from support.kustomize import K8S, Manifest, can_render, environment, filled_in,
 import embedding_service.cli
 from embedding_service.client.client import TOPOLOGY
 from embedding_service.commands.text import parse_bytes
+from embedding_service.errors import Unauthenticated
 from embedding_service.security.access import TLS_VARIABLE
+from embedding_service.security.authority import Authority
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.policy import read_policy
+from embedding_service.security.proofs import Signer
+from embedding_service.security.routing import check_routing, sign_routing
+from embedding_service.wire import embedding_pb2 as wire
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
 
@@ -472,6 +477,21 @@ def test_certificates_speak_for_the_names_that_shards_and_clients_use() -> None:
     assert not stands_for(shard, "embedding-controller.embedding.svc", "embedding-shard-3")
     assert {"embedding", "embedding.embedding.svc"} <= set(shard)
     assert {"embedding-controller", "embedding-controller.embedding.svc"} <= set(controller)
+
+
+def test_the_controllers_certificate_signs_routings_and_the_shards_does_not(tmp_path: Path) -> None:
+    authority = Authority.create()
+    routings = []
+    for each in yaml.safe_load_all((K8S / "components/secure/certificates.yaml").read_text()):
+        folder = tmp_path / each["metadata"]["name"]
+        authority.issue(folder, [*each["spec"]["uris"], *each["spec"]["dnsNames"]])
+        routing = wire.Routing(term=1, epoch=1)
+        routing.signature = sign_routing(routing, Signer(folder / "tls.crt", folder / "tls.key"))
+        routings.append(routing)
+    controllers, shards = routings
+    check_routing(controllers, (0, 0), authority.pem)
+    with pytest.raises(Unauthenticated, match="another member"):
+        check_routing(shards, (0, 0), authority.pem)
 
 
 def test_probes_reach_a_port_of_their_own_and_shards_alone_the_controllers(tmp_path: Path) -> None:
