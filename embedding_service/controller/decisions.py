@@ -187,6 +187,7 @@ def build_routing(
     unable: Container[tuple[str, PartKey]] = frozenset(),
     draining: Container[str] = frozenset(),
     copies: int = 1,
+    away: Container[str] = frozenset(),
 ) -> wire.Routing:
     """The routing without its age: the holders of each part.
 
@@ -201,6 +202,7 @@ def build_routing(
         unable: Shards with parts that they cannot load. A shard that drains does not wait for them.
         draining: Shards that want to leave.
         copies: Wanted of each part. The plan may be from when there were fewer shards.
+        away: Shards without a connection. They are named, and do not count as copies, for they may be dead.
     """
     names = sorted(shards)
     index = {name: position for position, name in enumerate(names)}
@@ -216,7 +218,8 @@ def build_routing(
                 staying = [name for name in holding if name in chosen]
                 if staying and len(staying) == len(chosen):
                     others = [name for name in holding if name not in chosen and name not in draining]
-                    named = {*staying, *others[: max(len(planned), copies) - len(staying)]}
+                    sure = sum(name not in away for name in staying)
+                    named = {*staying, *others[: max(len(planned), copies) - sure]}
                     holding = [name for name in holding if name in named]
                 owners.parts.add(shards=[index[name] for name in holding])
     return routing

@@ -297,6 +297,7 @@ class ControllerState:
         return any(
             now >= until and key in (shard.assigned or ())
             for shard in self.fleet.shards.values()
+            if shard.connected
             for key, until in shard.grace.items()
         )
 
@@ -311,8 +312,9 @@ class ControllerState:
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
         draining = {name for name, shard in shards.items() if shard.report.draining}
+        away = {name for name, shard in shards.items() if not shard.connected}
         target, copies = self.placing.target, self.placing.copies
-        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies))
+        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies, away))
         self._assign()
 
     def _choose(self) -> tuple[list[tuple[str, str]], list[Manifest]]:
@@ -399,6 +401,8 @@ class ControllerState:
         known = {(each.model, each.version) for versions in self.catalog.values() for each in versions}
         now = self._clock()
         for name, shard in self.fleet.shards.items():
+            if not shard.connected:
+                continue  # it cannot be told, and holds what it was told before
             keep = planned.get(name, set()) | routed.get(name, set())
             keep |= {key for key in shard.held if key[:2] not in known and self._may_be_there(key)}
             leaving = shard.keeps - keep

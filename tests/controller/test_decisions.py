@@ -98,9 +98,9 @@ def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     [key] = decisions.part_keys(one)
     addresses = addresses_of("a", "b", "c")
 
-    def owners(holders: list[str], draining: str = "", unable: str = "c", copies: int = 2) -> list[str]:
+    def owners(holders: list[str], draining: str = "", unable: str = "c", copies: int = 2, away: str = "") -> list[str]:
         cannot, target = {(name, key) for name in unable}, {key: ["a", "c"]}
-        routing = decisions.build_routing([one], target, {key: holders}, addresses, cannot, set(draining), copies)
+        routing = decisions.build_routing([one], target, {key: holders}, addresses, cannot, set(draining), copies, away)
         return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
 
     assert owners(["a", "b"]) == ["a", "b"]  # b stands in for c
@@ -109,6 +109,8 @@ def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     assert owners(["a", "b"], draining="b", unable="") == ["a", "b"]  # c can load it, and has not yet
     assert owners(["a", "b", "c"], unable="") == ["a", "c"]
     assert owners(["a", "b", "c"], unable="", copies=3) == ["a", "b", "c"]  # planned for two, and b came since
+    assert owners(["a", "b", "c"], unable="", away="c") == ["a", "b", "c"]  # c may be dead
+    assert owners(["a", "b", "c"], unable="", away="c", draining="b") == ["a", "c"]
     del addresses["c"]  # gone, and no new plan was made yet
     assert owners(["a", "b"], unable="") == ["a", "b"]
 

@@ -407,6 +407,45 @@ def test_what_a_shard_leaves_is_kept_for_the_grace_time_after_all_new_copies_are
     assert "a" not in world.state.fleet.shards
 
 
+def test_a_copy_in_its_grace_time_stays_as_long_as_the_new_one_is_not_connected() -> None:
+    """The new one may have died. Then the old one is all that is left."""
+    world = World(lost_after=60.0)
+    world.serve(ONE, shards="a")
+    world.join("b")
+    world.pass_time(1)
+    world.obey("b")
+    world.pass_time(0.5)
+    [moved] = [key for key, owners in zip(KEYS, world.owners(), strict=True) if owners == ["b"]]
+    world.feed(Left("b"))
+    world.pass_time(0.5)
+    assert world.owners()[KEYS.index(moved)] == ["a", "b"]
+    world.pass_time(10)
+    assert moved in world.assigned("a")
+    world.join("b", held=[moved])
+    world.pass_time(1)
+    assert world.owners()[KEYS.index(moved)] == ["b"] and moved in world.assigned("a")
+    world.pass_time(2)
+    assert moved not in world.assigned("a")
+
+
+def test_a_shard_that_is_not_connected_keeps_what_it_was_not_told_to_drop() -> None:
+    world = World(lost_after=60.0)
+    world.serve(ONE, shards="a")
+    world.join("b")
+    world.pass_time(1)
+    world.obey("b")
+    world.pass_time(1)
+    a = world.state.fleet.shards["a"]
+    [moved] = a.grace
+    world.feed(Left("a"))
+    world.pass_time(0.5)
+    assert world.pass_time(10) == []  # its grace time is over, and it cannot be told
+    assert a.keeps == set(KEYS)
+    world.feed(Left("b"))
+    world.pass_time(1)
+    assert world.owners()[KEYS.index(moved)] == ["a", "b"]
+
+
 def test_a_part_that_a_shard_was_told_to_drop_is_not_routed_to_it_though_it_reports_it() -> None:
     """What was told may be on its way still."""
     world = World()

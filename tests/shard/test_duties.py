@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from embedding_service.client.router import Router
 from embedding_service.placement.parts import PartKey
-from embedding_service.shard.duties import Duties
+from embedding_service.shard.duties import ACCESSES_SECONDS, Duties
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 
-ONE, TWO = PartKey("m", "1", "t", 0), PartKey("m", "1", "t", 1)
+ONE, TWO, THREE = (PartKey("m", "1", "t", part) for part in range(3))
 
 
 class Flag:
@@ -78,3 +78,55 @@ def test_a_report_says_which_assignment_it_was_made_after() -> None:
     assert shard.duties.report().obeyed == 3
     assert shard.duties.first_report().obeyed == 0
     assert shard.duties.report().obeyed == 0
+
+
+def test_a_shard_obeys_the_latest_controller_and_each_of_its_assignments() -> None:
+    shard = Shard()
+    shard.duties.obey(told(5, ONE))
+    shard.duties.obey(told(5, TWO))
+    assert shard.holdings.held == {TWO}
+    assert not shard.duties.obey(told(4, ONE, released=True, routing=routing(4)))
+    assert shard.holdings.held == {TWO} and not shard.duties.released and shard.router.current is None
+    shard.duties.obey(told(6, ONE))
+    shard.duties.obey(told(5, TWO))
+    assert shard.holdings.held == {ONE}
+    shard.duties.obey(control.Assignment(term=6))  # it says nothing of parts
+    assert shard.holdings.held == {ONE}
+    shard.duties.obey(told(6))
+    assert shard.holdings.held == set()
+
+
+def test_what_was_released_stays_so() -> None:
+    shard = Shard()
+    shard.duties.draining = True
+    assert shard.duties.report().draining and not shard.duties.released
+    shard.duties.obey(told(5, released=True))
+    shard.duties.obey(told(5))
+    assert shard.duties.released
+
+
+def test_a_routing_is_adopted_and_reported() -> None:
+    shard = Shard()
+    assert shard.duties.report() == control.ShardReport(shard_id="a", address="h:2", memory_limit=7, incarnation=9)
+    assert shard.duties.obey(told(5, routing=routing(5, 3)))
+    assert shard.router.current and shard.router.current.age == (5, 3)
+    assert not shard.duties.obey(told(5))
+    report = shard.duties.report()
+    assert (report.term, report.epoch, list(report.served), list(report.models)) == (5, 3, ["m@1"], [])
+    assert [f"{model.name}@{model.version}" for model in shard.duties.first_report().models] == ["m@1"]
+
+
+def test_parts_are_reported_first_and_whenever_they_changed_and_accesses_now_and_then() -> None:
+    shard = Shard()
+    assert shard.duties.first_report().has_parts
+    assert not shard.duties.report().has_parts
+    shard.duties.obey(told(5, TWO, ONE))
+    shard.holdings.failures = {THREE: "torn"}
+    report = shard.duties.report()
+    assert report.has_parts and parts_of(report) == [ONE, TWO] and list(report.part_accesses) == [10, 11]
+    assert [(PartKey.from_wire(each.part), each.message) for each in report.failures] == [(THREE, "torn")]
+    for _ in range(3):
+        shard.now += ACCESSES_SECONDS
+        assert not shard.duties.report().has_parts
+        shard.now += 0.25
+        assert parts_of(shard.duties.report()) == [ONE, TWO]
