@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ END_SECONDS = 15
 PROCESS_BYTES = 1 << 30
 
 _rendered: dict[Path, list[Manifest]] = {}
+_valid: set[str] = set()
 
 
 def objects_of(folder: Path) -> list[Manifest]:
@@ -79,6 +81,13 @@ each_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
 
 def validate(manifest: Manifest) -> None:
     """Raises jsonschema's ValidationError. Custom resources: by the schemas in k8s/crd-schemas."""
+    text = json.dumps(manifest)
+    if text not in _valid:  # most objects are in several overlays, and it takes a while
+        _validate(manifest)
+        _valid.add(text)
+
+
+def _validate(manifest: Manifest) -> None:
     if manifest["apiVersion"].partition("/")[0] not in ("ray.io", "monitoring.coreos.com", "cert-manager.io"):
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
         return
