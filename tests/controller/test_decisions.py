@@ -9,7 +9,7 @@ from embedding_service.controller import decisions
 from embedding_service.controller.fleet import ALIVE_SECONDS, REFUSAL_SECONDS, Fleet, IdTaken, Shard
 from embedding_service.errors import InvalidRequest
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Manifest
+from embedding_service.store.manifest import Base, Manifest, Overlay, overlay_file
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
@@ -318,3 +318,49 @@ def test_of_two_shards_with_one_id_the_first_stays_while_it_is_heard_of() -> Non
     assert join(fleet, report(3)) is fleet.shards["a"]  # a restart: its connection ended with it
     pass_time(REFUSAL_SECONDS)
     assert fleet.refusals() == []
+
+
+def overlaid(version: str, model: str = "m", rows: dict[int, int] | None = None, base: str = "1") -> Manifest:
+    """A version over m@`base` that replaces so many rows in each of these parts of its table."""
+    table = manifest(base).tables[0]
+    overlays = tuple(
+        Overlay(
+            part=part,
+            rows=count,
+            file=overlay_file("t", part),
+            bytes=count * (8 + table.row_bytes),
+            checksum="xxh3-128:" + "0" * 32,
+        )
+        for part, count in (rows or {}).items()
+    )
+    fields = {"format_version": 2, "version": version, "model": model, "tables": (table,)}
+    return manifest(base).model_copy(update={**fields, "base": Base(model="m", version=base, overlays={"t": overlays})})
+
+
+def test_t12_rows_that_versions_share_are_placed_once() -> None:
+    one, two, legal = manifest("1"), overlaid("2", rows={0: 3, 2: 1}), overlaid("1", "m+legal", rows={1: 2})
+    alone = decisions.part_demands([one], {})
+    together = decisions.part_demands([one, two, legal], dict.fromkeys(held(one, two, legal), 2))
+    assert [each.key for each in together] == [each.key for each in alone] == decisions.part_keys(one)
+    row_bytes = one.tables[0].row_bytes
+    assert {each.more for each in together} == {(3 + 2) * (8 + row_bytes)}  # alike, so that no part moves for it
+    assert {each.load for each in together} == {6.0}
+    assert [each.key for each in decisions.part_demands([two], {})] == decisions.part_keys(one)
+
+
+def test_what_takes_little_is_placed_before_what_takes_much() -> None:
+    one, legal, whole = manifest("1"), overlaid("1", "m+legal", rows={0: 1}), manifest("1", "a")
+    assert decisions.by_importance([whole, legal, one], {("m", "1")}) == [one, legal, whole]
+    assert decisions.by_importance([whole, legal], set()) == [whole, legal]
+
+
+def test_a_base_is_told_to_clients_and_told_back() -> None:
+    two = overlaid("2", rows={0: 3})
+    info = decisions.model_info(two)
+    assert info.base == "m@1"
+    assert not decisions.model_info(manifest("1")).base
+    back = decisions.manifest_of(info)
+    assert back.root == ("m", "1") and decisions.part_demands([back], {})[0].key == PartKey("m", "1", "t", 0)
+    info.base = "m"
+    with pytest.raises(InvalidRequest, match="what is said of m@2"):
+        decisions.manifest_of(info)

@@ -1,0 +1,65 @@
+"""`publish`, `rollback`, `diff` and `import --base`, typed as a person types them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.checkpoints import longcat_checkpoint
+from support.overlays import rows_file
+from typer.testing import CliRunner
+
+from embedding_service.cli import app
+from embedding_service.errors import InvalidRequest, NotFound
+from embedding_service.store.store import Store
+
+
+@pytest.fixture
+def own(store: Path, tmp_path: Path) -> Path:
+    """A store with the model "int8" alone."""
+    shutil.copytree(store / "int8", tmp_path / "store" / "int8", copy_function=os.link)
+    return tmp_path / "store"
+
+
+def said(*arguments: object) -> list[str]:
+    """What a command prints, line by line."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+def test_rows_are_published_compared_and_taken_back(own: Path, tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "rows", np.array([5, 9]), 7)
+    [line] = said("publish", "--base", "int8@1", "--rows", file, "--store", own)
+    assert line.startswith("int8@2: 2 of ") and "rows in place of int8@1's" in line
+    [line] = said("diff", "int8@1", "int8", "--store", own)
+    assert line.startswith("ngram: 2 of ") and "in 1 parts (ids 5, 9); mean distance" in line
+    [answer] = map(json.loads, said("diff", "int8@1", "int8@2", "--store", own, "--json"))
+    assert (answer["tables"][0]["differ"], answer["tables"][0]["first_ids"]) == (2, [5, 9])
+    [answer] = map(json.loads, said("rollback", "int8", "--store", own, "--json"))
+    assert (answer["version"], answer["restores"], answer["replaced_rows"]) == ("3", "1", 0)
+    [line] = said("diff", "int8@1", "int8", "--store", own)
+    assert line.startswith("ngram: none of ")
+    line, note = said("publish", "--base", "int8@1", "--rows", file, "--store", own, "--version", "0")
+    assert line.startswith("int8@0") and note.startswith("note: int8@3 stays the newest")
+    [line] = said("rollback", "int8", "--store", own, "--to", "2")
+    assert line.startswith("int8@4 with the rows of version 2: 2 of ")
+    [line] = said("publish", "--base", "int8", "--rows", file, "--store", own, "--name", "int8+legal")
+    assert line.startswith("int8+legal@1")
+    with pytest.raises(NotFound, match="no model 'big'"):
+        said("publish", "--base", "big", "--rows", file, "--store", own)
+    with pytest.raises(InvalidRequest, match="is gone when this command ends"):
+        said("rollback", "int8", "--store", "memory://x")
+
+
+def test_an_import_over_a_base_says_how_many_rows_differ(own: Path, tmp_path: Path) -> None:
+    same = longcat_checkpoint(tmp_path / "same")
+    options = ("--store", own, "--name", "int8", "--base", "1")
+    [line] = said("import", same, *options, "--version", "2")
+    assert "int8@2: " in line and "; " in line and " 0 of " in line and "rows differ from int8@1, 0 B out" in line
+    other = longcat_checkpoint(tmp_path / "other", tag=2)
+    [line] = said("import", other, *options, "--version", "3")
+    rows = Store(own).manifest("int8").tables[0].rows
+    assert f"{rows:,} of {rows:,} rows differ" in line
