@@ -51,7 +51,7 @@ class OverlaidTable(TableRows):
         super().__init__(table)
         self._ground = ground
         self._over = _Over(table, dense=replaced > table.rows * _DENSE) if replaced else None
-        self._changing = threading.Lock()  # against drops while a part is folded in
+        self._changing = threading.Lock()  # parts that go, against those that are folded in
 
     def hold(self, part: Part, replaced: Replaced, place: Location | None = None) -> None:
         """Answer for a part, which the ground holds, with these rows in place of the ground's.
@@ -59,8 +59,8 @@ class OverlaidTable(TableRows):
         place: where the rows lie in a file, in which they are mapped. None: they are copied.
         """
         if len(replaced.ids):
-            if self._over is None:
-                self._over = _Over(self.table, dense=False)
+            with self._changing:  # parts are loaded by several threads
+                self._over = self._over or _Over(self.table, dense=False)
             self._over.put(part, replaced, place)
         self._generation[part.index] = next(self._loads)
 

@@ -171,8 +171,8 @@ class Holdings:
             del self._tasks[key]
             if not self._tasks:
                 self._pacer.active = True
-                for root, ground in self._grounds.items():
-                    for part in ground.users:
+                for root, ground in list(self._grounds.items()):
+                    for part in list(ground.users):
                         self._fold(root, part)
 
     async def _try_load(self, key: PartKey) -> bool:
@@ -370,8 +370,10 @@ class Holdings:
 
     def _close_unused(self, root: TableKey) -> None:
         """Give a ground back if no version is on it."""
-        if not self._grounds[root].users and not any(self._root(PartKey(*each, 0)) == root for each in self._tables):
-            self._grounds.pop(root).rows.close()
+        with self._tables_lock:
+            used = self._grounds[root].users or any(self._root(PartKey(*each, 0)) == root for each in self._tables)
+            if not used:
+                self._grounds.pop(root).rows.close()
 
     def _ground(self, key: PartKey) -> _Ground:
         return self._grounds[self._root(key)]

@@ -2,6 +2,7 @@
 
 STORE/MODEL/VERSION/manifest.json          written last, atomically
 STORE/MODEL/VERSION/TABLE/part-00000.safetensors
+STORE/MODEL/VERSION/TABLE/overlay-00000.safetensors      rows of a version with a base, in place of the base's
 """
 
 from embedding_service.store.manifest import Manifest, Part, Table

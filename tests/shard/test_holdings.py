@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.overlays import overlaid_table, rows_file, some_ids
+from support.overlays import new_rows, overlaid_table, rows_file, some_ids
 from support.tiers import MIB
 
+from embedding_service.formats import get_format
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import Location
@@ -143,6 +144,36 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
                 await hold(name)
             await hold(*expected)  # the base is over the other one's rows now, where they differ
             assert len(holdings._grounds) == 1
+        await holdings.close()
+
+    asyncio.run(use())
+
+
+def test_fifty_tables_of_domains_cost_their_own_rows_each(store: Path, tmp_path: Path) -> None:
+    own = linked_store(store, "int8", tmp_path / "store")
+    base = own.manifest("int8")
+    rows_of = {f"int8+{tag}": (some_ids(tag, 0.001), tag) for tag in range(10, 60)}
+    manifests = [
+        publish_rows(own, "int8@1", rows_file(tmp_path / name, ids, tag), name=name)
+        for name, (ids, tag) in rows_of.items()
+    ]
+    keys = {
+        PartKey(each.model, each.version, "ngram", part.index)
+        for each in (base, *manifests)
+        for part in base.tables[0].parts
+    }
+
+    async def use() -> None:
+        replaced = sum(each.replaced_bytes for each in manifests)
+        holdings = Holdings(own, RamTable, base.bytes + replaced, tmp_path)
+        holdings.assign(keys)
+        await until(lambda: holdings.held == keys)
+        assert holdings.held_bytes == base.bytes + replaced < 1.1 * base.bytes
+        everything, whole = np.arange(base.tables[0].rows), overlaid_table("int8")
+        for name, (ids, tag) in {"int8": (everything[:0], 0), **rows_of}.items():
+            table, expected = holdings.table(name, "1", "ngram"), whole.copy()
+            expected[ids] = get_format("int8").encode(new_rows(ids, tag)).numpy()
+            assert table and np.array_equal(table.gather(everything, "stored"), expected), name
         await holdings.close()
 
     asyncio.run(use())
