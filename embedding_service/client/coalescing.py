@@ -32,10 +32,13 @@ class Coalescer:
         self._send = send
         self._open: dict[Any, _Together] = {}
 
-    async def exchange(self, calls: Sequence[Call]) -> list[Any]:
+    async def exchange(self, calls: Sequence[Call], meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """`GrpcTransport.exchange` for the running loop."""
         loop = asyncio.get_running_loop()
-        return [await outcome for outcome in [self._begin(call, loop) for call in calls]]
+        outcomes = [self._begin(call, loop) for call in calls]
+        if meanwhile is not None:
+            meanwhile()
+        return [await outcome for outcome in outcomes]
 
     def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
         if not isinstance(call.request, EncodedLookup) or call.nbytes > SMALL:

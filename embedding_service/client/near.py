@@ -6,7 +6,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from embedding_service.near.reader import NearReader, Place, Rows
+from embedding_service.client.steps import working
+from embedding_service.near.reader import NearReader, Place, Rows, SomeRows
 from embedding_service.placement.routing import Ids, Model, Routing, Table
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ class NearRows:
         return self._reader.states()
 
     def fetch(self, router: Router, lookup: Lookup, deadline: float) -> Steps[None]:
-        """What `Router.fetch` does, for rows that are not near."""
+        """What `Router.fetch` does, for rows that are not near. Those that are, are read while it waits."""
         lookup.near = yield from self._ready(router, deadline)
-        yield from router.fetch(lookup.model, lookup.wants, deadline)
+        yield from working(router.fetch(lookup.model, lookup.wants, deadline), lookup.read_near)
+        if not lookup.read_near():
+            lookup.near = None
+            yield from router.fetch(lookup.model, lookup.wants, deadline)
 
     def _ready(self, router: Router, deadline: float) -> Steps[NearRows | None]:
         """This, once the routing is as new as that of every near shard; None where that cannot be had."""
@@ -58,7 +62,7 @@ class NearRows:
         self._doubtful_until = time.monotonic() + DOUBT_SECONDS
         return None
 
-    def read(self, model: Model, table: Table, ids: Ids) -> Rows | None:
+    def read(self, model: Model, table: Table, ids: Ids) -> Rows | SomeRows | None:
         """Stored rows of those of `ids` int64 [n], all in range, that are near; None where none is."""
         view, routing = self._reader.view(), self._followed
         if view is None or routing is None or self._reader.newer_than(*routing.age):

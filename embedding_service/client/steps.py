@@ -21,18 +21,21 @@ class Exchange(NamedTuple):
     """Make calls at the same time. The driver sends their outcomes back, in order.
 
     `in_turn`: the outcomes may come one by one, each when it is there. That pays if each makes work.
+    `meanwhile`: work to do once the calls are on their way.
     """
 
     calls: Sequence[Call]
     in_turn: bool = False
+    meanwhile: Callable[[], object] | None = None
 
     def on_thread(self, transport: GrpcTransport) -> Any:
         """A list, or a generator that waits for each and is to be closed."""
-        return transport.exchange_in_turn(self.calls) if self.in_turn else transport.exchange(self.calls)
+        exchange = transport.exchange_in_turn if self.in_turn else transport.exchange
+        return exchange(self.calls, self.meanwhile)
 
     async def on_loop(self, transport: GrpcTransport) -> Any:
         """A list."""
-        return await transport.together.exchange(self.calls)
+        return await transport.together.exchange(self.calls, self.meanwhile)
 
 
 class Pause(NamedTuple):
@@ -65,6 +68,17 @@ class Aside(NamedTuple):
 
 
 Steps = Generator[Exchange | Pause | Aside, Any, T]
+
+
+def working(steps: Steps[T], work: Callable[[], object]) -> Steps[T]:
+    """The same steps; `work` is done while calls are under way."""
+    outcome: Any = None
+    try:
+        while True:
+            step = steps.send(outcome)
+            outcome = yield step._replace(meanwhile=work) if isinstance(step, Exchange) else step
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
 def run(steps: Steps[T], transport: GrpcTransport) -> T:

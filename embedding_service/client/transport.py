@@ -66,21 +66,26 @@ class GrpcTransport:
         self._enter(result)
         return self._send(call, result)
 
-    def exchange(self, calls: Sequence[Call]) -> list[Any]:
-        """Make calls at the same time and wait for all their outcomes, in order. Raises Unavailable once closed."""
+    def exchange(self, calls: Sequence[Call], meanwhile: Callable[[], object] | None = None) -> list[Any]:
+        """Make calls at the same time and wait for all their outcomes, in order. Raises Unavailable once closed.
+
+        `meanwhile` is called once they are on their way.
+        """
         this = object()
         self._enter(this)
         try:
-            return self._trips(calls).all()
+            return self._trips(calls).all(meanwhile)
         finally:
             self._under_way.discard(this)
 
-    def exchange_in_turn(self, calls: Sequence[Call]) -> Generator[Any, None, None]:
+    def exchange_in_turn(
+        self, calls: Sequence[Call], meanwhile: Callable[[], object] | None = None
+    ) -> Generator[Any, None, None]:
         """`exchange`, where each outcome comes when it is there. Close it to give up the rest."""
         this = object()
         self._enter(this)
         try:
-            yield from self._trips(calls).in_turn()
+            yield from self._trips(calls).in_turn(meanwhile)
         finally:
             self._under_way.discard(this)
 

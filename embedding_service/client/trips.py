@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -188,11 +188,11 @@ class Trips:
         """One that was begun elsewhere."""
         self._trips.append(_Trip(call, _Unary(outcome), None, False, 0.0))
 
-    def all(self) -> list[Any]:
-        """Send all and wait for all: their outcomes, in order."""
+    def all(self, meanwhile: Callable[[], object] | None = None) -> list[Any]:
+        """Send all, do what is to be done meanwhile, and wait for all: their outcomes, in order."""
         trips, answers = self._trips, []
         try:
-            self._send()
+            self._send(meanwhile)
             for trip in trips:
                 answers.append(trip.stream.receive())
             self._watchdog.forget([trip.stream for trip in trips])
@@ -201,10 +201,13 @@ class Trips:
             self.close()
             raise
 
-    def in_turn(self) -> Generator[Any, None, None]:
-        """Send all. Their outcomes come in order, each when it is there. Close it to give up the rest."""
+    def in_turn(self, meanwhile: Callable[[], object] | None = None) -> Generator[Any, None, None]:
+        """Send all, and do what is to be done meanwhile. Outcomes come in order, each when it is there.
+
+        Close it to give up the rest.
+        """
         try:
-            self._send()
+            self._send(meanwhile)
             for trip in self._trips:
                 answer = trip.stream.receive()
                 self._watchdog.forget([trip.stream])
@@ -218,11 +221,13 @@ class Trips:
             if trip.pool is not None:
                 self._give_up(trip, trip.pool)
 
-    def _send(self) -> None:
+    def _send(self, meanwhile: Callable[[], object] | None) -> None:
         self._watchdog.watch({trip.stream: trip.due for trip in self._trips if trip.pool is not None})
         for trip in self._trips:
             if trip.pool is not None:
                 trip.stream.send(trip.call.request.streamed)  # type: ignore[union-attr]
+        if meanwhile is not None:
+            meanwhile()
 
     def _settled(self, trip: _Trip, answer: Any) -> Any:
         """Give the stream back. One that was used before may have ended long ago. Then the lookup is sent once more.

@@ -22,7 +22,7 @@ from embedding_service.client.kept import Found, Keeper, Kind
 from embedding_service.client.near import NearRows
 from embedding_service.formats import RowFormat, get_format
 from embedding_service.formats.plain import plain_dtypes
-from embedding_service.near.reader import Rows
+from embedding_service.near.reader import Rows, SomeRows
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import FEW_IDS, Ids, Model, Table, check_ids
 from embedding_service.wire import embedding_pb2 as wire
@@ -181,9 +181,9 @@ class _Asked(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """What becomes of one table's rows: those that were read in place, and what is asked for the others."""
+    """What becomes of one table's rows: those that are read in place, and what is asked for the others."""
 
-    near: Rows | None
+    near: Rows | SomeRows | None
     decoder: Decoder
     asked: _Asked | None
 
@@ -230,14 +230,16 @@ class Lookup(ABC):
             check_ids(ids, table.rows, f"{model.full_name}/{name}")
             near = self.near.read(model, table, ids) if self.near is not None else None
             asked = None
-            if near is None or near.positions is not None:
-                asked = self._ask(
-                    table, ids if near is None or near.positions is None else np.delete(ids, near.positions)
-                )
+            if not isinstance(near, Rows):
+                asked = self._ask(table, ids if near is None else np.delete(ids, near.positions))
                 asked = asked if kept is None else _less_what_is_kept(asked, kept, model, trusted)
             tables.append(_Table(near, decoder(table.dtype, table.dim, self.dtype, self.device), asked))
         self._version, self._tables = model.full_name, tables
         return [each.asked.want for each in tables if each.asked is not None]
+
+    def read_near(self) -> bool:
+        """Read what is near and was not read yet. Returns whether all of it could be."""
+        return all(table.near.read() for table in self._tables if isinstance(table.near, SomeRows))
 
     def _ask(self, table: Table, ids: Ids) -> _Asked:
         """Rows cross the wire as stored, or converted by the shard if that is fewer bytes.
@@ -266,10 +268,12 @@ class Lookup(ABC):
         if table.near is None:
             assert table.asked is not None
             return self._values(table.asked)
+        assert table.near.stored is not None
         here = near_values(table.near.stored, table.decoder)
         self.tally.near += here.shape[0]
-        if table.asked is None:
+        if isinstance(table.near, Rows):
             return here
+        assert table.asked is not None
         came = self._values(table.asked)
         rows = here.new_empty(len(here) + len(came), here.shape[1])
         there = np.ones(len(rows), np.bool_)

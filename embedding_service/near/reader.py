@@ -12,9 +12,10 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -136,10 +137,24 @@ class View(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Stored rows, uint8 [m, row_bytes], of the ids at these m positions; None: of all."""
+    """Stored rows, uint8 [n, row_bytes], of all ids."""
 
-    positions: Ids | None
     stored: Tensor
+
+
+@dataclass(eq=False)
+class SomeRows:
+    """Stored rows, uint8 [m, row_bytes], of the ids at these m positions, once they are read."""
+
+    positions: Ids
+    _copy: Callable[[], Tensor | None]
+    stored: Tensor | None = None
+
+    def read(self) -> bool:
+        """Read them, if they were not read yet. False: one of them is not near any more."""
+        if self.stored is None:
+            self.stored = self._copy()
+        return self.stored is not None
 
 
 @dataclass
@@ -246,30 +261,40 @@ class NearReader:
                 return None
         return view if view.tables else None
 
-    def read(self, view: View, table: NearTable, ids: Ids) -> Rows | None:
-        """Those of the rows of `ids` int64 [n] that are near; None where none is. Each id is in [0, rows)."""
+    def read(self, view: View, table: NearTable, ids: Ids) -> Rows | SomeRows | None:
+        """The rows of `ids` int64 [n], each in [0, rows), that are near; None where none is.
+
+        All are read at once. Some are left to be read while the others come over the wire.
+        """
         if not len(ids):
-            return Rows(None, torch.empty(0, table.info.row_bytes, dtype=torch.uint8))
+            return Rows(torch.empty(0, table.info.row_bytes, dtype=torch.uint8))
         if not (table.complete and len(table.reads) <= max(_FEW_PARTS, len(ids)) and table.is_unchanged()):
             return self._read_some(view, table, ids)
         stored = table.copy(ids)
         if stored is None or not table.is_unchanged() or self._view is not view:
             return None
         table.count(ids // table.info.rows_per_part)
-        return Rows(None, stored)
+        return Rows(stored)
 
-    def _read_some(self, view: View, table: NearTable, ids: Ids) -> Rows | None:
+    def _read_some(self, view: View, table: NearTable, ids: Ids) -> Rows | SomeRows | None:
         """`read`, where parts are looked at one by one."""
         parts = ids // table.info.rows_per_part
         held = table.held(parts)
-        positions = None if held.all() else np.flatnonzero(held)
-        if positions is not None:
-            ids, parts = ids[positions], parts[positions]
-        stored = table.copy(ids) if len(ids) else None
+        if held.all():
+            stored = self._read_held(view, table, ids, parts)
+            return None if stored is None else Rows(stored)
+        positions = np.flatnonzero(held)
+        if not len(positions):
+            return None
+        return SomeRows(positions, partial(self._read_held, view, table, ids[positions], parts[positions]))
+
+    def _read_held(self, view: View, table: NearTable, ids: Ids, parts: Ids) -> Tensor | None:
+        """All these rows, uint8 [n, row_bytes]; None where a part of them is not near any more."""
+        stored = table.copy(ids) if table.held(parts).all() else None
         if stored is None or not table.held(parts).all() or self._view is not view:
             return None
         table.count(parts)
-        return Rows(positions, stored)
+        return stored
 
     def close(self) -> None:
         """Leave all shards; what is mapped goes when nobody reads it any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,10 @@ from support.near import near_reader, near_shard, wait_for
 from support.nearness import all_near, come_near
 
 from embedding_service import EmbeddingClient, RemoteEmbedding
+from embedding_service.client import trips
+from embedding_service.client.streams import Ended, Stream
 from embedding_service.client.wants import decoder, near_values
+from embedding_service.near.reader import NearTable
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import embedding_pb2 as wire
 
@@ -140,6 +145,60 @@ def test_a_client_that_may_not_map_uses_the_wire_and_says_why(service: Up, near:
 def refused(client: EmbeddingClient) -> bool:
     shards = client.statistics.shards
     return len(shards) == 3 and all("Permission denied" in why for why in shards.values())
+
+
+class Watched(Stream):
+    """A stream that notes what is done with it."""
+
+    def __init__(self, inner: Stream, events: list[str]) -> None:
+        self._inner, self._events = inner, events
+
+    def send(self, message: bytes) -> object:
+        self._events.append("sent")
+        return self._inner.send(message)
+
+    def receive(self) -> bytes | Ended:
+        self._events.append("waited")
+        return self._inner.receive()
+
+    def cancel(self, code: grpc.StatusCode, message: str) -> None:
+        self._inner.cancel(code, message)
+
+
+def test_rows_of_a_lookup_that_is_partly_near_are_read_while_the_others_travel(
+    service: Up, wired: EmbeddingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    open_stream, held, copy = trips.open_stream, NearTable.held, NearTable.copy
+    monkeypatch.setattr(trips, "open_stream", lambda channel: Watched(open_stream(channel), events))
+    ids = torch.randperm(ROWS)[:3000]
+
+    def noted(table: NearTable, ids: np.ndarray) -> torch.Tensor | None:
+        events.append("read")
+        return copy(table, ids)
+
+    with EmbeddingClient(service.address, timeout=30, near=True) as client:
+        until(lambda: all_near(client), "all rows to be near", seconds=30)
+        # From now on every second part is not.
+        monkeypatch.setattr(NearTable, "is_unchanged", lambda table: False)
+        monkeypatch.setattr(NearTable, "held", lambda table, parts: held(table, parts) & (parts % 2 == 0))
+        monkeypatch.setattr(NearTable, "copy", noted)
+        for dtype in (torch.float32, torch.float16):  # used together, and decoded one by one as they come
+            before, expected = client.statistics, wired.lookup("fp32/ngram", ids, dtype=dtype)
+            events.clear()
+            rows = client.lookup("fp32/ngram", ids, dtype=dtype)
+            order = [event for event, _ in itertools.groupby(events)]
+            assert order == ["sent", "read", "waited"], order
+            assert torch.equal(rows, expected)
+            after = client.statistics
+            assert after.near_rows > before.near_rows
+            assert after.near_rows + after.wired_rows == before.near_rows + before.wired_rows + len(ids)
+            assert torch.equal(asyncio.run(client.lookup_async("fp32/ngram", ids, dtype=dtype)), rows)
+        # A part that goes while its rows are read: all rows come over the wire.
+        monkeypatch.setattr(NearTable, "copy", lambda table, ids: None)
+        before = client.statistics
+        assert torch.equal(client.lookup("fp32/ngram", ids), wired.lookup("fp32/ngram", ids))
+        assert client.statistics.near_rows == before.near_rows
 
 
 @pytest.mark.parametrize("encoding", ["fp16", "bf16"])

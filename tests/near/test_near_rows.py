@@ -28,7 +28,7 @@ from support.near import NearShard, near_reader, near_shard, read, stored_rows, 
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.near.board import BOARD_BYTES, VERSION
-from embedding_service.near.reader import NearReader
+from embedding_service.near.reader import NearReader, SomeRows
 from embedding_service.shard.near import Rights
 from embedding_service.wire import near_pb2 as near
 
@@ -105,21 +105,20 @@ def test_n1_a_shard_of_another_machine_is_not_tried(shard: NearShard) -> None:
 
 def test_n2_rows_of_a_dropped_part_are_left_out_and_come_back(shard: NearShard, expected: np.ndarray) -> None:
     with near_reader(shard) as reader:
-        table = wait_for(reader, shard.key)
+        wait_for(reader, shard.key)
         ids = np.arange(shard.table.rows)
         shard.drop(1)
-        view = reader.view()
-        assert view is not None
-        rows = reader.read(view, table, ids)
-        if rows is None:  # the reader has made another view of it by now
-            wait_for(reader, shard.key, whole=False)
+
+        def some() -> SomeRows | None:
+            """None while the reader makes another view of it."""
             view = reader.view()
-            assert view is not None
-            rows = reader.read(view, view.tables[shard.key], ids)
-        assert rows is not None
+            rows = reader.read(view, view.tables[shard.key], ids) if view else None
+            return rows if isinstance(rows, SomeRows) and rows.read() else None
+
+        rows = until(some, "the parts that are left", seconds=20)
         left = ids[ids // shard.table.rows_per_part != 1]
-        assert rows.positions is not None
         assert np.array_equal(rows.positions, left)
+        assert rows.stored is not None
         assert np.array_equal(rows.stored.numpy(), expected[left])
         shard.hold(1)
         wait_for(reader, shard.key)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from embedding_service.machine import boot_id
-from embedding_service.near.reader import NearReader, NearTable, Place
+from embedding_service.near.reader import NearReader, NearTable, Place, Rows
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import TableRows
@@ -144,7 +144,7 @@ def read(reader: NearReader, key: tuple[str, str], ids: np.ndarray) -> np.ndarra
     if view is None or table is None:
         return None
     rows = reader.read(view, table, ids)
-    return None if rows is None or rows.positions is not None else rows.stored.numpy()
+    return rows.stored.numpy() if isinstance(rows, Rows) else None
 
 
 def wait_for(reader: NearReader, key: tuple[str, str], whole: bool = True) -> NearTable:
