@@ -298,7 +298,7 @@ def test_n5_a_client_learns_only_of_models_that_it_may_read(store: Path, tmp_pat
         assert list(view.tables) == [shard.key]
         with hello(shard, authorization="some") as connection:
             files_of(connection)
-            told = []
+            told: list[near.NearAnswer] = []
             for _ in range(2):
                 connection.send(near.NearRequest(next=True).SerializeToString())
                 if told:  # nothing is said of what it was not told of
