@@ -94,7 +94,7 @@ class Scenario:
             self.bring_up()
             client = self.start_client()
             self.step("calm", lambda: time.sleep(CALM_SECONDS))
-            _until(lambda: self.readers_in_place() >= 2, "the worker to read in place beside the client", 30)
+            _until(self.worker_reads_in_place, "the worker to read in place beside the client", 30)
             self.step("kill the shard of the client's node", self.kill_near)
             self.step("scale 3 -> 5", lambda: self.scale(5))
             self.step("roll 5", self.roll)
@@ -273,11 +273,10 @@ class Scenario:
 
         _until(near, f"all rows to be near: {before}", 60, every=3)
 
-    def readers_in_place(self) -> int:
-        """How many clients are connected to the near socket of the shard that is beside them."""
-        pod = self.shards.pods[0]
-        sockets = self.cluster.podman("exec", pod.name, "cat", "/proc/net/unix").splitlines()[1:]
-        return sum(line.split()[5] == "03" and line.endswith(f" /near/{pod.name}") for line in sockets)
+    def worker_reads_in_place(self) -> bool:
+        """Whether it is connected to the near socket of the shard that is beside it."""
+        sockets = self.cluster.podman("exec", "model-worker-head", "cat", "/proc/net/unix").splitlines()
+        return any(line.endswith(f" /near/{self.shards.pods[0].name}") for line in sockets)
 
     def kill_near(self) -> None:
         """The wire takes over, and what comes back is near again."""
@@ -394,7 +393,7 @@ class Secured(Scenario):
             self.bring_up()
             client = self.start_client()
             self.step("calm", lambda: time.sleep(CALM_SECONDS))
-            _until(lambda: self.readers_in_place() >= 2, "the worker to read in place beside the client", 30)
+            _until(self.worker_reads_in_place, "the worker to read in place beside the client", 30)
             self.step(f"other certificates, tokens and policies {ROTATIONS} times", self.rotate)
             self.step("kill the shard of the client's node", self.kill_near)
             self.step("roll 3", self.roll)
