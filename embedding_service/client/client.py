@@ -114,7 +114,7 @@ class EmbeddingClient:
         self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
-        self._near = NearRows() if self._reads_near else None  # has no thread before a shard is near
+        self._near = NearRows(self._access) if self._reads_near else None  # has no thread before a shard is near
         self._ahead = ThreadPoolExecutor(MOST_AHEAD, "embedding-prefetch")  # has no thread before it is used
 
     def before_fork(self, deadline: float) -> None:

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from embedding_service.address_space import PAGE, AddressSpace, sealed
+from embedding_service.errors import EmbeddingServiceError
 from embedding_service.machine import boot_id
 from embedding_service.near import through_kernel
 from embedding_service.near.board import (
@@ -205,10 +206,10 @@ class NearReader:
     """Reads rows of shards of this machine. `follow`, `view` and `read` may be called from any thread.
 
     Args:
-        authorization: Says to a shard what this reader may read; see near.proto.
+        authorization: Gives what says to a shard what this reader may read; see near.proto. Asked at each connection.
     """
 
-    def __init__(self, authorization: str = "") -> None:
+    def __init__(self, authorization: Callable[[], str] = str) -> None:
         self._authorization = authorization
         self._view = View({}, ())
         self._lock = threading.Lock()
@@ -383,8 +384,12 @@ class NearReader:
                 self._greet(place)
 
     def _greet(self, place: Place) -> None:
+        try:
+            authorization = self._authorization()
+        except (EmbeddingServiceError, ValueError) as error:
+            return self._fail(place.shard, str(error))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        hello = near.NearRequest(version=VERSION, incarnation=place.incarnation, authorization=self._authorization)
+        hello = near.NearRequest(version=VERSION, incarnation=place.incarnation, authorization=authorization)
         try:
             connection.connect(place.path)
             connection.send(hello.SerializeToString())
@@ -393,6 +398,7 @@ class NearReader:
             self._fail(place.shard, f"{place.path}: {error.strerror}")
         else:
             self._links[place.shard] = _Link(place, connection, time.monotonic())
+        return None
 
     def _hear(self, link: _Link) -> None:
         files: list[int] = []

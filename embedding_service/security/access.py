@@ -25,6 +25,8 @@ TLS_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
 )
 # Names of files in a folder of credentials.
 _FILES = {"ca": "ca.crt", "certificate": "tls.crt", "key": "tls.key", "token_file": "token"}
+# The host that a proof is for, at a socket of this machine.
+NEAR = "localhost"
 # Seconds that a proof is used, of those that it counts.
 _PROOF_SECONDS = 200.0
 
@@ -67,11 +69,11 @@ class Access:
         channel = grpc.ssl_channel_credentials(self.authorities(), *pair)
         if not (self.token or self.token_file or self.certificate):
             return channel
-        return grpc.composite_channel_credentials(channel, grpc.metadata_call_credentials(_Shown(self)))
+        return grpc.composite_channel_credentials(channel, grpc.metadata_call_credentials(Shown(self)))
 
 
-class _Shown(grpc.AuthMetadataPlugin):
-    """Adds the token of the moment to each call."""
+class Shown(grpc.AuthMetadataPlugin):
+    """Adds the token of the moment to each call. Thread-safe."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -81,17 +83,21 @@ class _Shown(grpc.AuthMetadataPlugin):
         self._headers: dict[str, str] = {}
 
     def __call__(self, context: Any, callback: Any) -> None:
+        """See the base class."""
         try:
-            header = self._now(urlsplit(context.service_url).hostname or "")
+            header = self.header(urlsplit(context.service_url).hostname or "")
         except (InvalidRequest, ValueError) as error:
             callback((), error)
         else:
             callback((("authorization", header),), None)
 
-    def _now(self, host: str) -> str:
+    def header(self, host: str) -> str:
+        """The metadata `authorization` for a server at this host. Raises InvalidRequest, ValueError."""
         access = self._access
         if access.token:
             return f"Bearer {access.token}"
+        if not (access.token_file or access.certificate):
+            return ""
         paths = [access.token_file] if access.token_file else [access.certificate, access.key]
         stamp, now = stamp_of([path for path in paths if path]), time.monotonic()
         with self._lock:

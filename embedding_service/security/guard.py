@@ -10,6 +10,7 @@ from pathlib import Path
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.security import proofs, tokens
+from embedding_service.security.access import NEAR
 from embedding_service.security.certificates import names_in
 from embedding_service.security.files import Reloaded, read
 from embedding_service.security.identity import Caller, Credential
@@ -51,7 +52,7 @@ class Guard:
         self._complain = complain
         self._known: dict[bytes, Credential] = {}
         self._callers: dict[Credential, Caller] = {}
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], object]] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -63,7 +64,7 @@ class Guard:
             [about.jwks], lambda: tokens.Issuer.read(read(about.jwks), about.issuer, about.audience), complain
         )
 
-    def watch(self, listener: Callable[[], None]) -> None:
+    def watch(self, listener: Callable[[], object]) -> None:
         """Call `listener` regularly, on a thread of the guard's, so that open calls are looked at again."""
         self._listeners.append(listener)
         if self._thread is None:
@@ -138,7 +139,7 @@ class Guard:
         if not tokens.is_jwt(token):
             return Credential(digest=digest)
         if proofs.is_proof(token):
-            names, until = proofs.check_proof(token, self._authorities.now, self._own.now)
+            names, until = proofs.check_proof(token, self._authorities.now, (*self._own.now, NEAR))
             return Credential(names=names, until=until)
         if self._issuer.now is None:
             raise Unauthenticated("the token does not count: the policy has no table [jwt]")

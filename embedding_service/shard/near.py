@@ -66,6 +66,7 @@ class _Client:
     connection: socket.socket
     since: float
     rights: Rights | None = None
+    authorization: str = ""
     waits: bool = False
     seen: int = 0
     dropped: list[int] = field(default_factory=list)
@@ -175,6 +176,17 @@ class NearServer:
         """There is a newer routing."""
         self._board.tell_age(*self._age())
 
+    def look_again(self) -> None:
+        """Leave clients whose rights are others by now. They may come again, and read what they may."""
+        for client in [each for each in self._clients if each.rights is not None]:
+            try:
+                now = self._rights_of(client.authorization)
+            except EmbeddingServiceError:
+                self._leave(client)
+            else:
+                if now != client.rights:
+                    self._leave(client)
+
     def close(self) -> None:
         """Let all clients go on without this shard."""
         self._beating.cancel()
@@ -252,6 +264,7 @@ class NearServer:
             self._refuse(client, "this is another shard than the routing names")
         else:
             try:
+                client.authorization = request.authorization
                 client.rights = self._rights_of(request.authorization)
             except EmbeddingServiceError as error:
                 self._refuse(client, str(error))

@@ -9,6 +9,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ from embedding_service.machine import check_free, spare_collections
 from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge
 from embedding_service.placement.demand import MOST_MEMORY
+from embedding_service.placement.parts import PartKey
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn
+from embedding_service.security.guard import Guard
+from embedding_service.security.identity import Caller
 from embedding_service.security.server import Files, Security
 from embedding_service.serving import (
     RequestLimits,
@@ -39,7 +43,7 @@ from embedding_service.serving import (
 )
 from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
-from embedding_service.shard.near import NearServer
+from embedding_service.shard.near import NearServer, all_parts
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import LookupService
@@ -131,7 +135,10 @@ async def _serve(options: ShardOptions) -> None:
     if options.near and not can_seal():
         log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
     elif options.near:  # first among who shares: what is dropped is near no more before others give it up
-        near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses)
+        rights_of = partial(_near_rights, security.guard) if security else all_parts
+        near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
+        if security:
+            security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
         holdings.sharing.append(near)
     others = Processes(options.processes - 1, holdings.add_accesses)
     if options.processes > 1:
@@ -218,6 +225,23 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
     term, epoch = _age(router)
     yield gauge("routing_term", "Term of the newest routing seen.", term)
     yield gauge("routing_epoch", "Epoch of the newest routing seen.", epoch)
+
+
+@dataclass(frozen=True)
+class _NearRights:
+    """What a near client may read. Another policy makes another one of it."""
+
+    caller: Caller
+
+    def __call__(self, key: PartKey) -> bool:
+        return self.caller.may_read(key.model, key.version)
+
+
+def _near_rights(guard: Guard, authorization: str) -> _NearRights:
+    """Whose a near client is. Raises Unauthenticated, PermissionDenied."""
+    caller = guard.caller(authorization or None)
+    caller.require(("read",), "read rows in place")
+    return _NearRights(caller)
 
 
 def _age(router: Router) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unaut
 from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
 from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
+from embedding_service.near.reader import NearReader, Place
 from embedding_service.security import proofs
 from embedding_service.security.access import Access
 from embedding_service.security.authority import URI, Authority
@@ -279,8 +280,7 @@ def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(se
                 with pytest.raises(grpc.RpcError) as raised:
                     next(stream)
                 assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            with pytest.raises(Unauthenticated):
-                client.lookup(TABLE, torch.arange(3))
+            until(lambda: not lets_in(), "the end of near rows too")
     finally:
         over.set()
         policy.write_text(kept)
@@ -365,6 +365,32 @@ def test_s2_files_that_are_replaced_count_on_both_sides_and_no_lookup_is_lost(se
 def _connects(secured: Secured, access: Access) -> bool:
     code = call(secured.members.address, "embedding.v1.EmbeddingService/ListModels", access)
     return code is grpc.StatusCode.OK
+
+
+def test_n5_near_rows_are_those_of_models_that_one_may_read(secured: Secured) -> None:
+    table, ids = longcat_table(), torch.arange(0, 3000, 7)
+    for access in (secured.token("reader"), secured.certificate("reader")):
+        with EmbeddingClient(secured.members.address, tls=access, near=True, timeout=30) as client:
+
+            def is_near() -> bool:
+                wired = client.statistics.wired_rows
+                assert torch.equal(client.lookup(TABLE, ids), table[ids])
+                return client.statistics.wired_rows == wired
+
+            until(is_near, "rows that are near")
+            view = until(client._near._reader.view, "a view")  # type: ignore[union-attr]
+            assert {model for model, _ in view.tables} == {f"{SEEN}@1"}
+    # A client that did not say whose it is, where the routing of another one leads.
+    reader = NearReader()
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(TABLE, ids)
+        near = [shard.near for shard in client._router.current.message.shards]  # type: ignore[union-attr]
+    reader.follow([Place(str(n), each.path, each.boot_id, each.incarnation) for n, each in enumerate(near)])
+    try:
+        until(lambda: all("authorization" in said for said in reader.states().values()), "refusals")
+        assert reader.view() is None
+    finally:
+        reader.close()
 
 
 def test_a_client_of_plain_text_hears_that_nobody_answers(secured: Secured) -> None:
