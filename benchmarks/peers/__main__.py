@@ -29,7 +29,7 @@ from benchmarks.peers.mooncake import Mooncake
 from benchmarks.peers.raw_grpc import RawGrpc
 from benchmarks.peers.ray_actor import RayActor
 from benchmarks.peers.redis_mget import Redis
-from benchmarks.peers.service import Service
+from benchmarks.peers.service import Secured, Service
 from benchmarks.peers.torch_rpc import TorchRpc
 from benchmarks.report import FLOOR, Record, plot_all, records, show
 from benchmarks.rounds import Running, Slice, run_rounds, running
@@ -49,6 +49,7 @@ def all_peers(shards: int) -> list[Peer]:
         *ours(shards),
         Service("fp16", torch.float32, shards),
         *ours(shards, near=True),
+        *secured(shards),
         Redis(),
         TorchRpc(),
         TorchRpc(one_host=True),
@@ -62,6 +63,11 @@ def all_peers(shards: int) -> list[Peer]:
 def ours(shards: int, *, near: bool = False) -> list[Peer]:
     """Rows as fp16, and as int8 that the client decodes: sent, or read in place."""
     return [Service(stored, torch.float16, shards, near) for stored in ("fp16", "int8")]
+
+
+def secured(shards: int) -> list[Peer]:
+    """Ours behind TLS, by a certificate and by a token."""
+    return [Secured("int8", token, shards) for token in (False, True)]
 
 
 @contextmanager

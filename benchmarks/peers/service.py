@@ -13,6 +13,7 @@ import torch
 from benchmarks.data import TABLE, Data
 from benchmarks.peers.base import START_SECONDS, Lookup, Peer, Server, Unusable, service
 from embedding_service import EmbeddingClient
+from embedding_service.security.authority import URI, Authority
 
 
 class Service(Peer):
@@ -43,6 +44,38 @@ class Service(Peer):
         with EmbeddingClient(target, timeout=30, near=self.near) as client:
             if self.near:
                 come_near(client, name)
+            yield lambda ids: client.lookup(name, torch.from_numpy(ids), dtype=self.dtype)
+
+
+class Secured(Service):
+    """The same behind TLS and rights, over the wire. The client shows a certificate, or a token."""
+
+    def __init__(self, stored: str, token: bool, shards: int = 1) -> None:
+        super().__init__(stored, torch.float16, shards)
+        self.name = f"ours, TLS{' and token' if token else ''}, {stored}"
+        self.token = token
+
+    @property
+    def server_name(self) -> str:
+        """Another one than in plain text."""
+        return f"{super().server_name}, secured"
+
+    @contextmanager
+    def serve(self, data: Data, folder: Path) -> Iterator[Server]:
+        """See `Service`."""
+        secure = folder / f"secure-{self.shards}"
+        log = folder / f"up-{self.shards}-secured.log"
+        with service(data.store, log, f"--shards={self.shards}", f"--secure={secure}") as (address, running):
+            Authority.load(secure).issue(secure / "admin", [f"{URI}/admin"])
+            children = psutil.Process(running.pid).children(recursive=True)
+            yield Server(address, [process.pid for process in children])
+
+    @contextmanager
+    def connect(self, data: Data, target: str) -> Iterator[Lookup]:
+        """See `Service`."""
+        name = f"{self.stored}/{TABLE}"
+        tls = data.folder / f"secure-{self.shards}" / ("client" if self.token else "admin")
+        with EmbeddingClient(target, timeout=30, near=False, tls=tls) as client:
             yield lambda ids: client.lookup(name, torch.from_numpy(ids), dtype=self.dtype)
 
 

@@ -39,7 +39,7 @@ from embedding_service.controller.planning import Planning
 from embedding_service.controller.presenter import metrics_of, status_of
 from embedding_service.controller.state import ControllerState, Settings
 from embedding_service.controller.watch import StoreWatch
-from embedding_service.errors import EmbeddingServiceError, PermissionDenied
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, PermissionDenied
 from embedding_service.front import Kind
 from embedding_service.machine import spare_collections, split_address
 from embedding_service.methods import Context
@@ -68,6 +68,9 @@ from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
 
 log = logging.getLogger(__name__)
+
+# Milliseconds that a member's term may be ahead of the clock, or of this controller's own.
+TERM_AHEAD = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         if context.caller:
             try:
                 _check_certificate(context.caller, first)
+                self._check_term(first)
             except EmbeddingServiceError as error:
                 await abort(context, error)
         stream = _Stream()
@@ -194,9 +198,19 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     async def _listen(self, stream: _Stream, reports: AsyncIterator[control.ShardReport]) -> None:
         try:
             async for report in reports:
+                if self._signer:
+                    self._check_term(report)
                 self._handle(Reported(stream, report))
+        except InvalidRequest as error:
+            stream.end(error)
         finally:
             self._handle(Left(stream))
+
+    def _check_term(self, report: control.ShardReport) -> None:
+        """Raise InvalidRequest if a member would raise the term by more than clocks differ."""
+        most = max(time.time_ns() // 1_000_000, self.state.term) + TERM_AHEAD
+        if report.term > most:
+            raise InvalidRequest(f"term must be at most {most:,}, a day ahead of this clock, got {report.term:,}")
 
     def current_routing(self) -> Routing | None:
         """The routing that was last published."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -234,6 +235,10 @@ def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
         message = control.ShardReport(**report).SerializeToString()  # type: ignore[arg-type]
         assert call(secured.members.control, register, other, message) is grpc.StatusCode.PERMISSION_DENIED
     own = secured.certificate("shard/shard-0")
+    later = 2 * 86_400_000 + time.time_ns() // 1_000_000
+    for term in (later, 2**51, 2**64 - 1):
+        message = control.ShardReport(**{**sound, "term": term}).SerializeToString()  # type: ignore[arg-type]
+        assert call(secured.members.control, register, own, message) is grpc.StatusCode.INVALID_ARGUMENT
     message = control.ShardReport(**sound).SerializeToString()  # type: ignore[arg-type]
     assert call(secured.members.control, register, own, message) is grpc.StatusCode.ALREADY_EXISTS
     after = secured.members.status()
