@@ -440,6 +440,9 @@ def test_a_shard_that_is_not_connected_keeps_what_it_was_not_told_to_drop() -> N
     world.feed(Left("a"))
     world.pass_time(0.5)
     assert world.pass_time(10) == []  # its grace time is over, and it cannot be told
+    world.reports["b"].failures.add(part=KEYS[0].to_wire(), message="torn")
+    world.report("b")
+    world.pass_time(0.5)  # which calls for a decision
     assert a.keeps == set(KEYS)
     world.feed(Left("b"))
     world.pass_time(1)
