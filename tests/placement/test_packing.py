@@ -208,6 +208,62 @@ def test_held_parts_make_room_for_one_that_fits_nowhere() -> None:
     assert sorted(len(keys) for keys in placement.parts_of.values()) == [1, 2]
 
 
+def keys_of(*indices: int) -> frozenset[PartKey]:
+    return frozenset(demand(index, 1).key for index in indices)
+
+
+def parts_of(placement: Placement) -> dict[str, set[int]]:
+    return {shard: {key.part for key in keys} for shard, keys in placement.parts_of.items()}
+
+
+def test_room_is_made_where_most_is_free_by_the_smallest_part_that_suffices() -> None:
+    """All other parts stay. If everything were packed again, more would move."""
+    three, one = [demand(index, 20) for index in range(3)], demand(3, 40)
+    nodes = [Node("a", 1000, keys_of(0, 1, 2)), Node("b", 1000, keys_of(3))]
+    assert parts_of(placed([*three, one, demand(9, 70)], nodes, 1)) == {"a": {0, 1, 2, 3}, "b": {9}}
+
+    parts = [demand(0, 60), demand(1, 5), demand(2, 10), demand(3, 14), demand(4, 30)]
+    nodes = [Node("a", 1000, keys_of(0)), Node("b", 1000, keys_of(1, 2, 3, 4))]
+    assert parts_of(placed([*parts, demand(9, 51)], nodes, 1)) == {"a": {0, 2}, "b": {1, 3, 4, 9}}
+
+    parts = [demand(0, 60), demand(1, 30), demand(2, 40)]
+    nodes = [Node("a", 1000, keys_of(0, 1)), Node("b", 1000, keys_of(2)), Node("c", 450)]
+    assert parts_of(placed([*parts, demand(9, 65)], nodes, 1)) == {"a": {0, 1}, "b": {9}, "c": {2}}
+
+
+def test_room_for_a_second_copy_is_made_on_another_node() -> None:
+    parts = [demand(0, 40), demand(1, 40), demand(2, 55), demand(9, 70)]
+    nodes = [Node("a", 3000, keys_of(0, 1, 2)), Node("b", 1000, keys_of(0, 1)), Node("c", 1000, keys_of(2))]
+    placement = placed(parts, [*nodes, Node("d", 600)], 2)
+    assert parts_of(placement) == {"a": {0, 1, 2, 9}, "b": {0, 1}, "c": {9}, "d": {2}}
+
+
+def test_a_part_that_too_many_hold_stays_where_least_lies_once_the_others_have_their_place() -> None:
+    parts = [demand(0, 50), demand(1, 40)]
+    nodes = [Node("a", 1000, keys_of(0, 1)), Node("b", 1000, keys_of(0))]
+    assert parts_of(placed(parts, nodes, 1)) == {"a": {1}, "b": {0}}
+    parts = [demand(0, 50), demand(1, 30), demand(2, 30)]
+    nodes = [Node(name, 1000, keys_of(0, 1, 2)) for name in "ab"]
+    assert parts_of(placed(parts, nodes, 1)) == {"a": {0}, "b": {1, 2}}
+
+
+def test_a_node_that_could_hold_more_than_one_copy_of_all_leaves_the_rest_to_the_others() -> None:
+    """The others' fair shares are by their limits, of what is left."""
+    nodes = [Node("huge", 10**9), Node("b", 20_000), Node("c", 10_000), Node("d", 10_000)]
+    placement = placed(equal_parts(20), nodes, 2)
+    assert [len(keys) for keys in placement.parts_of.values()] == [20, 10, 5, 5]
+
+
+def test_nodes_are_brought_to_their_share_and_no_further() -> None:
+    """Within the tolerance of the largest part nothing moves; from there on, as little as brings them closer."""
+    parts = equal_parts(12)
+    nodes = [Node("a", 10**6, keys_of(*range(7))), Node("b", 10**6, keys_of(*range(7, 12)))]
+    assert parts_of(placed(parts, nodes, 1)) == {"a": set(range(6)), "b": set(range(6, 12))}
+    parts = equal_parts(11)
+    nodes = [Node("a", 10**6, keys_of(*range(6))), Node("b", 10**6, keys_of(*range(6, 11)))]
+    assert parts_of(placed(parts, nodes, 1)) == {"a": set(range(6)), "b": set(range(6, 11))}
+
+
 def test_memory_may_be_full_to_the_last_byte_with_copies() -> None:
     placement = placed(equal_parts(30), equal_nodes(6, 15_000), 3)
     assert all(len(keys) == 15 for keys in placement.parts_of.values())

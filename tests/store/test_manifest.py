@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from embedding_service.errors import InvalidRequest, NotFound, StoreError
-from embedding_service.store import Manifest
+from embedding_service.store import Manifest, manifest
 from embedding_service.store.manifest import check_name
 
 
@@ -35,11 +35,11 @@ def entry() -> dict[str, Any]:
 
 
 def test_json_and_back() -> None:
-    manifest = Manifest.from_json(json.dumps(entry()), "here")
-    assert Manifest.from_json(manifest.to_json(), "there") == manifest
-    assert manifest.bytes == manifest.table("ngram").bytes == 40_000
+    first = Manifest.from_json(json.dumps(entry()), "here")
+    assert Manifest.from_json(first.to_json(), "there") == first
+    assert first.bytes == first.table("ngram").bytes == 40_000
     with pytest.raises(NotFound, match="tiny@1 has no table 'words'; it has: ngram"):
-        manifest.table("words")
+        first.table("words")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_json_and_back() -> None:
         (("tables", 0, "parts", 1, "first_row"), 1025),
         (("tables", 0, "parts", 1, "index"), 0),
         (("tables", 0, "parts", 2, "bytes"), 451 * 16),
+        (("tables", 0, "parts", 1, "rows"), 1023),
         (("tables", 0, "parts", 0, "checksum"), "md5:00"),
+        (("tables", 0, "parts", 0, "checksum"), "xxh3-128:" + "ab" * 17),
         (("tables", 0, "parts", 0, "file"), "ngram/part-00001.safetensors"),
         (("tables", 0, "parts", 0, "file"), "../ngram/part-00000.safetensors"),
         (("tables", 0, "parts", 0, "file"), "ngram/../ngram/part-00000.safetensors"),
@@ -74,6 +76,69 @@ def test_what_cannot_be_is_refused_with_its_file(path: tuple[str | int, ...], va
     target[path[-1]] = value
     with pytest.raises(StoreError, match=r"store/m/1/manifest\.json is not a manifest"):
         Manifest.from_json(json.dumps(content), "store/m/1/manifest.json")
+
+
+def test_what_is_refused_is_said_in_one_line_that_names_the_first_of_it() -> None:
+    content = entry()
+    content["tables"][0].update(rows=0, dim=(1 << 20) + 1, rows_per_part=0, row_bytes=0)
+    with pytest.raises(StoreError) as refused:
+        Manifest.from_json(json.dumps(content), "here")
+    said = str(refused.value)
+    assert all(f"tables.0.{name}: " in said for name in ("rows", "dim", "row_bytes"))
+    assert "rows_per_part" not in said and "\n" not in said
+    content = entry()
+    content["tables"][0]["row_bytes"] = 17
+    with pytest.raises(StoreError, match="int8 rows of 12 have 16 bytes, not 17"):
+        Manifest.from_json(json.dumps(content), "here")
+    content = entry()
+    content["model"] = "a\nb"
+    with pytest.raises(StoreError, match=r"here is not a manifest.*cannot be a name") as refused:
+        Manifest.from_json(json.dumps(content), "here")
+    assert "\n" not in str(refused.value)
+
+
+def table_of(rows: int, rows_per_part: int, dim: int = 12, name: str = "ngram") -> dict[str, Any]:
+    """A table of int8 rows, whole."""
+    row_bytes = dim + 4
+    parts = [
+        {
+            "index": index,
+            "first_row": first,
+            "rows": min(rows_per_part, rows - first),
+            "file": f"{name}/part-{index:05d}.safetensors",
+            "bytes": min(rows_per_part, rows - first) * row_bytes,
+            "checksum": "xxh3-128:" + "ab" * 16,
+        }
+        for index, first in enumerate(range(0, rows, rows_per_part))
+    ]
+    sizes = {"rows": rows, "dim": dim, "row_bytes": row_bytes, "rows_per_part": rows_per_part}
+    return {"name": name, "dtype": "int8", "parts": parts, **sizes}
+
+
+def read(*tables: dict[str, Any]) -> Manifest:
+    return Manifest.from_json(json.dumps({**entry(), "tables": tables}), "here")
+
+
+def test_a_version_is_no_larger_than_all_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    most_dim = (1 << 20) - 4
+    assert read(table_of(1, 1, dim=1 << 20)).tables[0].dim == 1 << 20
+    with pytest.raises(StoreError, match="dim"):
+        read(table_of(1, 1, dim=(1 << 20) + 1))
+    with pytest.raises(StoreError, match="rows"):
+        read(table_of((1 << 48) + 1, 1 << 48, dim=4))
+    half = table_of(1 << 35, 1 << 35, dim=most_dim)
+    assert read(half, table_of(1 << 35, 1 << 35, most_dim, "other")).bytes == 1 << 56
+    with pytest.raises(StoreError, match="at most 72,057,594,037,927,936 bytes"):
+        read(half, table_of(1 << 35, 1 << 35, most_dim, "other"), table_of(1, 1, name="third"))
+    monkeypatch.setattr(manifest, "MOST_PARTS", 10)
+    read(table_of(5, 1), table_of(5, 1, name="other"))
+    with pytest.raises(StoreError, match="in 10 parts"):
+        read(table_of(5, 1), table_of(6, 1, name="other"))
+
+
+def test_tables_of_one_name_cannot_be_told_apart() -> None:
+    with pytest.raises(StoreError, match="more than one table is named ngram"):
+        read(table_of(5, 5), table_of(5, 5))
 
 
 @pytest.mark.parametrize("name", ["tiny", "LongCat-Flash-Lite", "v1.5_b", "7"])

@@ -87,3 +87,31 @@ def test_requests_are_those_of_the_contract(table_rows: int, field: str, dtype: 
     request = lookup_codec.encode_lookup("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
     assert wire.LookupRequest.FromString(request.message()) == expected
     assert wire.StreamLookupRequest.FromString(request.streamed) == wire.StreamLookupRequest(lookup=expected)
+
+
+def test_requests_are_as_long_as_protobuf_s_whatever_their_length() -> None:
+    for count in (*range(1, 40), 4095, 4096, 4097):
+        ids = np.arange(count, dtype=np.int64)
+        for model in ("m@1", "m@12", "m@123", "m@1234"):
+            expected = wire.LookupRequest(model=model, table="t", ids_uint32=ids.astype("<u4").tobytes())
+            request = lookup_codec.encode_lookup(model, "t", wire.ROW_ENCODING_UNSPECIFIED, 0, 0, ids, 5000)
+            assert wire.LookupRequest.FromString(request.message()) == expected
+            assert len(request.message()) == expected.ByteSize()
+            assert len(request.streamed) == wire.StreamLookupRequest(lookup=expected).ByteSize()
+
+
+def test_joined_requests_ask_for_the_ids_of_all_in_their_order() -> None:
+    parts = [np.array(ids, np.int64) for ids in ([5, 7], [7], [], [1 << 31, 0])]
+    requests = [lookup_codec.encode_lookup("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, 1 << 32) for ids in parts]
+    whole = np.concatenate(parts)
+    expected = lookup_codec.encode_lookup("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, whole, 1 << 32)
+    assert lookup_codec.join_lookups(requests) == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES[::7], ids=str)
+def test_an_answer_with_more_after_its_rows_is_read_by_protobuf(shape: Shape) -> None:
+    """As a later release may write it."""
+    own, place = lookup_codec.allocate(shape)
+    place[:] = content(shape)
+    more = own + b"\xfa\x07\x03new"  # a field of number 127
+    assert lookup_codec.read(more, shape).rows.tobytes() == content(shape).tobytes()
