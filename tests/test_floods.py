@@ -18,6 +18,7 @@ from support.toy import TOY, Request, ToyServer, toy_server
 from embedding_service import floods
 from embedding_service.floods import FREE_BYTES, FREE_BYTES_AGAIN, LOOK_SECONDS, Arrivals, FloodGuard
 from embedding_service.front.base import MOST_FIELDS
+from embedding_service.security.identity import Caller
 from embedding_service.sockets import Connection, address_of, connections_at, cut, keep_out
 
 ECHO = f"/{TOY}/Echo"
@@ -304,10 +305,10 @@ def test_calls_that_wait_for_a_busy_server_are_answered_too(toy: ToyServer) -> N
     answering = threading.Event()
     quick = toy.toy.quick
 
-    def slow(message: bytes, room: int, caller: object) -> bytes | None:
+    def slow(message: bytes, room: int, caller: Caller | None) -> bytes | None:
         answering.set()
         time.sleep(2)
-        return quick(message, room)
+        return quick(message, room, caller)
 
     with ExitStack() as stack:
         channels = [stack.enter_context(grpc.insecure_channel(toy.address, OWN)) for _ in range(8)]

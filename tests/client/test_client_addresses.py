@@ -143,7 +143,7 @@ def test_proxies_are_not_asked(service: Up, monkeypatch: pytest.MonkeyPatch) -> 
     assert get_status(service.address).shards
 
     async def ask() -> wire.Routing:
-        async with open_channel_async(service.address) as channel:
+        async with open_channel_async(service.address, None) as channel:
             return await EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20)
 
     assert asyncio.run(ask()).shards

@@ -39,7 +39,8 @@ def test_s4_a_right_for_a_model_is_one_of_its_patterns_and_absent_is_denied(patt
 
 @given(st.lists(st.tuples(st.sampled_from(MODEL_RIGHTS), st.sampled_from(["a", "a@1", "b", "*"])), max_size=4))
 def test_s4_every_right_is_its_own(rights: list[tuple[str, str]]) -> None:
-    identity = Identity(**{right: [model for kind, model in rights if kind == right] for right in MODEL_RIGHTS})
+    models = {right: [model for kind, model in rights if kind == right] for right in MODEL_RIGHTS}
+    identity = Identity.model_validate(models)
     for right in MODEL_RIGHTS:
         for name, version in (("a", "1"), ("a", "2"), ("b", "1")):
             meant = {(right, name), (right, f"{name}@{version}"), (right, "*")} & set(rights)

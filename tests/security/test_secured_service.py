@@ -144,7 +144,7 @@ def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_els
     known["members"] = secured.certificate("shard/shard-9")
     rights["members"] |= {"read"}
     members = secured.members
-    ports = {"controller": (members.status and members._controller), **secured.addresses(), "common": members.address}
+    ports = {"controller": members._controller, **secured.addresses(), "common": members.address}
     cells, wrong = 0, []
     for path in (*RIGHTS, "embedding.v1.EmbeddingService/Nothing"):
         needed = RIGHTS.get(path, ())
@@ -347,7 +347,7 @@ def test_s2_files_that_are_replaced_count_on_both_sides_and_no_lookup_is_lost(se
         for name in ("shard-0", "shard-1"):
             authority.issue(folder / name, [f"{URI}/shard/{name}", name, *hosts], **days)
         authority.issue(folder / "controller", [f"{URI}/controller", *hosts], **days)
-        secured.certificate("reader", **days)
+        secured.certificate("reader", None, **days)
         write_policy(folder, POLICY)
 
     def look_up(client: EmbeddingClient) -> None:

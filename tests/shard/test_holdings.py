@@ -1,10 +1,12 @@
 """What a shard holds: where its store does not answer, and versions that share rows."""
 
 import asyncio
+import operator
 import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +142,7 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
         for name in (("int8", "2"), ("int8", "1"), ("int8+legal", "1"), ("int8", "2")):
             await hold(name)  # alone: its rows are folded in, and then others read it in place
             if tier == "ram":
-                await until(lambda name=name: told.held == set(keys[name]))
+                await until(partial(operator.eq, told.held, set(keys[name])))
                 await hold(name)
             await hold(*expected)  # the base is over the other one's rows now, where they differ
             assert len(holdings._grounds) == 1

@@ -38,6 +38,7 @@ from embedding_service.errors import EmbeddingServiceError, NotFound, PlacementE
 from embedding_service.grpc_codes import code_of
 from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Model, Routing
+from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits
 from embedding_service.shard.duties import Duties
 from embedding_service.shard.held import CheckedLookup, HeldRows, Redirect
@@ -395,7 +396,7 @@ class Lookups(HeldRows):
         super().__init__(shard.holdings.table, LIMITS)
         self._shard = shard
 
-    def known_model(self, name: str) -> Model:
+    def known_model(self, name: str, caller: Caller | None) -> Model:
         """As `shard.service.LookupService`."""
         if self._shard.router.current is None:
             raise NotFound("no routing yet")
@@ -404,7 +405,7 @@ class Lookups(HeldRows):
     def receive(self, request: EncodedLookup, timeout: float, reply: Callable[[Any], None]) -> None:
         """Answer a lookup; a thin client's may take a while."""
         try:
-            lookup = self._read(read_lookup(request.message()))
+            lookup = self._read(read_lookup(request.message()), None)
             if lookup.model is None:
                 reply(self._held(lookup))
             else:

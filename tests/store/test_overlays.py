@@ -229,11 +229,12 @@ def test_an_import_over_a_base_of_other_tables_is_refused(
 ) -> None:
     store = Store(tmp_path / "store")
     import_checkpoint(checkpoint.folder, store, "tiny", part_bytes=PART_BYTES)
-    for options, message in (
+    refusals: list[tuple[dict[str, Any], str]] = [
         ({"dtype": "int4"}, "stores table ngram as int8: leave --dtype out"),
         ({"part_bytes": 1 << 20}, "leave --part-size out"),
         ({"base": "9"}, "no version '9'"),
-    ):
+    ]
+    for options, message in refusals:
         with pytest.raises((InvalidRequest, NotFound), match=message):
             import_checkpoint(checkpoint.folder, store, "tiny", **{"version": "2", "base": "1", **options})
     other = make_checkpoint(name="other")
