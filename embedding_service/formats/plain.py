@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
 from embedding_service.errors import UnencodableRow
 from embedding_service.formats.base import RowFormat, check_finite, narrow_into, output
 from embedding_service.late import late
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 else:
     torch = late("torch")

@@ -137,7 +137,7 @@ def test_an_import_that_is_not_the_newest_says_so(checkpoint: Path, tmp_path: Pa
         done = CliRunner().invoke(cli.app, [*options, f"--version={version}"])
         assert done.exit_code == 0, done.output
         assert done.stderr.startswith(note) and bool(done.stderr) == bool(note)
-        assert not note or "import with --version v2" in done.stderr
+        assert not note or "give --version v2" in done.stderr
     assert Store(tmp_path).manifest("tiny").version == "v2"
 
 
