@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -94,17 +95,32 @@ def diff(store: str | Path | Store, first: str, second: str) -> list[TableDiff]:
         raise InvalidRequest(
             f"{one.full_name} and {other.full_name} cannot be compared: their tables are {shapes[0]} and {shapes[1]}"
         )
-    return [_diff_table(_Reader(store, one, table.name), _Reader(store, other, table.name)) for table in one.tables]
+    found = []
+    for table in one.tables:
+        with _Reader(store, one, table.name) as ours, _Reader(store, other, table.name) as theirs:
+            found.append(_diff_table(ours, theirs))
+    return found
 
 
 class _Reader:
-    """Rows of one version's table by id, part after part."""
+    """Rows of one version's table by id, part after part.
+
+    The part that was read last stays open: a remote store's part is fetched once for all ids that fall in it.
+    """
 
     def __init__(self, store: Store, manifest: Manifest, table: str) -> None:
         self.root = manifest.root
         self.table = manifest.table(table)
         self._store, self._manifest = store, manifest
         self._replaced: tuple[int, Replaced] | None = None
+        self._open: tuple[int, npt.NDArray[np.uint8]] | None = None
+        self._part = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._part.close()
 
     def replaced(self, part: int) -> Replaced:
         """Of a part."""
@@ -119,15 +135,21 @@ class _Reader:
         parts = ids // self.table.rows_per_part
         for index in np.unique(parts).tolist():
             here = np.flatnonzero(parts == index)
-            part = self.table.parts[index]
-            with part_rows(self._store, self._manifest, self.table, part) as rows:
-                stored[here] = rows[ids[here] - part.first_row]
+            stored[here] = self._rows_of(index)[ids[here] - self.table.parts[index].first_row]
             replaced = self.replaced(index)
             if len(replaced.ids):
                 places = np.minimum(np.searchsorted(replaced.ids, ids[here]), len(replaced.ids) - 1)
                 hit = replaced.ids[places] == ids[here]
                 stored[here[hit]] = replaced.rows[places[hit]]
         return torch.from_numpy(stored)
+
+    def _rows_of(self, part: int) -> npt.NDArray[np.uint8]:
+        """What `part_rows` gives."""
+        if self._open is None or self._open[0] != part:
+            self._part.close()
+            rows = part_rows(self._store, self._manifest, self.table, self.table.parts[part])
+            self._open = part, self._part.enter_context(rows)
+        return self._open[1]
 
     def values(self, stored: torch.Tensor) -> torch.Tensor:
         """Float32 [n, dim]."""
