@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -161,14 +162,21 @@ def test_n2_no_row_is_wrong_while_parts_come_and_go(shard: NearShard, expected: 
     assert outcomes["none"] > 0
 
 
+@contextmanager
+def two_shards(store: Path, folder: Path) -> Iterator[tuple[NearShard, NearShard, NearReader]]:
+    """Two of one machine that hold nothing yet, and a reader that follows both."""
+    with (
+        near_shard(folder / "one", store, "fp32", incarnation=1) as one,
+        near_shard(folder / "two", store, "fp32", incarnation=2) as two,
+        near_reader(one, two) as reader,
+    ):
+        yield one, two, reader
+
+
 def test_n2_a_part_that_two_shards_hold_stays_near_when_one_goes(
     store: Path, tmp_path: Path, expected: np.ndarray
 ) -> None:
-    with (
-        near_shard(tmp_path / "one", store, "fp32", incarnation=1) as one,
-        near_shard(tmp_path / "two", store, "fp32", incarnation=2) as two,
-        near_reader(one, two) as reader,
-    ):
+    with two_shards(store, tmp_path) as (one, two, reader):
         one.hold()
         wait_for(reader, one.key)
         two.hold(0, 1, 2)
@@ -187,11 +195,7 @@ def test_n2_a_part_that_two_shards_hold_stays_near_when_one_goes(
 def test_n2_a_part_that_moves_away_and_back_is_read_where_it_is(
     store: Path, tmp_path: Path, expected: np.ndarray
 ) -> None:
-    with (
-        near_shard(tmp_path / "one", store, "fp32", incarnation=1) as one,
-        near_shard(tmp_path / "two", store, "fp32", incarnation=2) as two,
-        near_reader(one, two) as reader,
-    ):
+    with two_shards(store, tmp_path) as (one, two, reader):
         one.hold()
         wait_for(reader, one.key)
         ids = np.arange(one.table.rows)
