@@ -82,5 +82,5 @@ def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[U
 @pytest.fixture(scope="session")
 def client(service: Up) -> Iterator[EmbeddingClient]:
     """A client of `service`."""
-    with EmbeddingClient(service.address, timeout=30) as client:
+    with EmbeddingClient(service.address, timeout=60) as client:
         yield client

@@ -16,6 +16,7 @@ from support.checkpoints import DIM
 from support.cluster import cluster, until
 from support.toy import TOY, Request, toy_server
 
+from embedding_service.front import base
 from embedding_service.wire import embedding_pb2 as wire
 
 pytestmark = pytest.mark.service
@@ -33,7 +34,7 @@ def calls_under_way(address: str, path: str, message: bytes, size: int) -> Itera
     def ask() -> None:
         while not over.is_set():
             try:
-                ended["OK" if len(call(message, timeout=30)) >= size else "wrong"] += 1
+                ended["OK" if len(call(message, timeout=120)) >= size else "wrong"] += 1
             except grpc.RpcError as error:
                 ended[error.code().name] += 1
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -64,12 +65,18 @@ def test_no_call_is_cancelled_by_a_server_that_ends(service: str, tmp_path: Path
         assert set(ended) == {"OK", "UNAVAILABLE"}
 
 
-def test_what_arrived_is_answered_and_what_comes_later_is_told(tmp_path: Path) -> None:
-    with toy_server(str(tmp_path / "private")) as toy, grpc.insecure_channel(toy.address, OWN) as channel:
-        toy.toy.seconds = 0.5
+def test_what_arrived_is_answered_and_what_comes_later_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "STOP_GRACE", 120.0)
+    over = threading.Event()
+    with (
+        toy_server(str(tmp_path / "private")) as toy,
+        grpc.insecure_channel(toy.address, OWN) as channel,
+        ExitStack() as stack,
+    ):
         wait = channel.unary_unary(f"/{TOY}/Wait")
-        arrived = [wait.future(Request(service=str(n)).SerializeToString(), timeout=60) for n in range(CALLS)]
-        stream = channel.stream_stream(f"/{TOY}/Each")(iter(lambda: time.sleep(60), 0), timeout=60)
+        arrived = [wait.future(Request(service=str(n)).SerializeToString(), timeout=120) for n in range(CALLS)]
+        stream = channel.stream_stream(f"/{TOY}/Each")(iter(over.wait, True), timeout=120)
+        stack.callback(over.set)
         until(lambda: toy.toy.waiting == CALLS, "calls under way")
         ending = threading.Thread(target=lambda: toy.run(toy.server.stop()))
         ending.start()
@@ -80,6 +87,7 @@ def test_what_arrived_is_answered_and_what_comes_later_is_told(tmp_path: Path) -
             return call if call.code() is grpc.StatusCode.UNAVAILABLE else None
 
         assert "this server is ending" in until(refused, "the end to begin").details()
+        toy.run(toy.toy.let_go())
         assert [Request.FromString(call.result()).service for call in arrived] == [str(n) for n in range(CALLS)]
         assert stream.code() is grpc.StatusCode.UNAVAILABLE
         ending.join()
@@ -89,16 +97,16 @@ def test_no_call_is_cancelled_by_shards_that_drain(tmp_path: Path) -> None:
     lookup = wire.LookupRequest(model="m", table="ngram", ids=range(0, 19000, 500)).SerializeToString()
     with cluster(tmp_path, chaos_store(tmp_path), "--replicas=2", "--expect-shards=3", "--grace=1") as running:
         for name in "abc":
-            running.start_shard(name)
+            running.start_shard(name, "--drain-seconds=120")
         until(lambda: running.is_whole(2), "two copies")
         for name in "ab":
             process = running.processes[name]
             with calls_under_way(
                 running.addresses[name], "/embedding.v1.EmbeddingService/Lookup", lookup, 38 * 4 * DIM
             ) as ended:
-                assert process.end(seconds=60) == 0
+                assert process.end() == 0
                 until(lambda: ended["UNAVAILABLE"] > CALLS, "the end")
             assert "INFO drained" in process.output()
             assert set(ended) == {"OK", "UNAVAILABLE"}
-            running.start_shard(name)
+            running.start_shard(name, "--drain-seconds=120")
             until(lambda: running.is_whole(2), "two copies")

@@ -33,7 +33,7 @@ for name, dtype in (("toy", "keep"), ("narrow", "e5m2")):
     import_checkpoint(folder / "checkpoint", folder / "store", name, dtype=dtype, part_bytes=1 << 16)
 tokens = torch.tensor([[7, 3, 96, 0], [-1, 5, 5, 1]])
 ids = NgramHasher.from_config(folder / "checkpoint").row_ids(tokens)
-with up(folder, folder / "store", 2, "--tier=heap") as running, EmbeddingClient(running.address, timeout=30) as client:
+with up(folder, folder / "store", 2, "--tier=heap") as running, EmbeddingClient(running.address, timeout=60) as client:
     rows, narrow = (client.lookup_ngrams(name, tokens) for name in ("toy", "narrow"))
     tiers = {shard.tier for shard in running.status().shards}
 torch.save({"ids": ids, "rows": rows, "narrow": narrow, "tiers": tiers}, folder / "result.pt")

@@ -53,10 +53,10 @@ def test_what_came_on_a_connection(listener: socket.socket) -> None:
     assert connections_at(ports) == []
     with dial(listener) as theirs, listener.accept()[0] as ours:
         theirs.sendall(b"x" * 1000)
-        until(lambda: only(connections_at(ports)).unread == 1000, "what was sent", 30)
+        until(lambda: only(connections_at(ports)).unread == 1000, "what was sent")
         assert len(ours.recv(300)) == 300
         ours.sendall(b"y" * 20)
-        until(lambda: only(connections_at(ports)).sent == 20, "the answer's way", 30)
+        until(lambda: only(connections_at(ports)).sent == 20, "the answer's way")
         there = only(connections_at(ports))
         assert (there.read, there.unread, there.file) == (300, 700, ours.fileno())
         host, port = theirs.getsockname()[:2]
@@ -69,7 +69,7 @@ def test_a_cut_connection_has_nothing_to_read(listener: socket.socket) -> None:
         theirs.sendall(b"x" * 100_000)
         others.sendall(b"z")
         ports = {port_of(listener)}
-        until(lambda: sum(each.unread for each in connections_at(ports)) == 100_001, "what was sent", 30)
+        until(lambda: sum(each.unread for each in connections_at(ports)) == 100_001, "what was sent")
         cut(max(connections_at(ports), key=lambda each: each.unread))
         assert ours.recv(10) == b""
         assert kept.recv(10) == b"z"
@@ -83,9 +83,9 @@ def test_what_a_peer_left_behind_that_reset_its_connection_can_be_dropped(listen
     with listener, dial(listener) as theirs, listener.accept()[0] as ours:
         ours.sendall(b"never read, so that its end is a reset")
         theirs.sendall(b"x" * 100_000)
-        until(lambda: only(connections_at(ports)).unread == 100_000, "what was sent", 30)
+        until(lambda: only(connections_at(ports)).unread == 100_000, "what was sent")
         theirs.close()
-        until(lambda: not only(connections_at(ports)).peer, "its end", 30)
+        until(lambda: not only(connections_at(ports)).peer, "its end")
         cut(only(connections_at(ports)))
         with suppress(ConnectionResetError):
             assert ours.recv(10) == b""
@@ -243,7 +243,7 @@ def toy(tmp_path: Path) -> Iterator[ToyServer]:
 
 def echo(channel: grpc.Channel, text: str) -> str:
     call = channel.unary_unary(ECHO, Request.SerializeToString, Request.FromString)
-    return str(call(Request(service=text), timeout=60, wait_for_ready=True).service)
+    return str(call(Request(service=text), timeout=180, wait_for_ready=True).service)
 
 
 def flood_without_pause(address: str) -> None:
@@ -252,7 +252,7 @@ def flood_without_pause(address: str) -> None:
     more = further_headers(fields)
     with suppress(OSError):
         raw = Raw(address)
-        raw.socket.settimeout(60)
+        raw.socket.settimeout(180)
         with raw.socket:
             raw.flood(ECHO.encode(), fields, end_headers=False)
             while True:
@@ -295,9 +295,9 @@ def test_who_sends_more_fields_than_it_was_told_is_kept_out_for_a_while(toy: Toy
                     return True
                 return False
 
-            until(is_out, "it to be kept out", 30)
+            until(is_out, "it to be kept out")
             assert echo(channel, "beside").startswith("beside")
-        until(lambda: not is_out(), "it to come in again", 30)
+        until(lambda: not is_out(), "it to come in again")
 
 
 def test_calls_that_wait_for_a_busy_server_are_answered_too(toy: ToyServer) -> None:
@@ -315,8 +315,8 @@ def test_calls_that_wait_for_a_busy_server_are_answered_too(toy: ToyServer) -> N
         for channel in channels:
             echo(channel, "ready")
         object.__setattr__(toy.server._methods[f"/{TOY}/Quick".encode()], "at_once", slow)
-        first = channels[0].unary_unary(f"/{TOY}/Quick").future(b"", timeout=60)
-        assert answering.wait(30)
-        calls = [channel.unary_unary(ECHO).future(b"", timeout=60) for _ in range(200) for channel in channels]
+        first = channels[0].unary_unary(f"/{TOY}/Quick").future(b"", timeout=180)
+        assert answering.wait(180)
+        calls = [channel.unary_unary(ECHO).future(b"", timeout=180) for _ in range(200) for channel in channels]
         assert all(call.exception() is None for call in calls)
         first.exception()

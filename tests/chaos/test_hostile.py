@@ -48,7 +48,7 @@ def running(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def check_all_rows(addresses: list[str], name: str = TABLE) -> None:
-    with EmbeddingClient(addresses, timeout=30) as client:
+    with EmbeddingClient(addresses, timeout=60) as client:
         table = longcat_table()
         assert torch.equal(client.lookup(name, torch.arange(len(table))), table)
 
@@ -85,7 +85,7 @@ def test_a_shard_that_is_cut_off_is_forgotten_and_used_again_when_the_link_is_ba
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=200,
+            timeout=280,
         )
         assert done.returncode == 0, done.stdout
     finally:
@@ -95,7 +95,7 @@ def test_a_shard_that_is_cut_off_is_forgotten_and_used_again_when_the_link_is_ba
 def answers(stub: EmbeddingServiceStub, lookup: wire.LookupRequest) -> bool:
     """Whether all rows came; False where gRPC itself refused the call, which the shard never saw."""
     try:
-        return len(stub.Lookup(lookup, timeout=20).rows) == 4 * DIM * len(lookup.ids)
+        return len(stub.Lookup(lookup, timeout=120).rows) == 4 * DIM * len(lookup.ids)
     except grpc.RpcError as error:
         if "RST_STREAM" not in error.details():
             raise
@@ -112,7 +112,7 @@ def test_calls_that_are_given_up_leave_nothing_behind(small_store: Path, tmp_pat
         with grpc.insecure_channel(running.addresses["a"]) as channel:
             stub = EmbeddingServiceStub(channel)
             every = wire.LookupRequest(model="m", table="ngram", ids=range(0, len(longcat_table()), 97))
-            stub.Lookup(every, timeout=20)
+            stub.Lookup(every, timeout=120)
             threads = process.num_threads()
             running.processes["b"].popen.send_signal(signal.SIGSTOP)
             try:
@@ -124,7 +124,7 @@ def test_calls_that_are_given_up_leave_nothing_behind(small_store: Path, tmp_pat
                 own = [("grpc.use_local_subchannel_pool", 1)]
                 with grpc.insecure_channel(running.addresses["a"], own) as elsewhere:
                     someone_else = EmbeddingServiceStub(elsewhere)
-                    assert someone_else.GetRouting(wire.GetRoutingRequest(), timeout=20).shards
+                    assert someone_else.GetRouting(wire.GetRoutingRequest(), timeout=120).shards
             finally:
                 running.processes["b"].popen.send_signal(signal.SIGCONT)
             until(lambda: process.num_threads() < threads + 20, "its threads to end")
@@ -165,8 +165,13 @@ def test_a_full_disk_is_named_costs_only_its_own_parts_and_is_mended_by_room(sma
         assert f"no room on the disk of {disk / 'cache'}" in full(status)[0]
         running.wait_serving()
         check_all_rows(list(running.addresses.values()))
-        held = {shard.shard_id: shard.parts for shard in running.status().shards}
-        assert 0 < held["b"] < held["a"] == len(Store(small_store).manifest("m").tables[0].parts)
+        parts = len(Store(small_store).manifest("m").tables[0].parts)
+
+        def some_on_b(status: control.Status) -> bool:
+            held = {shard.shard_id: shard.parts for shard in status.shards}
+            return held.get("a") == parts and 0 < held.get("b", 0) < parts
+
+        running.wait_until(some_on_b, "all parts on a and some on b")
         until(lambda: not list(disk.rglob("*.partial*")), "what did not fit to be removed")
 
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
@@ -193,10 +198,12 @@ def test_only_models_with_a_damaged_part_are_not_served(small_store: Path, tmp_p
         def served(status: control.Status) -> list[str]:
             return [model.model.name for model in status.models if model.serving]
 
-        status = running.wait_until(lambda status: len(status.problems) == 2 and served(status), "the sound model")
-        assert served(status) == ["m"]
-        said = " ".join(problem.message for problem in status.problems)
-        assert str(cut) in said and f"{flipped} is corrupt" in said
+        def named(status: control.Status) -> bool:
+            said = " ".join(problem.message for problem in status.problems)
+            return str(cut) in said and f"{flipped} is corrupt" in said
+
+        running.wait_until(lambda status: served(status) == ["m"] and named(status), "the sound model")
+        running.wait_until(lambda status: len(status.problems) == 2, "no other problem")
         addresses = list(running.addresses.values())
         check_all_rows(addresses)
         with EmbeddingClient(addresses) as client:
@@ -208,10 +215,10 @@ def test_only_models_with_a_damaged_part_are_not_served(small_store: Path, tmp_p
 # Clients that do not behave
 
 
-def peak_until_still(running: Cluster, name: str) -> int:
-    """The most anonymous memory that a shard took until it had answered nothing for 3 s."""
+def peak_until_still(running: Cluster, name: str, since: int = -1) -> int:
+    """The most anonymous memory that a shard took until it had answered more, and then nothing for 3 s."""
     peak, seen = 0, list[int]()
-    while len(seen) < 30 or len(set(seen[-30:])) > 1:
+    while len(seen) < 30 or len(set(seen[-30:])) > 1 or seen[-1] <= since:
         peak = max(peak, running.processes[name].resident_anonymous())
         seen.append(answered_by(running, name))
         time.sleep(0.1)
@@ -239,7 +246,7 @@ def test_garbage_and_half_messages_harm_nobody_else(running: Cluster) -> None:
                 (bytes(17 * MIB), "Received message larger than max"),
             ):
                 with pytest.raises(grpc.RpcError) as raised:
-                    lookup(sent, timeout=10)
+                    lookup(sent, timeout=120)
                 assert said in raised.value.details()
         asked = load.lookups
         until(lambda: load.lookups > asked + 50, "lookups beside them")
@@ -260,7 +267,7 @@ def test_a_stream_that_is_never_read_takes_bounded_memory(running: Cluster) -> N
     with grpc.insecure_channel(address) as channel:
         requests = (wire.StreamLookupRequest(request_id=number, lookup=lookup) for number in range(asked))
         stream = EmbeddingServiceStub(channel).StreamLookup(requests)
-        peak = peak_until_still(running, "a")
+        peak = peak_until_still(running, "a", done)
         answered = answered_by(running, "a") - done
         check_all_rows(list(running.addresses.values()))
         stream.cancel()
@@ -272,10 +279,12 @@ def test_a_stream_that_is_never_read_takes_bounded_memory(running: Cluster) -> N
 def test_answers_that_are_never_read_take_bounded_memory(running: Cluster) -> None:
     message = wire.LookupRequest(model="m", table="ngram", ids=[0] * (15 << 10)).SerializeToString()
     address, process = running.addresses["a"], running.processes["a"]
+    peak_until_still(running, "a")
     before = process.resident_anonymous()
     for _ in range(2):  # the second time shows that the first one's memory is used again
+        done = answered_by(running, "a")
         with unread_lookups(address, message, 1000):  # 0.9 GiB of answers in all
-            peak = peak_until_still(running, "a")
+            peak = peak_until_still(running, "a", done)
             check_all_rows(list(running.addresses.values()))
         assert 64 * MIB < peak - before < 640 * MIB  # the allowance of 128 MiB, in four copies, and a margin
     assert process.runs
@@ -293,7 +302,7 @@ def test_a_thousand_connections_at_once_are_answered(running: Cluster) -> None:
             await all_connected.wait()
             ids = [number, 3 * number]
             request = wire.LookupRequest(model="m", table="ngram", ids=ids)
-            answer = await EmbeddingServiceStub(channel).Lookup(request, timeout=60)
+            answer = await EmbeddingServiceStub(channel).Lookup(request, timeout=200)
             return torch.equal(torch.frombuffer(bytearray(answer.rows), dtype=torch.float32).view(2, DIM), table[ids])
 
     async def all_at_once() -> list[bool]:
@@ -304,7 +313,7 @@ def test_a_thousand_connections_at_once_are_answered(running: Cluster) -> None:
         return await asyncio.gather(*tasks)
 
     connected, all_connected = asyncio.Semaphore(0), asyncio.Event()
-    right = asyncio.run(asyncio.wait_for(all_at_once(), 120))
+    right = asyncio.run(asyncio.wait_for(all_at_once(), 240))
     assert len(right) == 1000 and all(right)
 
 
@@ -340,7 +349,7 @@ def test_of_two_controllers_the_older_ends_itself_and_no_lookup_is_lost(small_st
             second = until(lambda: led("b"), "the second controller to lead b")
             assert second.term > before.term
             to_b.point(running.controller_address)  # it tells the first what it saw since
-            assert old.popen.wait(30) == 1
+            assert old.wait() == 1
             assert (
                 f"a controller of term {second.term} is there, above this one's {before.term}: ending" in old.output()
             )

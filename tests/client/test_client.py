@@ -20,7 +20,7 @@ ROWS = len(longcat_table())
 def client(request: pytest.FixtureRequest, service: Up) -> Iterator[EmbeddingClient]:
     """One whose rows are all near, and one without any."""
     near = request.param == "near"
-    with EmbeddingClient(service.address, timeout=30, near=near) as client:
+    with EmbeddingClient(service.address, timeout=60, near=near) as client:
         yield come_near(client) if near else client
 
 

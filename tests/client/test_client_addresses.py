@@ -138,12 +138,12 @@ def test_proxies_are_not_asked(service: Up, monkeypatch: pytest.MonkeyPatch) -> 
     with grpc.insecure_channel(service.address) as proxied, pytest.raises(grpc.RpcError):
         EmbeddingServiceStub(proxied).GetRouting(wire.GetRoutingRequest(), timeout=2)
     for hedge in (True, False):
-        with EmbeddingClient(service.address, timeout=20, hedge=hedge, near=False) as client:
+        with EmbeddingClient(service.address, timeout=60, hedge=hedge, near=False) as client:
             assert torch.equal(client.lookup("fp32/ngram", torch.tensor([5])), longcat_table()[[5]])
     assert get_status(service.address).shards
 
     async def ask() -> wire.Routing:
         async with open_channel_async(service.address, None) as channel:
-            return await EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=20)
+            return await EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=120)
 
     assert asyncio.run(ask()).shards

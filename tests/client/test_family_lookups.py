@@ -48,7 +48,7 @@ def families(folder: Path) -> Iterator[Up]:
 def families_client(request: pytest.FixtureRequest, families: Up) -> Iterator[EmbeddingClient]:
     """A client of theirs whose rows are all near, and one without any."""
     near = request.param == "near"
-    with EmbeddingClient(families.address, timeout=30, near=near) as client:
+    with EmbeddingClient(families.address, timeout=60, near=near) as client:
         yield come_near(client) if near else client
 
 
@@ -92,7 +92,7 @@ def test_the_service_hashes_as_the_client_does(
         encoding=f"ROW_ENCODING_{encoding}",
     )
     with grpc.insecure_channel(families.address) as channel:
-        answer = embedding_pb2_grpc.EmbeddingServiceStub(channel).LookupNgrams(request, timeout=30)
+        answer = embedding_pb2_grpc.EmbeddingServiceStub(channel).LookupNgrams(request, timeout=120)
     expected = families_client.lookup_ngrams(name, tokens, context)
     assert (answer.batch, answer.length, answer.tables, answer.heads, answer.dim) == tuple(expected.shape)
     stored = {"FLOAT32": "fp32", "BFLOAT16": "bf16", "STORED": {"qwen": "fp32", "engram": "fp8"}[name]}[encoding]

@@ -108,7 +108,7 @@ def test_a_cache_must_hold_something(service: Up) -> None:
 @pytest.mark.parametrize("model", FORMATS)
 def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(1)
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
+    with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
         assert cached.cache is not None
         for size in (12, 300, 0, 12, 2000, 300):
             ids = torch.randint(0, 700, (size,), generator=random)
@@ -118,8 +118,9 @@ def test_hits_change_nothing(service: Up, client: EmbeddingClient, model: str, d
         assert cached.cache.stats.hits > 1000
 
 
-def test_a_lookup_of_kept_rows_asks_nobody(service: Up) -> None:
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
+def test_a_lookup_of_kept_rows_asks_nobody(service: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "TRUSTED_SECONDS", 60.0)
+    with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
         tokens = torch.tensor([[5, 3, 8, 5, 3, 8]])
         rows = cached.lookup_ngrams("int8@1", tokens)
         cached._transport.close()
@@ -129,7 +130,7 @@ def test_a_lookup_of_kept_rows_asks_nobody(service: Up) -> None:
 
 
 def test_ids_out_of_range_are_never_found(service: Up) -> None:
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
+    with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
         cached.lookup("fp32/ngram", torch.arange(ROWS))
         for bad in (-1, ROWS, 1 << 40):
             with pytest.raises(errors.OutOfRange, match=f"id {bad} at position 1"):
@@ -138,7 +139,7 @@ def test_ids_out_of_range_are_never_found(service: Up) -> None:
 
 def test_threads_share_a_cache_that_is_too_small(service: Up) -> None:
     wrong: list[int] = []
-    with EmbeddingClient(service.address, timeout=30, cache_bytes=MIB, near=False) as cached:
+    with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
 
         def work(seed: int) -> None:
             random = torch.Generator().manual_seed(seed)
@@ -164,7 +165,7 @@ def test_a_new_version_takes_over_though_all_rows_are_kept(tmp_path: Path, monke
     ids, old, new = torch.arange(40), longcat_table(1)[:40], longcat_table(2)[:40]
     with (
         serving(tmp_path, store, 2) as running,
-        EmbeddingClient(running.address, timeout=30, cache_bytes=MIB, near=False) as cached,
+        EmbeddingClient(running.address, timeout=60, cache_bytes=MIB, near=False) as cached,
     ):
         assert torch.equal(cached.lookup("m/ngram", ids), old)
         import_checkpoint(longcat_checkpoint(tmp_path / "two", 2), str(store), "m", dtype="fp32", version="2")

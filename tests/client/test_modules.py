@@ -111,7 +111,7 @@ def test_what_is_frozen_lets_the_rest_of_a_compiled_model_be_trained(client: Emb
 
 def test_one_graph_serves_all_modules_and_their_copies(service: Up, client: EmbeddingClient) -> None:
     """As of nn.Embeddings, whose weights are data to a graph: of layers that are compiled one by one."""
-    with EmbeddingClient(service.address, timeout=30) as other:
+    with EmbeddingClient(service.address, timeout=60) as other:
         modules = [RemoteEmbedding(client, f"{table}/ngram") for table in ["fp32", "fp16", "int8", "nope"] * 3]
         modules = [module for module in modules if "nope" not in module.table]
         graphs = CompileCounterWithBackend("eager")

@@ -18,8 +18,8 @@ def busy(service: Up, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Embeddi
     """A client whose only thread for prefetching is held until the event is set."""
     monkeypatch.setattr(client_module, "MOST_AHEAD", 1)
     go_on = threading.Event()
-    with EmbeddingClient(service.address, timeout=30) as client:
-        client._ahead.submit(go_on.wait, 30)
+    with EmbeddingClient(service.address, timeout=60) as client:
+        client._ahead.submit(go_on.wait, 180)
         yield client, go_on
         go_on.set()
 
@@ -62,9 +62,9 @@ def test_closing_ends_what_has_not_begun(busy: tuple[EmbeddingClient, threading.
     closing = threading.Thread(target=client.close)
     closing.start()
     with pytest.raises(CancelledError):
-        waiting.result(30)
+        waiting.result(180)
     go_on.set()
-    closing.join(30)
+    closing.join(180)
     assert not closing.is_alive()
     with pytest.raises(errors.Unavailable, match="closed"):
         client.prefetch("fp32/ngram", torch.arange(3))

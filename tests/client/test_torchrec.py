@@ -62,7 +62,7 @@ def rec_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 @pytest.fixture(scope="module")
 def rec(rec_service: Up) -> Iterator[EmbeddingClient]:
-    with EmbeddingClient(rec_service.address, timeout=30) as client:
+    with EmbeddingClient(rec_service.address, timeout=60) as client:
         yield client
 
 
@@ -167,7 +167,7 @@ def test_bags_told_apart_only_by_inverse_indices(rec: EmbeddingClient) -> None:
 def test_a_batch_asks_for_each_table_once_and_for_all_at_the_same_time(
     rec: EmbeddingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote, together = RemoteEmbeddingCollection(rec, "rec", configs()), threading.Barrier(4, timeout=30)
+    remote, together = RemoteEmbeddingCollection(rec, "rec", configs()), threading.Barrier(4, timeout=180)
     asked: dict[str, torch.Tensor] = {}
     lookup = rec.lookup
 
@@ -293,7 +293,7 @@ def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
     publish(tmp_path, "1", tables)
     with (
         serving(tmp_path, tmp_path / "store", 2) as running,
-        EmbeddingClient(running.address, timeout=30) as client,
+        EmbeddingClient(running.address, timeout=60) as client,
     ):
         remote, pinned = (RemoteEmbeddingCollection(client, name, made) for name in ("rec", "rec@1"))
 

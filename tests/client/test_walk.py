@@ -96,7 +96,7 @@ def two_shards() -> Iterator[str]:
 
 def test_a_lookup_changes_file_at_most_20_times(capsys: pytest.CaptureFixture[str]) -> None:
     ids = torch.tensor([3, 40, 1, 0, 63, 33, 7, 50, 9, 45])
-    with two_shards() as address, EmbeddingClient(address, timeout=30, near=False) as client:
+    with two_shards() as address, EmbeddingClient(address, timeout=60, near=False) as client:
         for _ in range(3):  # connections, streams and what is remembered of requests
             client.lookup("m/t", ids)
         rows: list[torch.Tensor] = []

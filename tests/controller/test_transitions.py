@@ -71,7 +71,7 @@ def test_a_shard_that_is_told_to_end_hands_its_parts_over_first(own_store: Path,
         settled(running, 3, parts)
         with Load(list(running.addresses.values()), "m/ngram", longcat_table()) as load:
             until(lambda: load.lookups > 30, "lookups")
-            assert running.processes["b"].end(signal.SIGTERM, 60) == 0
+            assert running.processes["b"].end(signal.SIGTERM) == 0
             settled(running, 2, parts)
         load.check()
         assert "drained" in running.processes["b"].output()
@@ -85,7 +85,7 @@ def test_a_rolling_restart_loses_no_lookup(own_store: Path, tmp_path: Path) -> N
         settled(running, 2, parts)
         with Load(list(running.addresses.values()), "m/ngram", longcat_table()) as load:
             for name in "ab":
-                assert running.processes[name].end(signal.SIGTERM, 60) == 0
+                assert running.processes[name].end(signal.SIGTERM) == 0
                 running.start_shard(name, "--memory=64MiB")
                 settled(running, 2, parts)
         load.check()
@@ -97,7 +97,7 @@ def test_a_shard_nobody_can_take_over_from_ends_after_its_time(own_store: Path, 
         for name in "ab":
             running.start_shard(name, f"--memory={size * 2 // 3}", "--drain-seconds=3")
         running.wait_serving()
-        assert running.processes["a"].end(signal.SIGTERM, 60) == 0
+        assert running.processes["a"].end(signal.SIGTERM) == 0
         assert "not drained after 3 s" in running.processes["a"].output()
 
 
@@ -105,11 +105,11 @@ def test_the_last_shards_need_not_wait_for_anybody(own_store: Path, tmp_path: Pa
     with cluster(tmp_path, own_store, "--expect-shards=1") as running:
         running.start_shard("a", "--drain-seconds=200")
         running.wait_serving()
-        assert running.processes["a"].end(signal.SIGTERM, 60) == 0
+        assert running.processes["a"].end(signal.SIGTERM) == 0
         running.start_shard("a", "--drain-seconds=200")
         settled(running, 1, parts_of(own_store))
         running.processes["controller"].end()
-        assert running.processes["a"].end(signal.SIGTERM, 60) == 0
+        assert running.processes["a"].end(signal.SIGTERM) == 0
         assert "no controller to drain with" in running.processes["a"].output()
 
 

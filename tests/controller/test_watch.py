@@ -26,7 +26,7 @@ class Stalling(Store):
 
     def catalogue(self, known: Catalogue | None = None) -> Catalogue:
         self.looks += 1
-        assert self.answers.wait(60)
+        assert self.answers.wait(180)
         return super().catalogue(known)
 
 
@@ -34,11 +34,11 @@ class Stalling(Store):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "SCAN_SECONDS", 0.01)
     monkeypatch.setattr(watching, "STALL_SECONDS", 0.05)
-    monkeypatch.setattr(watching, "TERM_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "TERM_SECONDS", 60.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(180):
         while not condition():
             await asyncio.sleep(0.01)
 

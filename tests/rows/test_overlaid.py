@@ -165,13 +165,13 @@ def test_a_gather_is_right_whose_ground_is_read_before_the_fold_and_that_ends_be
         read = gather(*arguments)
         if threading.current_thread() is not folding and not folding.ident:
             folding.start()
-            assert forgotten.wait(30)
+            assert forgotten.wait(180)
         return read
 
     def half(self: Any, part: Part) -> None:
         forget(self, part)
         forgotten.set()
-        assert go_on.wait(30)
+        assert go_on.wait(180)
 
     monkeypatch.setattr(over.ground, "_gather", then_fold)
     monkeypatch.setattr(overlaid._Over, "forget", half)

@@ -93,7 +93,7 @@ def call(address: str, path: str, access: Access | None, message: bytes = b"") -
         grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
     )
     with opened as channel:
-        under_way = channel.stream_stream(f"/{path}")(iter([message]), timeout=10)
+        under_way = channel.stream_stream(f"/{path}")(iter([message]), timeout=120)
         try:
             next(under_way, None)
             under_way.cancel()
@@ -114,7 +114,7 @@ def test_s1_rows_are_the_same_as_ever(secured: Secured) -> None:
     table = longcat_table()
     ids = torch.arange(0, len(table), 7)
     for access in (secured.token("reader"), secured.certificate("reader"), secured.token("admin")):
-        with EmbeddingClient(secured.members.address, tls=access, timeout=30) as client:
+        with EmbeddingClient(secured.members.address, tls=access, timeout=60) as client:
             assert torch.equal(client.lookup(TABLE, ids), table[ids])
 
 
@@ -167,7 +167,7 @@ def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_els
 
 
 def test_s4_a_model_that_one_may_not_read_looks_like_one_that_is_not_there(secured: Secured) -> None:
-    with EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=5) as client:
+    with EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=60) as client:
         assert [model.name for model in client.models()] == [SEEN]
         for name in (f"{HIDDEN}/ngram", f"{HIDDEN}@1/ngram", "absent/ngram"):
             with pytest.raises(NotFound) as raised:
@@ -212,7 +212,7 @@ def test_s5_a_forwarded_lookup_is_authorized_where_it_comes_in(secured: Secured)
                 wire.LookupRequest.SerializeToString,
                 wire.LookupResponse.FromString,
             )
-            rows = torch.frombuffer(bytearray(method(request, timeout=20).rows), dtype=torch.float32).view(
+            rows = torch.frombuffer(bytearray(method(request, timeout=120).rows), dtype=torch.float32).view(
                 -1, table.shape[1]
             )
         assert torch.equal(rows, table[::50])
@@ -325,7 +325,7 @@ def test_s6_a_shard_that_was_taken_over_leads_no_client_astray(secured: Secured)
     server.start()
     try:
         addresses = [f"127.0.0.1:{port}", secured.members.address]
-        with EmbeddingClient(addresses, tls=secured.token("reader"), timeout=20) as client:
+        with EmbeddingClient(addresses, tls=secured.token("reader"), timeout=60) as client:
             for _ in range(20):
                 assert torch.equal(client.lookup(TABLE, torch.arange(50)), table[:50])
                 client._router._looks_at = 0.0
@@ -353,11 +353,11 @@ def test_s2_files_that_are_replaced_count_on_both_sides_and_no_lookup_is_lost(se
     def look_up(client: EmbeddingClient) -> None:
         assert torch.equal(client.lookup(TABLE, ids), table[ids])
 
-    with EmbeddingClient(secured.members.address, tls=access, timeout=30) as one:
+    with EmbeddingClient(secured.members.address, tls=access, timeout=60) as one:
         for _ in range(20):
             replace_all()
             look_up(one)
-            with EmbeddingClient(secured.members.address, tls=access, timeout=30) as another:
+            with EmbeddingClient(secured.members.address, tls=access, timeout=60) as another:
                 look_up(another)
         replace_all(begins=-2, days=-1)
         with EmbeddingClient(secured.members.address, tls=access, timeout=1) as another, pytest.raises(Unavailable):
@@ -375,7 +375,7 @@ def _connects(secured: Secured, access: Access) -> bool:
 def test_n5_near_rows_are_those_of_models_that_one_may_read(secured: Secured) -> None:
     table, ids = longcat_table(), torch.arange(0, 3000, 7)
     for access in (secured.token("reader"), secured.certificate("reader")):
-        with EmbeddingClient(secured.members.address, tls=access, near=True, timeout=30) as client:
+        with EmbeddingClient(secured.members.address, tls=access, near=True, timeout=60) as client:
 
             def is_near() -> bool:
                 wired = client.statistics.wired_rows

@@ -35,12 +35,12 @@ class Stalling(Store):
 
     def fetch_part(self, manifest: Manifest, part: Part, cache: Path) -> Path:
         if (manifest.model, part.index) == (self.stuck.model, self.stuck.part):
-            assert self.answers.wait(60)
+            assert self.answers.wait(180)
         return super().fetch_part(manifest, part, cache)
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(180):
         while not condition():
             await asyncio.sleep(0.01)
 

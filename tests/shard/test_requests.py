@@ -150,7 +150,7 @@ def test_garbage_is_an_invalid_argument_of_every_method_and_no_line_of_a_log(
             for path in (*paths, *OTHERS):
                 for garbage in GARBAGE:
                     with pytest.raises(grpc.RpcError) as caught:
-                        list(target.stream_stream(f"/{path}")(iter([garbage]), timeout=20))
+                        list(target.stream_stream(f"/{path}")(iter([garbage]), timeout=120))
                     said = (path, garbage, caught.value.details())
                     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, said
                     assert "embedding.v1" not in caught.value.details() and "Error" not in caught.value.details()
@@ -183,9 +183,9 @@ def test_methods_that_are_none_are_refused_by_every_process(service: Up, channel
     for address in (routing.controller, routing.shards[0].address):
         with grpc.insecure_channel(address) as target:
             with pytest.raises(grpc.RpcError) as caught:
-                target.unary_unary(path.encode(errors="surrogateescape"))(b"", timeout=20)
+                target.unary_unary(path.encode(errors="surrogateescape"))(b"", timeout=120)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert EmbeddingServiceStub(target).ListModels(wire.ListModelsRequest(), timeout=20).models
+            assert EmbeddingServiceStub(target).ListModels(wire.ListModelsRequest(), timeout=120).models
 
 
 def test_an_epoch_without_a_version_is_told_what_to_name(stub: EmbeddingServiceStub) -> None:

@@ -39,7 +39,7 @@ def check_absence(running: Cluster, name: str, leave: Callable[[], None], come_b
 
 
 def answered_by(running: Cluster, name: str) -> int:
-    """Lookups that a shard answered since its start."""
+    """Lookups that a shard answered since its start, as the controller knows; 0 while it cannot be asked."""
     return sum(shard.stats.lookups for shard in running.status().shards if shard.shard_id == name)
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -125,12 +125,16 @@ class Process:
 
         until(printed, f"{text!r} from {self.popen.args!r}")
 
-    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = 15) -> int:
+    def wait(self, seconds: float = START_SECONDS) -> int:
+        """Its exit code, once it has ended. Raises subprocess.TimeoutExpired."""
+        return self.popen.wait(seconds)
+
+    def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = START_SECONDS) -> int:
         """Signal it, and return its exit code."""
         if self.popen.poll() is None:
             self.popen.send_signal(how)
         try:
-            return self.popen.wait(seconds)
+            return self.wait(seconds)
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait()
@@ -299,6 +303,15 @@ def serving(folder: Path, store: Path, shards: int, *, replicas: int = 1, memory
         members.end()
 
 
+def routing_of(address: str) -> wire.Routing:
+    """The routing that a controller or a shard has. It is empty while nobody answers."""
+    try:
+        with grpc.insecure_channel(address) as channel:
+            return embedding_pb2_grpc.EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=5)
+    except grpc.RpcError:
+        return wire.Routing()
+
+
 class Cluster:
     """A controller and shards that a test starts, stops and kills one by one.
 
@@ -368,28 +381,31 @@ class Cluster:
         return until(fulfilling, what)
 
     def wait_serving(self, models: int = 1) -> control.Status:
-        """Wait until `models` models are served."""
-        return self.wait_until(
-            lambda status: len(status.models) == models and all(model.serving for model in status.models),
-            f"{models} served models",
-        )
+        """Wait until `models` models are served, and every shard knows it."""
+
+        def serving(status: control.Status) -> bool:
+            served = len(status.models) == models and all(model.serving for model in status.models)
+            return served and self._all_know(status.shards)
+
+        return self.wait_until(serving, f"{models} served models")
 
     def is_whole(self, copies: int) -> bool:
-        """Whether the controller knows just the running shards, and every part is served by `copies` of them."""
+        """Whether every part is served by `copies` of the running shards or more, and all of them know it."""
         status = self.status()
         running = {process.popen.pid for name, process in self.processes.items() if name in self.addresses}
         if status.problems or {shard.stats.pid for shard in status.shards} != running:
             return False
         if any(shard.draining or shard.parts_missing for shard in status.shards):
             return False
-        try:
-            with grpc.insecure_channel(self.controller_address) as channel:
-                stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-                routing = stub.GetRouting(wire.GetRoutingRequest(), timeout=5)
-        except grpc.RpcError:
-            return False
+        routing = routing_of(self.controller_address)
         parts = [part for model in routing.models for table in model.tables for part in table.parts]
-        return bool(parts) and all(len(part.shards) >= copies for part in parts)
+        enough = bool(parts) and all(len(part.shards) >= copies for part in parts)
+        return enough and self._all_know(status.shards)
+
+    def _all_know(self, shards: Iterable[control.ShardStatus]) -> bool:
+        """Whether each of them has the controller's routing."""
+        routing = routing_of(self.controller_address)
+        return bool(routing.models) and all(routing_of(shard.address) == routing for shard in shards)
 
     def stub(self, name: str) -> embedding_pb2_grpc.EmbeddingServiceStub:
         """A thin client of one shard."""

@@ -55,7 +55,7 @@ def check(client: EmbeddingClient) -> None:
     """A lookup on this thread, and one ahead."""
     ahead = client.prefetch("fp32/ngram", FEW)
     assert torch.equal(client.lookup("fp32/ngram", FEW), FEW_ROWS)
-    assert torch.equal(ahead.result(20), FEW_ROWS)
+    assert torch.equal(ahead.result(60), FEW_ROWS)
 
 
 def check_many(client: EmbeddingClient) -> None:
@@ -94,7 +94,7 @@ def code_of_child(client: EmbeddingClient | None, address: str, near: bool) -> i
     if child == 0:
         code = 1
         try:
-            client = client or EmbeddingClient(address, timeout=20, near=near)
+            client = client or EmbeddingClient(address, timeout=60, near=near)
             check(client)
             check_many(client)
             if near:
@@ -121,7 +121,7 @@ def main(how: str, address: str, way: str) -> None:
     """HOW is a start method of a DataLoader's workers, `os.fork`, or `unprepared`: gRPC does not prepare then."""
     near = way == "near"
     torch.set_num_threads(2)
-    with EmbeddingClient(address, timeout=20, cache_bytes=1 << 20, near=near) as client:
+    with EmbeddingClient(address, timeout=60, cache_bytes=1 << 20, near=near) as client:
         check_many(come_near(client) if near else client)
         if how == "os.fork":
             fork(client, address, near)

@@ -34,7 +34,7 @@ def dial(address: str) -> socket.socket:
         connection.connect("\0" + name)
         return connection
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 class Raw:

@@ -20,7 +20,7 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
 # Seconds that one lookup may take, retries included.
-DEADLINE = 30.0
+DEADLINE = 60.0
 IDS = 48
 SomeLoad = TypeVar("SomeLoad", bound="CheckedLoad")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +83,15 @@ class NearShard:
         self.age = (term, epoch)
         self.on_loop(self.server.tell_age)
 
-    def hang(self, seconds: float) -> None:
-        """Its loop does nothing for so long."""
-        self._loop.call_soon_threadsafe(time.sleep, seconds)
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Its loop does nothing until the end."""
+        goes_on = threading.Event()
+        self._loop.call_soon_threadsafe(goes_on.wait)
+        try:
+            yield
+        finally:
+            goes_on.set()
 
     def on_loop(self, function: Callable[[], T]) -> T:
         """What it returns on the shard's loop."""
@@ -147,6 +152,16 @@ def read(reader: NearReader, key: tuple[str, str], ids: np.ndarray) -> np.ndarra
     return rows.stored.numpy() if isinstance(rows, Rows) else None
 
 
+def read_near(reader: NearReader, key: tuple[str, str], ids: np.ndarray) -> np.ndarray:
+    """The same, once they are. On a busy machine a shard may miss its beat, and is not near for a moment."""
+
+    def rows() -> tuple[np.ndarray] | None:
+        found = read(reader, key, ids)
+        return None if found is None else (found,)
+
+    return until(rows, f"rows of {key}; {reader.states()}")[0]
+
+
 def wait_for(reader: NearReader, key: tuple[str, str], whole: bool = True) -> NearTable:
     """The table, once all of it is near, or a part of it."""
 
@@ -155,7 +170,7 @@ def wait_for(reader: NearReader, key: tuple[str, str], whole: bool = True) -> Ne
         table = view.tables.get(key) if view else None
         return table if table and (table.complete or not whole) else None
 
-    return until(there, f"{key} to be near; {reader.states()}", seconds=20)
+    return until(there, f"{key} to be near; {reader.states()}")
 
 
 def stored_rows(store: Path, model: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from embedding_service import EmbeddingClient
@@ -17,7 +19,19 @@ def all_near(client: EmbeddingClient) -> bool:
     return client.statistics.wired_rows == before
 
 
+def read_near(client: EmbeddingClient, look_up: Callable[[], None]) -> int:
+    """How many near rows it read, at the first time that none travelled. A shard that misses its beat is not near."""
+
+    def rows() -> int | None:
+        before = client.statistics
+        look_up()
+        after = client.statistics
+        return after.near_rows - before.near_rows if after.wired_rows == before.wired_rows else None
+
+    return until(rows, f"near rows: {client.statistics.shards}")
+
+
 def come_near(client: EmbeddingClient) -> EmbeddingClient:
     """The client, once all rows are near to it."""
-    until(lambda: all_near(client), f"all rows to be near: {client.statistics.shards}", seconds=30)
+    until(lambda: all_near(client), f"all rows to be near: {client.statistics.shards}")
     return client

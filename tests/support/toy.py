@@ -21,11 +21,11 @@ TOY = "toy.Toy"
 
 
 class Toy:
-    """Methods of every kind. `waiting`: calls of `Wait` under way, each for `seconds`. `said`: messages of `Repeat`."""
+    """Methods of every kind. `waiting`: calls of `Wait` under way, until `let_go`. `said`: messages of `Repeat`."""
 
     def __init__(self) -> None:
         self.waiting = self.said = 0
-        self.seconds = 3600.0
+        self._go = asyncio.Event()
 
     def add_to(self, server: Server) -> None:
         read, write = Request.FromString, Request.SerializeToString
@@ -68,10 +68,15 @@ class Toy:
     async def wait(self, request: Any, context: Context) -> Any:
         self.waiting += 1
         try:
-            await asyncio.sleep(self.seconds)
+            await self._go.wait()
             return request
         finally:
             self.waiting -= 1
+
+    async def let_go(self) -> None:
+        """Answer the calls of `Wait` that are under way."""
+        self._go.set()
+        self._go = asyncio.Event()
 
     async def repeat(self, request: Any, context: Context) -> AsyncIterator[Any]:
         for number in range(int(request.service)):
@@ -100,7 +105,7 @@ class ToyServer:
 
     def run(self, work: Any) -> Any:
         """A coroutine's result, on the server's event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(240)
 
     async def _start(self) -> None:
         self.server = Server(RequestLimits(request_bytes=1 << 20), self.budget)

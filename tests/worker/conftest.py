@@ -70,5 +70,5 @@ def embeddings(tables: Up) -> str:
 @pytest.fixture(scope="session")
 def remote(embeddings: str) -> Iterator[EmbeddingClient]:
     """A client of that service."""
-    with EmbeddingClient(embeddings, timeout=30) as client:
+    with EmbeddingClient(embeddings, timeout=60) as client:
         yield client

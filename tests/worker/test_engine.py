@@ -331,7 +331,7 @@ def test_what_comes_while_a_stream_pauses_goes_out_together_and_an_end_does_not_
                 await asyncio.sleep(0)
             assert not following.done()
         engine.emit(Event("d", "stop"))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):
             assert await following == [(0, Event("b")), (0, Event("c")), (0, Event("d", "stop"))]
         assert [each async for each in events] == []
 

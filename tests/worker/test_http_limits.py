@@ -28,19 +28,19 @@ from model_worker.http_limits import MAX_BODY_BYTES, MAX_HEAD_BYTES, GuardedHttp
 pytestmark = pytest.mark.slow
 
 MOST = 8
-SECONDS = 2.0
+SECONDS, PATIENCE = 2.0, 180.0
 HEAD = b"POST / HTTP/1.1\r\nHost: test\r\n"
 
 
 class Server:
     """An application that tells what it was given, behind the limits, on a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.running = 0
         self.cut_off = threading.Event()
         [middleware] = guard_proxy()
         GuardedHttp.most = MOST
-        app = middleware.cls(self.app, *middleware.args, seconds=SECONDS, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
+        app = middleware.cls(self.app, *middleware.args, seconds=seconds, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
         config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
@@ -75,7 +75,7 @@ class Server:
             self.cut_off.set()
 
     def connect(self, sent: bytes = b"") -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=180)
         connection.sendall(sent)
         return connection
 
@@ -89,11 +89,20 @@ def server() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uvicorn, "Config", uvicorn.Config)
         patch.setattr(GuardedHttp, "most", MOST)
-        patch.setattr(http_limits, "HEAD_SECONDS", SECONDS)
-        patch.setattr(http_limits, "UNREAD_SECONDS", SECONDS)
-        running = Server()
+        patch.setattr(http_limits, "HEAD_SECONDS", PATIENCE)
+        running = Server(PATIENCE)
         yield running
         running.close()
+
+
+@pytest.fixture
+def hasty(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One that waits for nobody longer than SECONDS."""
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", SECONDS)
+    monkeypatch.setattr(http_limits, "UNREAD_SECONDS", SECONDS)
+    running = Server(SECONDS)
+    yield running
+    running.close()
 
 
 def told(connection: socket.socket) -> tuple[int, Any]:
@@ -127,7 +136,7 @@ def trickle(connection: socket.socket, piece: bytes) -> None:
 
 
 def test_a_whole_request_comes_in_one_piece(server: Server) -> None:
-    with httpx.Client() as client:
+    with httpx.Client(timeout=120) as client:
         for size in (0, 10, 200_000, MAX_BODY_BYTES, 1, 100_000, 2):
             answer = client.post(server.url, content=b"x" * size)
             assert answer.json() == {"bytes": size, "more": False}
@@ -144,28 +153,28 @@ def test_a_whole_request_comes_in_one_piece(server: Server) -> None:
     ],
     ids=["half", "slow", "chunks without end"],
 )
-def test_a_body_that_does_not_come_is_408(server: Server, sent: bytes, then: bytes) -> None:
-    connection = server.connect(sent)
+def test_a_body_that_does_not_come_is_408(hasty: Server, sent: bytes, then: bytes) -> None:
+    connection = hasty.connect(sent)
     if then:
         trickle(connection, then)
     else:
         time.sleep(0.2)
-        assert server.running == 0
+        assert hasty.running == 0
     status, body = told(connection)
     assert (status, body["error"]["code"]) == (408, "request_timeout")
     assert "not whole after 2 s" in body["error"]["message"]
 
 
-def test_headers_that_do_not_come_are_408(server: Server) -> None:
-    connection = server.connect(HEAD + b"X-Slow: ")
+def test_headers_that_do_not_come_are_408(hasty: Server) -> None:
+    connection = hasty.connect(HEAD + b"X-Slow: ")
     trickle(connection, b"x")
     status, body = told(connection)
     assert status == 408
     assert "headers" in body["error"]["message"]
 
 
-def test_a_connection_without_a_request_is_closed(server: Server) -> None:
-    assert told(server.connect()) == (0, None)
+def test_a_connection_without_a_request_is_closed(hasty: Server) -> None:
+    assert told(hasty.connect()) == (0, None)
 
 
 def test_headers_without_end_are_431(server: Server) -> None:
@@ -189,7 +198,7 @@ def test_a_body_that_is_too_large_is_413_and_not_read_for_ever(server: Server, l
             sent += 2**16
             assert sent < 64 * MAX_BODY_BYTES
     # The server goes on for others, and a client that ends its body in time reads the answer.
-    answer = httpx.post(server.url, content=b"x" * (MAX_BODY_BYTES + 1))
+    answer = httpx.post(server.url, content=b"x" * (MAX_BODY_BYTES + 1), timeout=120)
     assert answer.status_code == 413
     assert "8 MiB" in answer.json()["error"]["message"]
 
@@ -201,7 +210,7 @@ def test_headers_that_serve_would_obey_or_choke_on_are_left_out(server: Server) 
         (b"X-Request-Disconnect-Disabled", b"?1"),
         (b"Serve_Multiplexed_Model_Id", b"\xff"),
     ]
-    seen = httpx.get(f"{server.url}/headers", headers=headers).json()
+    seen = httpx.get(f"{server.url}/headers", headers=headers, timeout=120).json()
     assert seen["x-request-id"] == "mine"
     assert (
         not {"x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id"} & seen.keys()
@@ -214,13 +223,13 @@ def test_all_bodies_together_are_bounded(server: Server) -> None:
     head = b"POST /hold HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(content)
     holding = [server.connect(head + content) for _ in range(2)]
     until(lambda: server.running == 2, "both to be held")
-    refused = httpx.post(server.url, content=b"abc")
+    refused = httpx.post(server.url, content=b"abc", timeout=120)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert refused.json()["error"]["code"] == "server_busy"
     for connection in holding:
         connection.close()
     until(lambda: server.running == 0, "both to be given up")
-    assert httpx.post(server.url, content=content).status_code == 200
+    assert httpx.post(server.url, content=content, timeout=120).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_all_bodies_together_are_bounded(server: Server) -> None:
 )
 def test_a_full_server_takes_the_new_for_the_one_that_waits_longest(server: Server, sent: bytes) -> None:
     idle = [server.connect(sent) for _ in range(MOST)]
-    with httpx.Client() as client:
+    with httpx.Client(timeout=120) as client:
         assert client.post(server.url, content=b"abc").status_code == 200
         assert told(idle[0]) == (0, None)
     for connection in idle[1:]:
@@ -244,12 +253,12 @@ def test_a_server_full_of_requests_refuses_a_connection(server: Server) -> None:
     for connection in held:
         connection.close()
     until(lambda: server.running == 0, "all to be given up")
-    assert httpx.post(server.url, content=b"abc").status_code == 200
+    assert httpx.post(server.url, content=b"abc", timeout=120).status_code == 200
 
 
-def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
-    connection = server.connect(b"POST /flood HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
-    assert server.cut_off.wait(60)
+def test_a_client_that_reads_nothing_is_cut_off(hasty: Server) -> None:
+    connection = hasty.connect(b"POST /flood HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
+    assert hasty.cut_off.wait(180)
     connection.close()
 
 
@@ -317,8 +326,8 @@ def test_a_server_at_its_limit_of_open_files_goes_on(server: Server, monkeypatch
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
     try:
         with connections_of_another_process(server.port, 200):
-            until(lambda: next_file() == -1, "all files to be used", 30)
-        until(lambda: 0 <= next_file() < few - 20, "files to be free", 30)
-        assert httpx.post(server.url, content=b"abc", timeout=30).json()["bytes"] == 3
+            until(lambda: next_file() == -1, "all files to be used")
+        until(lambda: 0 <= next_file() < few - 20, "files to be free")
+        assert httpx.post(server.url, content=b"abc", timeout=120).json()["bytes"] == 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

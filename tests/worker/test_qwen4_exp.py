@@ -115,7 +115,7 @@ def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def client(service: Up) -> Iterator[EmbeddingClient]:
-    with EmbeddingClient(service.address, timeout=30) as connected:
+    with EmbeddingClient(service.address, timeout=60) as connected:
         yield connected
 
 
@@ -232,7 +232,7 @@ def test_the_model_with_vision(folder: Path, client: EmbeddingClient, tmp_path: 
     import_checkpoint(folder, str(tmp_path / "store"), "seeing", dtype="keep")
     with (
         serving(tmp_path, tmp_path / "store", 2, memory=64 << 20) as tables,
-        EmbeddingClient(tables.address, timeout=30) as connected,
+        EmbeddingClient(tables.address, timeout=60) as connected,
     ):
         here = Qwen4ExpForConditionalGeneration.from_pretrained(folder).eval()
         there = load_model(folder).eval()
@@ -317,7 +317,7 @@ class Watched:
         return self._threads.submit(self._late, model, *copies, **options)
 
     def _late(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert self.open.wait(30)
+        assert self.open.wait(180)
         if self.broken:
             raise Unavailable("no shard answers")
         return self._client.prefetch_ngrams(*args, **kwargs).result()

@@ -84,7 +84,7 @@ def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
     import_checkpoint(folder, str(tmp_path / "store"), "half", dtype="keep", part_bytes=16 << 10)
     with (
         serving(tmp_path, tmp_path / "store", 2, memory=64 << 20) as tables,
-        EmbeddingClient(tables.address, timeout=30) as client,
+        EmbeddingClient(tables.address, timeout=60) as client,
     ):
         here, there = load_model(folder), load_model(folder)
         attach(here, LocalTables(folder), "local")

@@ -57,7 +57,7 @@ def load(server: Server, users: int) -> Iterator[None]:
     def user() -> None:
         while not enough.is_set():
             body = {"model": "small", "prompt": PROMPT, "max_tokens": 50}
-            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=240).status_code == 200
 
     with ThreadPoolExecutor(users) as pool:
         asking = [pool.submit(user) for _ in range(users)]
@@ -82,7 +82,7 @@ def busy(server: Server) -> set[str]:
     """Replicas that run something, by the metrics: calls prefer the replicas that do not."""
     return {
         sample.labels["replica"]
-        for family in text_string_to_metric_families(httpx.get(server.metrics_url()).text)
+        for family in text_string_to_metric_families(httpx.get(server.metrics_url(), timeout=60).text)
         for sample in family.samples
         if sample.name == "ray_model_worker_batch_requests" and sample.value
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -75,7 +76,7 @@ class Server:
             process.kill()
 
     def info(self) -> dict[str, int]:
-        return httpx.get(f"{self.url}/v1/worker").json()
+        return httpx.get(f"{self.url}/v1/worker", timeout=60).json()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def server(model_folder: Path, embeddings: str, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +344,7 @@ def test_models(client: openai.OpenAI) -> None:
 )
 def test_bad_parameters_are_named(server: Server, change: dict[str, object], param: str | None) -> None:
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 4} | change
-    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -367,7 +368,7 @@ def test_bad_parameters_are_named(server: Server, change: dict[str, object], par
 )
 def test_bad_chat_parameters_are_named(server: Server, change: dict[str, object], param: str | None) -> None:
     body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]} | change
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
 
@@ -375,17 +376,18 @@ def test_bad_chat_parameters_are_named(server: Server, change: dict[str, object]
 def test_other_bad_requests(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt' does not exist: this server serves 'small'"):
         client.completions.create(model="gpt", prompt=PROMPT)
-    not_json = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    not_json = httpx.post(f"{server.url}/v1/completions", content=b"{", headers=headers, timeout=60)
     assert (not_json.status_code, not_json.json()["error"]["code"]) == (400, "json_invalid")
-    assert "error" in httpx.get(f"{server.url}/v2").json()
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert "error" in httpx.get(f"{server.url}/v2", timeout=60).json()
+    assert httpx.get(f"{server.url}/v1/completions", timeout=60).status_code == 405
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["length told", "chunked"])
 def test_a_body_that_is_too_large(server: Server, told: bool) -> None:
     piece = b"x" * 2**20
     content = piece * 9 if told else (piece for _ in range(9))
-    answer = httpx.post(f"{server.url}/v1/completions", content=content, timeout=30)
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, timeout=120)
     assert answer.status_code == 413
     assert "8 MiB" in answer.json()["error"]["message"]
 
@@ -393,7 +395,7 @@ def test_a_body_that_is_too_large(server: Server, told: bool) -> None:
 def test_a_full_queue_answers_429(server: Server) -> None:
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 150, "temperature": 0}
     with ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(12)]
+        asked = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=180) for _ in range(12)]
     answers = [answer.result() for answer in asked]
     refused = [answer for answer in answers if answer.status_code == 429]
     served = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
@@ -408,15 +410,14 @@ def test_a_full_queue_answers_429(server: Server) -> None:
 def test_a_client_that_goes_cancels(server: Server, stream: bool) -> None:
     before = server.info()["generated_tokens"]
     body = {"model": "small", "prompt": PROMPT, "max_tokens": CONTEXT - 100, "temperature": 1, "seed": 7}
-    url = f"{server.url}/v1/completions"
-    if stream:
-        with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
-            next(answer.iter_lines())
-    else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body, timeout=httpx.Timeout(10, read=1.0))
+    content = json.dumps(body | {"stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head % len(content) + content)
+        until(lambda: server.info()["generated_tokens"] > before, "the first tokens")
     until(lambda: server.info()["running"] == 0, "the request to leave")
-    assert 0 < server.info()["generated_tokens"] - before < CONTEXT - 100
+    assert server.info()["generated_tokens"] - before < CONTEXT - 100
 
 
 # The process
@@ -464,18 +465,17 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
     info = server.info()
 
     def scrape() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(server.metrics_url()).text)
+        families = text_string_to_metric_families(httpx.get(server.metrics_url(), timeout=60).text)
         samples = [sample for family in families for sample in family.samples if "model_worker" in sample.name]
         assert all(sample.labels["replica"] for sample in samples)
         return {sample.name.removeprefix("ray_model_worker_"): sample.value for sample in samples}
 
-    until(lambda: scrape().get("generated_tokens_total", 0) >= info["generated_tokens"], "the counts")
+    names = ("requests", "prompt_tokens", "generated_tokens", "looked_up_tokens", "near_rows")
+    expected = {f"{name}_total": info[name] for name in names}
+    expected |= {"batch_requests": 0, "queue_requests": 0, "lookup_wait_seconds_count": info["lookups"]}
+    until(lambda: expected.items() <= scrape().items(), f"{expected}")
     seen = scrape()
-    for name in ("requests", "prompt_tokens", "generated_tokens", "looked_up_tokens", "near_rows"):
-        assert seen[f"{name}_total"] == info[name], name
-    assert seen["batch_requests"] == seen["queue_requests"] == 0
     assert 0 < seen["time_to_first_token_seconds_count"] <= info["requests"]
-    assert seen["lookup_wait_seconds_count"] == info["lookups"]
     assert seen["lookup_wait_seconds_sum"] > 0
 
 
@@ -493,7 +493,7 @@ def test_nothing_listens_beyond_loopback(server: Server) -> None:
 def test_a_service_that_is_away_answers_503_until_it_is_back(
     server: Server, client: openai.OpenAI, tables: Up, expected: tuple[list[int], str]
 ) -> None:
-    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200
     started = threading.Event()
     broken: list[Exception] = []
 
@@ -508,19 +508,19 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
 
     reader = threading.Thread(target=read_a_long_stream)
     reader.start()
-    assert started.wait(30)
+    assert started.wait(180)
     tables.end()
     try:
-        reader.join(60)
+        reader.join(180)
         assert [("embedding service" in str(error)) for error in broken] == [True]
-        assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 503
+        assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 503
         answer = httpx.post(f"{server.url}/v1/completions", json={"model": "small", "prompt": PROMPT}, timeout=60)
         assert answer.status_code == 503
         assert answer.headers["Retry-After"]
         assert "embedding service" in answer.json()["error"]["message"]
     finally:
         tables.restart()
-    until(lambda: httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200, "health")
+    until(lambda: httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200, "health")
     again = client.completions.create(model="small", prompt=PROMPT, max_tokens=24, temperature=0)
     assert again.choices[0].text == expected[1]
 
@@ -539,7 +539,7 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, 
         return answer.json()["choices"][0]["text"]
 
     def exported() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(server.metrics_url()).text)
+        families = text_string_to_metric_families(httpx.get(server.metrics_url(), timeout=60).text)
         return {sample.name: sample.value for family in families for sample in family.samples}
 
     try:
@@ -550,13 +550,13 @@ def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, 
         after = server.info()
         assert after["cache_hits"] > before["cache_hits"]
         assert after["cache_misses"] == before["cache_misses"] > 0
-        until(lambda: exported().get("ray_model_worker_cache_hits_total") == after["cache_hits"], "the counts")
-        assert exported()["ray_model_worker_cache_misses_total"] == after["cache_misses"]
-        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        told = {f"ray_model_worker_{name}_total": after[name] for name in ("cache_hits", "cache_misses")}
+        until(lambda: told.items() <= exported().items(), "the counts")
+        assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200
         tables.end()
         try:
             assert ask() == first
-            assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 503
+            assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 503
         finally:
             tables.restart()
     finally:
@@ -572,11 +572,11 @@ def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> Non
     assert len(family) > 5  # Ray is there
     body = {"model": "small", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=280)
         until(lambda: server.info()["running"] == 1, "the request to run")
         server.popen.send_signal(signal.SIGTERM)
         assert running.result().json()["usage"]["completion_tokens"] == 1500
-    assert server.popen.wait(30) == 0
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert server.popen.wait(180) == 0
+    assert psutil.wait_procs(family, timeout=60)[1] == []
     lines = server.log.read_text().splitlines()
     assert [line for line in lines if "Traceback" in line] == []
