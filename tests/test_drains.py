@@ -97,7 +97,7 @@ def test_no_call_is_cancelled_by_shards_that_drain(tmp_path: Path) -> None:
     lookup = wire.LookupRequest(model="m", table="ngram", ids=range(0, 19000, 500)).SerializeToString()
     with cluster(tmp_path, chaos_store(tmp_path), "--replicas=2", "--expect-shards=3", "--grace=1") as running:
         for name in "abc":
-            running.start_shard(name, "--drain-seconds=120")
+            running.start_shard(name)
         until(lambda: running.is_whole(2), "two copies")
         for name in "ab":
             process = running.processes[name]
@@ -108,5 +108,5 @@ def test_no_call_is_cancelled_by_shards_that_drain(tmp_path: Path) -> None:
                 until(lambda: ended["UNAVAILABLE"] > CALLS, "the end")
             assert "INFO drained" in process.output()
             assert set(ended) == {"OK", "UNAVAILABLE"}
-            running.start_shard(name, "--drain-seconds=120")
+            running.start_shard(name)
             until(lambda: running.is_whole(2), "two copies")

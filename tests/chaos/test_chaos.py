@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.service, pytest.mark.heavy]
 def test_shards_and_controllers_come_go_die_and_hang_without_a_lookup_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = run(tmp_path, chaos_store(tmp_path), seed=1, seconds=60, console=Console())
+    outcome = run(tmp_path, chaos_store(tmp_path), seed=1, seconds=25, console=Console())
     with capsys.disabled():
         Console(width=120).print("", outcome.table())
     outcome.check()

@@ -13,6 +13,7 @@ from support.cluster import Up, free_port, until, up
 
 from embedding_service import EmbeddingClient
 from embedding_service.client.status import get_status
+from embedding_service.commands.up import awaited
 from embedding_service.rows import TIERS
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
@@ -30,9 +31,11 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ends_cleanly_when_told(store: Path, tmp_path: Path, how: signal.Signals) -> None:
-    with up(tmp_path, store, 2) as running:
+@pytest.mark.parametrize(("how", "options"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--replicas=2", "--tier=mmap"))])
+def test_ends_cleanly_when_told(store: Path, tmp_path: Path, how: signal.Signals, options: tuple[str, ...]) -> None:
+    with up(tmp_path, store, 2, *options) as running:
+        if options:
+            until(lambda: len({shard.parts for shard in running.status().shards}) == 1, "both to hold everything")
         children = psutil.Process(running.popen.pid).children(recursive=True)
         assert len(children) == 4  # the controller has one that plans
         assert running.end(how) == 0
@@ -40,29 +43,30 @@ def test_ends_cleanly_when_told(store: Path, tmp_path: Path, how: signal.Signals
         assert "Traceback" not in running.output()
 
 
-def test_its_processes_end_when_it_is_killed(store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, 2) as running:
-        children = psutil.Process(running.popen.pid).children(recursive=True)
-        running.end(signal.SIGKILL)
-        until(lambda: not [child for child in children if child.is_running()], "the processes to end")
-
-
-def test_on_ipv6_and_it_says_what_it_waits_for(store: Path, tmp_path: Path) -> None:
+def test_on_ipv6_it_says_what_it_waits_for_and_leaves_nothing_when_it_is_killed(store: Path, tmp_path: Path) -> None:
     with up(tmp_path, store, 1, "--host=::1", "--memory=64MiB") as running:
         address = running.address.replace("127.0.0.1", "[::1]")
         with EmbeddingClient(address, timeout=60) as client:
             assert torch.equal(client.lookup("fp32/ngram", torch.tensor([130])), longcat_table()[130:131])
         assert f"ready: 1 shards at {address}, controller [::1]:" in running.output()
         assert get_status(address).shards[0].address.startswith("[::1]:")
+        children = psutil.Process(running.popen.pid).children(recursive=True)
+        running.end(signal.SIGKILL)
+        until(lambda: not [child for child in children if child.is_running()], "the processes to end")
     first, second = running.output().splitlines()[:2]
     assert first == f"looking for models in {store}"
     assert second.startswith("waiting for the controller and 1 shards to start (")
-    assert "waiting: 1 of 1 shards registered, " in running.output()
 
 
-def test_two_replicas(store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, 2, "--replicas=2", "--tier=mmap") as running:
-        until(lambda: len({shard.parts for shard in running.status().shards}) == 1, "both shards to hold everything")
+def test_what_it_waits_for_is_named() -> None:
+    status = control.Status(shards=[control.ShardStatus(shard_id="shard-1")])
+    assert awaited(control.Status(), 2) == "waiting for the controller and 2 shards to start"
+    assert awaited(status, 2) == "waiting: 1 of 2 shards registered, not yet shard-0"
+    status.shards.add(shard_id="shard-0")
+    model = control.ModelStatus(parts=5, parts_ready=3)
+    model.model.name, model.model.version = "m", "1"
+    status.models.append(model)
+    assert awaited(status, 2) == "waiting: 2 of 2 shards registered, 3 of 5 parts loaded; not served yet: m@1"
 
 
 def test_an_empty_store(tmp_path: Path) -> None:

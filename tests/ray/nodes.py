@@ -2,8 +2,8 @@
 
     python nodes.py NODES
 
-Each has one CPU, and a GPU that only Ray believes in. A process of its own, for what keeps Ray on the loopback address
-is read when ray is imported.
+A line of standard input adds a node, and a line is printed when it runs. Each node has one CPU, and a GPU that only Ray
+believes in. A process of its own, for what keeps Ray on the loopback address is read when ray is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def main(nodes: int) -> None:
             cluster.add_node(**node, wait=False)
         cluster.wait_for_nodes()
         print(cluster.address, flush=True)
-        sys.stdin.read()
+        for _ in sys.stdin:
+            cluster.add_node(**node)
+            print("added", flush=True)
     finally:
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -29,24 +28,42 @@ NODES = 3
 TABLE = "fp32/ngram"
 
 
-@contextmanager
-def ray_nodes() -> Iterator[str]:
-    """The address of a Ray cluster."""
+class RayNodes:
+    """A Ray cluster with an `address`, in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.address = self._said()
+
+    def add(self) -> None:
+        """One more, in place of a lost one."""
+        assert self._process.stdin
+        self._process.stdin.write("add\n")
+        self._process.stdin.flush()
+        assert self._said() == "added"
+
+    def _said(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[RayNodes]:
+    """A Ray cluster. A test that takes a node of it adds another one."""
     command = [sys.executable, str(Path(__file__).with_name("nodes.py")), str(NODES)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for drivers too: see nodes.py
         patch.setenv("PYTHONPATH", sabotage.python_path())
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
-            assert nodes.stdin and nodes.stdout
-            yield nodes.stdout.readline().strip()
+            yield RayNodes(nodes)
+            assert nodes.stdin
             nodes.stdin.close()
 
 
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[str]:
-    """A Ray cluster that no test hurts."""
-    with ray_nodes() as address:
-        yield address
+@pytest.fixture
+def ray_cluster(ray_nodes: RayNodes) -> str:
+    """Its address."""
+    return ray_nodes.address
 
 
 def run_up(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -72,13 +89,13 @@ def controller_process(running: UpCommand) -> psutil.Process | None:
     return None
 
 
-def its_processes(running: UpCommand) -> list[psutil.Process]:
+def its_processes(running: UpCommand, shards: int) -> list[psutil.Process]:
     """Of controller and shards, and of their actors."""
     controller = controller_process(running)
     assert controller
     processes = [controller, *(psutil.Process(pid) for pid in shard_pids(running).values())]
     actors = [process.parent() for process in processes]
-    assert len(processes) == len(set(actors)) == NODES + 1
+    assert len(processes) == len(set(actors)) == shards + 1
     return [*processes, *(actor for actor in actors if actor)]
 
 
@@ -115,7 +132,7 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
         until(lambda: len({shard.topology for shard in running.status().shards}) == NODES, "a shard on each node")
         for name in ("shard-1", "shard-2", "controller"):
             running.wait_for(f"{name} ended, Ray starts it again")
-        processes = its_processes(running)
+        processes = its_processes(running, NODES)
         assert running.end() == 0
         until(lambda: not [process for process in processes if process.is_running()], "its processes to end")
         # That of the broken server, and no other.
@@ -123,36 +140,34 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
 
 
 def test_a_lost_node_costs_no_lookup_and_its_shard_comes_back_on_another(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_nodes: RayNodes, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ray_nodes() as address:
-        monkeypatch.setenv("RAY_ADDRESS", address)  # which cluster `auto` is: this machine may be a node of several
-        with up(tmp_path, store, NODES - 1, "--ray=auto", "--replicas=2", "--tier=mmap") as running:
-            until(lambda: len(shard_pids(running)) == NODES - 1, "all shards to hold their parts")
-            controller, pids = controller_process(running), shard_pids(running)
-            assert controller
-            lost = next(name for name, pid in pids.items() if raylet_of(pid) != raylet_of(controller.pid))
-            node = raylet_of(pids[lost])
-            with Load(running.address, TABLE, longcat_table(), threads=1) as load:
-                until(lambda: load.lookups > 50, "lookups")
-                for process in [*node.children(recursive=True), node]:
-                    process.kill()
-                asked = load.lookups
-                until(lambda: load.lookups > asked + 50, "lookups without the node")
-                wait_for_another(running, lost, pids[lost])
-                asked = load.lookups
-                until(lambda: load.lookups > asked + 50, "lookups with the new shard")
-            load.check()
-            assert raylet_of(until(lambda: shard_pids(running).get(lost), "its process")) != node
-            running.wait_for(f"{lost} ended, Ray starts it again")
-            assert running.end() == 0
-
-
-def test_its_processes_end_when_it_is_killed(ray_cluster: str, store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, NODES, f"--ray={ray_cluster}", "--tier=mmap") as running:
-        processes = its_processes(running)
+    """In the end `up` is killed, and nothing of it is left."""
+    monkeypatch.setenv(
+        "RAY_ADDRESS", ray_nodes.address
+    )  # which cluster `auto` is: this machine may be a node of several
+    with up(tmp_path, store, NODES - 1, "--ray=auto", "--replicas=2", "--tier=mmap") as running:
+        until(lambda: len(shard_pids(running)) == NODES - 1, "all shards to hold their parts")
+        controller, pids = controller_process(running), shard_pids(running)
+        assert controller
+        lost = next(name for name, pid in pids.items() if raylet_of(pid) != raylet_of(controller.pid))
+        node = raylet_of(pids[lost])
+        with Load(running.address, TABLE, longcat_table(), threads=1) as load:
+            until(lambda: load.lookups > 50, "lookups")
+            for process in [*node.children(recursive=True), node]:
+                process.kill()
+            asked = load.lookups
+            until(lambda: load.lookups > asked + 50, "lookups without the node")
+            wait_for_another(running, lost, pids[lost])
+            asked = load.lookups
+            until(lambda: load.lookups > asked + 50, "lookups with the new shard")
+        load.check()
+        assert raylet_of(until(lambda: shard_pids(running).get(lost), "its process")) != node
+        running.wait_for(f"{lost} ended, Ray starts it again")
+        processes = its_processes(running, NODES - 1)
         running.end(signal.SIGKILL)
         until(lambda: not [process for process in processes if process.is_running()], "its processes to end")
+    ray_nodes.add()
 
 
 def test_more_shards_than_there_is_room_for(ray_cluster: str, store: Path, tmp_path: Path) -> None:

@@ -360,6 +360,7 @@ class Cluster:
             f"--controller={self.controller_address}",
             f"--listen={address}",
             f"--id={name}",
+            f"--drain-seconds={START_SECONDS}",
             *options,
             within=within or self._within,
         )

@@ -75,24 +75,25 @@ def test_assisted_generation_is_identical(
 
 
 @pytest.mark.service
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_is_identical(dtype: str, tmp_path: Path) -> None:
-    """Tables and weights as the checkpoint has them, through the service unchanged."""
-    stored = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    (tmp_path / "m").mkdir()
-    folder = write_checkpoint(tmp_path / "m", stored)
-    import_checkpoint(folder, str(tmp_path / "store"), "half", dtype="keep", part_bytes=16 << 10)
+def test_half_precision_is_identical(tmp_path: Path) -> None:
+    """Tables and weights as the checkpoints have them, through the service unchanged."""
+    folders = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        (tmp_path / name).mkdir()
+        folders[name] = write_checkpoint(tmp_path / name, dtype)
+        import_checkpoint(folders[name], str(tmp_path / "store"), name, dtype="keep", part_bytes=16 << 10)
     with (
         serving(tmp_path, tmp_path / "store", 2, memory=64 << 20) as tables,
         EmbeddingClient(tables.address, timeout=60) as client,
     ):
-        here, there = load_model(folder), load_model(folder)
-        attach(here, LocalTables(folder), "local")
-        attach(there, client, "half")
-        assert there.dtype == stored
-        ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
-        assert torch.equal(here(ids).logits, there(ids).logits)
-        same(here, there, ids, {})
+        for name, folder in folders.items():
+            here, there = load_model(folder), load_model(folder)
+            attach(here, LocalTables(folder), "local")
+            attach(there, client, name)
+            assert there.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+            ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
+            assert torch.equal(here(ids).logits, there(ids).logits)
+            same(here, there, ids, {})
 
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

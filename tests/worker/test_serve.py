@@ -525,44 +525,6 @@ def test_a_service_that_is_away_answers_503_until_it_is_back(
     assert again.choices[0].text == expected[1]
 
 
-def test_rows_that_are_cached_are_not_asked_for(model_folder: Path, tables: Up, tmp_path: Path) -> None:
-    """Its counts are told and exported; while the service is away they still answer, and its health is not theirs.
-
-    On IPv6, to have a server there as well.
-    """
-    server = Server(tmp_path / "log", model_folder, tables.address, "--cache-bytes=1MiB", "--no-near", host="::1")
-    body = {"model": "small", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-
-    def ask() -> str:
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["text"]
-
-    def exported() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(server.metrics_url(), timeout=60).text)
-        return {sample.name: sample.value for family in families for sample in family.samples}
-
-    try:
-        server.wait_until_ready()
-        assert f"ready at http://[::1]:{server.port}/v1" in server.log.read_text()
-        first, before = ask(), server.info()
-        assert ask() == first
-        after = server.info()
-        assert after["cache_hits"] > before["cache_hits"]
-        assert after["cache_misses"] == before["cache_misses"] > 0
-        told = {f"ray_model_worker_{name}_total": after[name] for name in ("cache_hits", "cache_misses")}
-        until(lambda: told.items() <= exported().items(), "the counts")
-        assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200
-        tables.end()
-        try:
-            assert ask() == first
-            assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 503
-        finally:
-            tables.restart()
-    finally:
-        server.end()
-
-
 def test_half_sent_requests_are_408(half_sent: list[socket.socket]) -> None:
     assert {connection.recv(65536).split(maxsplit=2)[1] for connection in half_sent} == {b"408"}
 
