@@ -28,7 +28,10 @@ SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a running service; skip what needs a GPU where there is none; begin with what takes longest."""
+    """Mark what uses a running service; skip what needs a GPU where there is none; begin with what takes longest.
+
+    Files of short tests come last: with them the workers end at about the same time.
+    """
     for item in items:
         if not SERVICES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.service)
@@ -38,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip(items, "gpu", "needs a CUDA device; there is none here")
     if grpc_core.why_public():
         skip(items, "polling", f"needs gRPC's core: {grpc_core.why_public()}")
-    items.sort(key=lambda item: item.get_closest_marker("heavy") is None)
+    heavy, service = ({item.path for item in items if item.get_closest_marker(mark)} for mark in ("heavy", "service"))
+    items.sort(key=lambda item: (item.path not in heavy, item.path not in service))
 
 
 def skip(items: list[pytest.Item], marker: str, reason: str) -> None:

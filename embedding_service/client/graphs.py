@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedding_service.client.remote import RemoteEmbedding, RemoteModule, module_of
+from embedding_service.client.handles import Handled, module_of
 from embedding_service.errors import InvalidRequest
 
 # The service is asked while a graph is made, not by the graph.
-torch.compiler.assume_constant_result(RemoteEmbedding.learn_dim)
+torch.compiler.assume_constant_result(Handled.learn_width)
 
 
 @torch.compiler.disable(reason="the service did not say how wide the rows are")
-def look_up_between_graphs(module: RemoteModule, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+def look_up_between_graphs(module: Handled, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Integer ids [*] -> `dtype` [*, width], as in eager mode. Raises what the module does."""
     rows = module._in_graph(module._ask(ids, context, dtype))
     module._width()  # known now, so that the next call is compiled

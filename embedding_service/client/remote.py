@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedding_service.client.client import EmbeddingClient
+from embedding_service.client.handles import Handled, all_modules
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NoGradients
 from embedding_service.formats.plain import plain_dtypes
 
-# Bits of a handle. All of it fits a float64.
-_HANDLE_BITS = 53
 _SENT = frozenset(plain_dtypes().values())
 
 
-class RemoteModule(nn.Module):
+class RemoteModule(Handled):
     """A module whose weights lie in the service. It has no parameters, and raises NoGradients if asked for gradients.
 
     Its results require gradients while autograd records, as with the module that it stands for. So training that would
@@ -37,19 +34,11 @@ class RemoteModule(nn.Module):
         # It has the device and dtype that weights would have, and conversions of the model convert it. It is no buffer,
         # because DDP and the like would send it about.
         self._stand_in = torch.empty(0, dtype=dtype, device=device or "cpu")
-        self._handle = _handle(self, requires_grad=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `to`, `half`, `cuda` and their kin do to parameters."""
         self._stand_in = fn(self._stand_in)
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": self._handle.requires_grad}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._handle = _handle(self, requires_grad=state["_handle"])
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze it with False. Raises NoGradients with True."""
@@ -69,74 +58,10 @@ class RemoteModule(nn.Module):
             return graphs.look_up(ids, context, self._handle, width, dtype)
         return self._in_graph(self._ask(ids, context, dtype))
 
-    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Ask the service: integer ids [*] -> `dtype` [*, width] on their device."""
-        raise NotImplementedError
-
-    def _width(self) -> int | None:
-        """The width of what `_ask` returns, if it is known."""
-        raise NotImplementedError
-
-    def _in_graph(self, rows: Tensor) -> Tensor:
-        """`rows` [*, dim] as this module's weights would have given them to autograd."""
-        if not (self._handle.requires_grad and torch.is_grad_enabled()):
-            return rows
-        return _FromService.apply(rows, self._handle, self)  # type: ignore[no-any-return,no-untyped-call]
-
-    def no_gradients(self) -> NoGradients:
-        """What `backward` raises."""
-        return NoGradients(
-            f"{self} was asked for gradients, which it does not have: its rows lie in the service and stay as they "
-            "are. Call requires_grad_(False) on this module to train the rest of the model, or torch.no_grad() where "
-            "nothing is trained"
-        )
-
-
-# By the values of their handles.
-_modules: WeakValueDictionary[float, RemoteModule] = WeakValueDictionary()
-
-
-def _handle(module: RemoteModule, *, requires_grad: bool) -> Tensor:
-    """A tensor [1] that stands for the module in graphs.
-
-    Autograd records only what depends on something that requires gradients. A graph of torch.compile serves all
-    modules, because they are data to it. Another process's graph, read from a file, finds no module by chance. The
-    shape is not []: the compiler takes that for a number and analyses every graph twice.
-    """
-    number = float(secrets.randbits(_HANDLE_BITS))
-    _modules[number] = module
-    with torch.inference_mode(False):
-        return torch.tensor([number], dtype=torch.float64, device="cpu", requires_grad=requires_grad)
-
-
-def module_of(handle: Tensor) -> RemoteModule:
-    """The module of a handle. Raises InvalidRequest if there is none."""
-    module = _modules.get(handle.item())
-    if module is None:
-        raise InvalidRequest(
-            "this compiled graph looks up rows for a module of another process, or one that is gone: compile the model "
-            "in the process that uses it"
-        )
-    return module
-
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to ask for, to get `dtype`. It is float32 if the service does not send `dtype`."""
     return dtype if dtype in _SENT else torch.float32
-
-
-class _FromService(torch.autograd.Function):
-    """The edge of the graph. Rows pass it, gradients do not."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, handle: Tensor, module: nn.Module) -> Tensor:
-        ctx.module = module
-        ctx.mark_dirty(rows)  # the same tensor, not a view of it: later code may change it in place
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise ctx.module.no_gradients()
 
 
 class RemoteEmbedding(RemoteModule):
@@ -178,19 +103,19 @@ class RemoteEmbedding(RemoteModule):
         """Shown by print(model)."""
         return f"{self.table!r}, dtype={self.dtype}"
 
-    def learn_dim(self) -> None:
-        """Ask how wide the table is, because a graph is made for that. Ask for other modules' tables too.
+    def _learn_width(self) -> None:
+        """Ask how wide the table is, and for other modules' tables too.
 
         If the service did not answer, the width stays unknown. A lookup will raise why.
         """
         none = torch.empty(0, dtype=torch.int64, device="cpu")
-        for each in (self, *list(_modules.values())):
+        for each in (self, *all_modules()):
             if isinstance(each, RemoteEmbedding) and each._client is self._client and each._dim is None:
                 with suppress(EmbeddingServiceError):
                     each._dim = each._client.lookup(each.table, none).shape[1]
 
     def _width(self) -> int | None:
-        self.learn_dim()
+        self.learn_width()
         return self._dim
 
     def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -182,10 +182,8 @@ def controller(
     """The process that knows the shards, places the parts and publishes the routing."""
     from embedding_service.controller.server import ControllerOptions, main
 
-    security = files_of(tls_cert, tls_key, tls_ca, policy)
-    if security is None:
-        check_plain(insecure, listen, control_listen)
-    elif control_listen is None:
+    security = files_of(tls_cert, tls_key, tls_ca, policy, insecure, listen, control_listen)
+    if security and control_listen is None:
         raise typer.BadParameter("with TLS, shards need a port of their own: give --control-listen HOST:PORT")
     main(
         ControllerOptions(
@@ -254,9 +252,7 @@ def shard(
     """A process that holds parts and answers lookups."""
     from embedding_service.shard.server import ShardOptions, main
 
-    security = files_of(tls_cert, tls_key, tls_ca, policy)
-    if security is None:
-        check_plain(insecure, listen, shared_listen)
+    security = files_of(tls_cert, tls_key, tls_ca, policy, insecure, listen, shared_listen)
     given = {"shard_id": id, "cache": cache}
     main(
         ShardOptions(

@@ -54,9 +54,22 @@ TlsOption = Annotated[str | None, _export("EMBEDDING_SERVICE_TLS")]
 TokenOption = Annotated[str | None, _export("EMBEDDING_SERVICE_TOKEN_FILE")]
 
 
-def files_of(certificate: Path | None, key: Path | None, ca: Path | None, policy: Path | None) -> Files | None:
-    """What secures a server. None: nothing does. Raises typer.BadParameter for some of the options without the rest."""
+def files_of(
+    certificate: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    policy: Path | None,
+    insecure: bool,
+    *listens: str | None,
+) -> Files | None:
+    """What secures a server. None: nothing does, and it speaks plain text.
+
+    Raises:
+        typer.BadParameter: some of the options are given without the rest.
+        InvalidRequest: it would speak plain text beyond loopback, and nobody said that it may.
+    """
     if certificate is None and key is None and ca is None and policy is None:
+        check_plain(insecure, *listens)
         return None
     if certificate is None or key is None or ca is None or policy is None:
         raise typer.BadParameter("--tls-cert, --tls-key, --tls-ca and --policy come together")

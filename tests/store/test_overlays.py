@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from store.test_publishing import MOST_STEPS, Killed, publish_and_die
+from store.test_publishing import MOST_STEPS, killed_while_publishing
 
 from embedding_service.errors import (
     BadTensorFile,
@@ -253,7 +253,7 @@ def test_the_same_publish_ends_well_whenever_the_first_one_was_killed(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     cls, scheme = (Draft, "") if kind == "local" else (RemoteDraft, "simplecache::file://")
-    real, seen = cls.publish, set()
+    seen = set()
     import_checkpoint(checkpoint.folder, tmp_path / "first", "tiny", dtype="keep", part_bytes=PART_BYTES)
     ids = [0, 5, 6000]
     file = changes(tmp_path / "rows", ids)
@@ -261,14 +261,7 @@ def test_the_same_publish_ends_well_whenever_the_first_one_was_killed(
         folder = tmp_path / f"store-{step}"
         shutil.copytree(tmp_path / "first", folder)
         url = f"{scheme}{folder}"
-        had_it: list[bool] = []
-
-        def killed(draft: Draft, manifest: Manifest, step: int = step, had_it: list[bool] = had_it) -> None:
-            had_it.append(publish_and_die(lambda: real(draft, manifest), step))
-            raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(cls, "publish", killed)
+        with killed_while_publishing(cls, step) as had_it:
             publish_rows(url, "tiny@1", file)
         store = Store(url)
         there = store.has("tiny", "2")

@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +54,20 @@ def _publish_in_child(publish: Callable[[], None], step: int) -> NoReturn:
         os._exit(1)
 
 
+@contextmanager
+def killed_while_publishing(cls: type[Draft], step: int) -> Iterator[list[bool]]:
+    """What is published within is killed before its n-th step. Afterwards: whether it had that many."""
+    real, had_it = cls.publish, list[bool]()
+
+    def killed(draft: Draft, manifest: Manifest) -> None:
+        had_it.append(publish_and_die(lambda: real(draft, manifest), step))
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(cls, "publish", killed)
+        yield had_it
+
+
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -60,17 +75,10 @@ def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     cls, scheme = (Draft, "") if kind == "local" else (RemoteDraft, "simplecache::file://")
-    real, seen = cls.publish, set()
+    seen = set()
     for step in range(1, MOST_STEPS):
         url = f"{scheme}{tmp_path}/store-{step}"
-        had_it: list[bool] = []
-
-        def killed(draft: Draft, manifest: Manifest, step: int = step, had_it: list[bool] = had_it) -> None:
-            had_it.append(publish_and_die(lambda: real(draft, manifest), step))
-            raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(cls, "publish", killed)
+        with killed_while_publishing(cls, step) as had_it:
             import_checkpoint(checkpoint.folder, url, "tiny", dtype="keep")
         store = Store(url)
         if had_it == [False]:  # it had ended before: then it is somebody's second import
