@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 
 def main(nodes: int) -> None:
@@ -19,7 +20,7 @@ def main(nodes: int) -> None:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-")  # not the tests' own: sockets lie in it, whose paths must be short
-    node = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 1, "memory": 8 << 30}
+    node: dict[str, Any] = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 1, "memory": 8 << 30}
     node |= {"object_store_memory": 80 << 20}
     head = {**node, "include_dashboard": False, "temp_dir": folder, "_system_config": {"worker_niceness": 0}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
