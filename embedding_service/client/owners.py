@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.client.wants import Want
-from embedding_service.placement.routing import FEW_IDS, Ids, Model, Routing, Table
+from embedding_service.placement.routing import FEW_IDS, NOBODY, Ids, Model, Routing, Table
 
 # More bytes of rows that must be decoded are asked of a shard in pieces. It gathers one while others travel and are
 # decoded.
 PIECE_BYTES = 2 << 20
+
+# What is known against a shard that failed this lookup: in a round before, or in the last one.
+FAILED, JUST_FAILED = 4, 6
 
 # By the index of each want: the positions of the ids that are still wanted. None: all of them.
 Missing = dict[int, Ids | None]
@@ -35,8 +38,8 @@ class Standing(NamedTuple):
     """What is known against the shards of a routing.
 
     Attributes:
-        badness: int8 [shards + 1]: 0 good, 2 failed others of late, 4 failed this lookup; at index -1: 6, nobody. What
-            is in another topology than the client has 1 more.
+        badness: int8 [shards + 1]: 0 good, 2 failed others of late, `FAILED`, `JUST_FAILED`; `NOBODY` at index -1.
+            What is in another topology than the client has 1 more.
         due: Addresses that this lookup is to try again. Their badness is -2, or 1 in another topology.
         calm: Nothing is known against anybody.
     """
@@ -51,17 +54,19 @@ class Standing(NamedTuple):
         return -2 if self.due else 0
 
 
-def standing_of(routing: Routing, avoid: Set[str], resting: Set[str], due: Set[str], topology: str = "") -> Standing:
+def standing_of(
+    routing: Routing, avoid: Mapping[str, int], resting: Set[str], due: Set[str], topology: str = ""
+) -> Standing:
     """From addresses that failed this lookup, that rest, and whose rest is over, for a client of this topology.
 
-    2 and 4 must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those
-    that are due come first, or a turn that passes them by would leave them unused for long. In another topology they
+    They must not be alike: a shard that was killed and started again is worth asking before one that hangs. Those that
+    are due come first, or a turn that passes them by would leave them unused for long. In another topology they
     wait until one there is wanted.
     """
     far = routing.farness(topology) if topology else routing.nothing_known
     if not resting and not due and not avoid:
         return Standing(far, due, True)
-    known = {**dict.fromkeys(due, -2), **dict.fromkeys(resting, 2), **dict.fromkeys(avoid, 4)}
+    known = {**dict.fromkeys(due, -2), **dict.fromkeys(resting, 2), **avoid}
     badness = np.array([*(known.get(address, 0) for address in routing.addresses), 0], np.int8) + far
     return Standing(np.where(badness == -1, np.int8(1), badness), due, False)
 
@@ -114,12 +119,18 @@ def cut(legs: Sequence[Leg], wants: Sequence[Want], routing: Routing) -> tuple[l
 
 
 def has_other(leg: Leg, wants: Sequence[Want], model: Model, standing: Standing) -> bool:
-    """Whether every row of a leg has another good owner, no farther than a good one of the leg."""
+    """Whether every row of a leg has another owner that is worth asking.
+
+    For a good shard that is one of no other topology that did not fail this lookup. For others it is any: one that
+    failed may have come back since.
+    """
     want = wants[leg.want]
     ids, table = want.ids if leg.positions is None else want.ids[leg.positions], model.tables[want.table.name]
     owners = table.owners[ids // table.rows_per_part]
-    worst = int(standing.badness[leg.shard] != 0)
-    return bool(((standing.badness[owners] <= worst) & (owners != leg.shard)).any(1).all())
+    badness = standing.badness[owners]
+    is_good = standing.badness[leg.shard] == 0
+    worth = (badness < FAILED) & (badness % 2 == 0) if is_good else badness < NOBODY
+    return bool((worth & (owners != leg.shard)).any(1).all())
 
 
 def still_missing(failed: Sequence[Leg], nowhere: Missing) -> Missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import grpc
 from embedding_service.client.breaker import Breaker
 from embedding_service.client.calls import Call, Failure
 from embedding_service.client.owners import (
+    FAILED,
+    JUST_FAILED,
     Leg,
     Missing,
     Standing,
@@ -50,6 +52,8 @@ ASKED_BEFORE_STARTING_OVER = 64
 DOUBT_ENDS_SECONDS = 10.0
 # Seconds that a shard may take before other owners are asked. They double each round.
 ATTEMPT_TIMEOUT = 2.0
+# A lookup that gave a shard up for being late waits so many times longer for the next one, for all may be slow.
+LONGER = 4.0
 
 
 class _Round(NamedTuple):
@@ -139,8 +143,7 @@ class Router:
             routing = self._routing or (yield from self.routing(deadline))
             if self._clock() >= self._looks_at and routing.addresses:
                 self._looks_at = self._next_look()
-                address = self._chance.choice(routing.addresses)
-                yield Aside(_ask(address, routing, ROUTING_TIMEOUT), partial(self._looked, routing))
+                yield self._look(routing)
             model = routing.by_name.get(name)
             if model is None:
                 yield from self.model(name, deadline)  # raises, or learns a routing that has it
@@ -155,15 +158,20 @@ class Router:
                 if name == model.full_name:
                     raise  # otherwise the version was retired, and its successor is next
 
+    def _look(self, known: Routing) -> Aside:
+        """Has a shard at random asked for a newer routing, without waiting for it."""
+        address = self._chance.choice(known.addresses)
+        return Aside(_ask(address, known, ROUTING_TIMEOUT), partial(self._looked, known))
+
     def _looked(self, known: Routing, outcome: Any) -> None:
         if isinstance(outcome, wire.Routing):
             self._hear(outcome, known)
 
     def learn_from(self, shard: str, deadline: float) -> Steps[None]:
-        """Ask a shard, by its id, for a newer routing than this one."""
+        """Ask a shard, by its id, for a newer routing than this one. It may hang, so it has 0.25 s."""
         known = self._routing
         if known is not None and shard in known.shard_ids:
-            timeout = self._routing_timeout(deadline)
+            timeout = min(ROUTING_PATIENCE, self._routing_timeout(deadline))
             address = known.addresses[known.shard_ids.index(shard)]
             [answer] = yield Exchange([_ask(address, known, timeout)])
             if isinstance(answer, wire.Routing):
@@ -194,12 +202,12 @@ class Router:
         missing: Missing = {index: None for index, want in enumerate(wants) if len(want.ids)}
         if not missing:
             return True
-        avoid: set[str] = set()
-        attempt, late, may_hedge = 0, 0.0, self._hedge and model.replicated
+        avoid: dict[str, int] = {}
+        attempt, late, given_up = 0, 0.0, 0
         while True:
             began = self._clock()
             timeout = _attempt_timeout(attempt, model, deadline - began)
-            this = self._plan(routing, model, wants, missing, avoid, timeout, may_hedge)
+            this = self._plan(routing, model, wants, missing, avoid, timeout, given_up)
             if late:
                 self._patience.spend(len(this.calls), late)
             outcomes = yield Exchange(this.calls, in_turn=this.nbytes > FEW_BYTES)
@@ -213,22 +221,24 @@ class Router:
             redirects = self._judge(failures, avoid)
             missing = still_missing([failed.leg for failed in failures], this.nowhere)
             late = max((failed.late for failed in failures), default=0.0)
-            if late:
-                may_hedge = False
-                if all(failed.late for failed in failures) and not this.nowhere:
-                    continue  # the others are asked at once, and may take their time
-            pause = self._pause(attempt)
-            if self._clock() + pause < deadline:
-                yield from self._refresh(redirects, deadline, avoid)
-            if self._clock() + pause >= deadline:  # asking for the routing may have taken all that was left
-                raise _gave_up(model, wants, missing, failures, routing)
+            given_up += late > 0
+            if late and all(failed.late for failed in failures) and not this.nowhere:
+                if given_up > 1:
+                    yield self._look(routing)
+                pause = 0.0  # the others are asked at once
+            else:
+                pause = self._pause(attempt)
+                attempt += 1
+                if self._clock() + pause < deadline:
+                    yield from self._refresh(redirects, deadline, avoid)
+                if self._clock() + pause >= deadline:  # asking for the routing may have taken all that was left
+                    raise _gave_up(model, wants, missing, failures, routing)
             before, routing = routing, self._routing or routing
             if routing.age < before.age:
                 return False
-            if routing is before:
+            if pause and routing is before:
                 yield Pause(pause)
             model = routing.model(model.full_name)
-            attempt += 1
 
     def _plan(
         self,
@@ -236,18 +246,18 @@ class Router:
         model: Model,
         wants: Sequence[Want],
         missing: Missing,
-        avoid: set[str],
+        avoid: Mapping[str, int],
         timeout: float,
-        may_hedge: bool,
+        given_up: int,
     ) -> _Round:
-        """Whom to ask for what, and how long each may take."""
+        """Whom to ask for what, and how long each may take. `given_up`: rounds of this lookup that had late calls."""
         resting, due = self._breaker.resting() if self._breaker.failing else (_NOBODY, _NOBODY)
         standing = standing_of(routing, avoid, resting, due, self._topology)
         legs, nowhere = share_out(wants, missing, model, standing, next(self._turn))
         legs, nbytes = cut(legs, wants, routing)
         timeouts, calls = [timeout] * len(legs), []
-        if may_hedge:
-            timeouts = self._hedged(legs, wants, routing, model, standing, timeout, nbytes)
+        if self._hedge and model.replicated:
+            timeouts = self._hedged(legs, wants, routing, model, standing, timeout, nbytes, given_up)
         for leg, seconds in zip(legs, timeouts, strict=True):
             want = wants[leg.want]
             ids = want.ids if leg.positions is None else want.ids[leg.positions]
@@ -267,15 +277,16 @@ class Router:
         standing: Standing,
         timeout: float,
         nbytes: int,
+        given_up: int,
     ) -> list[float]:
-        """Seconds that each leg may take before other owners are asked. `timeout` if there is no other good one.
+        """Seconds that each leg may take before other owners are asked. `timeout` if there is no other to ask.
 
         The budget does not count for a shard whose rest is over. The breaker lets one lookup try it now and then.
         """
         timeouts = []
         for leg in legs:
             usual = self._patience.usual if routing.addresses[leg.shard] in standing.due else self._patience.seconds
-            seconds = usual + nbytes / SLOWEST
+            seconds = (usual + nbytes / SLOWEST) * LONGER**given_up
             anybody = standing.calm and not self._topology
             others = seconds < timeout and (anybody or has_other(leg, wants, model, standing))
             timeouts.append(seconds if others else timeout)
@@ -298,24 +309,25 @@ class Router:
             wants[leg.want].sink.put(leg.positions, outcome.rows.reshape(-1, shape.row_bytes))
         return failures
 
-    def _judge(self, failures: Sequence[_Failed], avoid: set[str]) -> list[str]:
+    def _judge(self, failures: Sequence[_Failed], avoid: dict[str, int]) -> list[str]:
         """Raise what no retry mends, and remember whom to avoid. Returns the addresses that no longer hold the rows."""
         redirects = []
+        avoid.update(dict.fromkeys(avoid, FAILED))
         for _, address, failure, _ in failures:
             if failure.code in _NO_ANSWER:
-                avoid.add(address)
+                avoid[address] = JUST_FAILED
                 self._breaker.failed(address)
                 continue
             self._breaker.answered(address)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                avoid.add(address)  # requests are cut to the limits, so it has no memory for more now
+                avoid[address] = JUST_FAILED  # requests are cut to the limits, so it has no memory for more now
             elif failure.code is grpc.StatusCode.ABORTED:
                 redirects.append(address)
             else:
                 raise error_of(failure.code, failure.message)
         return redirects
 
-    def _refresh(self, senders: Sequence[str], deadline: float, avoid: set[str]) -> Steps[None]:
+    def _refresh(self, senders: Sequence[str], deadline: float, avoid: Collection[str]) -> Steps[None]:
         """Ask a few for a newer routing. Those that did not answer come last. There may be no newer one.
 
         Each of the `senders` that sent us away knows it. But they send everyone away at the same moment, and seeds are
@@ -328,15 +340,17 @@ class Router:
             *self._chance.sample(senders, min(1, len(senders))),
             *self._seeds,
         ]
-        behind = []
+        behind, answered = [], False
         asked = sorted(dict.fromkeys(asked), key=lambda each: (each in avoid, each in self._breaker.failing))
         for address in asked:
-            timeout = min(ROUTING_TIMEOUT if address == asked[-1] else ROUTING_PATIENCE, deadline - self._clock())
+            patience = ROUTING_PATIENCE if answered or address != asked[-1] else ROUTING_TIMEOUT
+            timeout = min(patience, deadline - self._clock())
             if timeout <= 0:
                 return
             [answer] = yield Exchange([_ask(address, known, timeout)])
             if not isinstance(answer, wire.Routing):
                 continue
+            answered = True
             if known and not self._hear(answer, known):
                 behind.append(address)
             elif not senders or self._routing is not known:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int64]
 # Up to this many ids, Python's own numbers take less time than numpy needs to begin.
 FEW_IDS = 64
+# Where a shard would be and none is. It is worse than all that is known against shards (`client.owners`).
+NOBODY = 8
 # Where the service says no limit: a message that gRPC could not carry anyway.
 _UNLIMITED = 1 << 31
 
@@ -102,8 +104,8 @@ class Routing:
     Attributes:
         request_bytes, response_bytes: What a request may ask for: of ids, 8 bytes each, and of rows.
         by_name: Every served version by `name@version`, and the newest of each model by `name`.
-        nothing_known: int8 [shards + 1], what the router knows against each shard where it knows nothing: 0, and 6 at
-            index -1, which is nobody.
+        nothing_known: int8 [shards + 1], what the router knows against each shard where it knows nothing: 0, and
+            `NOBODY` at index -1.
     """
 
     def __init__(self, message: wire.Routing) -> None:
@@ -113,7 +115,7 @@ class Routing:
         self.response_bytes = message.limits.response_bytes or _UNLIMITED
         self.addresses = [shard.address for shard in message.shards]
         self.shard_ids = [shard.id for shard in message.shards]
-        self.nothing_known = np.array([0] * len(self.addresses) + [6], np.int8)
+        self.nothing_known = np.array([0] * len(self.addresses) + [NOBODY], np.int8)
         self.topologies = [shard.topology for shard in message.shards]
         self._farness: dict[str, npt.NDArray[np.int8]] = {}
         self.by_name: dict[str, Model] = {}
@@ -123,10 +125,10 @@ class Routing:
             self.by_name[model.name] = model  # the newest version comes last, and stays
 
     def farness(self, topology: str) -> npt.NDArray[np.int8]:
-        """int8 [shards + 1]: 1 for shards of another topology than this. At index -1, nobody: 6."""
+        """int8 [shards + 1]: 1 for shards of another topology than this. `NOBODY` at index -1."""
         if topology not in self._farness:
             far = [int(each != topology) for each in self.topologies]
-            self._farness[topology] = np.array([*far, 6], np.int8)
+            self._farness[topology] = np.array([*far, NOBODY], np.int8)
         return self._farness[topology]
 
     def only(self, may: Callable[[str, str], bool]) -> Routing:

@@ -56,7 +56,7 @@ class Shards:
         self.now = now
         self.dead: set[str] = set()
         self.hanging: set[str] = set()
-        self.seconds = 0.0  # that an answer takes
+        self.seconds = 0.0  # that rows take
         self.asked: list[Call] = []
         self.pass_time: Callable[[float], None] = lambda seconds: None
 
@@ -64,11 +64,12 @@ class Shards:
         self.asked.append(call)
         if call.address in self.dead:
             return GONE
-        hangs = call.address in self.hanging
-        self.pass_time(call.timeout if hangs else min(self.seconds, call.timeout))
-        if hangs or self.seconds > call.timeout:
+        hangs, asks_for_rows = call.address in self.hanging, isinstance(call.request, EncodedLookup)
+        seconds = self.seconds if asks_for_rows else 0.0
+        self.pass_time(call.timeout if hangs else min(seconds, call.timeout))
+        if hangs or seconds > call.timeout:
             return LATE
-        if isinstance(call.request, wire.GetRoutingRequest):
+        if not asks_for_rows:
             return self.now
         model = self.now.models[0]
         request = wire.LookupRequest.FromString(call.request.message())
