@@ -5,6 +5,7 @@ make chaos SECONDS=600 SEED=3
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import tempfile
@@ -31,6 +32,7 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from support.checkpoints import longcat_checkpoint, longcat_table
 from support.cluster import Cluster, Process, cluster, until
 from support.load import CheckedLoad, Load, ThinLoad
+from support.tracing import SLOW, Trace
 
 COPIES = 2
 FEWEST, MOST = 4, 6
@@ -38,6 +40,8 @@ LOST_AFTER = 3.0
 CALM_SECONDS = 5.0
 TABLE = "m/ngram"
 CALM, TROUBLE = "calm", "trouble"
+# Rows of each lookup of a near client. They read a million in a run.
+NEAR_IDS = 600
 
 
 def chaos_store(folder: Path) -> Path:
@@ -76,14 +80,33 @@ class Watcher:
                 self.ages.append((routing.term, routing.epoch))
 
 
+class TracedLoad(Load):
+    """The Python client over the wire. Lookups that take long are told step by step."""
+
+    def __init__(self, addresses: list[str], began: float) -> None:
+        super().__init__(addresses, TABLE, longcat_table(), threads=3, pause=0.01, near=False)
+        self.trace = Trace(self.client, began)
+
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        with self.trace.lookup():
+            return super()._lookup(ids)
+
+
 @dataclass
 class Outcome:
-    """The outcome of a run."""
+    """The outcome of a run. `near`: of clients that read rows in place, what they read so and over the wire."""
 
     seed: int
     events: Counter[str]
     loads: dict[str, CheckedLoad]
+    near: dict[str, Load]
+    traced: TracedLoad
     watcher: Watcher
+
+    @property
+    def near_rows(self) -> int:
+        """Rows that were read in place."""
+        return sum(load.client.statistics.near_rows for load in self.near.values())
 
     def check(self) -> None:
         """Nothing failed, nothing wrong, and time went forward."""
@@ -98,15 +121,28 @@ class Outcome:
         first, last = self.watcher.ages[0], self.watcher.ages[-1]
         caption = f"{happened}; routing {first} to {last}, went back {len(self.watcher.went_back())} times"
         table = Table("lookups", "when", title=f"chaos, seed {self.seed}", caption=caption)
-        for heading in ("answered", "p50 ms", "p99 ms", "longest ms", "failed", "wrong"):
+        for heading in ("answered", "p50 ms", "p99 ms", "longest ms", f"over {SLOW * 1000:.0f} ms", "failed", "wrong"):
             table.add_column(heading, justify="right")
         for name, load in self.loads.items():
             for phase in (CALM, TROUBLE):
                 p50, p99, longest = np.percentile(load.seconds[phase] or [0.0], [50, 99, 100]) * 1000
-                figures = (f"{len(load.seconds[phase]):,}", f"{p50:.1f}", f"{p99:.1f}", f"{longest:.0f}")
+                slow = sum(seconds > SLOW for seconds in load.seconds[phase])
+                figures = (f"{len(load.seconds[phase]):,}", f"{p50:.1f}", f"{p99:.1f}", f"{longest:.0f}", str(slow))
                 in_all = (str(len(load.failed)), str(len(load.wrong))) if phase == TROUBLE else ("", "")
                 table.add_row(name, phase, *figures, *in_all)
         return table
+
+    def notes(self) -> list[str]:
+        """Besides the table: calls that were given up, where near rows came from, and why lookups were slow."""
+        trace = self.traced.trace
+        share = trace.late / max(trace.calls, 1)
+        wired = sum(load.client.statistics.wired_rows for load in self.near.values())
+        wrong = sum(len(load.wrong) for load in self.near.values())
+        return [
+            f"python client: {trace.calls:,} calls, {trace.late:,} given up for being late ({share:.2%})",
+            f"near clients: {self.near_rows:,} rows read in place, {wired:,} over the wire, {wrong} wrong lookups",
+            *trace.slow,
+        ]
 
 
 class Chaos:
@@ -116,8 +152,9 @@ class Chaos:
     and drain, and the controller is killed, at any time.
     """
 
-    def __init__(self, running: Cluster, seed: int, console: Console) -> None:
+    def __init__(self, running: Cluster, seed: int, console: Console, sockets: Path) -> None:
         self._cluster = running
+        self._sockets = sockets
         self._seed = seed
         self._random = random.Random(seed)
         self._console = console
@@ -145,12 +182,18 @@ class Chaos:
         self._wait_whole()
         addresses = list(self._cluster.addresses.values())
         watcher = Watcher(self._cluster.controller_address)
-        routing_client = Load(addresses, TABLE, longcat_table(), threads=3, pause=0.01)
+        traced = TracedLoad(addresses, self._began)
         thin = ThinLoad(self._running_addresses, TABLE, longcat_table(), pause=0.02)
-        loads: dict[str, CheckedLoad] = {"python client": routing_client, "thin client": thin}
+        near = {
+            f"near client {number}": Load(addresses, TABLE, longcat_table(), threads=1, pause=0.02, ids=NEAR_IDS)
+            for number in (1, 2)
+        }
+        loads: dict[str, CheckedLoad] = {"python client": traced, "thin client": thin, **near}
         self._happened.clear()
         try:
-            with routing_client, thin:
+            with contextlib.ExitStack() as running:
+                for load in loads.values():
+                    running.enter_context(load)
                 self._phase(loads, CALM)
                 self._rest(CALM_SECONDS)
                 self._phase(loads, TROUBLE)
@@ -159,7 +202,7 @@ class Chaos:
                 self._rest(CALM_SECONDS)
         finally:
             watcher.stop()
-        return Outcome(self._seed, self._happened, loads, watcher)
+        return Outcome(self._seed, self._happened, loads, near, traced, watcher)
 
     def _phase(self, loads: dict[str, CheckedLoad], phase: str) -> None:
         self._say(phase)
@@ -240,7 +283,8 @@ class Chaos:
 
     def _start(self, name: str) -> None:
         # A rate that makes the few bytes of this table move for a second or two.
-        self._cluster.start_shard(name, "--load-rate=1MiB", "--memory=64MiB")
+        near = f"--near={self._sockets}/{name}"
+        self._cluster.start_shard(name, "--load-rate=1MiB", "--memory=64MiB", near)
 
     def _pick(self) -> str:
         """A shard that came up and does not drain or hang. A drain begins only after a shard came up."""
@@ -296,8 +340,9 @@ def handed_over(output: str) -> bool:
 def run(folder: Path, store: Path, seed: int, seconds: float, console: Console) -> Outcome:
     """One run over a store made by `chaos_store`. Its processes' output goes to `folder`."""
     options = (f"--replicas={COPIES}", f"--lost-after={LOST_AFTER}", "--grace=2")
-    with cluster(folder, store, *options) as running:
-        return Chaos(running, seed, console).run(seconds)
+    # The path of a socket may have 107 bytes, and that of a test's folder may be long.
+    with tempfile.TemporaryDirectory(prefix="near-") as sockets, cluster(folder, store, *options) as running:
+        return Chaos(running, seed, console, Path(sockets)).run(seconds)
 
 
 def unserved_seconds(folder: Path, store: Path) -> float:
@@ -331,6 +376,8 @@ def main(
         store = chaos_store(folder)
         outcome = run(folder, store, seed, seconds, console)
         console.print(outcome.table())
+        for note in outcome.notes():
+            console.print(note, markup=False, soft_wrap=True)
         unserved = unserved_seconds(folder, store)
         console.print(f"with one copy, a killed shard's rows were served by nobody for {unserved:.1f} s")
     outcome.check()

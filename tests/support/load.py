@@ -31,6 +31,7 @@ class CheckedLoad(ABC):
     Args:
         tables: Whole tables, one for each version that may answer: an answer must be all of one of them.
         pause: Seconds each thread waits between its lookups.
+        ids: Rows of each lookup.
 
     Attributes:
         phase: What the time now is called in `seconds`.
@@ -38,7 +39,7 @@ class CheckedLoad(ABC):
         failed_in, wrong_in: Counts of the others, likewise.
     """
 
-    def __init__(self, *tables: torch.Tensor, threads: int, pause: float) -> None:
+    def __init__(self, *tables: torch.Tensor, threads: int, pause: float, ids: int = IDS) -> None:
         self.lookups = 0
         self.wrong: list[str] = []
         self.failed: list[Exception] = []
@@ -47,7 +48,7 @@ class CheckedLoad(ABC):
         self.answered_by = [0] * len(tables)
         self.phase = ""
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self._tables, self._pause = tables, pause
+        self._tables, self._pause, self._ids = tables, pause, ids
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(threads)]
 
@@ -80,7 +81,7 @@ class CheckedLoad(ABC):
     def _run(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         while not self._stop.wait(self._pause):
-            ids = torch.randint(0, len(self._tables[0]), (IDS,), generator=generator)
+            ids = torch.randint(0, len(self._tables[0]), (self._ids,), generator=generator)
             self.lookups += 1
             phase, began = self.phase, time.monotonic()
             try:
@@ -99,13 +100,23 @@ class CheckedLoad(ABC):
 
 
 class Load(CheckedLoad):
-    """Through the Python client, which asks the owners."""
+    """Through the Python client, which asks the owners.
+
+    `near`: it may read rows in place.
+    """
 
     def __init__(
-        self, address: str | list[str], name: str, *tables: torch.Tensor, threads: int = 2, pause: float = 0.0
+        self,
+        address: str | list[str],
+        name: str,
+        *tables: torch.Tensor,
+        threads: int = 2,
+        pause: float = 0.0,
+        ids: int = IDS,
+        near: bool = True,
     ) -> None:
-        super().__init__(*tables, threads=threads, pause=pause)
-        self.client = EmbeddingClient(address, timeout=DEADLINE)
+        super().__init__(*tables, threads=threads, pause=pause, ids=ids)
+        self.client = EmbeddingClient(address, timeout=DEADLINE, near=near)
         self._name = name
 
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
