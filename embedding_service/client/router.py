@@ -158,6 +158,12 @@ class Router:
                 if name == model.full_name:
                     raise  # otherwise the version was retired, and its successor is next
 
+    def look_around(self) -> Steps[float]:
+        """Have a shard at random asked for a newer routing, if there is one. Returns seconds until it is due again."""
+        if self._routing and self._routing.addresses:
+            yield self._look(self._routing)
+        return self._next_look() - self._clock()
+
     def _look(self, known: Routing) -> Aside:
         """Has a shard at random asked for a newer routing, without waiting for it."""
         address = self._chance.choice(known.addresses)

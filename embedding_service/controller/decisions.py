@@ -225,6 +225,21 @@ def build_routing(
     return routing
 
 
+def name_lost_holders(
+    routing: wire.Routing, holders: dict[PartKey, list[str]], shards: dict[str, wire.ShardAddress]
+) -> None:
+    """Give parts without a holder the shards that are lost and held them by the last routing, where they may be alive.
+
+    While the store cannot be read nobody else can load these parts. The shards may be cut off from this controller
+    alone, or be with another one.
+    """
+    addresses, held = {shard.id: shard for shard in routing.shards if shard.id not in shards}, set(holders)
+    for name, parts in routed_parts(routing).items():
+        for key in parts - held if name in addresses else ():
+            shards[name] = addresses[name]
+            holders.setdefault(key, []).append(name)
+
+
 def shard_address(report: control.ShardReport) -> wire.ShardAddress:
     """How clients reach a shard, as it reported."""
     shard = wire.ShardAddress(id=report.shard_id, address=report.address, topology=report.topology)

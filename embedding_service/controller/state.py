@@ -310,6 +310,8 @@ class ControllerState:
         _, serving = self._choose()  # planning took time
         shards, holders = self.fleet.shards, self.fleet.holders()
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
+        if self.routing and decisions.is_away(self.found, self.catalog):
+            decisions.name_lost_holders(self.routing.message, holders, addresses)
         unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
         draining = {name for name, shard in shards.items() if shard.report.draining}
         away = {name for name, shard in shards.items() if not shard.connected}

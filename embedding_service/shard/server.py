@@ -18,6 +18,7 @@ from prometheus_client.core import Metric
 from embedding_service.address_space import can_seal
 from embedding_service.budget import Budget
 from embedding_service.client.router import Router
+from embedding_service.client.steps import run_async
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
 from embedding_service.front import Kind
@@ -190,7 +191,7 @@ async def _serve(options: ShardOptions) -> None:
         options.metrics_port,
         lambda: _metrics(counters(), holdings, router),
     )
-    registering = asyncio.create_task(registration.run())
+    registering, looking = asyncio.create_task(registration.run()), asyncio.create_task(_look_around(router, transport))
     try:
         told = told_to_end()
         await first_of(told.wait(), registering, server.death())
@@ -204,10 +205,16 @@ async def _serve(options: ShardOptions) -> None:
             folder.close()
         if near:
             near.close()
-        await cancel([registering])
+        await cancel([registering, looking])
         transport.close()
         metrics.close()
         await holdings.close()
+
+
+async def _look_around(router: Router, transport: GrpcTransport) -> None:
+    """Hear of a later controller from other shards, though this one's is not it, and report that to this one's."""
+    while True:
+        await asyncio.sleep(await run_async(router.look_around(), transport))
 
 
 def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator[Metric]:

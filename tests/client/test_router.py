@@ -276,6 +276,14 @@ def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: Clock) ->
     assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
 
 
+def test_somebody_who_looks_nothing_up_hears_of_a_newer_routing_too() -> None:
+    shards = Shards(routing([[0]] * 4, epoch=2))
+    router = Router(["h:0"], Routing(routing([[0]] * 4)))
+    assert 0 < shards.run(router.look_around()) <= 2 * LOOK_SECONDS
+    assert router.current is not None and router.current.age == (1, 2)
+    assert shards.run(Router(["h:0"]).look_around()) > 0  # of no routing there are no shards to ask
+
+
 def test_copies_of_which_no_answer_tells_are_used_once_somebody_was_asked(clock: Clock) -> None:
     shards = Shards(routing([[0]] * 4))
     router = Router(["h:0"], clock=clock)

@@ -538,6 +538,27 @@ def test_a_store_that_goes_away_changes_nothing() -> None:
     assert world.state.routing and not world.state.routing.models
 
 
+@pytest.mark.parametrize("found", [None, Catalogue(is_empty=True), Catalogue({"m": [ONE]})])
+def test_the_last_holders_of_a_part_stay_named_while_nobody_can_load_it(found: Catalogue | None) -> None:
+    """They may be cut off from this controller alone. Where the store can be read, others load the part."""
+    world = World()
+    world.serve(ONE)
+    lost = [key for key, owners in zip(KEYS, world.owners(), strict=True) if owners == ["b"]]
+    assert 0 < len(lost) < len(KEYS)
+    before = world.owners()
+    world.feed(Looked(found))
+    for _ in range(32):
+        world.now += 0.25
+        world.report("a")
+        world.feed(Tick())
+    assert "b" not in world.state.fleet.shards
+    is_away = found is None or found.is_empty
+    assert world.owners() == (before if is_away else [[] if owners == ["b"] else owners for owners in before])
+    world.join("b")  # it was started again, and has nothing: it says so itself
+    world.pass_time(1)
+    assert ["b"] not in world.owners()
+
+
 def test_a_planner_that_failed_is_asked_again_later() -> None:
     world = World(answers=False)
     world.join("a")

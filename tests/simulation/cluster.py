@@ -482,6 +482,10 @@ class Shard(Process):
         self.lookups = Lookups(self)
         self.checks.begins(self)
         self.after(world.delay(), self._connect)
+        self._look_around()
+
+    def _look_around(self) -> None:
+        drive(self.router.look_around(), self, lambda seconds: self.after(seconds, self._look_around))
 
     def end(self) -> None:
         """It is gone, with what it held."""

@@ -224,8 +224,6 @@ class Simulation:
 
         The one before learns that from the store. Until it can be read both lead, and each misses the other's shards.
         """
-        if self.schedule.calm and (self.store.is_away or self.store.is_bare):
-            return
         if len([each for each in self.controllers if each.is_there]) < 3:
             self.start_controller()
             for stream in list(self.world.streams):
@@ -266,9 +264,6 @@ class Simulation:
         self._for_a_while(draw, "is_bare", "store: is bare", "store: is back")
 
     def _for_a_while(self, draw: random.Random, name: str, begins: str, ends: str) -> None:
-        if self.schedule.calm and sum(each.is_there for each in self.controllers) > 1:
-            return
-
         def back() -> None:
             self.world.say(ends)
             setattr(self.store, name, False)
