@@ -10,6 +10,8 @@ QUANTILE, TIMES = 0.95, 2.0
 WINDOW, LEARN = 512, 64
 # A shorter time is never unusual. A process that waits for a core or collects garbage takes that long now and then.
 FLOOR_SECONDS = 0.05
+# What is unusual while too little was measured, as for a client whose rows are near until a shard hangs.
+FIRST_SECONDS = 0.25
 # Bytes a second. Rows that come slower than that are late, whatever their number.
 SLOWEST = 20 << 20
 # The share of all calls that may be asked again. The burst is for all that wait for a shard when it hangs.
@@ -22,13 +24,13 @@ class Patience:
 
     Attributes:
         took: Where the caller notes the seconds of each round that was answered. It calls `learn` at `LEARN` of them.
-        usual: Seconds that a shard may take. `NEVER` while too little is known.
+        usual: Seconds that a shard may take.
         seconds: The same while the budget lasts, then `NEVER`.
     """
 
     def __init__(self) -> None:
         self.took: list[float] = []
-        self.usual = self.seconds = NEVER
+        self.usual = self.seconds = FIRST_SECONDS
         self._window: deque[float] = deque(maxlen=WINDOW)
         self._budget = BURST
         self._lock = threading.Lock()

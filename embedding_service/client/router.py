@@ -235,7 +235,8 @@ class Router:
             else:
                 pause = self._pause(attempt)
                 attempt += 1
-                if self._clock() + pause < deadline:
+                # Another lookup may have learned a newer one by now. Nobody knows more than that.
+                if self._clock() + pause < deadline and self._routing is routing:
                     yield from self._refresh(redirects, deadline, avoid)
                 if self._clock() + pause >= deadline:  # asking for the routing may have taken all that was left
                     raise _gave_up(model, wants, missing, failures, routing)

@@ -5,7 +5,7 @@ from support.shards import ROWS, Clock, Shards, fetch, lookups_of, routing
 
 from embedding_service.client.breaker import LONGEST_REST, _Failing
 from embedding_service.client.calls import Call
-from embedding_service.client.patience import BURST, FLOOR_SECONDS, LEARN, NEVER, SHARE, Patience
+from embedding_service.client.patience import BURST, FIRST_SECONDS, FLOOR_SECONDS, LEARN, NEVER, SHARE, Patience
 from embedding_service.client.router import ATTEMPT_TIMEOUT, Router
 from embedding_service.placement.routing import Routing
 
@@ -59,10 +59,14 @@ def test_without_hedging_it_costs_the_try(clock: Clock) -> None:
     assert max(seconds_of(router, shards, clock, [5]) for _ in range(2)) > ATTEMPT_TIMEOUT
 
 
-def test_nothing_is_asked_twice_before_enough_was_measured(clock: Clock) -> None:
-    router, shards = started(clock, lookups=LEARN - 2)
-    shards.hanging = {"h:1"}
-    assert max(seconds_of(router, shards, clock, [5]) for _ in range(2)) > ATTEMPT_TIMEOUT
+def test_shards_get_more_time_before_enough_was_measured(clock: Clock) -> None:
+    router, shards = started(clock, lookups=0)
+    shards.seconds = 4 * FLOOR_SECONDS
+    for number in range(LEARN // 2):
+        fetch(router, shards, [number])
+    assert len(lookups_of(shards)) == LEARN // 2
+    shards.hanging, shards.seconds = {"h:1"}, USUAL
+    assert FLOOR_SECONDS < max(seconds_of(router, shards, clock, [5]) for _ in range(2)) < GOAL
 
 
 def test_the_others_are_asked_at_once_and_for_those_rows_only(clock: Clock) -> None:
@@ -216,7 +220,7 @@ def test_a_service_that_became_slow_as_a_whole_is_not_asked_twice_for_ever(clock
 
 def test_the_budget_ends_and_comes_back() -> None:
     patience = Patience()
-    assert patience.seconds == NEVER
+    assert patience.seconds == FIRST_SECONDS
     patience.took = [USUAL] * LEARN
     patience.learn()
     assert patience.seconds == patience.usual == FLOOR_SECONDS

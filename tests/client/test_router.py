@@ -97,10 +97,10 @@ def test_a_routing_of_the_same_age_is_not_taken() -> None:
 
 
 def timeouts_of(replicas: list[int], seconds: float, clock: Clock) -> list[float]:
-    """Of the calls of one lookup whose shards all hang."""
+    """Of the calls of one lookup whose shards all hang, without hedging."""
     shards = Shards(routing([replicas] * 4))
     shards.hanging, shards.pass_time = {f"h:{shard}" for shard in replicas}, clock.pass_time
-    router = Router(["h:2"], Routing(shards.now), clock=clock)
+    router = Router(["h:2"], Routing(shards.now), hedge=False, clock=clock)
     with pytest.raises(errors.DeadlineExceeded):
         fetch(router, shards, [5], seconds=seconds)
     return [call.timeout for call in lookups_of(shards)]
@@ -274,6 +274,21 @@ def test_what_failed_is_forgotten_with_its_place_in_the_routing(clock: Clock) ->
     for _ in range(2):
         fetch(router, shards, [5])
     assert sorted(call.address for call in shards.asked) == ["h:0", "h:1"]
+
+
+def test_nobody_is_asked_for_a_routing_that_another_lookup_has_learned() -> None:
+    """All that are sent away at a moment learn of one newer routing."""
+    shards = Shards(routing([[1]] * 4, epoch=2))
+    router = Router(["h:0"], Routing(routing([[0]] * 4)))
+    answer = shards.answer
+
+    def learned_by_another(call: Call) -> object:
+        router.adopt(Routing(shards.now))
+        return answer(call)
+
+    shards.answer = learned_by_another  # type: ignore[method-assign]
+    assert fetch(router, shards, IDS)[:, 0].tolist() == IDS
+    assert [call.address for call in shards.asked] == ["h:0", "h:1"]
 
 
 def test_somebody_who_looks_nothing_up_hears_of_a_newer_routing_too() -> None:

@@ -49,7 +49,7 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lists import read_lookup
 from embedding_service.wire.lookup_codec import Answer, EncodedLookup
 from simulation.steps import drive
-from simulation.store import ROW_BYTES, ROWS_PER_PART, Rows, Store
+from simulation.store import ROW_BYTES, ROWS_PER_PART, Rows, Store, manifest, shared
 from simulation.world import Process, World
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ class Holdings:
         self._shard, self._store, self._checks = shard, store, checks
         self._limit = memory_limit
         self._taken = 0
+        self._users: dict[PartKey, set[PartKey]] = {}  # of each part that versions share
         self._wanted: set[PartKey] = set()
         self._loading: set[PartKey] = set()
         self._waiting: set[PartKey] = set()
@@ -341,10 +342,11 @@ class Holdings:
             self._loading.discard(key)
         elif not self._store.can_load(key):
             self._again(key, "cannot be read")
-        elif self._taken + PART_BYTES > self._limit:
+        elif self._taken + self._needed(key) > self._limit:
             self._again(key, "waits for room")
         else:
-            self._taken += PART_BYTES
+            self._taken += self._needed(key)
+            self._users.setdefault(shared(key), set()).add(key)
             self._shard.after(self._shard.load_seconds(), self._loaded, key)
 
     def _again(self, key: PartKey, why: str) -> None:
@@ -362,7 +364,7 @@ class Holdings:
 
     def _loaded(self, key: PartKey) -> None:
         if not self._store.can_load(key):
-            self._taken -= PART_BYTES
+            self._give_back(key)
             self._again(key, "cannot be read")
             return
         self._loading.discard(key)
@@ -383,10 +385,27 @@ class Holdings:
         rows.parts.discard(key.part)
         if not rows.parts:
             del self.tables[key[:3]]
-        self._taken -= PART_BYTES
+        self._give_back(key)
         self.changed.set()
         for other in sorted(self._waiting):
             self._try(other)
+
+    def _needed(self, key: PartKey) -> int:
+        """Bytes of rows of its own, and of those of the base if no version holds them."""
+        return _overlay_bytes(key) + (0 if shared(key) in self._users else PART_BYTES)
+
+    def _give_back(self, key: PartKey) -> None:
+        users = self._users[shared(key)]
+        users.discard(key)
+        self._taken -= _overlay_bytes(key)
+        if not users:
+            del self._users[shared(key)]
+            self._taken -= PART_BYTES
+
+
+def _overlay_bytes(key: PartKey) -> int:
+    overlay = manifest(*key[:2]).overlays(key.table).get(key.part)
+    return overlay.bytes if overlay else 0
 
 
 class Lookups(HeldRows):

@@ -15,7 +15,7 @@ from simulation.checks import Broken, Checks
 from simulation.clients import Client
 from simulation.cluster import CONTROLLER, PART_BYTES, Controller, Shard
 from simulation.schedule import Schedule, draw_schedule
-from simulation.store import MODELS, Store, manifest
+from simulation.store import MODELS, Store, manifest, root_of
 from simulation.world import Process, World
 
 EVENTS = 500
@@ -173,17 +173,19 @@ class Simulation:
     # What an operator does
 
     def publish(self, draw: random.Random) -> None:
-        """A new version."""
+        """A new version: of parts of its own, or of the newest one's base and other rows over it."""
         versions = self.store.versions[self._model(draw)]
         if len(versions) < 3:
             self._newest += 1
-            versions.append(str(self._newest))
-            self.world.say("store: publishes version %d", self._newest)
+            is_overlay = versions and draw.random() < 0.5
+            versions.append(f"{self._newest}b{root_of(versions[-1])}" if is_overlay else str(self._newest))
+            self.world.say("store: publishes version %s", versions[-1])
 
     def retire(self, draw: random.Random) -> None:
-        """The oldest version is removed."""
-        versions = self.store.versions[self._model(draw)]
-        if len(versions) > 1:
+        """The oldest version is removed, unless it is a base."""
+        model = self._model(draw)
+        versions = self.store.versions[model]
+        if len(versions) > 1 and not self.store.is_needed(model, versions[0]):
             self.world.say("store: removes version %s", versions.pop(0))
 
     def remove_newest(self, draw: random.Random) -> None:

@@ -1,16 +1,21 @@
-"""The store: versions that are published and removed, and accidents. Rows name themselves."""
+"""The store: versions that are published and removed, and accidents. Rows name themselves.
+
+A version "7b3" is the seventh one, and its base is "3": it has the base's rows but for about a third.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from embedding_service.controller.decisions import shared_part
 from embedding_service.errors import NotFound
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Manifest, Part, Table, part_file
+from embedding_service.store.manifest import ID_BYTES, Base, Manifest, Overlay, Part, Table, overlay_file, part_file
 from embedding_service.store.store import Catalogue
 
 ROW_BYTES = 8
@@ -19,11 +24,41 @@ ROWS_PER_PART = 8
 MODELS = {"m": {"t": 4, "u": 2}, "n": {"t": 2}}
 
 
+def root_of(version: str) -> str:
+    """The version whose parts it uses: its base, or itself."""
+    return version.partition("b")[2] or version
+
+
+def number_of(version: str) -> int:
+    """Which one it is, of all that were published."""
+    return int(version.partition("b")[0])
+
+
 @lru_cache(256)
 def manifest(model: str, version: str) -> Manifest:
     """A version as the store has it."""
-    tables = tuple(_table(name, parts) for name, parts in MODELS[model].items())
-    return Manifest(model=model, version=version, family="", hash_params={}, tables=tables)
+    tables, root = tuple(_table(name, parts) for name, parts in MODELS[model].items()), root_of(version)
+    if root == version:
+        return Manifest(model=model, version=version, family="", hash_params={}, tables=tables)
+    overlays = {table.name: tuple(_overlays(version, table)) for table in tables}
+    base = Base(model=model, version=root, overlays=overlays)
+    return Manifest(format_version=2, model=model, version=version, family="", hash_params={}, tables=tables, base=base)
+
+
+def _overlays(version: str, table: Table) -> Iterator[Overlay]:
+    for index, count in enumerate(_replaced(version, table.rows).reshape(-1, ROWS_PER_PART).sum(1).tolist()):
+        yield Overlay(
+            part=index,
+            rows=count,
+            file=overlay_file(table.name, index),
+            bytes=count * (ID_BYTES + ROW_BYTES),
+            checksum="xxh3-128:" + "0" * 32,
+        )
+
+
+def _replaced(version: str, rows: int) -> npt.NDArray[np.bool_]:
+    """Which rows are not the base's: some of each part, others in each version."""
+    return (np.arange(rows) + number_of(version)) % 3 == 0
 
 
 def _table(name: str, parts: int) -> Table:
@@ -51,10 +86,13 @@ def _table(name: str, parts: int) -> Table:
 
 @lru_cache(256)
 def rows_of(model: str, version: str, table: str) -> npt.NDArray[np.uint32]:
-    """uint32 [rows, 2]: which model, version and table it is, and which row."""
+    """uint32 [rows, 2]: which model, version and table it is, and which row. What is the base's, names the base."""
     count = MODELS[model][table] * ROWS_PER_PART
-    tag = sorted(MODELS).index(model) << 24 | int(version) << 8 | sorted(MODELS[model]).index(table)
-    return np.stack([np.full(count, tag, np.uint32), np.arange(count, dtype=np.uint32)], 1)
+    tag = sorted(MODELS).index(model) << 24 | number_of(version) << 8 | sorted(MODELS[model]).index(table)
+    rows = np.stack([np.full(count, tag, np.uint32), np.arange(count, dtype=np.uint32)], 1)
+    if root_of(version) != version:
+        rows = np.where(_replaced(version, count)[:, None], rows, rows_of(model, root_of(version), table))
+    return rows
 
 
 @dataclass
@@ -103,9 +141,18 @@ class Store:
         return 0 if self.is_away or self.is_bare else self.noted
 
     def can_load(self, key: PartKey) -> bool:
-        """Whether a part's file can be read and is what it should be."""
+        """Whether a part's files can be read and are what they should be."""
         there = key.version in self.versions.get(key.model, ()) and key[:2] not in self.torn
-        return there and not self.is_away and not self.is_bare and key not in self.corrupt
+        return there and not self.is_away and not self.is_bare and self.corrupt.isdisjoint({key, shared(key)})
+
+    def is_needed(self, model: str, version: str) -> bool:
+        """Whether another version has this one for its base."""
+        return any(root_of(each) == version != each for each in self.versions[model])
+
+
+def shared(key: PartKey) -> PartKey:
+    """The part that a version's part has its rows from."""
+    return shared_part(key, manifest(*key[:2]))
 
 
 class Rows:

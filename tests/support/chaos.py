@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import numpy as np
@@ -81,10 +81,10 @@ class Watcher:
 
 
 class TracedLoad(Load):
-    """The Python client over the wire. Lookups that take long are told step by step."""
+    """A Python client. Its lookups that take long are told step by step."""
 
-    def __init__(self, addresses: list[str], began: float) -> None:
-        super().__init__(addresses, TABLE, longcat_table(), threads=3, pause=0.01, near=False)
+    def __init__(self, addresses: list[str], began: float, **options: Any) -> None:
+        super().__init__(addresses, TABLE, longcat_table(), **options)
         self.trace = Trace(self.client, began)
 
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
@@ -94,19 +94,22 @@ class TracedLoad(Load):
 
 @dataclass
 class Outcome:
-    """The outcome of a run. `near`: of clients that read rows in place, what they read so and over the wire."""
+    """The outcome of a run."""
 
     seed: int
     events: Counter[str]
     loads: dict[str, CheckedLoad]
-    near: dict[str, Load]
-    traced: TracedLoad
     watcher: Watcher
+
+    @property
+    def traced(self) -> dict[str, TracedLoad]:
+        """The Python clients."""
+        return {name: load for name, load in self.loads.items() if isinstance(load, TracedLoad)}
 
     @property
     def near_rows(self) -> int:
         """Rows that were read in place."""
-        return sum(load.client.statistics.near_rows for load in self.near.values())
+        return sum(load.client.statistics.near_rows for load in self.traced.values())
 
     def check(self) -> None:
         """Nothing failed, nothing wrong, and time went forward."""
@@ -133,16 +136,17 @@ class Outcome:
         return table
 
     def notes(self) -> list[str]:
-        """Besides the table: calls that were given up, where near rows came from, and why lookups were slow."""
-        trace = self.traced.trace
-        share = trace.late / max(trace.calls, 1)
-        wired = sum(load.client.statistics.wired_rows for load in self.near.values())
-        wrong = sum(len(load.wrong) for load in self.near.values())
-        return [
-            f"python client: {trace.calls:,} calls, {trace.late:,} given up for being late ({share:.2%})",
-            f"near clients: {self.near_rows:,} rows read in place, {wired:,} over the wire, {wrong} wrong lookups",
-            *trace.slow,
-        ]
+        """Besides the table: calls that were given up, where rows came from, and why lookups were slow."""
+        notes = []
+        for name, load in self.traced.items():
+            trace, rows = load.trace, load.client.statistics
+            share = trace.late / max(trace.calls, 1)
+            notes += [
+                f"{name}: {trace.calls:,} calls, {trace.late:,} given up for being late ({share:.2%}); "
+                f"{rows.near_rows:,} rows near, {rows.wired_rows:,} over the wire",
+                *trace.slow,
+            ]
+        return notes
 
 
 class Chaos:
@@ -182,13 +186,12 @@ class Chaos:
         self._wait_whole()
         addresses = list(self._cluster.addresses.values())
         watcher = Watcher(self._cluster.controller_address)
-        traced = TracedLoad(addresses, self._began)
-        thin = ThinLoad(self._running_addresses, TABLE, longcat_table(), pause=0.02)
-        near = {
-            f"near client {number}": Load(addresses, TABLE, longcat_table(), threads=1, pause=0.02, ids=NEAR_IDS)
-            for number in (1, 2)
+        loads: dict[str, CheckedLoad] = {
+            "python client": TracedLoad(addresses, self._began, threads=3, pause=0.01, near=False),
+            "thin client": ThinLoad(self._running_addresses, TABLE, longcat_table(), pause=0.02),
+            "near client 1": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS),
+            "near client 2": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS),
         }
-        loads: dict[str, CheckedLoad] = {"python client": traced, "thin client": thin, **near}
         self._happened.clear()
         try:
             with contextlib.ExitStack() as running:
@@ -202,7 +205,7 @@ class Chaos:
                 self._rest(CALM_SECONDS)
         finally:
             watcher.stop()
-        return Outcome(self._seed, self._happened, loads, near, traced, watcher)
+        return Outcome(self._seed, self._happened, loads, watcher)
 
     def _phase(self, loads: dict[str, CheckedLoad], phase: str) -> None:
         self._say(phase)
