@@ -13,7 +13,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),  # also how long an attempt to connect may take
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    # A shard that came back gets its rows within a second or so. By then all should be able to ask it.
+    ("grpc.max_reconnect_backoff_ms", 500),
     # A replaced pod has its old name and a new address. Look it up again at once, not every 30 s.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # A peer that hangs or was cut off does not close its connection. Pings while calls wait find out.

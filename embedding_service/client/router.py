@@ -52,7 +52,7 @@ ASKED_BEFORE_STARTING_OVER = 64
 DOUBT_ENDS_SECONDS = 10.0
 # Seconds that a shard may take before other owners are asked. They double each round.
 ATTEMPT_TIMEOUT = 2.0
-# A lookup that gave a shard up for being late waits so many times longer for the next one, for all may be slow.
+# A lookup that gave up twice waits so many times longer each time, for all owners may be slow.
 LONGER = 4.0
 
 
@@ -293,7 +293,7 @@ class Router:
         timeouts = []
         for leg in legs:
             usual = self._patience.usual if routing.addresses[leg.shard] in standing.due else self._patience.seconds
-            seconds = (usual + nbytes / SLOWEST) * LONGER**given_up
+            seconds = (usual + nbytes / SLOWEST) * LONGER ** max(given_up - 1, 0)
             anybody = standing.calm and not self._topology
             others = seconds < timeout and (anybody or has_other(leg, wants, model, standing))
             timeouts.append(seconds if others else timeout)

@@ -98,7 +98,14 @@ def never_served(catalog: Catalog) -> Iterator[str]:
 
 
 def settled(
-    shards: int, expected: int, waited: float, quiet: float, returning: bool, settle: float, patience: float
+    shards: int,
+    expected: int,
+    waited: float,
+    quiet: float,
+    returning: bool,
+    settle: float,
+    patience: float,
+    awaited: bool = False,
 ) -> bool:
     """Whether to place now, or to wait for more shards first.
 
@@ -110,11 +117,14 @@ def settled(
         returning: Shards are there that served before. There may be more of them by now than were expected.
         settle: Seconds without a new shard that are enough.
         patience: The most seconds to wait in all.
+        awaited: Shards that served before are to be expected now. A routing without them would serve nothing.
     """
     if not shards:
         return False
     if waited > patience:
         return True
+    if awaited and not returning:
+        return False
     if expected:
         return shards >= expected and (quiet > settle or not returning)
     return quiet > settle

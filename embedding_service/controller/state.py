@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
 # Terms are milliseconds of the clock, and up to this many more.
 TERM_SPREAD = 1024
+# So long shards that serve have to come again to a controller that was restarted: they try every 2 s.
+RETURN_SECONDS = 3.0
 # A term that the store did not take is noted again after this time.
 NOTE_SECONDS = 10.0
 # Pause between two decisions for each shard: telling one takes about that. 1,000 shards get a routing a second.
@@ -130,7 +132,7 @@ class ControllerState:
         self.term = 0
         self._clock, self._chance = clock, chance
         self._began = clock()
-        self._looked = False
+        self._looked = self._is_first = False
         self._notes_at = 0.0
         self._dirty = True
         self._decides_at = 0.0
@@ -288,6 +290,7 @@ class ControllerState:
             now - self._began,
             now - max(self._began, self.fleet.joined),
             returning=self.fleet.newest_term > 0,
+            awaited=not self._is_first and now - self._began < RETURN_SECONDS,
             settle=settings.settle,
             patience=settings.patience,
         )
@@ -341,10 +344,13 @@ class ControllerState:
         """
         if not self.term:
             read: TermRead = yield ReadTerm()
-            least = max(self.fleet.newest_term + 1, read.noted + 1, read.others + 1, read.clock)
-            # Not two alike, should two controllers start at a time and neither be able to note its term.
-            self.term = least + self._chance.randrange(TERM_SPREAD)
+            self._is_first = not read.noted and self.found is not None and bool(self.found.manifests)
+            self.term = self._drawn(max(self.fleet.newest_term + 1, read.noted + 1, read.others + 1, read.clock))
         yield from self._note_term()
+
+    def _drawn(self, least: int) -> int:
+        """A term that is not another's, though two controllers take one at a time and neither can note it."""
+        return least + self._chance.randrange(TERM_SPREAD)
 
     def _note_term(self) -> Generator[Question, Any, None]:
         """Where it is not noted, in what is a store for sure."""
@@ -375,7 +381,7 @@ class ControllerState:
         log.warning(
             "a shard knows term %d, which no controller noted after this one's %d: going above", newest, self.term
         )
-        self.term, self._notes_at = newest + 1, 0.0
+        self.term, self._notes_at = self._drawn(newest + 1), 0.0
         yield from self._note_term()
         return True
 

@@ -31,7 +31,15 @@ from embedding_service.controller.events import (
 from embedding_service.controller.fleet import IdTaken
 from embedding_service.controller.placing import REPLAN_SECONDS
 from embedding_service.controller.presenter import problems_of
-from embedding_service.controller.state import NOTE_SECONDS, TICK_SECONDS, ControllerState, Phase, Settings
+from embedding_service.controller.state import (
+    NOTE_SECONDS,
+    RETURN_SECONDS,
+    TERM_SPREAD,
+    TICK_SECONDS,
+    ControllerState,
+    Phase,
+    Settings,
+)
 from embedding_service.errors import InvalidRequest, PlacementError
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Manifest
@@ -163,7 +171,7 @@ def test_from_its_first_shards_to_a_served_model() -> None:
     world = World(answers=False)
     assert world.join("a") == [] == world.join("b")
     assert world.state.phase is Phase.SETTLING
-    assert world.pass_time(2) == []
+    assert world.pass_time(RETURN_SECONDS) == []
     assert world.state.phase is Phase.LOOKING and world.state.message("a") is None
     assert world.feed(Looked(Catalogue({"m": [ONE]}))) == []
     assert world.feed(Tick()) == [ReadTerm()]
@@ -274,6 +282,21 @@ def test_a_term_that_no_controller_noted_ends_nobody() -> None:
     world.report("a")
     assert kinds(world.pass_time(0.5)) == ["ReadTerm", "NoteTerm", "Publish", "Tell", "Tell"]
     assert world.state.term == world.noted == higher + 1
+
+
+def test_two_controllers_that_go_above_one_term_take_two() -> None:
+    """The store cannot be read, so none of them learns of the other."""
+    terms = set()
+    for seed in range(2):
+        world = World()
+        world.state = ControllerState(world.settings, lambda world=world: world.now, random.Random(seed))  # type: ignore[misc]
+        world.feed(Looked(None))
+        world.feed(Tick())
+        world.join("a", term=CLOCK_MS + TERM_SPREAD)
+        world.pass_time(RETURN_SECONDS)
+        assert world.state.routing and world.state.term > CLOCK_MS + TERM_SPREAD
+        terms.add(world.state.term)
+    assert len(terms) == 2
 
 
 def test_a_term_that_a_shard_knows_already_is_not_this_controllers() -> None:
@@ -479,7 +502,7 @@ def test_what_shards_serve_that_come_after_the_first_routing_is_served_on(
     world.feed(Looked(found))
     world.pass_time(0.75)
     world.answers = not planning
-    world.pass_time(1)
+    world.pass_time(RETURN_SECONDS)
     serves = {"term": CLOCK_MS - 1, "epoch": 7, "served": ["m@1"], "models": [decisions.model_info(ONE)]}
     world.join("a", held=KEYS[:2], **serves)  # the third part was lost with its shard
     world.answers = True
@@ -494,6 +517,20 @@ def test_what_shards_serve_that_come_after_the_first_routing_is_served_on(
     assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
     assert world.owners() == [["a"], ["a"], []]
     assert world.assigned("a") >= set(KEYS[:2])
+
+
+@pytest.mark.parametrize("noted", [0, 7])
+def test_a_controller_that_was_restarted_waits_for_shards_that_served(noted: int) -> None:
+    """New ones are there first, as many as are expected. A routing of theirs would serve nothing."""
+    world = World(expect_shards=1)
+    world.noted = noted
+    world.join("b")
+    world.feed(Looked(Catalogue({"m": [ONE]}), noted=noted))
+    world.pass_time(1)
+    assert (world.state.routing is None) == (noted > 0)
+    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
 
 
 def test_a_version_that_the_store_has_no_more_is_not_served_for_a_late_shard() -> None:
