@@ -15,6 +15,7 @@ import torch
 from embedding_service.errors import BadTensorFile, ImportRefused, StoreError
 from embedding_service.foreign import printable, shown
 from embedding_service.formats import get_format, kept_formats
+from embedding_service.formats.fp8 import e8m0_values
 from embedding_service.machine import open_file, read_object
 from embedding_service.tensorfile import ITEM_BITS, TensorSpan, byte_view, read_spans, tensor_bytes
 
@@ -24,6 +25,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _SHOWN = 8  # names in an error
 FP8_DTYPE, FP8_SCALE_DTYPE = "F8_E4M3", "F8_E8M0"
+NVFP4_DTYPE = "U8"  # two codes a byte
+# What a scale of a whole table may be.
+SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class SourceTensor:
         self.read_bytes(first * row_bytes, byte_view(rows))
         return rows
 
+    def whole(self) -> torch.Tensor:
+        """All of an int64 tensor. Raises StoreError."""
+        values = torch.empty(self.span.shape, dtype=torch.int64)
+        self.read_bytes(0, byte_view(values))
+        return values
+
     def read_bytes(self, begin: int, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes from `begin` on. Raises StoreError naming the file."""
         try:
@@ -94,12 +104,63 @@ class SourceTensor:
 
 
 @dataclass(frozen=True)
+class TableScale:
+    """A tensor of one number, which scales every row of a table."""
+
+    tensor: SourceTensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return self.tensor.bytes
+
+    def read_stored(self, first: int, count: int) -> torch.Tensor:
+        """The number as float32, once for each row: uint8 Tensor[count, 4]. Raises StoreError."""
+        number = torch.empty(self.tensor.bytes, dtype=torch.uint8)
+        self.tensor.read_bytes(0, byte_view(number))
+        return number.view(SCALE_DTYPES[self.tensor.dtype]).float().view(torch.uint8).expand(count, -1)
+
+
+@dataclass(frozen=True)
+class PowerScales:
+    """float32 scales [rows, blocks] that are powers of two."""
+
+    tensor: SourceTensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return self.tensor.bytes
+
+    def read_stored(self, first: int, count: int) -> torch.Tensor:
+        """Them as e8m0: uint8 Tensor[count, blocks]. Raises StoreError for one that is no power of two."""
+        scales = self.tensor.read_stored(first, count).view(torch.float32)
+        exponents = (scales.view(torch.int32) >> 23).clamp_min(0).to(torch.uint8)
+        wrong = (e8m0_values()[exponents.int()] != scales).any(1)
+        if wrong.any():
+            row = int(wrong.int().argmax())
+            raise StoreError(
+                f"{self.tensor.file}: tensor {self.tensor.name} has a scale in row {first + row:,} that is no power of "
+                "two, so that fp8 cannot hold it: convert the table to bf16 first"
+            )
+        return exponents
+
+
+@dataclass(frozen=True)
 class ScaledTensor:
-    """An fp8 matrix in two tensors: e4m3 values [rows, dim], and an e8m0 scale for each 32 of a row."""
+    """A quantized matrix in several tensors, which together are rows of format `stored_as`.
+
+    Attributes:
+        values: Codes, [rows, bytes].
+        scales: What scales them, in the order in which the format lays it behind the codes.
+        stored_as: The row format.
+        dim: Values of a row.
+    """
 
     values: SourceTensor
-    scales: SourceTensor
-    stored_as = "fp8"
+    scales: tuple[SourceTensor | TableScale | PowerScales, ...]
+    stored_as: str
+    dim: int
 
     @property
     def name(self) -> str:
@@ -113,13 +174,8 @@ class ScaledTensor:
 
     @property
     def rows(self) -> int:
-        """Rows of both."""
+        """Rows of the matrix."""
         return self.values.rows
-
-    @property
-    def dim(self) -> int:
-        """Values of a row."""
-        return self.values.dim
 
     @property
     def dtype(self) -> str:
@@ -128,16 +184,16 @@ class ScaledTensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of both in the checkpoint."""
-        return self.values.bytes + self.scales.bytes
+        """Bytes of all in the checkpoint."""
+        return self.values.bytes + sum(scale.bytes for scale in self.scales)
 
     def read_rows(self, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count), exactly: float32 Tensor[count, dim]. Raises StoreError."""
         return get_format(self.stored_as).decode(self.read_stored(first, count), self.dim)
 
     def read_stored(self, first: int, count: int) -> torch.Tensor:
-        """Those rows with their scales, as format fp8 lays them: uint8 Tensor[count, row_bytes]. Raises StoreError."""
-        return torch.cat([self.values.read_stored(first, count), self.scales.read_stored(first, count)], 1)
+        """Those rows as the format lays them: uint8 Tensor[count, row_bytes]. Raises StoreError."""
+        return torch.cat([each.read_stored(first, count) for each in (self.values, *self.scales)], 1)
 
 
 SourceMatrix = SourceTensor | ScaledTensor

@@ -1,4 +1,4 @@
-"""How one row lies in bytes, a file a kind of row. See `base.RowFormat`.
+"""How one row lies in bytes, a file for each kind of row. See `base.RowFormat`.
 
 Decoding is pure torch: the light client does it without FBGEMM. Encoding n-bit rows, which only an import needs, uses
 FBGEMM's quantizer. A new format is one class in a file of its own, and one line in `FORMATS`.
@@ -21,6 +21,8 @@ FORMATS: Registry[RowFormat] = Registry(
         "int8": "embedding_service.formats.nbit:Int8Format",
         "int4": "embedding_service.formats.nbit:Int4Format",
         "fp8": "embedding_service.formats.fp8:Fp8Format",
+        "fp8_rowwise": "embedding_service.formats.scaled:Fp8RowwiseFormat",
+        "nvfp4": "embedding_service.formats.scaled:Nvfp4Format",
     },
 )
 

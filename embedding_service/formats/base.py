@@ -29,6 +29,8 @@ class RowFormat(ABC):
     source_dtype: ClassVar[str | None] = None
     # FBGEMM's number (SparseType) for such rows, if its kernel reads them. None: torch decodes them.
     fbgemm_type: ClassVar[int | None] = None
+    # Whether narrower dtypes are float32's values, rounded once as FBGEMM does. False: `decode` says what they are.
+    rounds_once: ClassVar[bool] = True
 
     @property
     def dtype(self) -> torch.dtype:

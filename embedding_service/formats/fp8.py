@@ -72,8 +72,8 @@ class Fp8Format(RowFormat):
         self.check_stored(stored, dim)
         out = output(stored, dim, out, dtype)
         values = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
-        _widen(stored[:, :dim], values)
-        scales = _scales().to(stored.device)[stored[:, dim:].long()]
+        widen_e4m3(stored[:, :dim], values)
+        scales = e8m0_values().to(stored.device)[stored[:, dim:].long()]
         whole = dim // BLOCK
         values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).mul_(scales[:, :whole].unsqueeze(2))
         values[:, whole * BLOCK :].mul_(scales[:, whole:])
@@ -81,14 +81,14 @@ class Fp8Format(RowFormat):
 
 
 @cache
-def _scales() -> torch.Tensor:
-    """float32 of every scale byte. 255 is NaN. It is on the CPU, with any default device at the first call."""
+def e8m0_values() -> torch.Tensor:
+    """float32 Tensor[256] of every scale byte, NaN for 255. It is on the CPU, with any default device at first."""
     powers = [2.0 ** (code - _BIAS) for code in range(255)]
     return torch.tensor([*powers, torch.nan], dtype=torch.float32, device="cpu")
 
 
-def _widen(codes: torch.Tensor, values: torch.Tensor) -> None:
-    """e4m3 bytes [n, dim] -> float32 `values`, exactly.
+def widen_e4m3(codes: torch.Tensor, values: torch.Tensor) -> None:
+    """Write e4m3 bytes [n, dim] into float32 `values`, exactly.
 
     It goes by fp16, which holds the same bits one place to the right of its sign. They mean 2^8 less there. torch's own
     conversion from float8_e4m3fn takes four times as long on a CPU.

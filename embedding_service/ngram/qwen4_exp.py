@@ -100,13 +100,12 @@ class Qwen4ExpHasher(NgramHasher):
         self.layers = tuple(layer - 1 for layer in layers)
         self._eos = eos_token_id
         half = multiplier_bound(vocab_size)
-        self._xor = XorHash(
-            [
-                [2 * (_splitmix64(seed + 10007 * layer + _GAMMA * (d + 1)) % half) + 1 for d in range(ngram_size)]
-                for layer in range(len(layers))
-            ],
-            head_rows,
-        )
+        # m[d] of each layer.
+        self.multipliers = [
+            [2 * (_splitmix64(seed + 10007 * layer + _GAMMA * (d + 1)) % half) + 1 for d in range(ngram_size)]
+            for layer in range(len(layers))
+        ]
+        self._xor = XorHash(self.multipliers, head_rows)
 
     @classmethod
     def params_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:

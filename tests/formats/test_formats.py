@@ -183,25 +183,25 @@ def test_a_large_sum_of_small_rows_is_no_overflow() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_rows_at_all(name: str) -> None:
     row_format = get_format(name)
-    stored = row_format.encode(torch.empty(0, 8))
-    assert stored.shape == (0, row_format.row_bytes(8))
-    assert row_format.decode(stored, 8).shape == (0, 8)
-    assert row_format.decode_array(stored.numpy(), 8, torch.float16).shape == (0, 8)
+    stored = row_format.encode(torch.empty(0, 16))
+    assert stored.shape == (0, row_format.row_bytes(16))
+    assert row_format.decode(stored, 16).shape == (0, 16)
+    assert row_format.decode_array(stored.numpy(), 16, torch.float16).shape == (0, 16)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_anywhere_in_memory_decode_alike(name: str) -> None:
     """Stored rows may be a slice at an odd address, as in an answer from the wire."""
     row_format = get_format(name)
-    rows = rows_of_every_kind(8)
+    rows = rows_of_every_kind(16)
     stored = row_format.encode(rows)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), stored.flatten()])[1:].view(stored.shape)
     for first, count in ((0, len(rows)), (3, 1), (5, 2)):
         chosen = slice(first, first + count)
-        assert torch.equal(row_format.decode(shifted[chosen], 8), row_format.decode(stored, 8)[chosen])
+        assert torch.equal(row_format.decode(shifted[chosen], 16), row_format.decode(stored, 16)[chosen])
         for dtype in OUTPUTS:
-            decoded = row_format.decode_array(shifted[chosen].numpy(), 8, dtype)
-            assert torch.equal(bits(decoded), bits(row_format.decode(stored, 8, dtype=dtype)[chosen]))
+            decoded = row_format.decode_array(shifted[chosen].numpy(), 16, dtype)
+            assert torch.equal(bits(decoded), bits(row_format.decode(stored, 16, dtype=dtype)[chosen]))
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -230,7 +230,7 @@ def test_decoding_loads_no_fbgemm() -> None:
     code = (
         "import sys, torch\n"
         "from embedding_service.formats import FORMATS, get_format\n"
-        "for f in map(get_format, FORMATS): f.decode(torch.zeros(3, f.row_bytes(8), dtype=torch.uint8), 8)\n"
+        "for f in map(get_format, FORMATS): f.decode(torch.zeros(3, f.row_bytes(16), dtype=torch.uint8), 16)\n"
         "print([name for name in sys.modules if name.startswith(('fbgemm', 'torchrec', 'pydantic', 'fsspec'))])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,8 +20,9 @@ from support.checkpoints import (
     qwen4_exp_tables,
 )
 
-from embedding_service.errors import ImportRefused, InvalidRequest
+from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.formats import get_format
+from embedding_service.formats.fp8 import e8m0_values
 from embedding_service.ngram import NgramHasher
 from embedding_service.store import Manifest, Store
 from embedding_service.store.importing import import_checkpoint
@@ -201,6 +202,149 @@ def test_a_qwen4_exp_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> 
     refused(reconfigure(fresh("i", dict), eos_token_id=None), "eos_token_id None")
 
 
+QUANTIZED = {"fp8": "fp8_rowwise", "nvfp4": "nvfp4"}
+PLE_DIM = 16
+
+
+def quantized_ple(build: str, layer: int, pieces: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a quantized PLE table whose codes name their row, and their values in float32."""
+    rows = len(qwen4_exp_tables()[f"layer_{layer}"])
+    generator = torch.Generator().manual_seed(layer)
+    scale = torch.tensor([0.00019931793212890625 * (1 + layer)], dtype=torch.bfloat16)
+    if build == "fp8":
+        weight = torch.randn(rows, PLE_DIM, generator=generator).to(torch.float8_e4m3fn)
+        tensors = {"weight": weight, "weight_scale": scale}
+        values = weight.float() * scale.float()
+    else:
+        weight = torch.randint(256, (rows, PLE_DIM // 2), dtype=torch.uint8, generator=generator)
+        blocks = torch.rand(rows, 1, generator=generator).to(torch.float8_e4m3fn)
+        tensors = {"weight": weight, "weight_scale": blocks, "weight_scale_2": scale.float()}
+        codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+        values = torch.stack([codes[(weight & 15).int()], codes[(weight >> 4).int()]], 2).flatten(1)
+        values = values * blocks.float() * scale.float()
+    if pieces == 1:
+        return {PLE.format(layer, name): tensor for name, tensor in tensors.items()}, values
+    named = {}
+    for name, tensor in tensors.items():
+        if len(tensor) == 1:
+            named[PLE.format(layer, name)] = tensor
+        else:
+            for piece, part in enumerate(tensor.view(torch.uint8).tensor_split(pieces)):
+                named[PLE.format(layer, f"shard_{piece}.{name}")] = part.view(tensor.dtype).clone()
+    return named, values
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("build", QUANTIZED)
+def test_quantized_qwen4_exp_is_kept_as_it_is(tmp_path: Path, build: str, pieces: int) -> None:
+    """The builds of Qwen3.8-Flash-Next with one scale for the table, and with one for 16 values beside it."""
+    quantized = {layer: quantized_ple(build, layer, pieces) for layer in (0, 2)}
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if is_piece(name)]:
+            del tensors[name]
+        for named, _ in quantized.values():
+            tensors.update(named)
+
+    checkpoint = rewrite(qwen4_exp_checkpoint(tmp_path / "checkpoint"), quantize)
+    reconfigure(checkpoint, ple_embed_dim=8 * PLE_DIM)
+    manifest = import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype="keep", part_bytes=PART_BYTES)
+    split_checkpoint(checkpoint, tmp_path / "split")
+    again = import_checkpoint(tmp_path / "split" / "tables", tmp_path / "again", "tiny", dtype="keep")
+    row_format = get_format(QUANTIZED[build])
+    for layer, (_, values) in quantized.items():
+        table = manifest.table(f"layer_{layer}")
+        assert (table.dtype, table.row_bytes) == (row_format.name, row_format.row_bytes(PLE_DIM))
+        stored = stored_rows(tmp_path / "store", manifest, table.name)
+        assert torch.equal(row_format.decode(stored, PLE_DIM), values)
+        assert torch.equal(stored_rows(tmp_path / "again", again, table.name), stored)
+    floats = import_checkpoint(checkpoint, tmp_path / "store", "floats", dtype="fp32")
+    assert torch.equal(
+        stored_rows(tmp_path / "store", floats, "layer_2").view(torch.float32), quantized[2][1].view(-1, PLE_DIM)
+    )
+    assert manifest.dense is not None and not any(is_piece(name) for name in manifest.dense.tensors)
+
+
+def test_a_quantized_qwen4_exp_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    def fresh(name: str, build: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        def quantize(tensors: dict[str, torch.Tensor]) -> None:
+            for key in [key for key in tensors if is_piece(key)]:
+                del tensors[key]
+            for layer in (0, 2):
+                tensors.update(quantized_ple(build, layer, 2)[0])
+            change(tensors)
+
+        return reconfigure(rewrite(qwen4_exp_checkpoint(tmp_path / name), quantize), ple_embed_dim=8 * PLE_DIM)
+
+    scale, second = PLE.format(2, "weight_scale"), PLE.format(2, "weight_scale_2")
+    refused(fresh("a", "fp8", lambda t: t.pop(scale)), r"shard_0\.weight in F8_E4M3, but no weight_scale beside it")
+    refused(fresh("b", "nvfp4", lambda t: t.pop(second)), r"shard_0\.weight in U8, but no weight_scale_2 beside it")
+    refused(fresh("c", "fp8", lambda t: t.update({scale: torch.ones(2)})), r"is F32 \[2\], but .* one number")
+    lost = PLE.format(0, "shard_1.weight_scale")
+    refused(fresh("d", "nvfp4", lambda t: t.pop(lost)), rf"lacks tensor .*{re.escape(lost)}")
+    refused(fresh("e", "nvfp4", lambda t: t.update({lost: t[lost].float()})), "has dtype F32, not F8_E4M3")
+
+
+def test_a_hash_that_is_not_the_checkpoints_own_is_refused(tmp_path: Path) -> None:
+    """Checkpoints bring the multipliers of their hash. The config's seed must give the same ones."""
+    name = "model.layers.2.ple.ple_embedding.layer_multipliers"
+    expected = NgramHasher.from_config(qwen4_exp_checkpoint(tmp_path / "config")).multipliers[1]  # type: ignore[attr-defined]
+
+    def bring(folder: str, multipliers: torch.Tensor) -> Path:
+        return rewrite(qwen4_exp_checkpoint(tmp_path / folder), lambda tensors: tensors.update({name: multipliers}))
+
+    import_checkpoint(bring("same", torch.tensor(expected)), tmp_path / "store", "tiny")
+    refused(bring("other", torch.tensor(expected) + 2), rf"tensor {re.escape(name)} is not \[{expected[0]}, .* seed of")
+    refused(bring("floats", torch.tensor(expected).float()), "take the config that the checkpoint was saved with")
+
+
+ENGRAM_LAYOUTS = {
+    "deepseek": ("embed", "scale"),
+    "vllm": ("embed_tokens", "weight_scale_inv"),
+    "sglang": ("multi_head_embedding", "scale"),
+}
+
+
+@pytest.mark.parametrize("scales", ["e8m0", "uint8", "float32"])
+@pytest.mark.parametrize("layout", ENGRAM_LAYOUTS)
+def test_engram_under_every_name_and_with_every_scale(tmp_path: Path, layout: str, scales: str) -> None:
+    table_name, scale_name = ENGRAM_LAYOUTS[layout]
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in ENGRAM_LAYERS:
+            prefix = f"layers.{layer}.engram"
+            scale = tensors.pop(f"{prefix}.embed.scale").view(torch.uint8)
+            if scales == "float32":
+                tensors[f"{prefix}.{table_name}.{scale_name}"] = e8m0_values()[scale.int()]
+            else:
+                kind = torch.uint8 if scales == "uint8" else torch.float8_e8m0fnu
+                tensors[f"{prefix}.{table_name}.{scale_name}"] = scale.view(kind)
+            tensors[f"{prefix}.{table_name}.weight"] = tensors.pop(f"{prefix}.embed.weight")
+
+    checkpoint = rewrite(engram_checkpoint(tmp_path / "checkpoint"), rename)
+    manifest = import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype="keep")
+    split_checkpoint(checkpoint, tmp_path / "split")
+    again = import_checkpoint(tmp_path / "split" / "tables", tmp_path / "again", "tiny", dtype="keep")
+    for name, expected in engram_tables().items():
+        stored = stored_rows(tmp_path / "store", manifest, name)
+        assert torch.equal(get_format("fp8").decode(stored, 64), expected)
+        assert torch.equal(stored_rows(tmp_path / "again", again, name), stored)
+
+
+def test_engram_scales_that_fp8_cannot_hold_are_refused(tmp_path: Path) -> None:
+    scale = "layers.14.engram.embed.scale"
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        floats = e8m0_values()[tensors[scale].view(torch.uint8).int()]
+        floats[17, 1] *= 1.5
+        tensors[scale] = floats
+
+    checkpoint = rewrite(engram_checkpoint(tmp_path / "checkpoint"), widen)
+    with pytest.raises(StoreError, match=r"scale in row 17 that is no power of two, .*convert the table to bf16"):
+        import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype="keep")
+    assert Store(tmp_path / "store").models() == []
+
+
 def test_engram_rows_and_scales_are_kept_as_they_are(tmp_path: Path) -> None:
     checkpoint = engram_checkpoint(tmp_path / "checkpoint")
     manifest = import_checkpoint(checkpoint, tmp_path / "store", "tiny", dtype="keep", part_bytes=PART_BYTES)
@@ -253,8 +397,11 @@ def test_an_engram_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> No
     refused(fresh("a", lambda t: t.pop(weight)), f"lacks tensor {weight}")
     refused(fresh("b", lambda t: t.pop(scale)), f"lacks tensor {scale}")
     refused(
-        fresh("c", lambda t: t.update({scale: t[scale].float()})), "dtype F32, but scales of fp8 rows must be F8_E8M0"
+        fresh("c", lambda t: t.update({scale: t[scale].view(torch.int8)})),
+        "dtype I8, but scales of fp8 rows must be F8_E8M0, U8 or F32",
     )
+    twice = {"layers.14.engram.embed_tokens.weight": torch.zeros(1)}
+    refused(fresh("j", lambda t: t.update(twice)), "table of layer 14 twice, as .*embed.* and .*embed.*: remove one")
     refused(fresh("d", lambda t: t.update({scale: t[scale][1:].clone()})), r"is \[3699, 2\], but .* \[3700, 2\]")
     refused(fresh("e", lambda t: t.update({weight: t[weight].view(torch.uint8)})), "has dtype U8; F32, F16, BF16 can")
     refused(reconfigure(fresh("f"), engram_head_dim=None), "engram_head_dim is None")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -134,7 +134,7 @@ def take_shape(checkpoint: Checkpoint, name: str, rows: int | None, dim: int) ->
     return tensor
 
 
-def check_one_dtype(tensors: list[SourceTensor]) -> None:
+def check_one_dtype(tensors: Sequence[SourceMatrix]) -> None:
     """Raise ImportRefused if the tensors of one table differ in dtype. No bound would hold for all its rows."""
     for tensor in tensors:
         if tensor.dtype != tensors[0].dtype:

@@ -8,6 +8,7 @@ from embedding_service.checkpoint import (
     CONFIG_FILE,
     FP8_DTYPE,
     FP8_SCALE_DTYPE,
+    PowerScales,
     ScaledTensor,
     SourceMatrix,
 )
@@ -19,15 +20,21 @@ from embedding_service.ngram.engram import EngramHasher
 from embedding_service.ngram.token_map import TOKENIZER_FILE
 from embedding_service.store.importers.base import FamilyImporter, TableSource, take_matrix, take_shape
 
-_TABLE = re.compile(r"((?:model\.|language_model\.)*layers\.(\d+)\.engram\.embed)\.(weight|scale)")
+# DeepSeek's own names, vLLM's, SGLang's.
+_TABLE = re.compile(
+    r"((?:model\.|language_model\.)*layers\.(\d+)\.engram\.(?:embed|embed_tokens|multi_head_embedding))"
+    r"\.(weight|scale|weight_scale_inv)"
+)
 
 
 class EngramImporter(FamilyImporter[EngramHasher]):
     """DeepSeek-V4.1-Flash and its kin.
 
     Each Engram layer has `layers.{l}.engram.embed.weight`, e4m3 [rows, engram_head_dim], and `.scale`, e8m0
-    [rows, engram_head_dim / 32]. Or it has the weight alone, in fp32, fp16 or bf16. All else stays with the worker. The
-    folder must hold tokenizer.json, which decides which tokens share an id.
+    [rows, engram_head_dim / 32]. Or it has the weight alone, in fp32, fp16 or bf16. What vLLM saves is called
+    `embed_tokens.weight` and `.weight_scale_inv`, what SGLang saves `multi_head_embedding.weight` and `.scale`. Their
+    scales may be bytes or float32. All else stays with the worker. The folder must hold tokenizer.json, which decides
+    which tokens share an id.
     """
 
     hashes = EngramHasher
@@ -41,8 +48,12 @@ class EngramImporter(FamilyImporter[EngramHasher]):
         """One for each Engram layer, in the config's order."""
         prefixes: dict[int, str] = {}
         for name in self._checkpoint.tensors:
-            if match := _TABLE.fullmatch(name):
-                prefixes[int(match[2])] = match[1]
+            match = _TABLE.fullmatch(name)
+            if match and prefixes.setdefault(int(match[2]), match[1]) != match[1]:
+                raise ImportRefused(
+                    f"{self._checkpoint.folder} holds the table of layer {match[2]} twice, as "
+                    f"{prefixes[int(match[2])]} and {match[1]}: remove one"
+                )
         if unknown := sorted(set(prefixes) - set(self._hasher.layers)):
             raise ImportRefused(
                 f"{self._checkpoint.folder} holds tensor {prefixes[unknown[0]]}.weight, but Engram layers of its "
@@ -60,10 +71,18 @@ class EngramImporter(FamilyImporter[EngramHasher]):
         values = take_shape(self._checkpoint, f"{prefix}.weight", rows, dim)
         if values.dtype != FP8_DTYPE:
             return take_matrix(self._checkpoint, f"{prefix}.weight", rows, dim)
-        scales = take_shape(self._checkpoint, f"{prefix}.scale", rows, -(-dim // BLOCK))
-        if scales.dtype != FP8_SCALE_DTYPE:
+        scales = take_shape(self._checkpoint, self._scale_name(prefix), rows, -(-dim // BLOCK))
+        if scales.dtype not in (FP8_SCALE_DTYPE, "U8", "F32"):
             raise ImportRefused(
                 f"{scales.file}: tensor {scales.name} has dtype {scales.dtype}, but scales of fp8 rows must be "
-                f"{FP8_SCALE_DTYPE}: convert the checkpoint first"
+                f"{FP8_SCALE_DTYPE}, U8 or F32: convert the checkpoint first"
             )
-        return ScaledTensor(values, scales)
+        return ScaledTensor(values, (PowerScales(scales) if scales.dtype == "F32" else scales,), "fp8", dim)
+
+    def _scale_name(self, prefix: str) -> str:
+        """The scale's name, there or not. Raises ImportRefused for two."""
+        names = [f"{prefix}.{name}" for name in ("scale", "weight_scale_inv")]
+        found = [name for name in names if name in self._checkpoint.tensors]
+        if len(found) > 1:
+            raise ImportRefused(f"{self._checkpoint.folder} holds scales twice, as {' and '.join(found)}: remove one")
+        return found[0] if found else names[0]
