@@ -16,10 +16,12 @@ from embedding_service.errors import (
     EmbeddingServiceError,
     ImportRefused,
     InvalidRequest,
+    LostUpdates,
     NoGradients,
     NoRoom,
     NotFound,
     OutOfRange,
+    OutOfTurn,
     Overloaded,
     PermissionDenied,
     PlacementError,
@@ -28,6 +30,7 @@ from embedding_service.errors import (
     RequestError,
     RequestTooLarge,
     ServiceError,
+    SessionEnded,
     StoreError,
     Unauthenticated,
     Unavailable,
@@ -36,10 +39,14 @@ from embedding_service.errors import (
 
 if TYPE_CHECKING:
     from embedding_service.client.client import EmbeddingClient
+    from embedding_service.client.optimizers import SGD, Adagrad, RowwiseAdagrad, RowwiseAdam
     from embedding_service.client.remote import RemoteEmbedding
+    from embedding_service.client.training import Session
     from embedding_service.ngram import NgramHasher
 
 __all__ = [
+    "SGD",
+    "Adagrad",
     "BadTensorFile",
     "CorruptPart",
     "DeadlineExceeded",
@@ -47,11 +54,13 @@ __all__ = [
     "EmbeddingServiceError",
     "ImportRefused",
     "InvalidRequest",
+    "LostUpdates",
     "NgramHasher",
     "NoGradients",
     "NoRoom",
     "NotFound",
     "OutOfRange",
+    "OutOfTurn",
     "Overloaded",
     "PermissionDenied",
     "PlacementError",
@@ -60,13 +69,19 @@ __all__ = [
     "RemoteEmbedding",
     "RequestError",
     "RequestTooLarge",
+    "RowwiseAdagrad",
+    "RowwiseAdam",
     "ServiceError",
+    "Session",
+    "SessionEnded",
     "StoreError",
     "Unauthenticated",
     "Unavailable",
     "UnencodableRow",
 ]
 _HOMES = {
+    **dict.fromkeys(("SGD", "Adagrad", "RowwiseAdagrad", "RowwiseAdam"), "embedding_service.client.optimizers"),
+    "Session": "embedding_service.client.training",
     "EmbeddingClient": "embedding_service.client.client",
     "NgramHasher": "embedding_service.ngram",
     "RemoteEmbedding": "embedding_service.client.remote",

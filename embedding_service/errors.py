@@ -9,11 +9,14 @@
             RequestTooLarge     over a limit of the service
             Unauthenticated     nobody known sent it: no token, or one that does not count
             PermissionDenied    its sender has no right to it
+            SessionEnded        another trainer began after this one
         ServiceError            the service could not answer now; the same request may succeed later
             Unavailable         no owner of the rows can be reached
             DeadlineExceeded    the answer did not come in time
             Overloaded          the service has no memory for the request at the moment
             Redirect            the rows are held elsewhere now
+            OutOfTurn           a push of a step that is not the next one
+            LostUpdates         updates of a branch that were accepted are gone
             ProtocolError       the client does not understand the peer's answer
         StoreError              a checkpoint or store on disk
             ImportRefused       the checkpoint cannot be imported as asked
@@ -27,6 +30,8 @@ Each message names the input at fault and the remedy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class EmbeddingServiceError(Exception):
@@ -70,6 +75,10 @@ class PermissionDenied(RequestError, PermissionError):
     """Its sender has no right to it. The message names the right (gRPC PERMISSION_DENIED)."""
 
 
+class SessionEnded(RequestError):
+    """A later session of the branch began: this trainer's pushes are refused for good (gRPC FAILED_PRECONDITION)."""
+
+
 class ServiceError(EmbeddingServiceError):
     """The service could not answer now. The same request may succeed later."""
 
@@ -88,6 +97,23 @@ class Overloaded(ServiceError):
 
 class Redirect(ServiceError):
     """A shard no longer holds rows that were routed to it. Get the routing again (gRPC ABORTED)."""
+
+
+class OutOfTurn(ServiceError):
+    """A push of a step that is not the next one. The message names the one that is expected (gRPC ABORTED)."""
+
+
+class LostUpdates(ServiceError):
+    """Updates that were accepted are gone, with the disk that had them.
+
+    Attributes:
+        parts: As TABLE/PART.
+        steps: The first and the last one that is lost.
+    """
+
+    def __init__(self, message: str, parts: Sequence[str] = (), steps: tuple[int, int] = (0, 0)) -> None:
+        super().__init__(message)
+        self.parts, self.steps = list(parts), steps
 
 
 class ProtocolError(ServiceError):

@@ -16,6 +16,8 @@ _CODES: dict[type[errors.EmbeddingServiceError], grpc.StatusCode] = {
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.SessionEnded: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OutOfTurn: grpc.StatusCode.ABORTED,
     errors.Redirect: grpc.StatusCode.ABORTED,
 }
 _ERRORS = {code: error for error, code in _CODES.items()}

@@ -34,6 +34,13 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "embedding.v1.EmbeddingService/Answer": ("read",),
     "embedding.v1.EmbeddingService/ListModels": ("read",),
     "embedding.v1.EmbeddingService/GetRouting": ("read",),
+    # Of which branches: checked where the branch is looked up.
+    "embedding.v1.TrainingService/Open": ("train",),
+    "embedding.v1.TrainingService/Begin": ("train",),
+    "embedding.v1.TrainingService/Push": ("train",),
+    "embedding.v1.TrainingService/Read": ("train",),
+    "embedding.v1.TrainingService/Checkpoint": ("train", "publish"),
+    "embedding.v1.TrainingService/Publish": ("publish",),
     "embedding.v1.ControlService/Register": ("member",),
     "embedding.v1.ControlService/GetStatus": ("admin", "member"),
 }
