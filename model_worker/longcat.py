@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
 
+from embedding_service.client.client import EmbeddingClient
+from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
@@ -93,6 +96,10 @@ class NgramRows(RemoteModule):
         self.lookups.asked(ids.numel())
         self.lookups.waited(time.perf_counter() - before)
         return rows.to(ids.device, dtype).flatten(-3)
+
+    def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
+        session = self.source.session_of(self.name) if isinstance(self.source, EmbeddingClient) else None
+        return partial(session.add_ngram_gradients, ids.clone(), context) if session else None
 
     def _width(self) -> int:
         return self._dim * self.hasher.num_tables * self.hasher.num_heads

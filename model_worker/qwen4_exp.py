@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as published
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
 
+from embedding_service.client.client import EmbeddingClient
+from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
@@ -126,6 +128,12 @@ class RemoteTable(RemoteModule):
 
     def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.prefetch.rows(self.layer, ids, dtype)
+
+    def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
+        source, name = self.prefetch.source, self.prefetch.name
+        session = source.session_of(name) if isinstance(source, EmbeddingClient) else None
+        table = self.prefetch.hasher.tables[self.layer].name
+        return partial(session.add_gradients, table, ids.clone()) if session else None
 
     def _width(self) -> int:
         return self._dim

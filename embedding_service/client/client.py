@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,21 @@ from embedding_service.client.router import Router
 from embedding_service.client.steps import Steps, run, run_async
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.client.wants import ENCODINGS, Lookup, NgramLookup, RowLookup, Tally
-from embedding_service.errors import InvalidRequest, Unavailable
+from embedding_service.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Ids, Model, Routing
 from embedding_service.security.access import Access, access_of
+from embedding_service.wire import training_pb2 as wire
+
+if TYPE_CHECKING:
+    from embedding_service.client.optimizers import Optimizer
+    from embedding_service.client.training import Session
 
 # Lookups that run ahead at the same time. They wait for shards and hardly compute. Others wait for their turn.
 MOST_AHEAD = 32
+# Seconds between two looks whether a version is served.
+_LOOK_SECONDS = 0.1
 # Where a process is. The platform that started it knows that better than its code.
 TOPOLOGY = "EMBEDDING_SERVICE_TOPOLOGY"
 
@@ -103,6 +110,7 @@ class EmbeddingClient:
         self._topology = os.environ.get(TOPOLOGY, "") if topology is None else topology
         self._access = access_of(tls, token)
         self._hashers: dict[str, NgramHasher] = {}
+        self._sessions: dict[str, Session] = {}
         self._tally = Tally()
         self._closed = False
         self._begin_fresh(None)
@@ -197,6 +205,8 @@ class EmbeddingClient:
             NotFound, OutOfRange, InvalidRequest: no such model, table or row; not an integer tensor.
             Unavailable, DeadlineExceeded: the rows could not be had in time.
         """
+        if self._sessions and (session := self.session_of(table)):
+            return session.lookup(table.partition("/")[2], ids, dtype=dtype)
         if self._in_child and forks.must_leave_thread():
             return self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout).result()
         asked = self._asked_for(table, ids, dtype)
@@ -207,6 +217,8 @@ class EmbeddingClient:
         self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
     ) -> Tensor:
         """`lookup` for asyncio."""
+        if self._sessions and self.session_of(table):
+            return await asyncio.to_thread(self.lookup, table, ids, dtype=dtype, timeout=timeout)
         if self._in_child and forks.must_leave_thread():
             return await asyncio.wrap_future(self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout))
         asked = self._asked_for(table, ids, dtype)
@@ -237,6 +249,8 @@ class EmbeddingClient:
         Raises:
             As `lookup`, and InvalidRequest for token ids out of range.
         """
+        if self._sessions and (session := self.session_of(model)):
+            return session.lookup_ngrams(token_ids, context, dtype=dtype)
         if self._in_child and forks.must_leave_thread():
             return self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout).result()
         asked = self._ngrams_asked_for(model, token_ids, context, dtype)
@@ -253,6 +267,8 @@ class EmbeddingClient:
         timeout: float | None = None,
     ) -> Tensor:
         """`lookup_ngrams` for asyncio."""
+        if self._sessions and self.session_of(model):
+            return await asyncio.to_thread(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout)
         if self._in_child and forks.must_leave_thread():
             begun = self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout)
             return await asyncio.wrap_future(begun)
@@ -301,12 +317,18 @@ class EmbeddingClient:
 
     def hasher(self, model: str, *, timeout: float | None = None) -> NgramHasher:
         """What the client hashes this model's token ids with. Raises NotFound, InvalidRequest (no n-gram family)."""
+        if self._sessions and (session := self.session_of(model)):
+            return session.hasher()
         return self._hasher_of(run(self._router.model(model, self._deadline(timeout)), self._transport))
 
     def models(self, *, timeout: float | None = None) -> list[ModelDescription]:
-        """What is served now."""
+        """What is served now, and the branches that this client trains."""
         deadline = self._deadline(timeout)
         routing = run(self._router.newest_routing(deadline), self._transport)
+        branches = [
+            ModelDescription(session.model, session.branch, session.family, session.tables)
+            for session in self._sessions.values()
+        ]
         return [
             ModelDescription(
                 name=model.name,
@@ -315,7 +337,122 @@ class EmbeddingClient:
                 tables={table.name: (table.rows, table.dim, table.dtype) for table in model.tables.values()},
             )
             for model in routing.models
-        ]
+        ] + branches
+
+    def train(
+        self,
+        name: str,
+        *,
+        optimizer: Optimizer | None = None,
+        base: str | None = None,
+        dequantize: bool = False,
+        at_step: int | None = None,
+        workers: int = 1,
+        worker: int = 0,
+        join: int | None = None,
+        staleness: int = 0,
+        dtype: torch.dtype = torch.float32,
+        checkpoint_every: int | None = None,
+        timeout: float = 120.0,
+    ) -> Session:
+        """Begin a session of a branch, which is made if it is not there (docs/training.md).
+
+        While it lasts, lookups and modules of this client that name the branch get its rows, and gradients of those
+        modules are collected. `Session.step` pushes them.
+
+        Args:
+            name: `model@branch`.
+            optimizer: Of a new branch. None: the branch's own; then set `Session.lr`.
+            base: The version of the model that a new branch begins from. None: the newest one.
+            dequantize: The base may be one of quantized rows.
+            at_step: Go back to the branch as it was after this step. None: where all shards are.
+            workers: That push in each step.
+            worker: Which of them this one is. The first one begins the session.
+            join: The number of the session that the first worker began, for the others.
+            staleness: Steps that rows may be behind this worker's pushes.
+            dtype: In which gradients travel: float32, float16 or bfloat16.
+            checkpoint_every: Steps between checkpoints of a new branch. None: 1,000.
+            timeout: Seconds that a shard may be away before that is an error.
+
+        Raises:
+            InvalidRequest, NotFound: The branch cannot be had so.
+            LostUpdates: No shard can go back to `at_step`.
+            Unavailable: A shard did not answer in time.
+        """
+        if at_step is not None and join is not None:
+            raise InvalidRequest("the first worker says at_step, the others join its session")
+        request = wire.OpenRequest(
+            branch=name,
+            base=base or "",
+            optimizer=optimizer.message() if optimizer else None,
+            dequantize=dequantize,
+            checkpoint_every=checkpoint_every or 0,
+        )
+        session = self._session(
+            name,
+            lr=optimizer.lr if optimizer else None,
+            workers=workers,
+            worker=worker,
+            staleness=staleness,
+            dtype=dtype,
+            timeout=timeout,
+        )
+        session.begin(request, at_step, join)
+        self._sessions[name] = session
+        return session
+
+    def publish(
+        self,
+        name: str,
+        *,
+        version: str | None = None,
+        dtype: str | None = None,
+        base: str | None = None,
+        timeout: float = 600.0,
+    ) -> str:
+        """Publish a branch, as it is now, as a version of its model. Returns its `model@version` once it is served.
+
+        Args:
+            name: `model@branch`.
+            version: Of the new version. None: one that sorts last.
+            dtype: Of its rows. None: that of `base`, or of the version the branch began from.
+            base: A version of which those rows stay that are the same. None: a whole version.
+            timeout: Seconds.
+
+        Raises:
+            NotFound, InvalidRequest: No such branch, version or dtype.
+            DeadlineExceeded: It was published, and is not served in time.
+        """
+        deadline = time.monotonic() + timeout
+        session = self._sessions.get(name)
+        if session is None:
+            session = self._session(
+                name, lr=None, workers=1, worker=0, staleness=0, dtype=torch.float32, timeout=timeout
+            )
+            session.attend()
+        published = session.publish(version=version, dtype=dtype, base=base)
+        while published not in run(self._router.newest_routing(deadline), self._transport).by_name:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{published} is published, and not served after {timeout:g} s")
+            time.sleep(_LOOK_SECONDS)
+        return published
+
+    def session_of(self, name: str) -> Session | None:
+        """The session of the branch that `model@branch` or `model@branch/table` names, if this client has one."""
+        return self._sessions.get(name.partition("/")[0])
+
+    def _session(self, name: str, **options: Any) -> Session:
+        from embedding_service.client.training import Session  # not needed for lookups
+
+        def seeds() -> list[str]:
+            routing = self._router.current
+            return [*self._seeds, *(routing.addresses if routing else ())]
+
+        def end(session: Session) -> None:
+            if self._sessions.get(name) is session:
+                del self._sessions[name]
+
+        return Session(self._transport, seeds, name, on_end=end, **options)
 
     def _fetch(self, lookup: Lookup, deadline: float) -> Steps[Any]:
         if self._near is None:

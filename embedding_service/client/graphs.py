@@ -21,7 +21,7 @@ torch.compiler.assume_constant_result(Handled.learn_width)
 @torch.compiler.disable(reason="the service did not say how wide the rows are")
 def look_up_between_graphs(module: Handled, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Integer ids [*] -> `dtype` [*, width], as in eager mode. Raises what the module does."""
-    rows = module._in_graph(module._ask(ids, context, dtype))
+    rows = module._in_graph(module._ask(ids, context, dtype), module._trained(ids, context))
     module._width()  # known now, so that the next call is compiled
     return rows
 

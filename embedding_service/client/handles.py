@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,6 +14,10 @@ from embedding_service.errors import InvalidRequest, NoGradients
 
 # Bits of a handle. All of it fits a float64.
 _HANDLE_BITS = 53
+
+
+# Takes gradients of rows.
+Collect = Callable[[Tensor], object]
 
 
 class Handled(nn.Module):
@@ -44,18 +49,22 @@ class Handled(nn.Module):
         """Ask the service: integer ids [*] -> `dtype` [*, width] on their device."""
         raise NotImplementedError
 
-    def _in_graph(self, rows: Tensor) -> Tensor:
+    def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
+        """What takes the gradients of these rows, if a session trains them."""
+        return None
+
+    def _in_graph(self, rows: Tensor, collect: Collect | None = None) -> Tensor:
         """`rows` [*, dim] as this module's weights would have given them to autograd."""
         if not (self._handle.requires_grad and torch.is_grad_enabled()):
             return rows
-        return _FromService.apply(rows, self._handle, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _FromService.apply(rows, self._handle, self, collect)  # type: ignore[no-any-return,no-untyped-call]
 
     def no_gradients(self) -> NoGradients:
         """What `backward` raises."""
         return NoGradients(
             f"{self} was asked for gradients, which it does not have: its rows lie in the service and stay as they "
             "are. Call requires_grad_(False) on this module to train the rest of the model, or torch.no_grad() where "
-            "nothing is trained"
+            "nothing is trained. Rows of a branch can be trained: client.train"
         )
 
 
@@ -93,14 +102,17 @@ def all_modules() -> list[Handled]:
 
 
 class _FromService(torch.autograd.Function):
-    """The edge of the graph. Rows pass it, gradients do not."""
+    """The edge of the graph. Rows pass it, gradients only to a session that trains them."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, handle: Tensor, module: nn.Module) -> Tensor:
-        ctx.module = module
+    def forward(ctx: Any, rows: Tensor, handle: Tensor, module: Handled, collect: Collect | None) -> Tensor:
+        ctx.module, ctx.collect = module, collect
         ctx.mark_dirty(rows)  # the same tensor, not a view of it: later code may change it in place
         return rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise ctx.module.no_gradients()
+        if ctx.collect is None:
+            raise ctx.module.no_gradients()
+        ctx.collect(gradients[0])
+        return None, None, None, None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedding_service.client.client import EmbeddingClient
-from embedding_service.client.handles import Handled, all_modules
+from embedding_service.client.handles import Collect, Handled, all_modules
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NoGradients
 from embedding_service.formats.plain import plain_dtypes
 
@@ -19,6 +20,8 @@ _SENT = frozenset(plain_dtypes().values())
 
 class RemoteModule(Handled):
     """A module whose weights lie in the service. It has no parameters, and raises NoGradients if asked for gradients.
+
+    A module of a branch that its client trains gives its gradients to the session in `backward`.
 
     Its results require gradients while autograd records, as with the module that it stands for. So training that would
     have changed the weights fails in `backward`. Otherwise it would silently leave them as they were. Freeze this
@@ -56,7 +59,7 @@ class RemoteModule(Handled):
             if width is None:
                 return graphs.look_up_between_graphs(self, ids, context, dtype)
             return graphs.look_up(ids, context, self._handle, width, dtype)
-        return self._in_graph(self._ask(ids, context, dtype))
+        return self._in_graph(self._ask(ids, context, dtype), self._trained(ids, context))
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +101,10 @@ class RemoteEmbedding(RemoteModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Integer Tensor[*] -> Tensor[*, dim]. Raises what `EmbeddingClient.lookup` raises."""
         return self._look_up(ids, None, self.dtype)
+
+    def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
+        session = self._client.session_of(self.table)
+        return partial(session.add_gradients, self.table.partition("/")[2], ids.clone()) if session else None
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

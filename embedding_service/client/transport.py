@@ -94,6 +94,10 @@ class GrpcTransport:
         """`exchange` for event loops."""
         return Coalescer(self.send)
 
+    def channel(self, address: str) -> grpc.Channel:
+        """An address's connection, for calls that are not a `Call`. Raises Unavailable once closed."""
+        return self._channel(address)
+
     def close(self) -> None:
         """Drop all connections; calls under way end as failures."""
         with self._changed:

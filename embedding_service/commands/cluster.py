@@ -241,6 +241,13 @@ def shard(
         str | None,
         typer.Option(metavar="PATH", help="Unix socket at which clients of this machine get rows to read in place."),
     ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the logs of branches that are trained. Default: in the store."),
+    ] = None,
+    log_sync: Annotated[
+        str, typer.Option(help="When pushes of gradients come to disk: never, always, or within so many milliseconds.")
+    ] = "100",
     metrics_port: MetricsOption = 0,
     tls_cert: CertificateOption = None,
     tls_key: KeyOption = None,
@@ -249,7 +256,7 @@ def shard(
     insecure: InsecureOption = False,
     health_listen: HealthOption = None,
 ) -> None:
-    """A process that holds parts and answers lookups."""
+    """A process that holds parts, answers lookups and trains its parts of branches."""
     from embedding_service.shard.server import ShardOptions, main
 
     security = files_of(tls_cert, tls_key, tls_ca, policy, insecure, listen, shared_listen)
@@ -272,10 +279,21 @@ def shard(
             metrics_port=metrics_port,
             security=security,
             health_listen=health_listen,
+            logs=log,
+            log_sync=_log_sync(log_sync),
             **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         )
     )
     _leave()
+
+
+def _log_sync(given: str) -> float:
+    """Seconds as `training.log.Log` takes them. Raises typer.BadParameter."""
+    if given in (words := {"never": -1.0, "always": 0.0}):
+        return words[given]
+    if not given.isdecimal() or not 1 <= int(given) <= 60_000:
+        raise typer.BadParameter(f"--log-sync must be never, always, or 1 to 60000 milliseconds, got {given!r}")
+    return int(given) / 1000
 
 
 def _leave() -> NoReturn:

@@ -48,6 +48,8 @@ from embedding_service.shard.near import NearServer, all_parts
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import LookupService
+from embedding_service.shard.training import SERVICE as TRAINING
+from embedding_service.shard.training import TrainingService
 from embedding_service.store.store import Store
 from embedding_service.wire import control_pb2 as control
 
@@ -76,6 +78,8 @@ class ShardOptions:
         near: Path of the Unix socket at which clients of this machine get the files of its parts; None: nowhere.
         metrics_port: Port of Prometheus metrics, on the host of `listen`. 0: none.
         security: Certificate, key, authorities and policy. None: plain text, and everybody may do everything.
+        logs: Folder for the logs of branches. None: each branch's own folder in the store.
+        log_sync: Seconds until a push is on disk at most. 0: before it is accepted. Below 0: never told to the kernel.
         health_listen: A second host:port that answers health checks alone, in plain text.
     """
 
@@ -96,6 +100,8 @@ class ShardOptions:
     near: str | None = None
     metrics_port: int = 0
     security: Files | None = None
+    logs: Path | None = None
+    log_sync: float = 0.1
     health_listen: str | None = None
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -116,7 +122,8 @@ async def _serve(options: ShardOptions) -> None:
     # A network's filesystem may say that it has 8 EiB.
     memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
     tier.prepare(memory_limit)
-    holdings = Holdings(Store(options.store), tier, memory_limit, options.cache, options.load_rate)
+    store = Store(options.store)
+    holdings = Holdings(store, tier, memory_limit, options.cache, options.load_rate)
     security = Security(options.security) if options.security else None
     access = options.security.access if options.security else None
     router, transport = Router([options.controller], topology=options.topology), GrpcTransport(access)
@@ -126,7 +133,21 @@ async def _serve(options: ShardOptions) -> None:
         check_free(options.listen)
     server = Server(options.limits, budget, security)
     server.add(LookupService.add_to, service, SERVICE)
+    several = "a shard with several processes trains no branch: start it with --processes 1"
+    training = TrainingService(
+        store,
+        options.shard_id,
+        router,
+        options.limits,
+        budget,
+        logs=options.logs,
+        sync=options.log_sync,
+        why_not=several if options.processes > 1 else "",
+    )
+    server.add(TrainingService.add_to, training, TRAINING)
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]
+    address = reachable_address(fronts[0].address, options.advertise)
+    training.address = address
     if options.shared_listen:
         fronts.append(await server.listen(options.shared_listen, shared=True))
     if options.health_listen:
@@ -176,7 +197,7 @@ async def _serve(options: ShardOptions) -> None:
 
     about = control.ShardReport(
         shard_id=options.shard_id,
-        address=reachable_address(fronts[0].address, options.advertise),
+        address=address,
         device=tier.device,
         tier=options.tier,
         memory_limit=holdings.memory_limit,
@@ -192,6 +213,7 @@ async def _serve(options: ShardOptions) -> None:
         lambda: _metrics(counters(), holdings, router),
     )
     registering, looking = asyncio.create_task(registration.run()), asyncio.create_task(_look_around(router, transport))
+    opening = asyncio.create_task(training.open_all())
     try:
         told = told_to_end()
         await first_of(told.wait(), registering, server.death())
@@ -205,7 +227,8 @@ async def _serve(options: ShardOptions) -> None:
             folder.close()
         if near:
             near.close()
-        await cancel([registering, looking])
+        await cancel([registering, looking, opening])
+        await training.close()
         transport.close()
         metrics.close()
         await holdings.close()

@@ -54,11 +54,11 @@ def publish_rows(
     below = find_version(store, base)
     changes = _Changes(Path(rows), below)
     name = name or below.model
-    fingerprint = _fingerprint(below.full_name, *changes.fingerprint)
-    if published := _published_before(store, name, version, fingerprint):
+    fingerprint = fingerprint_of(below.full_name, *changes.fingerprint)
+    if published := published_before(store, name, version, fingerprint):
         return published
     provenance = _provenance(changes.path, ", ".join(changes.dtypes), changes.bytes)
-    with open_draft(store, name, version or _version_after(store, name)) as draft, explained_write_errors(store):
+    with open_draft(store, name, version or version_after(store, name)) as draft, explained_write_errors(store):
         draft.resume(fingerprint)
         draft.check_space([changes.bytes + PAGE_BYTES, below.replaced_bytes])
 
@@ -83,8 +83,8 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
     newest = store.manifest(name)
     restored = newest.base.restores if newest.base else None
     if restored and to in (None, restored):
-        fingerprint = _fingerprint("rollback", name, restored)
-        if published := _published_before(store, name, version, fingerprint):
+        fingerprint = fingerprint_of("rollback", name, restored)
+        if published := published_before(store, name, version, fingerprint):
             return published
     served = restored or newest.version
     if to is None:
@@ -97,8 +97,8 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
     if restores == served:
         raise InvalidRequest(f"{name}@{to} has the rows that are served already, as {newest.full_name}")
     provenance = _provenance(Path(store.location(name, to)), "", 0)
-    with open_draft(store, name, version or _version_after(store, name)) as draft, explained_write_errors(store):
-        draft.resume(_fingerprint("rollback", name, restores))
+    with open_draft(store, name, version or version_after(store, name)) as draft, explained_write_errors(store):
+        draft.resume(fingerprint_of("rollback", name, restores))
         draft.check_space([source.replaced_bytes])
         overlays = write_overlays(draft, source.tables, lambda table, part: replaced_rows(store, source, table, part))
         return publish_overlays(draft, source, overlays, provenance, restores=restores)
@@ -152,19 +152,20 @@ def publish_overlays(
     return manifest
 
 
-def _fingerprint(*about: object) -> str:
+def fingerprint_of(*about: object) -> str:
     """Tell jobs apart, so that one that died is gone on with by the same job alone."""
     return xxhash.xxh3_128_hexdigest(json.dumps(about).encode())
 
 
-def _published_before(store: Store, name: str, version: str | None, fingerprint: str) -> Manifest | None:
+def published_before(store: Store, name: str, version: str | None, fingerprint: str) -> Manifest | None:
     """What the same job published before it died, if it did not clear up: `version`, or else the newest one."""
     candidates = [version] if version else store.versions(name)[-1:]
     found = (finish_published(store, name, each, fingerprint) for each in candidates)
     return next((each for each in found if each), None)
 
 
-def _version_after(store: Store, name: str) -> str:
+def version_after(store: Store, name: str) -> str:
+    """The default name of a model's next version."""
     versions = store.versions(name)
     return next_version(versions) if versions else "1"
 

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embedding_service.client.client import EmbeddingClient, ModelDescription
+from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, NotFound, OutOfRange
 
@@ -81,8 +82,18 @@ class RemoteTables(RemoteModule):
         """For each table and each of its features the rows [ids, dim], all of one version of the model."""
         ids = [[jagged[name].values() for name in config.feature_names] for config in self._configs]
         flat = [torch.cat(each) for each in ids]
-        rows = [self._in_graph(each if self._device is None else each.to(self._device)) for each in self._fetch(flat)]
+        found = [each if self._device is None else each.to(self._device) for each in self._fetch(flat)]
+        rows = [self._in_graph(each, collect) for each, collect in zip(found, self._collectors(flat), strict=True)]
         return [_apart(each, [len(part) for part in parts]) for each, parts in zip(rows, ids, strict=True)]
+
+    def _collectors(self, ids: list[Tensor]) -> list[Collect | None]:
+        """What takes the gradients of each table's rows: the session that trains them, if there is one."""
+        session = self._client.session_of(self._served)
+        names = [config.name for config in self._configs]
+        return [
+            partial(session.add_gradients, name, each.clone()) if session else None
+            for name, each in zip(names, ids, strict=True)
+        ]
 
     def _fetch(self, ids: list[Tensor]) -> list[Tensor]:
         """For each table the rows of its ids [n], looked up together in one version."""

@@ -1,0 +1,541 @@
+"""A trainer's side of a branch: `Session` looks rows up, collects their gradients and pushes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedding_service.client.gradients import (
+    DTYPES,
+    ENCODINGS,
+    check_finite,
+    from_data,
+    push_pieces,
+    summed,
+)
+from embedding_service.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LostUpdates,
+    NotFound,
+    OutOfTurn,
+    ProtocolError,
+    Unavailable,
+)
+from embedding_service.grpc_codes import error_of
+from embedding_service.ngram import NgramHasher
+from embedding_service.placement.routing import check_ids
+from embedding_service.wire import training_pb2 as wire
+
+if TYPE_CHECKING:
+    from embedding_service.client.transport import GrpcTransport
+
+_SERVICE = "/embedding.v1.TrainingService"
+_METHODS: dict[type[Any], tuple[str, Any]] = {
+    wire.OpenRequest: ("Open", wire.OpenResponse.FromString),
+    wire.BeginRequest: ("Begin", wire.BeginResponse.FromString),
+    wire.ReadRequest: ("Read", wire.ReadResponse.FromString),
+    wire.CheckpointRequest: ("Checkpoint", wire.CheckpointResponse.FromString),
+    wire.PublishRequest: ("Publish", wire.PublishResponse.FromString),
+}
+# Bytes of rows that are read in one call.
+_READ_BYTES = 16 << 20
+# Seconds between two tries, at first and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+# Seconds that a try may take. A shard that comes back may have a log to go through.
+_ATTEMPT = 30.0
+# Pushes that are kept for a shard that loses them with its machine.
+_KEPT_BYTES = 1 << 30
+# How often a step may pass while a checkpoint of it is asked for.
+_TRIES = 20
+_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+Ids = npt.NDArray[np.int64]
+
+
+class _Table(NamedTuple):
+    """A table of the branch. `shards`: int64 [parts], who has each."""
+
+    name: str
+    rows: int
+    dim: int
+    rows_per_part: int
+    shards: npt.NDArray[np.int64]
+
+
+@dataclass
+class _Shard:
+    """One that has parts of the branch. `kept`: pushes that are not on its disk yet, as (step, pieces)."""
+
+    id: str
+    address: str
+    kept: deque[tuple[int, list[bytes]]] = field(default_factory=deque)
+    kept_bytes: int = 0
+    durable: int = 0
+
+
+class Session:
+    """One run of a trainer against a branch, and its context manager. `EmbeddingClient.train` makes it.
+
+    It is not thread-safe, but for gradients, which autograd's threads may add.
+
+    Attributes:
+        name, model, branch: `model@branch`, and its two halves.
+        number: Of the session. It fences all before it.
+        begun_at: The step that the branch was at when it began.
+        steps: Steps done since the branch began: the last one that this worker pushed.
+        lr: The learning rate of the next step. A schedule may set it. None: it was not given yet.
+        staleness: Steps that rows may be behind.
+        dtype: In which gradients travel.
+    """
+
+    def __init__(
+        self,
+        transport: GrpcTransport,
+        seeds: Callable[[], Sequence[str]],
+        name: str,
+        *,
+        lr: float | None,
+        workers: int,
+        worker: int,
+        staleness: int,
+        dtype: torch.dtype,
+        timeout: float,
+        on_end: Callable[[Session], object],
+    ) -> None:
+        if dtype not in ENCODINGS:
+            raise InvalidRequest(f"gradients travel as float32, float16 or bfloat16, not {dtype}")
+        if not 0 <= worker < workers:
+            raise InvalidRequest(f"worker must be from 0 to workers - 1 = {workers - 1}, got {worker}")
+        self.name, self.lr, self.staleness, self.dtype = name, lr, staleness, dtype
+        self.model, _, self.branch = name.partition("@")
+        self.number = self.begun_at = self.steps = 0
+        self._transport, self._seeds, self._timeout, self._on_end = transport, seeds, timeout, on_end
+        self._workers, self._worker = workers, worker
+        self._tables: dict[str, _Table] = {}
+        self._shards: list[_Shard] = []
+        self._hasher: NgramHasher | None = None
+        self._lock = threading.Lock()
+        self._gradients: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    # Beginning and ending
+
+    def begin(self, request: wire.OpenRequest, at_step: int | None, join: int | None) -> None:
+        """Open the branch, fence sessions of before, and have all shards at one step."""
+        request.new_session = join is None
+        about = self._describe(request)
+        self.number = join if join is not None else about.session
+        begun = [self._ask(shard, self._beginning()) for shard in self._shards]
+        if join is not None:
+            self.begun_at = self.steps = max((each.accepted_steps[self._worker] for each in begun), default=0)
+            return
+        step = min((each.applied_step for each in begun), default=0) if at_step is None else at_step
+        if short := [shard for shard, each in zip(self._shards, begun, strict=True) if each.applied_step < step]:
+            had = max(each.applied_step for each in begun)
+            raise self._lost(short[0], min(each.applied_step for each in begun) + 1, max(step, had))
+        for shard in self._shards:
+            self._ask(shard, self._beginning(rewind_to=step))
+        self.begun_at = self.steps = step
+
+    def attend(self) -> None:
+        """Have it stand for a branch that others train, to publish it. It begins no session."""
+        self._describe(wire.OpenRequest(branch=self.name))
+
+    def _describe(self, request: wire.OpenRequest) -> wire.OpenResponse:
+        about = self._open(request)
+        self._tables = {
+            table.name: _Table(table.name, table.rows, table.dim, table.rows_per_part, np.array(table.shards, np.int64))
+            for table in about.tables
+        }
+        self._shards = [_Shard(shard.id, shard.address) for shard in about.shards]
+        if about.family:
+            self._hasher = NgramHasher.from_params(about.family, json.loads(about.hash_params))
+        return about
+
+    @property
+    def family(self) -> str:
+        """Of the tables; empty if they have none."""
+        return self._hasher.family if self._hasher else ""
+
+    @property
+    def tables(self) -> dict[str, tuple[int, int, str]]:
+        """As `ModelDescription.tables`."""
+        return {table.name: (table.rows, table.dim, "fp32") for table in self._tables.values()}
+
+    def _beginning(self, rewind_to: int | None = None) -> wire.BeginRequest:
+        return wire.BeginRequest(
+            branch=self.name,
+            session=self.number,
+            workers=self._workers,
+            at_step=rewind_to or 0,
+            rewind=rewind_to is not None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let modules of the branch look up nothing any more. Gradients that were not pushed are dropped."""
+        self._gradients = {}
+        self._on_end(self)
+
+    # Rows
+
+    def lookup(self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of a table of the branch, by its name alone: integer ids [*] -> `dtype` [*, dim] on their device.
+
+        They are of the last step that this worker pushed, or of up to `staleness` steps before. Where there are several
+        workers, the others' pushes of that step are waited for.
+        """
+        about = self._table(table)
+        if dtype not in ENCODINGS:
+            raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        flat, where = np.unique(ids.detach().to("cpu", torch.int64).reshape(-1).numpy(), return_inverse=True)
+        check_ids(flat, about.rows, f"{self.name}/{table}")
+        rows = self._read(about, flat, dtype)[torch.from_numpy(where)]
+        return rows.view(*ids.shape, about.dim).to(ids.device)
+
+    def _read(self, table: _Table, ids: Ids, dtype: torch.dtype) -> Tensor:
+        rows = torch.empty(len(ids), table.dim, dtype=dtype)
+        asked = []
+        most = max(1, _READ_BYTES // (table.dim * dtype.itemsize))
+        owner = table.shards[ids // table.rows_per_part]
+        for index, shard in enumerate(self._shards):
+            mine = np.flatnonzero(owner == index)
+            for begin in range(0, len(mine), most):
+                some = mine[begin : begin + most]
+                request = wire.ReadRequest(
+                    branch=self.name,
+                    table=table.name,
+                    ids=ids[some].astype("<i8").tobytes(),
+                    encoding=ENCODINGS[dtype],
+                    at_least_step=max(self.steps - self.staleness, 0),
+                    session=self.number,
+                    worker=self._worker,
+                )
+                asked.append((shard, request, torch.from_numpy(some)))
+        answers = self._ask_all([(shard, request) for shard, request, _ in asked])
+        for (_, _, where), answer in zip(asked, answers, strict=True):
+            rows[where] = from_data(answer.rows, dtype, [len(where), table.dim])
+        return rows
+
+    def lookup_ngrams(
+        self, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """As `EmbeddingClient.lookup_ngrams`, of the branch."""
+        hasher = self.hasher()
+        ids = hasher.row_ids(token_ids, context)
+        rows = [self.lookup(table.name, ids[:, :, index], dtype=dtype) for index, table in enumerate(hasher.tables)]
+        return torch.stack(rows, 2)
+
+    def hasher(self) -> NgramHasher:
+        """What the branch's tokens are hashed with. Raises InvalidRequest for tables without an n-gram family."""
+        if self._hasher is None:
+            raise InvalidRequest(f"{self.name} has no n-gram family: look its rows up by id")
+        return self._hasher
+
+    # Gradients
+
+    def add_gradients(self, table: str, ids: Tensor, gradients: Tensor) -> None:
+        """Add gradients of rows: integer ids [*], floating [*, dim]. Autograd's backward calls it."""
+        about = self._table(table)
+        flat = ids.detach().to("cpu", torch.int64).reshape(-1)
+        values = gradients.detach().to("cpu").reshape(-1, about.dim)
+        if len(flat) != len(values):
+            raise InvalidRequest(
+                f"gradients of table {table} are {list(gradients.shape)}, for ids {list(ids.shape)}: they must be "
+                f"[*ids, {about.dim}]"
+            )
+        with self._lock:
+            all_ids, all_values = self._gradients.setdefault(table, ([], []))
+            all_ids.append(flat)
+            all_values.append(values)
+
+    def add_ngram_gradients(self, token_ids: Tensor, context: Tensor | None, gradients: Tensor) -> None:
+        """Add gradients of what `lookup_ngrams` gave: [B, S, L, H, dim], or the last three as one."""
+        hasher = self.hasher()
+        ids = hasher.row_ids(token_ids.cpu(), None if context is None else context.cpu())
+        together = gradients.detach().to("cpu").reshape(*ids.shape, -1)
+        for index, table in enumerate(hasher.tables):
+            self.add_gradients(table.name, ids[:, :, index], together[:, :, index])
+
+    def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The gradients so far, summed by row: for each table ids int64 [n] and float32 [n, dim].
+
+        The sums may be changed in place: that is how they are clipped or unscaled.
+        """
+        with self._lock:
+            for table, (ids, values) in self._gradients.items():
+                if len(ids) != 1 or values[0].dtype != torch.float32 or not _ascends(ids[0]):
+                    some, total = summed(ids, values)
+                    self._gradients[table] = [some], [total]
+            return {table: (ids[0], values[0]) for table, (ids, values) in self._gradients.items()}
+
+    def zero_grad(self) -> None:
+        """Forget the gradients so far."""
+        with self._lock:
+            self._gradients = {}
+
+    def clip_grad_norm_(self, max_norm: float, *, others: Sequence[Tensor] = ()) -> float:
+        """Scale the gradients so that their norm, with that of `others`, is at most `max_norm`. Returns the norm.
+
+        others: Gradients of the rest of the model. They are scaled too.
+        """
+        own = [values for _, values in self.sums().values()]
+        norms = [each.norm().item() for each in (*own, *others)]
+        norm = sum(each * each for each in norms) ** 0.5
+        if norm > max_norm:
+            for each in (*own, *others):
+                each.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def unscale_(self, scale: float) -> bool:
+        """Divide gradients by a GradScaler's scale. Returns whether all are finite: otherwise leave the step out."""
+        finite = True
+        for _, values in self.sums().values():
+            values.div_(scale)
+            finite = finite and bool(torch.isfinite(values).all())
+        return finite
+
+    def step(self) -> int:
+        """Push the gradients so far as the next step. Returns its number once all shards have it in their logs.
+
+        Raises InvalidRequest for a gradient that is not finite; SessionEnded if another trainer began; LostUpdates if a
+        shard lost what it had accepted, and Unavailable if one does not come back within the timeout. After the latter
+        two, a new session begins where all shards are.
+        """
+        if self.lr is None:
+            raise InvalidRequest(f"session.lr is not set: {self.name} has its optimizer, but no learning rate yet")
+        tables = {}
+        for name, (ids, values) in self.sums().items():
+            sent = values.to(self.dtype)
+            check_finite(name, ids, sent)
+            tables[name] = ids, sent
+        number = self.steps + 1
+        pushes = [
+            push_pieces(self._head(number), self._share_of(index, tables), self.lr)
+            for index in range(len(self._shards))
+        ]
+        for shard, pieces in zip(self._shards, pushes, strict=True):
+            self._keep(shard, number, pieces)
+        self.zero_grad()
+        self.steps = number
+        begun = [self._begin_push(shard, pieces) for shard, pieces in zip(self._shards, pushes, strict=True)]
+        for shard, call in zip(self._shards, begun, strict=True):
+            try:
+                self._settle(shard, call.result())
+            except grpc.RpcError as error:
+                self._recover(shard, error)
+        return number
+
+    def _head(self, step: int) -> wire.PushPiece:
+        return wire.PushPiece(branch=self.name, session=self.number, worker=self._worker, step=step)
+
+    def _share_of(self, shard: int, tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a shard has of the rows."""
+        found = {}
+        for name, table in self._tables.items():  # the order of the branch
+            if name in tables:
+                ids, values = tables[name]
+                mine = torch.from_numpy(table.shards[ids.numpy() // table.rows_per_part] == shard)
+                if bool(mine.all()):
+                    found[name] = ids, values
+                elif bool(mine.any()):
+                    found[name] = ids[mine], values[mine]
+        return found
+
+    def _keep(self, shard: _Shard, step: int, pieces: list[bytes]) -> None:
+        shard.kept.append((step, pieces))
+        shard.kept_bytes += sum(map(len, pieces))
+        while (
+            shard.kept
+            and (shard.kept[0][0] <= shard.durable or shard.kept_bytes > _KEPT_BYTES)
+            and (len(shard.kept) > 1)
+        ):
+            _, dropped = shard.kept.popleft()
+            shard.kept_bytes -= sum(map(len, dropped))
+
+    def _settle(self, shard: _Shard, answer: wire.PushResponse) -> None:
+        shard.durable = answer.durable_step
+
+    # Checkpoints
+
+    def checkpoint(self) -> int:
+        """Have a checkpoint written of the last step, by all shards. Returns the step once it is on disk."""
+        request = wire.CheckpointRequest(branch=self.name, step=self.steps, session=self.number, worker=self._worker)
+        self._ask_all([(shard, request) for shard in self._shards])
+        return self.steps
+
+    def publish(self, *, version: str | None, dtype: str | None, base: str | None) -> str:
+        """Publish the branch, as `EmbeddingClient.publish` says. Returns `model@version`, perhaps not served yet."""
+        step = self.checkpoint() if self.number else self._checkpoint_now()
+        request = wire.PublishRequest(
+            branch=self.name, step=step, version=version or "", dtype=dtype or "", base=base or ""
+        )
+        answer = self._ask(self._shards[0], request)
+        return f"{self.model}@{answer.version}"
+
+    def _checkpoint_now(self) -> int:
+        """Have a checkpoint written while others push: of the step that the first shards have reached."""
+        for _ in range(_TRIES):
+            answers = self._ask_all([(shard, self._nothing_of(shard)) for shard in self._shards])
+            self.steps = max(answer.step for answer in answers)
+            try:
+                return self.checkpoint()
+            except OutOfTurn:
+                continue
+        raise Unavailable(f"{self.name} is trained faster than it can be told to stop: publish it from its trainer")
+
+    def _nothing_of(self, shard: _Shard) -> wire.ReadRequest:
+        """A request that only the step is wanted of."""
+        index = self._shards.index(shard)
+        table = next(each.name for each in self._tables.values() if index in each.shards)
+        return wire.ReadRequest(branch=self.name, table=table, encoding=ENCODINGS[torch.float32])
+
+    # Calls
+
+    def _table(self, name: str) -> _Table:
+        if name not in self._tables:
+            raise NotFound(f"no table {name!r} in {self.name}; its tables: {', '.join(self._tables)}")
+        return self._tables[name]
+
+    def _open(self, request: wire.OpenRequest) -> wire.OpenResponse:
+        """Ask the shards that are known, one after the other, until one answers."""
+        deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
+        while True:
+            addresses = dict.fromkeys([*(shard.address for shard in self._shards if shard.address), *self._seeds()])
+            for address in addresses:
+                try:
+                    answer: wire.OpenResponse = self._call(address, request, _ATTEMPT).result()
+                    return answer
+                except grpc.RpcError as error:
+                    failure = error
+                    if error.code() not in (*_AGAIN, grpc.StatusCode.UNIMPLEMENTED):
+                        raise _error(error) from None
+            if time.monotonic() + pause > deadline:
+                raise _error(failure) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _ask(self, shard: _Shard, request: Any) -> Any:
+        return self._ask_all([(shard, request)])[0]
+
+    def _ask_all(self, asked: Sequence[tuple[_Shard, Any]]) -> list[Any]:
+        """Ask all at the same time. One that does not answer is waited for, and told what it may have lost."""
+        calls = [self._call(shard.address, request, self._timeout) for shard, request in asked]
+        answers = []
+        for (shard, request), call in zip(asked, calls, strict=True):
+            try:
+                answers.append(call.result())
+            except grpc.RpcError as error:
+                answers.append(self._recover(shard, error, request))
+        return answers
+
+    def _recover(self, shard: _Shard, error: grpc.RpcError, request: Any = None) -> Any:
+        """Find a shard that did not answer, send it what it does not have, and ask it again. Returns its answer."""
+        deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
+        has_all = not self.number  # a session's shard may have lost what it was sent
+        while True:
+            if error.code() not in _AGAIN and (has_all or error.code() is not grpc.StatusCode.ABORTED):
+                raise _error(error) from None
+            if time.monotonic() + pause > deadline:
+                raise Unavailable(
+                    f"shard {shard.id} of {self.name} did not come back within {self._timeout:g} s "
+                    f"({error.details()}): start it again, with the disk that has its log, and begin a new session"
+                ) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            self._find(shard)
+            try:
+                if not has_all and not isinstance(request, wire.BeginRequest):
+                    self._send_again(shard)
+                has_all = True
+                return self._call(shard.address, request, self._timeout).result() if request is not None else None
+            except grpc.RpcError as again:
+                has_all = has_all and again.code() not in _AGAIN
+                error = again
+
+    def _find(self, shard: _Shard) -> None:
+        """Learn where the shards are by now."""
+        try:
+            about = self._open(wire.OpenRequest(branch=self.name))
+        except (Unavailable, DeadlineExceeded):
+            return
+        for each in about.shards:
+            if each.id == shard.id and each.address:
+                shard.address = each.address
+
+    def _send_again(self, shard: _Shard) -> None:
+        """Push what the shard does not have by now. Raises LostUpdates if that is not here any more."""
+        begun = self._call(shard.address, self._beginning(), _ATTEMPT).result()
+        accepted = begun.accepted_steps[self._worker]
+        missing = [(step, pieces) for step, pieces in shard.kept if step > accepted]
+        if accepted < self.steps and (not missing or missing[0][0] > accepted + 1):
+            raise self._lost(shard, accepted + 1, missing[0][0] - 1 if missing else self.steps)
+        for _, pieces in missing:
+            self._settle(shard, self._begin_push(shard, pieces).result())
+
+    def _lost(self, shard: _Shard, first: int, last: int) -> LostUpdates:
+        index = self._shards.index(shard)
+        parts = [
+            f"{table.name}/{part}" for table in self._tables.values() for part in np.flatnonzero(table.shards == index)
+        ]
+        return LostUpdates(
+            f"shard {shard.id} of {self.name} lost steps {first} to {last}, which it had accepted: begin a session at "
+            f"step {first - 1} with the model's own checkpoint of that step, or without at_step",
+            parts,
+            (first, last),
+        )
+
+    def _begin_push(self, shard: _Shard, pieces: Sequence[bytes]) -> Any:
+        try:
+            method = self._transport.channel(shard.address).stream_unary(
+                f"{_SERVICE}/Push", None, wire.PushResponse.FromString
+            )
+            return method.future(iter(pieces), timeout=self._timeout)
+        except ValueError:  # the connection was dropped since we looked
+            return self._begin_push(shard, pieces)
+
+    def _call(self, address: str, request: Any, timeout: float) -> Any:
+        name, read = _METHODS[type(request)]
+        try:
+            method = self._transport.channel(address).unary_unary(
+                f"{_SERVICE}/{name}", type(request).SerializeToString, read
+            )
+            return method.future(request, timeout=timeout)
+        except ValueError:  # the connection was dropped since we looked
+            return self._call(address, request, timeout)
+
+
+def _ascends(ids: Tensor) -> bool:
+    return bool((ids[1:] > ids[:-1]).all())
+
+
+def _error(error: grpc.RpcError) -> Exception:
+    """What this package raises for a failed call."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.ABORTED:
+        return OutOfTurn(details)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"{details}: this service trains no tables, it is older than its client")
+    return error_of(code, details)
+
+
+assert set(DTYPES) == set(ENCODINGS.values())

@@ -1,0 +1,385 @@
+"""TrainingService: a shard's shares of branches, over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+
+from embedding_service.budget import Budget
+from embedding_service.client.gradients import DTYPES, data_of
+from embedding_service.client.router import Router
+from embedding_service.errors import (
+    EmbeddingServiceError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+from embedding_service.methods import Context
+from embedding_service.serving import RequestLimits, Server, abort
+from embedding_service.store.store import Store
+from embedding_service.training.branch import (
+    Branch,
+    branch_folder,
+    branches,
+    create_branch,
+    next_session,
+    read_branch,
+    read_place,
+    split_name,
+)
+from embedding_service.training.publishing import publish_branch
+from embedding_service.training.share import Share
+from embedding_service.wire import training_pb2 as wire
+
+log = logging.getLogger(__name__)
+
+SERVICE = "embedding.v1.TrainingService"
+# A push in memory: its pieces, and what is read from them.
+_PUSH_COPIES = 3
+T = TypeVar("T")
+
+
+@dataclass
+class _Opened:
+    """A share, with the thread that changes it and those who wait for its steps."""
+
+    share: Share
+    thread: ThreadPoolExecutor
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+
+    def wake(self) -> None:
+        """On the event loop: let all look again."""
+        for each in self.waiting:
+            if not each.done():
+                each.set_result(None)
+
+
+class TrainingService:
+    """The shares of branches that this shard has. They are opened when it starts, and when somebody asks for them.
+
+    Args:
+        shard: Its id.
+        logs: Folder for logs; None: the branch's own, in the store.
+        sync: See `training.log.Log`.
+        why_not: Why this process trains nothing; empty if it does.
+
+    Attributes:
+        address: Where others reach this shard, to be set once it listens.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shard: str,
+        router: Router,
+        limits: RequestLimits,
+        budget: Budget,
+        *,
+        logs: Path | None,
+        sync: float,
+        why_not: str = "",
+    ) -> None:
+        self._store, self._shard, self._router = store, shard, router
+        self.address = ""
+        self._limits, self._budget = limits, budget
+        self._logs, self._sync, self._why_not = logs, sync, why_not
+        self._opening: dict[str, asyncio.Task[_Opened]] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def add_to(self, server: Server) -> None:
+        """Offer the service. Pieces of pushes stay the bytes that they came in."""
+        unary = grpc.unary_unary_rpc_method_handler
+        server.add_registered_method_handlers(
+            SERVICE,
+            {
+                "Open": unary(self.Open, wire.OpenRequest.FromString, wire.OpenResponse.SerializeToString),
+                "Begin": unary(self.Begin, wire.BeginRequest.FromString, wire.BeginResponse.SerializeToString),
+                "Push": grpc.stream_unary_rpc_method_handler(self.Push, None, wire.PushResponse.SerializeToString),
+                "Read": unary(self.Read, wire.ReadRequest.FromString, wire.ReadResponse.SerializeToString),
+                "Checkpoint": unary(
+                    self.Checkpoint, wire.CheckpointRequest.FromString, wire.CheckpointResponse.SerializeToString
+                ),
+                "Publish": unary(self.Publish, wire.PublishRequest.FromString, wire.PublishResponse.SerializeToString),
+            },
+        )
+
+    async def open_all(self) -> None:
+        """Open the shares that this shard has, so that they are there before somebody asks for them."""
+        if self._why_not:
+            return
+        for name in await asyncio.to_thread(branches, self._store):
+            try:
+                if self._shard in (await asyncio.to_thread(read_branch, self._store, name)).shards:
+                    await self._opened(name)
+            except (EmbeddingServiceError, OSError) as error:
+                log.error("branch %s cannot be opened: %s", name, error)
+
+    async def close(self) -> None:
+        """Bring the logs to disk."""
+        for task in self._opening.values():
+            task.cancel()
+        for done in await asyncio.gather(*self._opening.values(), return_exceptions=True):
+            if isinstance(done, _Opened):
+                await asyncio.get_running_loop().run_in_executor(done.thread, done.share.close)
+                done.thread.shutdown()
+
+    # Methods
+
+    async def Open(self, request: wire.OpenRequest, context: Context) -> wire.OpenResponse:
+        """See the proto."""
+        return await self._answered(context, self._open(request, context))
+
+    async def Begin(self, request: wire.BeginRequest, context: Context) -> wire.BeginResponse:
+        """See the proto."""
+        return await self._answered(context, self._begin(request, context))
+
+    async def Push(self, requests: AsyncIterator[bytes], context: Context) -> wire.PushResponse:
+        """See the proto."""
+        return await self._answered(context, self._push(requests, context))
+
+    async def Read(self, request: wire.ReadRequest, context: Context) -> wire.ReadResponse:
+        """See the proto."""
+        return await self._answered(context, self._read(request, context))
+
+    async def Checkpoint(self, request: wire.CheckpointRequest, context: Context) -> wire.CheckpointResponse:
+        """See the proto."""
+        return await self._answered(context, self._checkpoint(request, context))
+
+    async def Publish(self, request: wire.PublishRequest, context: Context) -> wire.PublishResponse:
+        """See the proto."""
+        return await self._answered(context, self._publish(request, context))
+
+    @staticmethod
+    async def _answered(context: Context, answer: Awaitable[T]) -> T:
+        try:
+            return await answer
+        except EmbeddingServiceError as error:
+            await abort(context, error)
+
+    async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenResponse:
+        _check_right(context, "train", request.branch)
+        try:
+            branch = await asyncio.to_thread(read_branch, self._store, request.branch)
+        except NotFound:
+            if not request.new_session:
+                raise
+            branch = await asyncio.to_thread(self._create, request)
+        if request.HasField("optimizer") and request.optimizer != branch.optimizer.message:
+            raise InvalidRequest(
+                f"{branch.full_name} learns by {branch.optimizer.kind} with {_numbers(branch.optimizer.message)}, "
+                f"not by {request.optimizer.kind} with {_numbers(request.optimizer)}: leave the optimizer out, or "
+                "begin another branch"
+            )
+        folder = branch_folder(self._store, branch.model, branch.name)
+        session = await asyncio.to_thread(next_session, folder) if request.new_session else 0
+        return await asyncio.to_thread(self._describe, branch, folder, session)
+
+    def _create(self, request: wire.OpenRequest) -> Branch:
+        routing = self._router.current
+        if routing is None or not routing.shard_ids:
+            raise Unavailable("no routing yet, so nobody knows which shards a new branch may have: ask again")
+        model, _ = split_name(request.branch)
+        base = self._store.manifest(model, request.base or None)
+        served = routing.by_name.get(base.full_name)
+        owners = {
+            name: [routing.shard_ids[column] if column >= 0 else "" for column in table.owners[:, 0].tolist()]
+            for name, table in (served.tables.items() if served else ())
+        }
+        return create_branch(self._store, request.branch, request, owners, sorted(routing.shard_ids))
+
+    def _describe(self, branch: Branch, folder: Path, session: int) -> wire.OpenResponse:
+        place = {shard: index for index, shard in enumerate(branch.shards)}
+        routing = self._router.current
+        known = dict(zip(routing.shard_ids, routing.addresses, strict=True)) if routing else {}
+        known[self._shard] = self.address
+        return wire.OpenResponse(
+            session=session,
+            base=branch.base,
+            optimizer=branch.optimizer.message,
+            family=branch.family,
+            hash_params=json.dumps(branch.hash_params),
+            tables=[
+                wire.BranchTable(
+                    name=table.name,
+                    rows=table.rows,
+                    dim=table.dim,
+                    rows_per_part=table.rows_per_part,
+                    shards=[place[shard] for shard in table.shards],
+                )
+                for table in branch.tables
+            ],
+            shards=[
+                wire.BranchShard(id=shard, address=known.get(shard) or read_place(folder, shard).address)
+                for shard in branch.shards
+            ],
+        )
+
+    async def _begin(self, request: wire.BeginRequest, context: Context) -> wire.BeginResponse:
+        _check_right(context, "train", request.branch)
+        opened = await self._opened(request.branch)
+        if not request.session:
+            raise InvalidRequest("session must be 1 or more: Open gives numbers")
+        await self._on(opened, opened.share.begin, request.session, request.workers)
+        if request.rewind:
+            await self._on(opened, opened.share.rewind, request.at_step)
+        opened.wake()
+        share = opened.share
+        return wire.BeginResponse(
+            applied_step=share.applied,
+            durable_step=share.durable,
+            accepted_steps=share.accepted,
+            timeline=share.timeline,
+        )
+
+    async def _push(self, requests: AsyncIterator[bytes], context: Context) -> wire.PushResponse:
+        pieces: list[bytes] = []
+        promised = 0
+        try:
+            async for piece in requests:
+                if not pieces:
+                    name = _branch_of(piece)
+                    _check_right(context, "train", name)
+                    opened = await self._opened(name)
+                self._budget.promise(_PUSH_COPIES * len(piece))
+                promised += _PUSH_COPIES * len(piece)
+                pieces.append(piece)
+            if not pieces:
+                raise InvalidRequest("the push holds no piece")
+            push = await asyncio.to_thread(opened.share.read, pieces)
+            await self._on(opened, opened.share.accept, push)
+        finally:
+            self._budget.give_back(promised)
+        share = opened.share
+        return wire.PushResponse(accepted_step=push.step, applied_step=share.applied, durable_step=share.durable)
+
+    async def _read(self, request: wire.ReadRequest, context: Context) -> wire.ReadResponse:
+        _check_right(context, "train", request.branch)
+        opened = await self._opened(request.branch)
+        dtype = DTYPES.get(request.encoding)
+        if dtype is None:
+            raise InvalidRequest(f"rows of a branch come as FLOAT32, FLOAT16 or BFLOAT16, not {request.encoding}")
+        if len(request.ids) % 8:
+            raise InvalidRequest(f"ids hold {len(request.ids)} bytes, not a multiple of 8: send little-endian int64")
+        ids = np.frombuffer(request.ids, "<i8").astype(np.int64)
+        width = max((each.table.dim for each in opened.share.tables.values()), default=1) * dtype.itemsize
+        self._limits.check_response(len(ids), width)
+
+        def reached() -> bool:
+            opened.share.check_has(request.session, request.worker, request.at_least_step)
+            return opened.share.applied >= request.at_least_step
+
+        await self._until(opened, reached)
+        return await asyncio.to_thread(_rows, opened.share, request.table, ids, dtype)
+
+    async def _checkpoint(self, request: wire.CheckpointRequest, context: Context) -> wire.CheckpointResponse:
+        _check_right(context, "train", request.branch, "publish")
+        opened = await self._opened(request.branch)
+        opened.share.check_has(request.session, request.worker, request.step)
+        await self._on(opened, opened.share.want_checkpoint, request.step)
+        await self._until(opened, lambda: opened.share.has_checkpoint(request.step))
+        return wire.CheckpointResponse(step=request.step)
+
+    async def _publish(self, request: wire.PublishRequest, context: Context) -> wire.PublishResponse:
+        _check_right(context, "publish", request.branch)
+        branch = await asyncio.to_thread(read_branch, self._store, request.branch)
+        work = partial(
+            publish_branch,
+            self._store,
+            branch,
+            request.step,
+            version=request.version or None,
+            dtype=request.dtype or None,
+            base=request.base or None,
+        )
+        manifest = await asyncio.to_thread(work)
+        rows = manifest.replaced_rows if manifest.base else sum(table.rows for table in manifest.tables)
+        return wire.PublishResponse(version=manifest.version, rows=rows)
+
+    # Shares
+
+    async def _opened(self, name: str) -> _Opened:
+        """A share by its branch's name. Raises NotFound, Redirect for a branch of other shards, Unavailable."""
+        if self._why_not:
+            raise Unavailable(self._why_not)
+        task = self._opening.get(name)
+        if task is None:
+            task = self._opening[name] = asyncio.create_task(self._open_share(name))
+        try:
+            return await asyncio.shield(task)
+        except (EmbeddingServiceError, OSError) as error:
+            if self._opening.get(name) is task:
+                del self._opening[name]  # the next one tries again
+            raise error if isinstance(error, EmbeddingServiceError) else Unavailable(f"{name}: {error}") from error
+
+    async def _open_share(self, name: str) -> _Opened:
+        branch = await asyncio.to_thread(read_branch, self._store, name)
+        if self._shard not in branch.shards:
+            raise InvalidRequest(f"shard {self._shard} has no part of {name}; these have: {', '.join(branch.shards)}")
+        folder = branch_folder(self._store, branch.model, branch.name)
+        place = (self._logs / branch.full_name if self._logs else folder / "logs") / self._shard
+        thread = ThreadPoolExecutor(1, f"train-{name}")
+        woken: list[_Opened] = []
+
+        def on_applied() -> None:
+            for each in woken:
+                self._loop.call_soon_threadsafe(each.wake)
+
+        make = partial(Share, self._store, branch, self._shard, place, self._sync, self.address, on_applied)
+        try:
+            share = await self._loop.run_in_executor(thread, make)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
+        woken.append(_Opened(share, thread))
+        return woken[0]
+
+    async def _on(self, opened: _Opened, work: Callable[..., T], *arguments: Any) -> T:
+        """Do it on the share's own thread. It is done even if the caller has gone by then."""
+        return await asyncio.shield(self._loop.run_in_executor(opened.thread, partial(work, *arguments)))
+
+    async def _until(self, opened: _Opened, condition: Callable[[], bool]) -> None:
+        """Wait for a condition that steps and checkpoints fulfil, until the caller has gone."""
+        while not condition():
+            woken = self._loop.create_future()
+            opened.waiting.add(woken)
+            try:
+                if not condition():  # what came between looking and waiting woke nobody
+                    await woken
+            finally:
+                opened.waiting.discard(woken)
+
+
+def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> wire.ReadResponse:
+    rows, step = share.rows(table, ids)
+    return wire.ReadResponse(rows=data_of(rows.to(dtype)), step=step)
+
+
+def _branch_of(piece: bytes) -> str:
+    try:
+        return wire.PushPiece.FromString(piece).branch
+    except DecodeError:
+        raise InvalidRequest("a piece of the push is malformed: it is no PushPiece") from None
+
+
+def _check_right(context: Context, right: str, name: str, other: str = "") -> None:
+    """Raise PermissionDenied unless the caller has a right for a branch, where there is a policy."""
+    caller = context.caller
+    if caller and not any(caller.rights.may(each, name) for each in (right, other) if each):
+        raise PermissionDenied(f"{caller.name} has no right to {right} {name}: the policy does not give it")
+
+
+def _numbers(optimizer: wire.Optimizer) -> str:
+    return f"eps {optimizer.eps:g}, betas {optimizer.beta1:g} and {optimizer.beta2:g}"

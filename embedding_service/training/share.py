@@ -1,0 +1,360 @@
+"""A share: the parts of a branch that one shard has. What it does on its own, without a network.
+
+Rows after step s are a function of the branch's start and of pushes 1 to s. A step is done when the pushes of all
+workers are there: their gradients are summed in the order of the workers, and the optimizer runs once.
+
+`accept`, `begin` and `checkpoint` are called on one thread, the others on any.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedding_service.client.gradients import summed
+from embedding_service.errors import (
+    EmbeddingServiceError,
+    InvalidRequest,
+    OutOfTurn,
+    Overloaded,
+    SessionEnded,
+    StoreError,
+)
+from embedding_service.formats import get_format
+from embedding_service.store.reading import part_rows, replaced_rows
+from embedding_service.store.store import Store
+from embedding_service.training import checkpoints
+from embedding_service.training.branch import Branch, Place, branch_folder, read_place, write_place
+from embedding_service.training.log import PUSH, SESSION, Log, Record
+from embedding_service.training.optimizers import optimizer_of
+from embedding_service.training.push import Push, read_push
+from embedding_service.training.tables import Ids, TrainedTable
+
+log = logging.getLogger(__name__)
+
+MOST_WORKERS = 10_000
+
+
+class Share:
+    """The parts of a branch that a shard has.
+
+    Args:
+        shard: Its id.
+        log_folder: Of this share alone.
+        sync: See `Log`.
+        address: Where the shard is reached, for others to read.
+        on_applied: Called when a step was done or a checkpoint written, on any thread.
+
+    Attributes:
+        session: The newest one. Older ones are refused.
+        workers: That push in each step.
+        applied: The step that all rows are of.
+        accepted: Of each worker, the last step that was accepted.
+        timeline: How often updates that were accepted were lost.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        branch: Branch,
+        shard: str,
+        log_folder: Path,
+        sync: float,
+        address: str = "",
+        on_applied: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.branch, self.shard = branch, shard
+        self.folder = branch_folder(store, branch.model, branch.name)
+        self._store, self._on_applied = store, on_applied
+        optimizer = optimizer_of(branch.optimizer.message)
+        self.tables = {
+            table.name: TrainedTable(table, parts, optimizer)
+            for table in branch.tables
+            if (parts := table.parts_of(shard))
+        }
+        self.session, self.workers, self.timeline = 0, 1, 0
+        self.applied, self.accepted = 0, [0]
+        self._pending: dict[int, dict[int, Push]] = {}
+        self._lock = threading.RLock()  # held while rows change or are copied
+        self._snapshot: checkpoints.Snapshot | None = None
+        self._wanted: set[int] = set()
+        self._failures: dict[int, Overloaded] = {}
+        self._writer: threading.Thread | None = None
+        self._log = Log(log_folder, sync)
+        try:
+            self.timeline = self._find_timeline(address)
+            self._recover()
+        except BaseException:
+            self._log.close()
+            raise
+
+    # Coming back
+
+    def _find_timeline(self, address: str) -> int:
+        """How often this share's log was lost. It was lost if the shard had another one."""
+        before = read_place(self.folder, self.shard)
+        lost = bool(before.log) and before.log != self._log.identity
+        if lost:
+            log.warning(
+                "the log that %s had here is gone: updates since the last checkpoint are", self.branch.full_name
+            )
+        place = Place(address, self._log.identity, before.timeline + lost)
+        write_place(self.folder, self.shard, place)
+        return place.timeline
+
+    def _recover(self, to: int | None = None) -> None:
+        """Load the last checkpoint, and do the steps that the log has after it, up to `to`."""
+        steps = [step for step in checkpoints.saved_steps(self.folder, self.shard) if to is None or step <= to]
+        if steps:
+            checkpoints.load_checkpoint(self.folder, self.shard, steps[-1], self.tables)
+            self.applied = steps[-1]
+        else:
+            self._load_base()
+            self.applied = 0
+        self._pending, self.accepted = {}, [self.applied] * self.workers
+        for record in self._log.read():
+            if record.kind == SESSION:
+                self._enter(record.step, int.from_bytes(record.pieces[0], "little"))
+            elif record.kind == PUSH and (to is None or record.step <= to):
+                self._replay(record)
+        self._log.ready(self.applied)
+        log.info("%s is at step %d here", self.branch.full_name, self.applied)
+
+    def _replay(self, record: Record) -> None:
+        if record.step <= self.applied:
+            return
+        push = read_push(self.branch, record.pieces)
+        if push.session == self.session and push.step == self.accepted[push.worker] + 1:
+            self._take(push)
+
+    def _load_base(self) -> None:
+        manifest = self._store.manifest(self.branch.model, self.branch.base)
+        for name, trained in self.tables.items():
+            trained.clear()
+            table = manifest.table(name)
+            row_format = get_format(table.dtype)
+            for index in trained.parts:
+                part, out = table.parts[index], trained.rows_of(index)
+                with part_rows(self._store, manifest, table, part) as stored:
+                    for begin in range(0, part.rows, 1 << 14):
+                        some = torch.from_numpy(np.array(stored[begin : begin + (1 << 14)]))
+                        out[begin : begin + len(some)] = row_format.decode(some, table.dim)
+                replaced = replaced_rows(self._store, manifest, table, part)
+                if len(replaced.ids):
+                    rows = torch.from_numpy(np.array(replaced.rows))
+                    out[torch.from_numpy(replaced.ids - part.first_row)] = row_format.decode(rows, table.dim)
+
+    # Sessions
+
+    def begin(self, session: int, workers: int) -> None:
+        """Take part in a session, again too. Raises SessionEnded for one that a later one followed."""
+        if not 1 <= workers <= MOST_WORKERS:
+            raise InvalidRequest(f"workers must be from 1 to {MOST_WORKERS:,}, got {workers}")
+        self.check_session(session)
+        if session == self.session:
+            if workers != self.workers:
+                raise InvalidRequest(f"session {session} has {self.workers} workers, not {workers}")
+            return
+        self._log.append(self._session_record(session, workers))
+        self._enter(session, workers)
+
+    def check_session(self, session: int) -> None:
+        """Raise SessionEnded unless it is this session or a later one."""
+        if session < self.session:
+            raise SessionEnded(
+                f"session {session} of {self.branch.full_name} has ended, for session {self.session} began: one "
+                "trainer at a time, with all of its workers in one session"
+            )
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: have the rows and state that were there after it. What came later is lost."""
+        if step > self.applied:
+            raise InvalidRequest(f"{self.branch.full_name} is at step {self.applied} and cannot begin at step {step}")
+        if step == self.applied and not self._pending:
+            return
+        self._wait_for_writer()
+        first = self._oldest_step()
+        if step < first:
+            raise InvalidRequest(
+                f"{self.branch.full_name} can go back to step {first} and no further: older checkpoints were removed"
+            )
+        checkpoints.forget_checkpoints(self.folder, self.branch, self.shard, after=step)
+        session, workers = self.session, self.workers
+        kept = [each for each in self._log.read() if each.kind == SESSION or each.step <= step]
+        self._log.rewrite(kept)
+        if step < self.applied:
+            with self._lock:
+                self._recover(step)
+            if self.applied != step:
+                raise StoreError(f"the log of {self.branch.full_name} ends at step {self.applied}, before step {step}")
+        self._enter(session, workers)
+
+    def _oldest_step(self) -> int:
+        saved = checkpoints.saved_steps(self.folder, self.shard)
+        return min(saved, default=0) if self._log.first_step else 0
+
+    def _enter(self, session: int, workers: int) -> None:
+        self.session, self.workers = session, workers
+        self._pending, self.accepted = {}, [self.applied] * workers
+
+    # Pushes
+
+    def read(self, pieces: list[bytes]) -> Push:
+        """A push with all of it checked that does not depend on its turn. On any thread."""
+        push = read_push(self.branch, pieces)
+        for name, (ids, _) in push.tables.items():
+            self._table(name).local(ids.numpy())
+        return push
+
+    def accept(self, push: Push) -> None:
+        """Log a push, and do the step if it was the last one that was waited for.
+
+        One that was accepted before changes nothing. Raises SessionEnded, OutOfTurn; Overloaded if the log's disk takes
+        no more.
+        """
+        self.check_session(push.session)
+        if push.session > self.session or push.worker >= self.workers:
+            raise InvalidRequest(
+                f"worker {push.worker} of session {push.session} pushed to {self.branch.full_name}, which is in "
+                f"session {self.session} with {self.workers} workers: begin first"
+            )
+        expected = self.accepted[push.worker] + 1
+        if push.step < expected:
+            return
+        if push.step > expected:
+            raise OutOfTurn(
+                f"worker {push.worker} pushed step {push.step} of {self.branch.full_name}, step {expected} is expected"
+            )
+        self._log.append(Record(PUSH, push.step, list(push.pieces)))
+        self._take(push)
+        self._log.applied(self.applied)
+        self._checkpoint_if_due()
+        self._on_applied()
+
+    def check_has(self, session: int, worker: int, step: int) -> None:
+        """Raise OutOfTurn if a worker of this session pushed a step that is not here. It may have been lost."""
+        known = session == self.session and worker < self.workers
+        if session > self.session or (known and step > self.accepted[worker]):
+            last = self.accepted[worker] if known else self.applied
+            raise OutOfTurn(
+                f"step {step} of worker {worker} in session {session} is not here: {self.branch.full_name} expects "
+                f"step {last + 1}"
+            )
+
+    def _take(self, push: Push) -> None:
+        self.accepted[push.worker] = push.step
+        waiting = self._pending.setdefault(push.step, {})
+        waiting[push.worker] = push
+        while len(waiting := self._pending.get(self.applied + 1, {})) == self.workers:
+            self._apply([waiting[worker] for worker in range(self.workers)])
+
+    def _apply(self, pushes: list[Push]) -> None:
+        """Do one step. Everything was checked, so nothing of it fails."""
+        number, changes = self.applied + 1, []
+        for name, trained in self.tables.items():
+            if parts := [push.tables[name] for push in pushes if name in push.tables]:
+                ids, gradients = summed([each for each, _ in parts], [each for _, each in parts])
+                changes.append((name, trained, trained.local(ids.numpy()), gradients))
+        with self._lock:
+            for name, trained, local, gradients in changes:
+                if self._snapshot:
+                    self._snapshot.put_aside(name, local)
+                trained.step(local, gradients, pushes[0].learning_rate, number)
+            self.applied = number
+        del self._pending[number]
+
+    # Rows
+
+    def rows(self, table: str, ids: Ids) -> tuple[Tensor, int]:
+        """Rows float32 [n, dim], and the step that they are of."""
+        trained = self._table(table)
+        local = trained.local(ids)
+        with self._lock:
+            return trained.rows.index_select(0, local), self.applied
+
+    def _table(self, name: str) -> TrainedTable:
+        if name not in self.tables:
+            raise InvalidRequest(
+                f"shard {self.shard} has no part of table {name!r} of {self.branch.full_name}; it has parts of "
+                f"{', '.join(self.tables) or 'none'}"
+            )
+        return self.tables[name]
+
+    # Checkpoints
+
+    @property
+    def durable(self) -> int:
+        """See `Log`."""
+        return self._log.durable
+
+    def want_checkpoint(self, step: int) -> None:
+        """Have a checkpoint of a step written, now or when it is reached. Raises OutOfTurn for one that has passed."""
+        if self.has_checkpoint(step):
+            return
+        if step < self.applied:
+            raise OutOfTurn(f"{self.branch.full_name} is at step {self.applied}, past step {step}: ask for a later one")
+        self._wanted.add(step)
+        self._checkpoint_if_due()
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether it is on disk. Raises Overloaded if the disk did not take it."""
+        if step in self._failures:
+            raise self._failures.pop(step)
+        return step in checkpoints.saved_steps(self.folder, self.shard)
+
+    def _checkpoint_if_due(self) -> None:
+        due = self.applied in self._wanted or (self.applied and self.applied % self.branch.checkpoint_every == 0)
+        if not due or self.has_checkpoint(self.applied):
+            return
+        self._wait_for_writer()
+        step = self.applied
+        self._wanted.discard(step)
+        self._begin_log_file(step)
+        with self._lock:
+            snapshot = self._snapshot = checkpoints.Snapshot(self.tables)
+        self._writer = threading.Thread(target=self._write, args=(step, snapshot), name="checkpoint", daemon=True)
+        self._writer.start()
+
+    def _begin_log_file(self, step: int) -> None:
+        """With all that is not in the checkpoint, so that the two together are enough."""
+        self._log.begin_file(step)
+        self._log.append(self._session_record(self.session, self.workers))
+        for pushes in self._pending.values():
+            for push in pushes.values():
+                self._log.append(Record(PUSH, push.step, list(push.pieces)))
+
+    @staticmethod
+    def _session_record(session: int, workers: int) -> Record:
+        return Record(SESSION, session, [workers.to_bytes(8, "little")])
+
+    def _write(self, step: int, snapshot: checkpoints.Snapshot) -> None:
+        try:
+            checkpoints.write_checkpoint(self.folder, self.shard, step, self.tables, snapshot, self._lock)
+            oldest = checkpoints.forget_checkpoints(self.folder, self.branch, self.shard)
+            self._log.forget_before(oldest)
+        except (OSError, EmbeddingServiceError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            self._failures[step] = Overloaded(
+                f"the checkpoint of {self.branch.full_name} at step {step} cannot be written ({said}): free space at "
+                f"{self.folder} and ask again. What was accepted is in the log"
+            )
+            log.error("%s", self._failures[step])
+        finally:
+            self._snapshot = None
+            self._on_applied()
+
+    def _wait_for_writer(self) -> None:
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+
+    def close(self) -> None:
+        """Let go of the log, once what is written is."""
+        self._wait_for_writer()
+        self._log.close()

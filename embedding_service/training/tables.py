@@ -1,0 +1,88 @@
+"""The rows of a branch's tables that one shard has, with their optimizer state, in this process's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedding_service.errors import OutOfRange, Overloaded, Redirect
+from embedding_service.memory import available_memory
+from embedding_service.training.branch import BranchTable
+from embedding_service.training.optimizers import Optimizer
+
+Ids = npt.NDArray[np.int64]
+
+
+class TrainedTable:
+    """Some parts of a table, side by side in ascending order.
+
+    Attributes:
+        parts: Their numbers.
+        rows: float32 [rows of these parts, dim].
+        state: The optimizer's tensors, whose first dimension is the same.
+    """
+
+    def __init__(self, table: BranchTable, parts: list[int], optimizer: Optimizer) -> None:
+        self.table, self.parts = table, parts
+        self._optimizer = optimizer
+        self._first = np.full(table.parts, -1, np.int64)  # where each part begins in `rows`, -1: it is not here
+        count = 0
+        for part in parts:
+            self._first[part] = count
+            count += table.part_rows(part)
+        shapes = optimizer.state_shapes(count, table.dim)
+        needed = 4 * (count * table.dim + sum(int(np.prod(shape)) for shape in shapes.values()))
+        if needed > (left := available_memory()):
+            raise Overloaded(
+                f"table {table.name}: training its {len(parts)} parts here needs {needed:,} bytes, {left:,} are free: "
+                "give the branch more shards, or an optimizer with less state (rowwise_adagrad has 4 bytes a row)"
+            )
+        self.rows = torch.zeros(count, table.dim)
+        self.state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds: "rows", and the state by its names."""
+        return {"rows": self.rows, **self.state}
+
+    def local(self, ids: Ids) -> Tensor:
+        """Where rows lie in `rows`: int64 [n]. Raises OutOfRange, and Redirect for rows that another shard has."""
+        outside = np.flatnonzero((ids < 0) | (ids >= self.table.rows))
+        if len(outside):
+            raise OutOfRange(
+                f"id {ids[outside[0]]} at position {outside[0]} is outside table {self.table.name}: ids must be from 0 "
+                f"to {self.table.rows - 1}"
+            )
+        part, offset = np.divmod(ids, self.table.rows_per_part)
+        first = self._first[part]
+        absent = np.flatnonzero(first < 0)
+        if len(absent):
+            raise Redirect(
+                f"id {ids[absent[0]]} of table {self.table.name} is of part {part[absent[0]]}, which another shard has"
+            )
+        return torch.from_numpy(first + offset)
+
+    def rows_of(self, part: int) -> Tensor:
+        """The rows of a part: float32 [rows, dim], not a copy."""
+        first = int(self._first[part])
+        return self.rows[first : first + self.table.part_rows(part)]
+
+    def step(self, local: Tensor, gradients: Tensor, lr: float, number: int) -> None:
+        """Do a step: see `Optimizer.step`."""
+        self._optimizer.step(self.rows, self.state, local, gradients, lr, number)
+
+    def clear(self) -> None:
+        """Forget the state."""
+        for each in self.state.values():
+            each.zero_()
+
+
+def all_tensors(tables: Mapping[str, TrainedTable]) -> Iterator[tuple[str, str, Tensor]]:
+    """(table, name, tensor) of all that a checkpoint holds."""
+    for name, table in tables.items():
+        for kind, tensor in table.tensors.items():
+            yield name, kind, tensor
