@@ -1,0 +1,162 @@
+"""Branches for tests: a small store to begin from, random pushes, and training in this process as the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embedding_service.budget import Budget
+from embedding_service.client.gradients import push_pieces, summed
+from embedding_service.client.router import Router
+from embedding_service.placement.routing import Routing
+from embedding_service.serving import RequestLimits, Server
+from embedding_service.shard.training import SERVICE, TrainingService
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.store.store import Store
+from embedding_service.training.branch import Branch, create_branch
+from embedding_service.training.log import NEVER
+from embedding_service.training.optimizers import optimizer_of
+from embedding_service.wire import embedding_pb2 as base_wire
+from embedding_service.wire import training_pb2 as wire
+
+MODEL, TABLE, ROWS, DIM = "m", "t", 4096, 16
+LR = 0.05
+
+
+def start_rows() -> Tensor:
+    """float32 [ROWS, DIM]: row r begins with its id."""
+    rows = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1))
+    rows[:, 0] = torch.arange(ROWS)
+    return rows
+
+
+def store_to_train(folder: Path, dtype: str = "fp32") -> Path:
+    """A store with version 1 of MODEL: one table in eight parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"w": start_rows()}, folder / "rows.safetensors")
+    part_bytes = ROWS * DIM * 4 // 8
+    import_checkpoint(
+        folder / "rows.safetensors", folder / "store", MODEL, dtype=dtype, part_bytes=part_bytes, generic={"w": TABLE}
+    )
+    return folder / "store"
+
+
+def numbers(kind: str) -> wire.Optimizer:
+    """An optimizer as the client says it."""
+    beta1, beta2 = (0.9, 0.999) if kind == "rowwise_adam" else (0.0, 0.0)
+    return wire.Optimizer(kind=kind, eps=0.0 if kind == "sgd" else 1e-8, beta1=beta1, beta2=beta2)
+
+
+def new_branch(store: Path, kind: str, shards: list[str], every: int = 1000, name: str = "b") -> Branch:
+    """A branch whose parts are with the shards in turn."""
+    request = wire.OpenRequest(optimizer=numbers(kind), checkpoint_every=every)
+    return create_branch(Store(store), f"{MODEL}@{name}", request, {}, shards)
+
+
+def changes(step: int, worker: int = 0, most: int = 200) -> tuple[Tensor, Tensor]:
+    """What a worker changes in a step: ascending ids [n] and gradients [n, DIM]."""
+    chance = torch.Generator().manual_seed(1000 * step + worker)
+    ids = torch.randperm(ROWS, generator=chance)[: int(torch.randint(1, most, (1,), generator=chance))].sort().values
+    return ids, torch.randn(len(ids), DIM, generator=chance)
+
+
+def pieces_of(branch: Branch, session: int, step: int, ids: Tensor, gradients: Tensor, worker: int = 0) -> list[bytes]:
+    """A push of one table."""
+    head = wire.PushPiece(branch=branch.full_name, session=session, worker=worker, step=step)
+    return push_pieces(head, {TABLE: (ids, gradients)}, LR)
+
+
+class InProcess:
+    """Training of one table in this process, by the same optimizer."""
+
+    def __init__(self, kind: str) -> None:
+        self._optimizer = optimizer_of(numbers(kind))
+        self.rows = start_rows()
+        self.state = {name: torch.zeros(each) for name, each in self._optimizer.state_shapes(ROWS, DIM).items()}
+        self.steps = 0
+
+    def step(self, *pushes: tuple[Tensor, Tensor]) -> None:
+        """One step of as many workers."""
+        self.steps += 1
+        ids, gradients = summed([each for each, _ in pushes], [each for _, each in pushes])
+        self._optimizer.step(self.rows, self.state, ids, gradients, LR, self.steps)
+
+    def until(self, step: int, workers: int = 1) -> Tensor:
+        """The rows after a step of `changes`."""
+        while self.steps < step:
+            self.step(*(changes(self.steps + 1, worker) for worker in range(workers)))
+        return self.rows
+
+
+def spread(branch: Branch, ids: Tensor, gradients: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(shard, ids, gradients) of what each shard of a branch has."""
+    [table] = branch.tables
+    for shard in branch.shards:
+        mine = torch.tensor([table.shards[id // table.rows_per_part] == shard for id in ids.tolist()], dtype=torch.bool)
+        yield shard, ids[mine], gradients[mine]
+
+
+class InThread:
+    """Servers that train branches of a store, each as a shard of its own, on one thread of this process."""
+
+    def __init__(self, store: Path, logs: Path, shards: Sequence[str], sync: float = NEVER) -> None:
+        self._store, self._logs, self._sync = Store(store), logs, sync
+        self.addresses: dict[str, str] = {}
+        self.services: dict[str, TrainingService] = {}
+        self._servers: dict[str, Server] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
+        self._thread.start()
+        for shard in shards:
+            self._do(self._start(shard))
+        self._route()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+
+    async def _start(self, shard: str) -> None:
+        limits, budget = RequestLimits(), Budget(1 << 30)
+        router = Router(["127.0.0.1:1"])
+        service = TrainingService(self._store, shard, router, limits, budget, logs=self._logs, sync=self._sync)
+        server = Server(limits, budget)
+        server.add(TrainingService.add_to, service, SERVICE)
+        front = await server.listen(self.addresses.get(shard, "127.0.0.1:0"))
+        service.address = self.addresses[shard] = front.address
+        self.services[shard], self._servers[shard] = service, server
+
+    def _route(self) -> None:
+        shards = [base_wire.ShardAddress(id=shard, address=address) for shard, address in self.addresses.items()]
+        for service in self.services.values():
+            service._router.adopt(Routing(base_wire.Routing(term=1, epoch=1, shards=shards)))
+
+    async def _stop(self, shard: str) -> None:
+        await self._servers.pop(shard).stop()
+        await self.services.pop(shard).close()
+
+    def stop(self, shard: str) -> None:
+        """It ends."""
+        self._do(self._stop(shard))
+
+    def start(self, shard: str) -> None:
+        """It starts again, at its address."""
+        self._do(self._start(shard))
+        self._route()
+
+    def logs_of(self, branch: str, shard: str) -> Path:
+        """The folder of a shard's log of a branch."""
+        return self._logs / branch / shard
+
+    def close(self) -> None:
+        """All end."""
+        for shard in list(self._servers):
+            self.stop(shard)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,335 @@
+"""Trainers against real shards: modules give gradients, shards learn, versions come of it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import DIM as NGRAM_DIM
+from support.checkpoints import HEADS, VOCAB, longcat_table
+from support.cluster import cluster
+from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows, store_to_train
+from torch import Tensor, nn
+
+from embedding_service import (
+    SGD,
+    EmbeddingClient,
+    InvalidRequest,
+    LostUpdates,
+    NotFound,
+    OutOfRange,
+    RemoteEmbedding,
+    RowwiseAdagrad,
+    RowwiseAdam,
+    SessionEnded,
+)
+from embedding_service.client.gradients import summed
+from embedding_service.formats import get_format
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.store.store import Store
+from embedding_service.training.optimizers import optimizer_of
+from model_worker.longcat import NgramRows
+
+NGRAMS = "ngram"
+
+
+@pytest.fixture(scope="module")
+def shards(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InThread]:
+    """Two shards that train branches of a store."""
+    folder = tmp_path_factory.mktemp("training")
+    for dtype in ("fp32", "int4"):
+        import_checkpoint(checkpoint, folder / "store", dtype, dtype=dtype, part_bytes=128 << 10)
+    running = InThread(folder / "store", folder / "logs", ["s0", "s1"], sync=3600)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def own(shards: InThread) -> Iterator[EmbeddingClient]:
+    """A client with sessions of its own."""
+    with EmbeddingClient(list(shards.addresses.values()), timeout=30) as client:
+        yield client
+
+
+def batch(step: int, rows: int) -> Tensor:
+    """Row ids int64 [4, 30], some of them more than once."""
+    return torch.randint(0, rows, (4, 30), generator=torch.Generator().manual_seed(step)) // (1 + step % 3)
+
+
+def loss_of(rows: Tensor, step: int) -> Tensor:
+    """Something that every row's gradient depends on."""
+    wanted = torch.randn(rows.shape, generator=torch.Generator().manual_seed(100 + step))
+    return (rows - wanted).square().mean() * 50
+
+
+class Reference:
+    """The table in this process: the same loss, the same sums, the same optimizer."""
+
+    def __init__(self, optimizer: RowwiseAdagrad | SGD | RowwiseAdam, rows: Tensor) -> None:
+        self._optimizer, self._lr = optimizer_of(optimizer.message()), optimizer.lr
+        self.rows = rows.clone()
+        shapes = self._optimizer.state_shapes(*rows.shape)
+        self._state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self.losses: list[float] = []
+
+    def step(self, number: int) -> None:
+        ids = batch(number, len(self.rows))
+        rows = self.rows[ids].requires_grad_()
+        loss = loss_of(rows, number)
+        loss.backward()
+        self.losses.append(loss.item())
+        assert rows.grad is not None
+        together, sums = summed([ids.reshape(-1)], [rows.grad.reshape(-1, rows.shape[-1])])
+        self._optimizer.step(self.rows, self._state, together, sums, self._lr, number)
+
+
+def train(client: EmbeddingClient, module: nn.Module, rows: int, numbers: range) -> list[float]:
+    session = client.session_of(module.table)  # type: ignore[arg-type]
+    assert session
+    losses = []
+    for number in numbers:
+        loss = loss_of(module(batch(number, rows)), number)
+        loss.backward()
+        assert session.step() == number
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.service
+def test_t4_t7_t8_t11_a_shard_killed_on_the_way_changes_no_bit_and_a_version_comes_of_it(tmp_path: Path) -> None:
+    store = store_to_train(tmp_path)
+    optimizer = RowwiseAdagrad(lr=LR)
+    reference = Reference(optimizer, start_rows())
+    for number in range(1, 31):
+        reference.step(number)
+    with cluster(tmp_path, store, "--expect-shards=2") as shards:
+        for name in ("s0", "s1"):
+            shards.start_shard(name)
+        shards.wait_serving()
+        with EmbeddingClient(list(shards.addresses.values()), timeout=60) as client:
+            name = f"{MODEL}@tuning"
+            with client.train(name, optimizer=optimizer, checkpoint_every=8, timeout=170) as session:
+                module = RemoteEmbedding(client, f"{name}/{TABLE}")
+                losses = train(client, module, ROWS, range(1, 13))
+                shards.processes["s1"].end(signal.SIGKILL)
+                shards.start_shard("s1")
+                losses += train(client, module, ROWS, range(13, 31))
+                assert losses == reference.losses
+                assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), reference.rows)
+                published = client.publish(name, version="2", dtype="int8", timeout=170)
+            assert published == f"{MODEL}@2"
+            got = client.lookup(f"{MODEL}/{TABLE}", torch.arange(ROWS), timeout=170)
+            stored = get_format("int8").encode(reference.rows)
+            assert torch.equal(got, get_format("int8").decode(stored, DIM))
+            # The branch goes on from where it was, in another session; and back to any step.
+            with client.train(name, at_step=27, timeout=170) as session:
+                assert (session.begun_at, session.number) == (27, 2)
+                back = Reference(optimizer, start_rows())
+                for number in range(1, 28):
+                    back.step(number)
+                assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), back.rows)
+            # Nobody trains it now: a version of the rows that differ from another version's.
+            published = client.publish(name, base="1", version="3", timeout=170)
+            got = client.lookup(f"{published}/{TABLE}", torch.arange(ROWS), timeout=170)
+            assert torch.equal(got, back.rows)
+            base = Store(store).manifest(MODEL, "3").base
+            assert base and base.version == "1"
+            differ = (back.rows != start_rows()).any(1)
+            assert 0 < Store(store).manifest(MODEL, "3").replaced_rows == int(differ.sum()) < ROWS
+
+
+def test_t1_a_later_trainer_ends_the_one_before(own: EmbeddingClient, shards: InThread) -> None:
+    table = longcat_table()
+    with own.train("fp32@fenced", optimizer=SGD(lr=0.1)) as first:
+        module = RemoteEmbedding(own, f"fp32@fenced/{NGRAMS}")
+        train(own, module, len(table), range(1, 3))
+        with (
+            EmbeddingClient(shards.addresses["s1"], timeout=30) as other,
+            other.train("fp32@fenced") as second,
+        ):
+            assert second.number > first.number and second.begun_at == 2
+            loss_of(module(batch(3, len(table))), 3).backward()
+            with pytest.raises(SessionEnded, match="began"):
+                first.step()
+            second.lr = 0.1
+            module = RemoteEmbedding(other, f"fp32@fenced/{NGRAMS}")
+            train(other, module, len(table), range(3, 5))
+            reference = Reference(SGD(lr=0.1), table)
+            for number in range(1, 5):
+                reference.step(number)
+            every = torch.arange(len(table))
+            assert torch.equal(second.lookup(NGRAMS, every), reference.rows)
+
+
+def test_t5_workers_wait_for_each_other_and_rows_are_of_their_step(own: EmbeddingClient, shards: InThread) -> None:
+    table, name = longcat_table(), "fp32@workers"
+    first = own.train(name, optimizer=RowwiseAdagrad(lr=LR), workers=2)
+    read: dict[int, list[Tensor]] = {0: [], 1: []}
+    failures: list[BaseException] = []
+    every = torch.arange(0, len(table), 7)
+
+    def work(worker: int, client: EmbeddingClient) -> None:
+        try:
+            session = first if worker == 0 else client.train(name, workers=2, worker=1, join=first.number)
+            session.lr = LR
+            for step in range(1, 6):
+                read[worker].append(session.lookup(NGRAMS, every))
+                ids = batch(10 * step + worker, len(table))
+                session.add_gradients(NGRAMS, ids, torch.full((*ids.shape, NGRAM_DIM), 1.0 + worker))
+                time.sleep(0.02 * worker)
+                session.step()
+            read[worker].append(session.lookup(NGRAMS, every))
+        except BaseException as error:
+            failures.append(error)
+
+    with EmbeddingClient(shards.addresses["s1"], timeout=30) as other:
+        threads = [threading.Thread(target=work, args=each) for each in ((0, own), (1, other))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    first.close()
+    assert not failures, failures
+    rows, state = table.clone(), {"sum": torch.zeros(len(table))}
+    optimizer = optimizer_of(RowwiseAdagrad(lr=LR).message())
+    for step in range(6):
+        assert torch.equal(read[0][step], rows[every]) and torch.equal(read[1][step], rows[every])
+        parts = [batch(10 * (step + 1) + worker, len(table)).reshape(-1) for worker in range(2)]
+        values = [torch.full((len(ids), NGRAM_DIM), 1.0 + worker) for worker, ids in enumerate(parts)]
+        sums = [summed([ids], [value]) for ids, value in zip(parts, values, strict=True)]
+        ids, total = summed([each for each, _ in sums], [each for _, each in sums])
+        optimizer.step(rows, state, ids, total, LR, step + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_travel_in_half_the_bytes(own: EmbeddingClient, dtype: torch.dtype) -> None:
+    table, name = longcat_table(), f"fp32@{str(dtype).rpartition('.')[2]}"
+    with own.train(name, optimizer=SGD(lr=0.5), dtype=dtype) as session:
+        ids = torch.tensor([3, 9, 3, 800])
+        values = torch.randn(4, NGRAM_DIM, generator=torch.Generator().manual_seed(4))
+        session.add_gradients(NGRAMS, ids, values)
+        session.step()
+        together, sums = summed([ids], [values])
+        expected = table[together] - 0.5 * sums.to(dtype).float()
+        torch.testing.assert_close(session.lookup(NGRAMS, together), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_clipped_unscaled_and_accumulated(own: EmbeddingClient) -> None:
+    table = longcat_table()
+    with own.train("fp32@clipped", optimizer=SGD(lr=1.0)) as session:
+        ids = torch.tensor([[5, 6]])
+        for _ in range(2):
+            session.add_gradients(NGRAMS, ids, torch.full((1, 2, NGRAM_DIM), 8.0))
+        assert session.unscale_(16.0)
+        norm = session.clip_grad_norm_(0.5)
+        assert norm == pytest.approx((2 * NGRAM_DIM) ** 0.5)
+        session.step()
+        moved = table[[5, 6]] - session.lookup(NGRAMS, torch.tensor([5, 6]))
+        assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
+        session.add_gradients(NGRAMS, ids, torch.full((1, 2, NGRAM_DIM), torch.inf))
+        assert not session.unscale_(16.0)
+        session.zero_grad()
+        assert session.step() == 2
+        assert torch.equal(table[[5, 6]] - session.lookup(NGRAMS, torch.tensor([5, 6])), moved)
+
+
+def test_rows_of_ngrams_learn_as_tables_in_this_process(own: EmbeddingClient) -> None:
+    optimizer = RowwiseAdagrad(lr=LR)
+    tokens = torch.randint(0, VOCAB, (5, 2, 12), generator=torch.Generator().manual_seed(6))
+    reference = Reference(optimizer, longcat_table())
+    with own.train("fp32@ngrams", optimizer=optimizer) as session:
+        module = NgramRows(own, "fp32@ngrams", NGRAM_DIM)
+        for step, some in enumerate(tokens, 1):
+            rows = module(some, None, torch.empty(0))
+            ids = module.hasher.row_ids(some)
+            ours = reference.rows[ids].flatten(-3).requires_grad_()
+            assert torch.equal(rows, ours)
+            for each in (rows, ours):
+                loss_of(each, step).backward()
+            session.step()
+            assert ours.grad is not None and ids.shape == (2, 12, 1, HEADS)
+            together, sums = summed([ids.reshape(-1)], [ours.grad.reshape(-1, NGRAM_DIM)])
+            reference._optimizer.step(reference.rows, reference._state, together, sums, LR, step)
+        every = torch.arange(len(reference.rows))
+        assert torch.equal(own.lookup(f"fp32@ngrams/{NGRAMS}", every), reference.rows)
+
+
+def test_what_cannot_be_trained_is_refused_with_the_remedy(own: EmbeddingClient) -> None:
+    adagrad = RowwiseAdagrad(lr=LR)
+    with pytest.raises(InvalidRequest, match=r"fp32@none is no branch yet, .* needs an optimizer"):
+        own.train("fp32@none")
+    with pytest.raises(InvalidRequest, match=r"int4@1 stores table ngram as int4.*dequantize=True"):
+        own.train("int4@b", optimizer=adagrad)
+    with pytest.raises(InvalidRequest, match="fp32@1 is a version"):
+        own.train("fp32@1", optimizer=adagrad)
+    with pytest.raises(NotFound, match="no model 'absent'"):
+        own.train("absent@b", optimizer=adagrad)
+    with pytest.raises(InvalidRequest, match="MODEL@BRANCH"):
+        own.train("fp32", optimizer=adagrad)
+    with pytest.raises(NotFound, match="no branch 'fp32@absent'"):
+        own.publish("fp32@absent")
+    with own.train("fp32@refusals", optimizer=adagrad) as session:
+        with pytest.raises(InvalidRequest, match=r"learns by rowwise_adagrad .* not by sgd"):
+            own.train("fp32@refusals", optimizer=SGD(lr=1.0))
+        with pytest.raises(OutOfRange, match="id 90000 at position 0"):
+            own.lookup(f"fp32@refusals/{NGRAMS}", torch.tensor([90000]))
+        with pytest.raises(NotFound, match="no table 'nothing'"):
+            session.lookup("nothing", torch.tensor([1]))
+        session.add_gradients(NGRAMS, torch.tensor([4]), torch.full((1, NGRAM_DIM), torch.nan))
+        with pytest.raises(InvalidRequest, match=r"table ngram, id 4 is not finite"):
+            session.step()
+        session.zero_grad()
+        assert session.step() == 1
+
+
+def test_t3_what_was_not_on_disk_is_sent_again(own: EmbeddingClient, shards: InThread) -> None:
+    """The machine of a shard dies, and what its kernel had not written is gone."""
+    table, name = longcat_table(), "fp32@unsynced"
+    with own.train(name, optimizer=RowwiseAdagrad(lr=LR), timeout=60) as session:
+        module = RemoteEmbedding(own, f"{name}/{NGRAMS}")
+        losses = train(own, module, len(table), range(1, 4))
+        losses += train(own, module, len(table), range(4, 7))
+        shards.stop("s1")
+        [path] = shards.logs_of(name, "s1").glob("log-*.records")
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) * 6 // 10])
+        shards.start("s1")
+        losses += train(own, module, len(table), range(7, 10))
+        reference = Reference(RowwiseAdagrad(lr=LR), table)
+        for number in range(1, 10):
+            reference.step(number)
+        assert losses == reference.losses
+        assert torch.equal(session.lookup(NGRAMS, torch.arange(len(table))), reference.rows)
+
+
+def test_t7_a_log_that_is_gone_is_told_with_parts_and_steps(own: EmbeddingClient, shards: InThread) -> None:
+    table, name = longcat_table(), "fp32@lost"
+    optimizer = RowwiseAdagrad(lr=LR)
+    reference = Reference(optimizer, table)
+    with own.train(name, optimizer=optimizer, checkpoint_every=3, timeout=60) as session:
+        module = RemoteEmbedding(own, f"{name}/{NGRAMS}")
+        train(own, module, len(table), range(1, 6))
+        for shard in session._shards:  # the client has no push of before any more
+            shard.kept.clear()
+        shards.stop("s1")
+        for path in shards.logs_of(name, "s1").iterdir():
+            path.unlink()
+        shards.start("s1")
+        with pytest.raises(LostUpdates, match=r"shard s1 of fp32@lost lost steps 4 to 5") as raised:
+            train(own, module, len(table), range(6, 7))
+        assert raised.value.steps == (4, 5)
+        assert raised.value.parts and all(part.startswith(f"{NGRAMS}/") for part in raised.value.parts)
+    with pytest.raises(LostUpdates, match="lost steps 4 to"), own.train(name, at_step=5):
+        pass
+    with own.train(name, timeout=60) as session:
+        assert session.begun_at == 3  # the other shard went back with it
+        session.lr = LR
+        train(own, module, len(table), range(4, 7))
+        for number in range(1, 7):
+            reference.step(number)
+        assert torch.equal(session.lookup(NGRAMS, torch.arange(len(table))), reference.rows)

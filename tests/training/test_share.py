@@ -1,0 +1,294 @@
+"""A shard's share of a branch: what it accepts, what its rows are, and how they come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from support.training import (
+    DIM,
+    ROWS,
+    TABLE,
+    InProcess,
+    changes,
+    new_branch,
+    pieces_of,
+    spread,
+    start_rows,
+    store_to_train,
+)
+from torch import Tensor
+
+from embedding_service.errors import InvalidRequest, OutOfRange, OutOfTurn, Redirect, SessionEnded
+from embedding_service.store.store import Store
+from embedding_service.training import checkpoints
+from embedding_service.training.branch import Branch
+from embedding_service.training.checkpoints import Snapshot
+from embedding_service.training.log import NEVER
+from embedding_service.training.share import Share
+
+KINDS = ("sgd", "rowwise_adagrad", "adagrad", "rowwise_adam")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which each test makes a branch of another name."""
+    return store_to_train(tmp_path_factory.mktemp("base"))
+
+
+class Shares:
+    """All shares of a branch, in this process."""
+
+    def __init__(self, store: Path, branch: Branch, logs: Path) -> None:
+        self.branch, self._store, self._logs = branch, Store(store), logs
+        self.open: dict[str, Share] = {}
+        for shard in branch.shards:
+            self.start(shard)
+
+    def start(self, shard: str) -> Share:
+        self.open[shard] = Share(self._store, self.branch, shard, self._logs / shard, NEVER)
+        return self.open[shard]
+
+    def crash(self, shard: str) -> Share:
+        """It goes without a word, and comes back. A thread cannot be killed, so its checkpoint is waited for."""
+        gone = self.open.pop(shard)
+        gone._wait_for_writer()
+        gone._log._lock.close()
+        return self.start(shard)
+
+    def begin(self, session: int, workers: int = 1) -> None:
+        for share in self.open.values():
+            share.begin(session, workers)
+
+    def push(self, session: int, step: int, worker: int = 0) -> None:
+        for shard, ids, gradients in spread(self.branch, *changes(step, worker)):
+            share = self.open[shard]
+            share.accept(share.read(pieces_of(self.branch, session, step, ids, gradients, worker)))
+
+    def rows(self) -> Tensor:
+        rows = torch.empty(ROWS, DIM)
+        every = torch.arange(ROWS)
+        for shard, ids, _ in spread(self.branch, every, every):
+            rows[ids] = self.open[shard].rows(TABLE, ids.numpy())[0]
+        return rows
+
+    def close(self) -> None:
+        for share in self.open.values():
+            share.close()
+
+
+class Make(Protocol):
+    """Makes the shares of a new branch."""
+
+    def __call__(self, kind: str = ..., shards: int = ..., every: int = ...) -> Shares: ...
+
+
+@pytest.fixture
+def make(base: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
+    made: list[Shares] = []
+
+    def shares(kind: str = "rowwise_adagrad", shards: int = 2, every: int = 1000) -> Shares:
+        name = f"{request.node.name.partition('[')[0][-80:]}-{kind}-{len(made)}-{shards}"
+        branch = new_branch(base, kind, [f"s{number}" for number in range(shards)], every, name)
+        made.append(Shares(base, branch, tmp_path / str(len(made))))
+        return made[-1]
+
+    yield shares
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t4_rows_are_those_of_training_in_process_on_any_number_of_shards(make: Make, kind: str) -> None:
+    reference = InProcess(kind).until(12)
+    for shards in (1, 3):
+        shares = make(kind, shards)
+        shares.begin(1)
+        assert torch.equal(shares.rows(), start_rows())
+        for step in range(1, 13):
+            shares.push(1, step)
+        assert torch.equal(shares.rows(), reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t4_one_row_alone_has_the_bits_that_it_has_in_company(kind: str) -> None:
+    together, alone = InProcess(kind), InProcess(kind)
+    ids, gradients = changes(1)
+    together.step((ids, gradients))
+    for row in range(len(ids)):
+        alone.steps = 0
+        alone.step((ids[row : row + 1], gradients[row : row + 1]))
+    assert torch.equal(together.rows, alone.rows)
+
+
+def test_t1_a_push_counts_once_and_one_out_of_turn_not_at_all(make: Make) -> None:
+    shares = make(shards=1)
+    shares.begin(7)
+    [share] = shares.open.values()
+    first, second = (share.read(pieces_of(shares.branch, 7, step, *changes(step))) for step in (1, 2))
+    with pytest.raises(OutOfTurn, match=r"step 2 .* step 1 is expected"):
+        share.accept(second)
+    for push in (first, first, second, first, second):
+        share.accept(push)
+    assert share.applied == 2
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
+    share.begin(8, 1)
+    with pytest.raises(SessionEnded, match=r"session 7 .* session 8 began"):
+        share.accept(share.read(pieces_of(shares.branch, 7, 3, *changes(3))))
+    with pytest.raises(SessionEnded):
+        share.begin(7, 1)
+    assert share.applied == 2
+
+
+def test_t1_a_step_waits_for_all_workers_and_adds_in_their_order(make: Make) -> None:
+    shares = make(shards=2)
+    shares.begin(1, workers=3)
+    for step in range(1, 5):
+        for worker in (2, 0, 1) if step % 2 else (1, 2, 0):
+            assert all(share.applied == step - 1 for share in shares.open.values())
+            shares.push(1, step, worker)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(4, workers=3))
+
+
+def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], str]]:
+    ids, gradients = torch.tensor([1, 5, 9]), torch.ones(3, DIM)
+    other = gradients.clone()
+    other[1, 3] = torch.nan
+    good = pieces_of(branch, 1, 1, ids, gradients)
+
+    def of(ids: list[int], gradients: Tensor = gradients, step: int = 1) -> list[bytes]:
+        return pieces_of(branch, 1, step, torch.tensor(ids), gradients)
+
+    changed = bytearray(good[0])
+    changed[-60] ^= 1
+    return {
+        "an id past the end": (of([1, 5, ROWS]), OutOfRange, f"id {ROWS} at position 2"),
+        "a negative id": (of([-1, 5, 9]), OutOfRange, "id -1 at position 0"),
+        "an id twice": (of([1, 5, 5]), InvalidRequest, "ids of table t must ascend"),
+        "ids that descend": (of([9, 5, 1]), InvalidRequest, "5 comes after 9"),
+        "an id of another shard": (of([1, 5, ROWS // 8]), Redirect, f"id {ROWS // 8} of table t is of part 1"),
+        "a gradient that is no number": (of([1, 5, 9], other), InvalidRequest, "table t, id 5 is not finite"),
+        "an infinite one": (of([1, 5, 9], gradients / 0), InvalidRequest, "id 1 is not finite"),
+        "too few gradients": (of([1, 5, 9], gradients[:2]), InvalidRequest, "3 ids take"),
+        "rows too wide": (of([1, 5, 9], torch.ones(3, DIM + 1)), InvalidRequest, "3 ids take"),
+        "a bit that changed": ([bytes(changed)], InvalidRequest, "crc of the push"),
+        "no last piece": ([], InvalidRequest, "no last piece"),
+        "step 0": (of([1, 5, 9], step=0), InvalidRequest, "step must be 1 or more"),
+        "garbage": ([b"\xff\xff"], InvalidRequest, "malformed"),
+    }
+
+
+def test_t2_everything_about_a_push_is_checked_before_anything_is_done(make: Make) -> None:
+    shares = make(shards=2)
+    shares.begin(1)
+    share = shares.open["s0"]
+    for name, (pieces, error, said) in bad_pushes(shares.branch).items():
+        with pytest.raises(error, match=said):
+            share.accept(share.read(pieces))
+            pytest.fail(name)
+    assert share.applied == 0 and torch.equal(shares.rows(), start_rows())
+    shares.push(1, 1)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(1))
+    for shard in shares.branch.shards:  # nor is any of it in the log
+        shares.crash(shard)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(1))
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_t7_a_share_that_dies_at_any_step_comes_back_with_the_same_bits(make: Make, kind: str) -> None:
+    shares, reference = make(kind, 2, every=4), InProcess(kind)
+    shares.begin(1, workers=2)
+    for step in range(1, 11):
+        shares.push(1, step, 1)
+        share = shares.crash("s0")
+        assert (share.applied, share.accepted) == (step - 1, [step - 1, step])
+        shares.push(1, step, 0)
+        assert shares.crash("s1").applied == step
+        assert torch.equal(shares.rows(), reference.until(step, workers=2))
+
+
+def test_t7_recovery_stops_at_the_first_record_that_is_not_whole(make: Make, tmp_path: Path) -> None:
+    shares = make(shards=1)
+    shares.begin(1)
+    for step in (1, 2, 3):
+        shares.push(1, step)
+    [path] = tmp_path.glob("0/s0/log-*.records")
+    shares.open.pop("s0").close()
+    data = path.read_bytes()
+    for size in (len(data) - 1, len(data) - 40):
+        path.write_bytes(data[:size])
+        share = shares.start("s0")
+        assert share.applied == 2 and torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
+        shares.push(1, 3)  # the client still has it
+        assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
+        shares.open.pop("s0").close()
+    broken = bytearray(data)
+    broken[len(data) // 2] ^= 4  # in the second push
+    path.write_bytes(broken)
+    assert shares.start("s0").applied == 1
+
+
+def test_t7_a_log_that_is_gone_makes_another_timeline(make: Make, tmp_path: Path) -> None:
+    shares = make(shards=1, every=2)
+    shares.begin(1)
+    for step in (1, 2, 3):
+        shares.push(1, step)
+    [share] = shares.open.values()
+    share.close()
+    assert share.timeline == 0
+    for path in tmp_path.glob("0/s0/*"):
+        path.unlink()
+    share = shares.start("s0")
+    assert (share.timeline, share.applied) == (1, 2)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
+    assert shares.crash("s0").timeline == 1
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_t8_a_branch_goes_back_to_any_step(make: Make, kind: str) -> None:
+    shares, references = make(kind, 2, every=3), [start_rows()]
+    one = InProcess(kind)
+    for step in range(1, 12):
+        references.append(one.until(step).clone())
+    shares.begin(1)
+    for step in range(1, 12):
+        shares.push(1, step)
+    for session, step in enumerate((11, 10, 7, 6), 2):
+        shares.begin(session)
+        for share in shares.open.values():
+            share.rewind(step)
+        assert torch.equal(shares.rows(), references[step])
+        assert torch.equal(shares.rows(), references[step]) and shares.crash("s0").applied == step
+    for step in range(7, 12):  # the same steps again, from there
+        shares.push(5, step)
+    assert torch.equal(shares.rows(), references[11])
+    with pytest.raises(InvalidRequest, match="is at step 11 and cannot begin at step 12"):
+        shares.open["s0"].rewind(12)
+
+
+def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make) -> None:
+    shares = make("adagrad", 1)
+    shares.begin(1)
+    for step in range(1, 4):
+        shares.push(1, step)
+    [share] = shares.open.values()
+    expected = {name: tensor.clone() for name, tensor in share.tables[TABLE].tensors.items()}
+    snapshot = share._snapshot = Snapshot(share.tables)
+    step, got = 4, {}
+    for (_, name), item in snapshot.items.items():
+        chunks = []
+        while item.rows_left:
+            chunks.append(item.copy_next(700))
+            shares.push(1, step)  # between any two chunks
+            step += 1
+        got[name] = torch.cat(chunks)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert torch.equal(shares.rows(), InProcess("adagrad").until(step - 1))
+    share._snapshot = None
+    share.want_checkpoint(step - 1)
+    share._wait_for_writer()
+    assert checkpoints.whole_steps(share.folder, shares.branch) == [step - 1]
