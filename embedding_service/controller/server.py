@@ -14,6 +14,7 @@ from typing import NoReturn
 import grpc
 from prometheus_client.core import Metric
 
+from embedding_service.controller.claims import Claims, ShardClaims
 from embedding_service.controller.events import (
     Dismiss,
     End,
@@ -157,6 +158,9 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._routing: Routing | None = None
         self._signer = Signer(options.security.certificate, options.security.key) if options.security else None
         self._signature = ""
+        self._claims = None
+        if options.security:
+            self._claims = Claims(Store(options.store), options.security.access, lambda: self.state.found)
         self._ending = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -177,9 +181,14 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 await abort(context, error)
         stream = _Stream()
         self._streams.add(stream)
-        self._handle(Joined(stream, first))
-        listening = asyncio.create_task(self._listen(stream, reports))
+        tasks = []
+        claims = self._claims.of(first) if self._claims else None
         try:
+            if claims:
+                tasks.append(asyncio.create_task(claims.run(lambda report: self._handle(Reported(stream, report)))))
+                first = await claims.begin(first)
+            self._handle(Joined(stream, first))
+            tasks.append(asyncio.create_task(self._listen(stream, reports, claims)))
             while not stream.is_over and not self._ending:
                 message = self.state.message(stream)
                 if message is not None:
@@ -193,14 +202,16 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         finally:
             self._handle(Left(stream))
             self._streams.discard(stream)
-            await cancel([listening])
+            await cancel(tasks)
 
-    async def _listen(self, stream: _Stream, reports: AsyncIterator[control.ShardReport]) -> None:
+    async def _listen(
+        self, stream: _Stream, reports: AsyncIterator[control.ShardReport], claims: ShardClaims | None
+    ) -> None:
         try:
             async for report in reports:
                 if self._signer:
                     self._check_term(report)
-                self._handle(Reported(stream, report))
+                self._handle(Reported(stream, claims.hear(report) if claims else report))
         except InvalidRequest as error:
             stream.end(error)
         finally:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.formats import get_format
+from embedding_service.late import late
 from embedding_service.store.manifest import Manifest, Part, Table
 from embedding_service.store.overlays import Ids, Replaced, read_overlay
-from embedding_service.store.parts import part_layout
+from embedding_service.store.parts import part_layout, verify
 from embedding_service.store.store import Store
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 # Bytes of rows, decoded, that are compared at a time.
 _CHUNK_BYTES = 4 << 20
@@ -54,6 +59,29 @@ def part_rows(store: Store, manifest: Manifest, table: Table, part: Part) -> Ite
     """
     with fetched(store, lambda cache: store.fetch_part(manifest, part, cache)) as path:
         yield np.memmap(path, np.uint8, "r", part_layout(path).offset, (part.rows, table.row_bytes))
+
+
+def some_rows(store: Store, manifest: Manifest, table: Table, part: Part, places: Sequence[int]) -> Replaced:
+    """Rows of a version at ascending places of a part. Of a remote store nothing else is read, but for overlays.
+
+    Raises StoreError if the file is too short, and what the filesystem raises.
+    """
+    location, size = store.location(*manifest.root, part.file), table.row_bytes
+    first = store.filesystem.size(location) - part.bytes  # the rows are the end of the file
+    found = [store.filesystem.cat_file(location, first + at * size, first + (at + 1) * size) for at in places]
+    if first < 0 or any(len(row) != size for row in found):
+        raise StoreError(f"{location} is too short for {part.rows:,} rows")
+    rows = np.frombuffer(b"".join(found), np.uint8).reshape(len(places), size)
+    ids = part.first_row + np.array(places, np.int64)
+    replaced = replaced_rows(store, manifest, table, part)
+    hit = np.isin(replaced.ids, ids, assume_unique=True)
+    return Replaced(replaced.ids[hit], replaced.rows[hit]).over(Replaced(ids, rows))
+
+
+def check_part(store: Store, manifest: Manifest, part: Part) -> None:
+    """Read a whole part's file. Raises CorruptPart unless it is what the manifest says."""
+    with fetched(store, lambda cache: store.fetch_part(manifest, part, cache)) as path:
+        verify(path, part)
 
 
 @dataclass

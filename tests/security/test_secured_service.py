@@ -20,6 +20,7 @@ from support.security import write_policy
 from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unauthenticated, Unavailable
 from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
+from embedding_service.controller.claims import NOT_THE_STORES
 from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
 from embedding_service.near.reader import NearReader, Place
 from embedding_service.security import proofs
@@ -29,6 +30,7 @@ from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
@@ -401,6 +403,92 @@ def test_n5_near_rows_are_those_of_models_that_one_may_read(secured: Secured) ->
 def test_a_client_of_plain_text_hears_that_nobody_answers(secured: Secured) -> None:
     with EmbeddingClient(secured.members.address, tls=False, timeout=1) as client, pytest.raises(Unavailable):
         client.lookup(TABLE, torch.arange(3))
+
+
+class _Forged(EmbeddingServiceServicer):
+    """A member that claims to hold what it does not have: each of its rows is zeros."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self.asked = 0
+        self._row_bytes = row_bytes
+
+    def Lookup(self, request: wire.LookupRequest, context: Any) -> wire.LookupResponse:
+        self.asked += 1
+        return wire.LookupResponse(rows=bytes(self._row_bytes * len(request.ids)))
+
+
+def test_s6_a_member_that_claims_all_parts_is_asked_for_none(secured: Secured) -> None:
+    table, files = longcat_table(), secured.certificate("shard/shard-9")
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(TABLE, torch.arange(3))
+        placements = list(client._router.current.message.models)  # type: ignore[union-attr]
+    server, over = grpc.server(ThreadPoolExecutor(4)), threading.Event()
+    certificate, key = _pair(files)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+    forged = _Forged(table.shape[1] * 4)
+    add_EmbeddingServiceServicer_to_server(forged, server)
+    server.start()
+    about = {"shard_id": "shard-9", "address": f"127.0.0.1:{port}", "device": "cpu", "tier": "ram", "incarnation": 9}
+    parts = [
+        control.PartRef(model=each.model.name, version=each.model.version, table=info.name, part=part)
+        for each in placements
+        for info, owners in zip(each.model.tables, each.tables, strict=True)
+        for part in range(len(owners.parts))
+    ]
+
+    def reports() -> Iterator[control.ShardReport]:
+        yield control.ShardReport(**about, memory_limit=64 << 20, has_parts=True, parts=parts)  # type: ignore[arg-type]
+        number = 0
+        while not over.wait(0.2):
+            number += 1
+            yield control.ShardReport(**about, memory_limit=64 << 20, obeyed=number)  # type: ignore[arg-type]
+
+    def is_named() -> bool:
+        said = [problem.message for problem in secured.members.status().problems]
+        return any("shard-9" in message and NOT_THE_STORES in message for message in said)
+
+    try:
+        with (
+            grpc.secure_channel(secured.members.control, files.credentials()) as channel,
+            EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=60) as client,
+        ):
+            assignments = ControlServiceStub(channel).Register(reports())
+            assert next(assignments).term
+            until(is_named, "the shard whose rows are not the store's")
+            for _ in range(20):
+                assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
+                client._router._looks_at = 0.0
+            named = {shard.address for shard in client._router.current.message.shards}  # type: ignore[union-attr]
+            assert forged.asked and about["address"] in named
+            owners = [
+                part.shards
+                for model in client._router.current.message.models  # type: ignore[union-attr]
+                for placed in model.tables
+                for part in placed.parts
+            ]
+            ninth = [shard.id for shard in client._router.current.message.shards].index("shard-9")  # type: ignore[union-attr]
+            assert owners and not any(ninth in shards for shards in owners)
+    finally:
+        over.set()
+        server.stop(None).wait()
+
+
+def test_s6_a_controller_that_starts_again_believes_what_was_signed(secured: Secured) -> None:
+    table, ids = longcat_table(), torch.arange(0, 3000, 7)
+    before = secured.members.status().term
+    with EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=60) as client:
+        secured.members.restart_controller()
+
+        def is_new() -> bool:
+            assert torch.equal(client.lookup(TABLE, ids), table[ids])
+            try:
+                status = secured.members.status()
+            except Unavailable:
+                return False
+            return status.term > before and all(model.serving for model in status.models) and len(status.models) > 0
+
+        until(is_new, "the routing of the controller that started again")
+        assert torch.equal(client.lookup(TABLE, ids), table[ids])
 
 
 def _pair(access: Access) -> tuple[bytes, bytes]:

@@ -262,6 +262,11 @@ class Members:
         with (self._folder / "waiting.log").open("w") as said:
             wait_until_serving(self._controller, self._check, len(self._commands) - 1, Console(file=said), self.access)
 
+    def restart_controller(self) -> None:
+        """End the controller and start it again. Does not wait for it."""
+        self._processes.pop().end()
+        self._processes.append(Process(self._folder / "controller.log", *self._commands["controller"]))
+
     def end(self) -> None:
         """End them."""
         for process in self._processes:
