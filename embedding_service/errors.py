@@ -14,6 +14,7 @@
             Unavailable         no owner of the rows can be reached
             DeadlineExceeded    the answer did not come in time
             Overloaded          the service has no memory for the request at the moment
+                QuotaExceeded   its sender has used up what the policy gives it
             Redirect            the rows are held elsewhere now
             OutOfTurn           a push of a step that is not the next one
             LostUpdates         updates of a branch that were accepted are gone
@@ -93,6 +94,14 @@ class DeadlineExceeded(ServiceError, TimeoutError):
 
 class Overloaded(ServiceError):
     """The service has no memory for the request at the moment. The message says how much (gRPC RESOURCE_EXHAUSTED)."""
+
+
+class QuotaExceeded(Overloaded):
+    """Its sender has used up what the policy gives it. `seconds`: after which it may ask again."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Redirect(ServiceError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 
 from embedding_service import errors
@@ -26,6 +28,21 @@ _ERRORS = {code: error for error, code in _CODES.items()}
 def code_of(error: errors.EmbeddingServiceError) -> grpc.StatusCode:
     """The status a server ends a call with for this error."""
     return next((code for kind, code in _CODES.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+# Milliseconds to wait before a call is made again. gRPC's own retries know it too.
+PUSHBACK = "grpc-retry-pushback-ms"
+
+
+def pushback_ms(error: errors.EmbeddingServiceError) -> int:
+    """Milliseconds after which the request may be sent again. 0: nobody knows."""
+    return math.ceil(1000 * error.seconds) if isinstance(error, errors.QuotaExceeded) else 0
+
+
+def trailing_of(error: errors.EmbeddingServiceError) -> tuple[tuple[str, str], ...]:
+    """The metadata that a server ends a call with for this error."""
+    milliseconds = pushback_ms(error)
+    return ((PUSHBACK, str(milliseconds)),) if milliseconds else ()
 
 
 def error_of(code: grpc.StatusCode, message: str) -> errors.EmbeddingServiceError:

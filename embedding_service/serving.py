@@ -22,7 +22,7 @@ from embedding_service.errors import EmbeddingServiceError, RequestTooLarge, Una
 from embedding_service.floods import FloodGuard
 from embedding_service.foreign import LineFormatter
 from embedding_service.front import Front, Kind, Options, open_front
-from embedding_service.grpc_codes import code_of
+from embedding_service.grpc_codes import code_of, trailing_of
 from embedding_service.health import Health
 from embedding_service.machine import allow_many_files, complete_address, join_address, split_address
 from embedding_service.methods import MEMBERS, RIGHTS, Context, Method, Places
@@ -237,7 +237,7 @@ class RoutingService:
 
 async def abort(context: Context, error: EmbeddingServiceError) -> NoReturn:
     """End a call with this error's status."""
-    await context.abort(code_of(error), str(error))
+    await context.abort(code_of(error), str(error), trailing_of(error))
     raise AssertionError("unreachable: abort raises")
 
 

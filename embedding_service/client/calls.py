@@ -30,10 +30,11 @@ class Call(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """How a call without an answer ended."""
+    """How a call without an answer ended. `pushback`: seconds after which it may be made again, if the shard says."""
 
     code: grpc.StatusCode
     message: str
+    pushback: float = 0.0
 
 
 def undecodable(error: DecodeError) -> Failure:

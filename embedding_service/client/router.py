@@ -228,12 +228,13 @@ class Router:
             missing = still_missing([failed.leg for failed in failures], this.nowhere)
             late = max((failed.late for failed in failures), default=0.0)
             given_up += late > 0
+            pushback = max((failed.failure.pushback for failed in failures), default=0.0)
             if late and all(failed.late for failed in failures) and not this.nowhere:
                 if given_up > 1:
                     yield self._look(routing)
                 pause = 0.0  # the others are asked at once
             else:
-                pause = self._pause(attempt)
+                pause = max(self._pause(attempt), pushback)
                 attempt += 1
                 # Another lookup may have learned a newer one by now. Nobody knows more than that.
                 if self._clock() + pause < deadline and self._routing is routing:
@@ -243,7 +244,7 @@ class Router:
             before, routing = routing, self._routing or routing
             if routing.age < before.age:
                 return False
-            if pause and routing is before:
+            if pause and (routing is before or pushback):
                 yield Pause(pause)
             model = routing.model(model.full_name)
 

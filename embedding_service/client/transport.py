@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from embedding_service.client.channels import open_channel
 from embedding_service.client.coalescing import Coalescer
 from embedding_service.client.trips import Pool, Trips, Watchdog
 from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.grpc_codes import PUSHBACK
 from embedding_service.security.access import Access
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lookup_codec import EncodedLookup, read
@@ -255,9 +256,15 @@ def _let_malloc_keep_answers() -> None:
     bytes(_LARGEST_LEARNT)
 
 
+def _pushback(trailing: Iterable[tuple[str, str | bytes]]) -> float:
+    """Seconds after which the shard lets a call be made again. 0 where it does not say."""
+    said = dict(trailing).get(PUSHBACK, "0")
+    return int(said) / 1000 if isinstance(said, str) and said.isdecimal() else 0.0
+
+
 def _outcome(rpc: Any, call: Call, access: Access | None) -> Any:
     if rpc.code() is not grpc.StatusCode.OK:
-        return Failure(rpc.code(), rpc.details() or "")
+        return Failure(rpc.code(), rpc.details() or "", _pushback(rpc.trailing_metadata() or ()))
     try:
         if call.shape is not None:
             return read(rpc.result(), call.shape)

@@ -270,7 +270,8 @@ def _outcomes(trips: Sequence[_Trip], answers: Sequence[Any]) -> list[Any]:
             except DecodeError as error:
                 outcome = undecodable(error)
         if isinstance(outcome, wire.LookupFailure):
-            outcome = Failure(_CODES.get(outcome.code, grpc.StatusCode.UNKNOWN), outcome.message)
+            code = _CODES.get(outcome.code, grpc.StatusCode.UNKNOWN)
+            outcome = Failure(code, outcome.message, outcome.retry_after_ms / 1000)
         outcomes.append(outcome)
     return outcomes
 

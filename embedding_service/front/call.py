@@ -27,6 +27,7 @@ from embedding_service.front.base import (
 from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Aborted, Context, Method
 from embedding_service.security.identity import Caller
+from embedding_service.security.quotas import Quota
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Call:
         self._peer = peer
         self._method = method
         self.caller: Caller | None = None
+        self.quota: Quota | None = None
         self._unread = 0
         self._open = 2  # the client's side, and ours
         self._lock = threading.Lock()
@@ -132,11 +134,11 @@ class Call:
                 self._ended = True
                 self._rpc.end(code, details, trailing, message, self._on_ended)
 
-    def refuse(self, code: grpc.StatusCode, details: str) -> None:
+    def refuse(self, code: grpc.StatusCode, details: str, trailing: Iterable[tuple[str, str]] = ()) -> None:
         """End a call that no handler has seen, or whose message none could."""
         if not self.over:
             self._front.options.refused()
-            self.end(code, details)
+            self.end(code, details, trailing)
 
     # Memory
 
@@ -249,6 +251,8 @@ class Call:
             self._front.calls.discard(self)
             if self._method.places:
                 self._method.places.leave(host_of(self._peer))
+            if self.quota:
+                self.quota.leave()
 
 
 def settle(future: asyncio.Future[Any], result: Any) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from embedding_service.budget import COUNTED_BYTES
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, QuotaExceeded
 from embedding_service.floods import CALL_BYTES
 from embedding_service.front.base import CALLER, ENDS, MOST_FIELDS, PEER, SHOWN_BYTES, STREAM_WINDOW, Front, Rpc
 from embedding_service.front.call import Call, Malformed, host_of, settle
-from embedding_service.grpc_codes import code_of
+from embedding_service.grpc_codes import code_of, trailing_of
 from embedding_service.methods import Aborted, Context, Method
 from embedding_service.security.guard import HEADER
 from embedding_service.security.identity import Caller
@@ -44,12 +44,17 @@ def _call_of(front: Front, rpc: Rpc) -> Call:
     if front.security:
         try:
             caller = _caller(front, rpc, method)
+            if caller and caller.quota:
+                caller.quota.enter()
         except EmbeddingServiceError as error:
-            return _Refused(front, rpc, peer, Method(), code_of(error), str(error))
+            return _Refused(front, rpc, peer, Method(), code_of(error), str(error), trailing_of(error))
     if method.places and (full := method.places.take(host_of(peer))):
+        if caller and caller.quota:
+            caller.quota.leave()
         return _Refused(front, rpc, peer, Method(), grpc.StatusCode.RESOURCE_EXHAUSTED, full)
     call = _kind(method)(front, rpc, peer, method)
     call.caller = caller
+    call.quota = caller.quota if caller else None
     return call
 
 
@@ -86,9 +91,18 @@ class _Refused(Call):
 
     refused = True
 
-    def __init__(self, front: Front, rpc: Rpc, peer: str, method: Method, code: grpc.StatusCode, details: str) -> None:
+    def __init__(
+        self,
+        front: Front,
+        rpc: Rpc,
+        peer: str,
+        method: Method,
+        code: grpc.StatusCode,
+        details: str,
+        trailing: Iterable[tuple[str, str]] = (),
+    ) -> None:
         super().__init__(front, rpc, peer, method)
-        self._status = code, details
+        self._status = code, details, trailing
 
     def begin(self) -> None:
         self._rpc.await_close(self._on_close)
@@ -102,7 +116,11 @@ class _Unary(Call):
     _admitted = 0
 
     def on_message(self, message: bytes) -> None:
-        answer = self.at_once(message)
+        try:
+            answer = self.at_once(message)
+        except QuotaExceeded as error:
+            self.refuse(code_of(error), str(error), trailing_of(error))
+            return
         if answer is None:
             admitted = self.admit(message)
             if admitted is not None:

@@ -14,7 +14,8 @@ from embedding_service.security.access import NEAR
 from embedding_service.security.certificates import names_in
 from embedding_service.security.files import Reloaded, read
 from embedding_service.security.identity import Caller, Credential
-from embedding_service.security.policy import Policy, read_policy
+from embedding_service.security.policy import Identity, Policy, read_policy
+from embedding_service.security.quotas import Quota
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Guard:
         self._complain = complain
         self._known: dict[bytes, Credential] = {}
         self._callers: dict[Credential, Caller] = {}
+        self._quotas: dict[str, Quota] = {}
         self._listeners: list[Callable[[], object]] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -96,6 +98,9 @@ class Guard:
                 self._complain(error)
         if self._issuer.look() | self._authorities.look() | self._own.look() | changed:
             self._known, self._callers = {}, {}
+            for name, identity in self._policy.now.identities.items():
+                if name in self._quotas:
+                    self._quotas[name].limit(identity)
             log.info("the policy was read again")
 
     def caller(self, bearer: str | None, certificate: bytes | None = None, passed_on: str | None = None) -> Caller:
@@ -154,9 +159,15 @@ class Guard:
             name = credential.found_in(policy)
             if name is None:
                 raise Unauthenticated("the policy knows nobody with this token or certificate")
-            caller = Caller(name, policy.identities[name], credential)
+            caller = Caller(name, policy.identities[name], credential, self._quota(name, policy.identities[name]))
             if len(callers) < MOST_KNOWN:
                 callers[credential] = caller
         if caller.expired:
             raise Unauthenticated("the token has expired: send a newer one")
         return caller
+
+    def _quota(self, name: str, identity: Identity) -> Quota | None:
+        """One for all that an identity shows. It stays when the policy changes."""
+        if name in self._quotas or identity.is_limited:
+            return self._quotas.setdefault(name, Quota(name, identity))
+        return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from embedding_service.errors import PermissionDenied
 from embedding_service.security.policy import MODEL_RIGHTS, Identity, Policy
+from embedding_service.security.quotas import Quota
 
 # Models of which a caller's right is remembered.
 _REMEMBERED = 1024
@@ -49,11 +50,13 @@ class Caller:
         name: In the policy.
         rights: What the policy gives it.
         credential: What it showed.
+        quota: What it may take. None: any amount.
     """
 
     name: str
     rights: Identity
     credential: Credential
+    quota: Quota | None = None
     _reads: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -77,6 +80,11 @@ class Caller:
             asked = " or ".join(f"{right} of a model" if right in MODEL_RIGHTS else right for right in rights)
             missing = f"the policy does not give it {asked}" if rights else "nobody has"
             raise PermissionDenied(f"{self.name} has no right to {what}: {missing}")
+
+    def spend(self, rows: int, nbytes: int) -> None:
+        """It is about to be answered rows. Raises QuotaExceeded."""
+        if self.quota:
+            self.quota.spend(rows, nbytes)
 
     @property
     def expired(self) -> bool:

@@ -4,6 +4,7 @@
 subjects = ["system:serviceaccount:models:worker"]      # whose they are: certificates, tokens, subjects
 read = ["longcat*", "qwen@2"]                           # models: read, publish, train
 rights = ["metrics"]                                    # of the service: member, admin, metrics
+calls = 64                                              # quotas of each process: also rows_per_second, bytes_per_second
 
 [jwt]
 jwks = "jwks.json"
@@ -22,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints, ValidationError
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.foreign import one_line, printable
@@ -47,6 +48,8 @@ class Identity(BaseModel):
         subjects: Patterns of the claim `sub` of JSON web tokens.
         rights: Of the service.
         read, publish, train: Patterns of models. One without "@" is for all versions.
+        calls: The most that may be open at a time, in each process. None: any number.
+        rows_per_second, bytes_per_second: The most that lookups may take, in each process. None: any number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +61,14 @@ class Identity(BaseModel):
     read: tuple[Pattern, ...] = ()
     publish: tuple[Pattern, ...] = ()
     train: tuple[Pattern, ...] = ()
+    calls: PositiveInt | None = None
+    rows_per_second: PositiveInt | None = None
+    bytes_per_second: PositiveInt | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has a quota."""
+        return not self.calls == self.rows_per_second == self.bytes_per_second == None  # noqa: E711
 
     def has(self, right: str) -> bool:
         """Whether it has a right of the service, or a right for some model."""

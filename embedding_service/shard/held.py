@@ -14,8 +14,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from prometheus_client.core import HistogramMetricFamily
 
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Redirect
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, QuotaExceeded, Redirect
 from embedding_service.formats import get_format
+from embedding_service.grpc_codes import code_of, pushback_ms
 from embedding_service.methods import Method, Places
 from embedding_service.placement.routing import Model, Table, check_ids
 from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
@@ -120,10 +121,12 @@ class HeldRows:
     def answer(self, message: bytes, room: int, caller: Caller | None = None) -> bytes | None:
         """The serialized answer to a serialized `LookupRequest` whose rows are here and take at most `room` bytes.
 
-        None for all others, wrong ones too. May be called from any thread.
+        None for all others, wrong ones too. May be called from any thread. Raises QuotaExceeded.
         """
         try:
             return self._at_once(read_lookup(message), room, allocate, caller)
+        except QuotaExceeded:
+            raise
         except (EmbeddingServiceError, DecodeError):
             return None
 
@@ -132,6 +135,8 @@ class HeldRows:
         try:
             request_id, lookup = read_streamed_lookup(message)
             return self._at_once(lookup, room, partial(allocate_streamed, request_id=request_id), caller)
+        except QuotaExceeded as error:
+            return wire.StreamLookupResponse(request_id=request_id, error=failure_of(error)).SerializeToString()
         except (EmbeddingServiceError, DecodeError):
             return None
 
@@ -146,6 +151,8 @@ class HeldRows:
         lookup = self._read(asked, caller)
         if lookup.held is None or lookup.shape.nbytes > room or not lookup.held.at_hand(lookup.ids):
             return None
+        if caller:
+            caller.spend(lookup.shape.count, lookup.shape.nbytes)
         message, rows = allocate(lookup.shape)
         lookup.held.gather(lookup.ids, lookup.encoding, rows)
         self._count(lookup.shape, began)
@@ -200,6 +207,12 @@ class HeldRows:
     def _count_error(self) -> None:
         with self._counting:
             self.counters.errors += 1
+
+
+def failure_of(error: EmbeddingServiceError) -> wire.LookupFailure:
+    """An error as an answer on a stream."""
+    code = code_of(error).value[0]
+    return wire.LookupFailure(code=code, message=str(error), retry_after_ms=pushback_ms(error))
 
 
 def encoding_of(encoding: int) -> str:

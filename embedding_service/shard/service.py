@@ -21,7 +21,6 @@ from embedding_service.client.transport import GrpcTransport
 from embedding_service.client.wants import StoredRows, Want
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, Redirect
 from embedding_service.front import UNREAD_BYTES
-from embedding_service.grpc_codes import code_of
 from embedding_service.methods import Context, Method
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import Model, Routing, check_ids
@@ -35,6 +34,7 @@ from embedding_service.shard.held import (
     CheckedLookup,
     HeldRows,
     encoding_of,
+    failure_of,
     row_bytes_of,
 )
 from embedding_service.shard.holdings import Holdings
@@ -166,7 +166,7 @@ class LookupService(HeldRows, RoutingService):
             failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=MOVED, term=term, epoch=epoch)
         except EmbeddingServiceError as error:
             self._count_error()
-            failure = wire.LookupFailure(code=code_of(error).value[0], message=str(error))
+            failure = failure_of(error)
         else:
             self._count(lookup.shape, began)
             return message
@@ -187,10 +187,12 @@ class LookupService(HeldRows, RoutingService):
         return answer
 
     async def _check(self, request: LookupAsked, caller: Caller | None) -> CheckedLookup:
-        """`_read`, on a thread if that takes long."""
-        if request.ids.is_long:
-            return await asyncio.to_thread(self._read, request, caller)
-        return self._read(request, caller)
+        """`_read`, on a thread if that takes long. Raises QuotaExceeded, too."""
+        long = request.ids.is_long
+        lookup = await asyncio.to_thread(self._read, request, caller) if long else self._read(request, caller)
+        if caller:
+            caller.spend(lookup.shape.count, lookup.shape.nbytes)
+        return lookup
 
     async def _fill(self, rows: Bytes, lookup: CheckedLookup, deadline: float) -> None:
         """Write the rows, uint8 [n, row_bytes]. Raises Redirect for a sender that routed them here in vain."""
@@ -247,6 +249,8 @@ class LookupService(HeldRows, RoutingService):
         self._limits.check_response(len(asked.token_ids) * hasher.num_tables * hasher.num_heads, row_bytes)
         lengths = _length("token_ids", asked.token_ids, batch), _length("context", asked.context, batch)
         shape = (batch, lengths[0], hasher.num_tables, hasher.num_heads)
+        if caller:
+            caller.spend(math.prod(shape), math.prod(shape) * row_bytes)
         await room(math.prod(shape) * row_bytes, math.prod(shape) + len(asked.token_ids) + len(asked.context))
         rows = np.empty((*shape, row_bytes), np.uint8)
         if len(asked.token_ids):  # without tokens nothing is made, for any batch

@@ -73,16 +73,18 @@ class StreamLookupResponse(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., rows: _Optional[_Union[LookupResponse, _Mapping]] = ..., error: _Optional[_Union[LookupFailure, _Mapping]] = ...) -> None: ...
 
 class LookupFailure(_message.Message):
-    __slots__ = ("code", "message", "term", "epoch")
+    __slots__ = ("code", "message", "term", "epoch", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
     term: int
     epoch: int
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class LookupNgramsRequest(_message.Message):
     __slots__ = ("model", "token_ids", "batch", "context", "encoding")

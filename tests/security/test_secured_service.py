@@ -21,6 +21,7 @@ from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unaut
 from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
 from embedding_service.controller.claims import NOT_THE_STORES
+from embedding_service.grpc_codes import PUSHBACK
 from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
 from embedding_service.near.reader import NearReader, Place
 from embedding_service.security import proofs
@@ -31,7 +32,11 @@ from embedding_service.security.routing import sign_routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
-from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, add_EmbeddingServiceServicer_to_server
+from embedding_service.wire.embedding_pb2_grpc import (
+    EmbeddingServiceServicer,
+    EmbeddingServiceStub,
+    add_EmbeddingServiceServicer_to_server,
+)
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 
@@ -43,6 +48,7 @@ POLICY: dict[str, dict[str, Any]] = {
     "admin": {"tokens": ["admin"], "rights": ["admin", "metrics"], "read": ["*"]},
     "reader": {"tokens": ["reader"], "certificates": [f"{URI}/reader"], "read": [SEEN]},
     "stranger": {"tokens": ["stranger"], "rights": ["metrics"]},
+    "limited": {"tokens": ["limited"], "read": [SEEN], "calls": 3, "rows_per_second": 5000},
 }
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
 
@@ -403,6 +409,50 @@ def test_n5_near_rows_are_those_of_models_that_one_may_read(secured: Secured) ->
 def test_a_client_of_plain_text_hears_that_nobody_answers(secured: Secured) -> None:
     with EmbeddingClient(secured.members.address, tls=False, timeout=1) as client, pytest.raises(Unavailable):
         client.lookup(TABLE, torch.arange(3))
+
+
+def test_s7_what_is_over_a_quota_is_refused_and_comes_when_the_client_waited(secured: Secured) -> None:
+    table, access = longcat_table(), secured.token("limited")
+    [address] = [address for name, address in secured.addresses().items() if name == "shard-0"]
+    wanted = wire.LookupRequest(model=SEEN, table="ngram", ids=range(5000))
+    with grpc.secure_channel(address, access.credentials()) as channel:
+        stub = EmbeddingServiceStub(channel)
+
+        def refused() -> grpc.RpcError | None:
+            try:
+                stub.Lookup(wanted, timeout=30)
+            except grpc.RpcError as error:
+                return error
+            return None
+
+        error: Any = until(refused, "a lookup over the quota")
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "limited has used its quota" in error.details()
+        assert 0 < int(dict(error.trailing_metadata())[PUSHBACK]) < 60_000
+        # On a stream too, and calls that are open count.
+        asked = wire.StreamLookupRequest(request_id=7, lookup=wanted)
+        over = threading.Event()
+
+        def requests() -> Iterator[wire.StreamLookupRequest]:
+            for _ in range(1000):
+                yield asked
+            over.wait()
+
+        def nothing() -> Iterator[wire.StreamLookupRequest]:
+            over.wait()
+            yield from ()
+
+        streams = [stub.StreamLookup(requests(), timeout=120)]
+        failure = next(answer.error for answer in streams[0] if answer.HasField("error"))
+        assert failure.code == error.code().value[0] and failure.retry_after_ms > 0
+        streams += [stub.StreamLookup(nothing(), timeout=120) for _ in range(3)]
+        ends: Any = until(lambda: next((each for each in streams if each.done()), None), "one stream too many")
+        assert ends.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "3 calls open" in ends.details()
+        over.set()
+        for each in streams:
+            each.cancel()
+    with EmbeddingClient(secured.members.address, tls=access, near=False, timeout=120) as client:
+        for begin in range(0, len(table), 1000):
+            assert torch.equal(client.lookup(TABLE, torch.arange(begin, len(table))[:1000]), table[begin:][:1000])
 
 
 class _Forged(EmbeddingServiceServicer):

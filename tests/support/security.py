@@ -18,7 +18,7 @@ def write_policy(
     lines = []
     for name, each in identities.items():
         given = {**each, "tokens": [f"sha256:{digest_of(token)}" for token in each.get("tokens", ())]}
-        lines += [f"[identities.{name}]", *(f"{key} = {json.dumps(list(value))}" for key, value in given.items())]
+        lines += [f"[identities.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
     if about:
         lines += ["[jwt]", *(f"{key} = {json.dumps(value)}" for key, value in about.items())]
     write_private(folder / "policy.toml", "\n".join(lines).encode())
