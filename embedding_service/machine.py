@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import signal
 import socket
 import stat
@@ -123,6 +124,10 @@ def prepare_local_ray() -> None:
     import psutil
 
     os.environ.update({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"})
+    # Other users of this machine reach its ports too. Its processes alone know the token.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses if each.family in _TCP}
     for variable in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # gRPC looks at the last one first
         given = os.environ.get(variable, "")

@@ -31,6 +31,7 @@ class Arguments(BaseModel):
     cache_bytes: str = "0"
     near: bool = True
     topology: str | None = None
+    policy: Path | None = None
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -50,6 +51,7 @@ def build(args: dict[str, Any]) -> Application:
         cache_bytes,
         given.near,
         given.topology,
+        given.policy,
     )
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

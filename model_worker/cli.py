@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from embedding_service.commands.console import PlainConsole
 from embedding_service.commands.text import parse_bytes
 from embedding_service.commands.waiting import Say, Waiting
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
-from embedding_service.foreign import printable
+from embedding_service.foreign import one_line, printable
 from embedding_service.machine import check_free, join_address, prepare_local_ray
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ def serve(
             help="Where replicas are: shards that say the same come first. Default: EMBEDDING_SERVICE_TOPOLOGY."
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Whose API keys count, and for what (docs/security.md). Default: everybody may ask."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Speak HTTPS with this certificate, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,
     upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before one more.")] = 10,
     downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
     drain_seconds: Annotated[
@@ -98,6 +105,7 @@ def serve(
         )
     if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
         raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
+    tls = _pair(tls_cert, tls_key)
     host = host.strip("[]")
     if ray_address is None:
         check_free(join_address(host, port), "--port")
@@ -108,13 +116,28 @@ def serve(
     rows = parse_bytes(cache_bytes)
     progress = Waiting(PlainConsole(stderr=True), "model-worker")
     with progress:
-        config = resolve_model(checkpoint, embeddings, name, max_batch, max_queue, rows, near, topology, progress.say)
+        config = resolve_model(
+            checkpoint, embeddings, name, max_batch, max_queue, rows, near, topology, policy, progress.say
+        )
         progress.say("loading ray")
         from model_worker.serving import Scaling
     scaling = Scaling(
         replicas, min_replicas, max_replicas, num_cpus, num_gpus, upscale_delay, downscale_delay, drain_seconds
     )
-    _run(config, scaling, host, port, ray_address, metrics_port, progress)
+    _run(config, scaling, host, port, tls, ray_address, metrics_port, progress)
+
+
+def _pair(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """The files of TLS. Raises BadParameter, and InvalidRequest naming files that do not count."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise typer.BadParameter("--tls-cert and --tls-key come together")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:
+        raise InvalidRequest(f"{certificate} and {key} are no certificate and its key: {one_line(error)}") from None
+    return certificate.absolute(), key.absolute()
 
 
 def resolve_model(
@@ -126,9 +149,14 @@ def resolve_model(
     cache_bytes: int,
     near: bool,
     topology: str | None,
+    policy: Path | None = None,
     say: Say = lambda waiting: None,
 ) -> WorkerConfig:
-    """Check the checkpoint and find the model in the service, before anything is started."""
+    """Check the policy and the checkpoint, and find the model in the service, before anything is started."""
+    if policy:
+        from embedding_service.security.policy import read_policy
+
+        read_policy(policy)
     say("loading torch and transformers")
     from embedding_service import EmbeddingClient
     from model_worker import families
@@ -140,7 +168,16 @@ def resolve_model(
     with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
         model, version = _pick(name, [(each.name, each.version) for each in client.models()])
     return WorkerConfig(
-        str(checkpoint.resolve()), embeddings, model, version, max_batch, max_queue, cache_bytes, near, topology
+        str(checkpoint.resolve()),
+        embeddings,
+        model,
+        version,
+        max_batch,
+        max_queue,
+        cache_bytes,
+        near,
+        topology,
+        str(policy.absolute()) if policy else None,
     )
 
 
@@ -163,6 +200,7 @@ def _run(
     scaling: Scaling,
     host: str,
     port: int,
+    tls: tuple[Path, Path] | None,
     ray_address: str | None,
     metrics_port: int | None,
     progress: Waiting,
@@ -181,9 +219,9 @@ def _run(
                 serving.join_ray(ray_address)
             # Ray takes SIGTERM for itself when it starts.
             _on_signals(_exit)
-            serving.deploy(config, scaling, host, port, progress.say)
+            serving.deploy(config, scaling, host, port, tls, progress.say)
         typer.echo(
-            f"model-worker: {config.name} ready at http://{join_address(host, port)}/v1 "
+            f"model-worker: {config.name} ready at {'https' if tls else 'http'}://{join_address(host, port)}/v1 "
             f"(up to {scaling.most} replicas, embeddings from {config.embeddings}; "
             f"metrics at {', '.join(serving.metrics_addresses())})"
         )

@@ -15,8 +15,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from embedding_service.errors import EmbeddingServiceError, ServiceError
+from embedding_service.security.identity import Caller
+from embedding_service.security.quotas import Quota
 from model_worker.engine import EngineBusy
 from model_worker.http_limits import RETRY_AFTER, WholeBodies, error_body
+from model_worker.keys import CALLER, Admission, NotAllowed, refusal, require, spend
 from model_worker.prompts import Prompts
 from model_worker.protocol import (
     BadRequest,
@@ -32,7 +35,7 @@ from model_worker.protocol import (
     usage_of,
 )
 from model_worker.sampling import SamplingParams
-from model_worker.worker import Events, Worker
+from model_worker.worker import Events, Generation, Worker
 
 _log = logging.getLogger(__name__)
 
@@ -49,46 +52,50 @@ def build_app(worker: Worker) -> FastAPI:
     """The ASGI application around a worker."""
     app = FastAPI(title="model-worker", docs_url=None, redoc_url=None)
     app.add_middleware(WholeBodies)
-    for kind in (BadRequest, HTTPException, EngineBusy, EmbeddingServiceError, Exception):
+    if worker.keys:
+        app.add_middleware(Admission, keys=worker.keys)  # the last one that is added comes first
+    for kind in (BadRequest, HTTPException, EngineBusy, NotAllowed, EmbeddingServiceError, Exception):
         app.add_exception_handler(kind, _as_response)
 
     read = _Readers()
     prompts = Prompts(worker.name, worker.tokenizer, worker.vocab_size, worker.context_length)
 
-    def read_completion(raw: bytes) -> tuple[CompletionRequest, list[_Sequence]]:
+    def read_completion(raw: bytes, caller: Caller | None) -> tuple[CompletionRequest, list[_Sequence]]:
         body = parse(CompletionRequest, raw)
-        _check_places(worker, body, len(body.prompt))
+        _check_places(worker, body, len(body.prompt), caller)
         several = len(body.prompt) > 1
         told = [f"prompt[{number}]" if several else "prompt" for number in range(len(body.prompt))]
         tokens = [prompts.tokens(prompt, where) for prompt, where in zip(body.prompt, told, strict=True)]
         return body, [_sequence(worker, body, *pair) for pair in zip(tokens, told, strict=True)]
 
-    def read_chat(raw: bytes) -> tuple[ChatRequest, list[_Sequence]]:
+    def read_chat(raw: bytes, caller: Caller | None) -> tuple[ChatRequest, list[_Sequence]]:
         body = parse(ChatRequest, raw)
-        _check_places(worker, body, 1)
+        _check_places(worker, body, 1, caller)
         return body, [_sequence(worker, body, prompts.conversation(body.messages), "the prompt")]
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body, sequences = await read(request, read_completion)
-        return await _answer(worker, body, sequences, CompletionReply(worker.name, worker.spelling))
+        return await _answer(worker, body, sequences, CompletionReply(worker.name, worker.spelling), _caller(request))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body, sequences = await read(request, read_chat)
-        return await _answer(worker, body, sequences, ChatReply(worker.name, worker.spelling))
+        return await _answer(worker, body, sequences, ChatReply(worker.name, worker.spelling), _caller(request))
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(worker)]}
+    async def models(request: Request) -> dict[str, Any]:
+        may = _may_use(worker, _caller(request))
+        return {"object": "list", "data": [_model_card(worker)] if may else []}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_name(worker, name)
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        _check_name(worker, name, _caller(request))
         return _model_card(worker)
 
     @app.get("/v1/worker")
-    async def info() -> dict[str, Any]:
+    async def info(request: Request) -> dict[str, Any]:
+        require(_caller(request), ("admin", "metrics"), "see what this replica does")
         return worker.info()
 
     @app.get("/healthz")
@@ -106,12 +113,18 @@ class _Readers:
         self._short = ThreadPoolExecutor(_READERS, "short-bodies")
         self._long = ThreadPoolExecutor(1, "long-bodies")
 
-    async def __call__(self, request: Request, read: Callable[[bytes], _Read]) -> _Read:
+    async def __call__(self, request: Request, read: Callable[[bytes, Caller | None], _Read]) -> _Read:
         """The result of `read` for the body. Raises BadRequest if the body is not JSON, and what `read` raises."""
         _check_content_type(request)
         raw = await request.body()
         threads = self._long if len(raw) > _LONG_BODY_BYTES else self._short
-        return await asyncio.get_running_loop().run_in_executor(threads, read, raw)
+        return await asyncio.get_running_loop().run_in_executor(threads, read, raw, _caller(request))
+
+
+def _caller(request: Request) -> Caller | None:
+    """Whose a request is. None where there is no policy."""
+    found: Caller | None = request.scope.get(CALLER)
+    return found
 
 
 def _check_content_type(request: Request) -> None:
@@ -131,9 +144,9 @@ def _check_content_type(request: Request) -> None:
         raise BadRequest(told, None, "unsupported_media_type", 415)
 
 
-def _check_places(worker: Worker, body: GenerationRequest, prompts: int) -> None:
+def _check_places(worker: Worker, body: GenerationRequest, prompts: int, caller: Caller | None) -> None:
     """Refuse, before any work, a request with more choices than there are places."""
-    _check_name(worker, body.model)
+    _check_name(worker, body.model, caller)
     if body.n * prompts > worker.capacity:
         told = f"{body.n}" if prompts == 1 else f"{prompts} prompts of {body.n} each"
         raise BadRequest(
@@ -157,11 +170,14 @@ def _sequence(worker: Worker, body: GenerationRequest, prompt: list[int], where:
     return prompt, body.sampling(max_tokens)
 
 
-async def _answer(worker: Worker, body: GenerationRequest, sequences: list[_Sequence], reply: Reply) -> Response:
+async def _answer(
+    worker: Worker, body: GenerationRequest, sequences: list[_Sequence], reply: Reply, caller: Caller | None
+) -> Response:
+    spend(caller, sum(len(prompt) for prompt, _ in sequences))
     # Choices are numbered across the prompts, those of the first prompt first.
     wanted = [(prompt, params) for prompt, choices in sequences for params in choices]
     generation = worker.generate(wanted, streamed=body.stream)
-    events = generation.events()
+    events = _owed(generation, caller.quota) if caller and caller.quota else generation.events()
     # Until the first event no status is sent. So a failure before it can still have its own status.
     first = await anext(events)
 
@@ -177,6 +193,16 @@ async def _answer(worker: Worker, body: GenerationRequest, sequences: list[_Sequ
         for choice, event in together:
             choices[choice].add(event)
     return JSONResponse(reply.whole(choices, usage()))
+
+
+async def _owed(generation: Generation, quota: Quota) -> AsyncGenerator[Events]:
+    """A generation's events. What was generated by the end is taken from the quota."""
+    try:
+        async with aclosing(generation.events()) as events:
+            async for together in events:
+                yield together
+    finally:
+        quota.owe(generation.completion_tokens)
 
 
 async def _chained(first: Events, rest: AsyncGenerator[Events]) -> AsyncGenerator[Events]:
@@ -210,10 +236,18 @@ def _data(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _check_name(worker: Worker, name: str) -> None:
-    if name != worker.name:
+def _may_use(worker: Worker, caller: Caller | None) -> bool:
+    return caller is None or caller.may_read(worker.name, worker.version)
+
+
+def _check_name(worker: Worker, name: str, caller: Caller | None) -> None:
+    """Refuse a model that is not served. One that the caller may not use looks like that, too."""
+    require(caller, ("read",), "use models")
+    may = _may_use(worker, caller)
+    if name != worker.name or not may:
+        serves = f"this server serves {worker.name!r}" if may else "this server has none that your key may use"
         raise BadRequest(
-            f"the model {clipped(name)} does not exist: this server serves {worker.name!r}",
+            f"the model {clipped(name)} does not exist: {serves}",
             "model",
             "model_not_found",
             404,
@@ -231,6 +265,8 @@ def _model_card(worker: Worker) -> dict[str, Any]:
 
 
 async def _as_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, NotAllowed):
+        return refusal(error.why)
     status, body = _status_and_body(error)
     return JSONResponse(body, status, headers=RETRY_AFTER if status in (429, 503) else None)
 

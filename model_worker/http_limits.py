@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
+import ssl
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -158,6 +161,37 @@ def _whole_then(body: bytes, receive: Receive) -> Receive:
     return receive_whole
 
 
+class _Config(uvicorn.Config):
+    """uvicorn's configuration. With TLS, a certificate that is replaced counts from the next connection on."""
+
+    def load(self) -> None:
+        """As uvicorn has it."""
+        super().load()
+        if self.ssl:
+            self._stamp = self._files()
+            self._newest = self.ssl
+            self.ssl.sni_callback = self._look
+
+    def _look(self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
+        """A handshake begins."""
+        stamp = self._files()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            with suppress(OSError):  # which a pair is that does not match: another one will come
+                again = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                again.load_cert_chain(str(self.ssl_certfile), self.ssl_keyfile)
+                self._newest = again
+        connection.context = self._newest
+
+    def _files(self) -> list[tuple[int, int, int]]:
+        found = []
+        for path in (self.ssl_certfile, self.ssl_keyfile):
+            with suppress(OSError):
+                about = os.stat(str(path))  # noqa: PTH116
+                found.append((about.st_mtime_ns, about.st_size, about.st_ino))
+        return found
+
+
 class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     """uvicorn's protocol of one HTTP connection, with the limits that uvicorn does not have."""
 
@@ -272,7 +306,7 @@ def guard_proxy() -> list[Middleware]:
     Returns the middlewares it is to use.
     """
     GuardedHttp.most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-    guarded: Callable[..., uvicorn.Config] = partial(uvicorn.Config, http=GuardedHttp, ws="none")
+    guarded: Callable[..., uvicorn.Config] = partial(_Config, http=GuardedHttp, ws="none")
     # Serve has no options for this.
     uvicorn.Config = guarded  # type: ignore[assignment, misc]
     return [Middleware(WholeBodies)]

@@ -9,6 +9,7 @@ import os
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -137,15 +138,21 @@ def metrics_addresses() -> list[str]:
     return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
 
 
-def deploy(config: WorkerConfig, scaling: Scaling, host: str, port: int, say: Say) -> None:
+def deploy(
+    config: WorkerConfig, scaling: Scaling, host: str, port: int, tls: tuple[Path, Path] | None, say: Say
+) -> None:
     """Serve. Returns when all replicas answer. Raises EmbeddingServiceError, with their reason, if they do not.
 
+    tls: PEM of a certificate and of its key. None: plain text.
     say: called with what it waits for, again and again.
     """
+    http: dict[str, Any] = {"host": host, "port": port}
+    if tls:
+        http |= {"ssl_certfile": str(tls[0]), "ssl_keyfile": str(tls[1])}
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     say("starting Ray Serve and its HTTP server")
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     except RayActorError as error:
         raise EmbeddingServiceError(f"Ray Serve's proxy does not come up: {one_line(error)}") from error
     deployment: Any = serve.deployment(

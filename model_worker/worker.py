@@ -20,6 +20,7 @@ from embedding_service import EmbeddingClient
 from embedding_service.errors import Unavailable
 from model_worker import families
 from model_worker.engine import Engine, Event
+from model_worker.keys import Keys
 from model_worker.sampling import SamplingParams
 from model_worker.text import Spelling, load_tokenizer
 
@@ -45,6 +46,7 @@ class WorkerConfig:
     version: of the model in the service. Pinned: another version's tables do not belong to this checkpoint.
     max_batch, max_queue: see `Engine`.
     cache_bytes, near, topology: see `EmbeddingClient`.
+    policy: file of the keys that HTTP requests have to show, on the replica's machine. None: everybody may ask.
     """
 
     checkpoint: str
@@ -56,6 +58,7 @@ class WorkerConfig:
     cache_bytes: int = 0
     near: bool = True
     topology: str | None = None
+    policy: str | None = None
 
 
 class Generation:
@@ -143,7 +146,8 @@ class Worker:
         on_first_token: Callable[[float], object] = lambda seconds: None,
         on_lookup_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
-        self.name = config.name
+        self.keys = Keys(Path(config.policy)) if config.policy else None
+        self.name, self.version = config.name, config.version
         self.started = int(time.time())
         connect = partial(EmbeddingClient, config.embeddings, near=config.near, topology=config.topology)
         self._client = connect(timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
@@ -200,6 +204,8 @@ class Worker:
         self._engine.close()
         self._client.close()
         self._probe.close()
+        if self.keys:
+            self.keys.close()
 
     def info(self) -> dict[str, Any]:
         """What this replica holds and has done. Bytes, seconds, and counts since its start."""

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.security import proofs, tokens
@@ -18,6 +19,7 @@ from embedding_service.security.policy import Identity, Policy, read_policy
 from embedding_service.security.quotas import Quota
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Seconds between two looks at the files. What is revoked is refused within two seconds, on open streams too.
 LOOK_SECONDS = 0.5
@@ -35,21 +37,22 @@ class Guard:
 
     Args:
         policy: The policy file.
-        authorities: PEM of who vouches for certificates.
-        certificate: PEM of the server's own certificate.
+        authorities: PEM of who vouches for certificates. None: nobody does.
+        certificate: PEM of the server's own certificate. None: it has none, and takes no proofs.
 
     Raises:
         InvalidRequest: A file cannot be read or is not right.
     """
 
-    def __init__(self, policy: Path, authorities: Path, certificate: Path) -> None:
+    def __init__(self, policy: Path, authorities: Path | None = None, certificate: Path | None = None) -> None:
         def complain(error: Exception) -> None:
             log.error("the files of before go on counting: %s", error)
 
         self._policy = Reloaded([policy], lambda: read_policy(policy), complain)
         self._issuer: Reloaded[tokens.Issuer | None] = self._read_issuer(complain)
-        self._authorities = Reloaded([authorities], lambda: read(authorities), complain)
-        self._own = Reloaded([certificate], lambda: names_in(read(certificate)), complain)
+        self._authorities = _content(authorities, lambda content: content, b"", complain)
+        nobody: tuple[str, ...] = ()
+        self._own = _content(certificate, names_in, nobody, complain)
         self._complain = complain
         self._known: dict[bytes, Credential] = {}
         self._callers: dict[Credential, Caller] = {}
@@ -144,6 +147,8 @@ class Guard:
         if not tokens.is_jwt(token):
             return Credential(digest=digest)
         if proofs.is_proof(token):
+            if not self._authorities.now:
+                raise Unauthenticated("certificates do not count here: send a token of the policy")
             names, until = proofs.check_proof(token, self._authorities.now, (*self._own.now, NEAR))
             return Credential(names=names, until=until)
         if self._issuer.now is None:
@@ -171,3 +176,10 @@ class Guard:
         if name in self._quotas or identity.is_limited:
             return self._quotas.setdefault(name, Quota(name, identity))
         return None
+
+
+def _content(
+    path: Path | None, made: Callable[[bytes], T], none: T, complain: Callable[[Exception], None]
+) -> Reloaded[T]:
+    """What is made of a file's content. `none` where there is no file."""
+    return Reloaded([path], lambda: made(read(path)), complain) if path else Reloaded([], lambda: none)

@@ -50,6 +50,7 @@ class Identity(BaseModel):
         read, publish, train: Patterns of models. One without "@" is for all versions.
         calls: The most that may be open at a time, in each process. None: any number.
         rows_per_second, bytes_per_second: The most that lookups may take, in each process. None: any number.
+        tokens_per_second: The most that a worker's replica reads and writes for it. None: any number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,11 +65,13 @@ class Identity(BaseModel):
     calls: PositiveInt | None = None
     rows_per_second: PositiveInt | None = None
     bytes_per_second: PositiveInt | None = None
+    tokens_per_second: PositiveInt | None = None
 
     @property
     def is_limited(self) -> bool:
         """Whether it has a quota."""
-        return not self.calls == self.rows_per_second == self.bytes_per_second == None  # noqa: E711
+        limits = (self.calls, self.rows_per_second, self.bytes_per_second, self.tokens_per_second)
+        return any(limit is not None for limit in limits)
 
     def has(self, right: str) -> bool:
         """Whether it has a right of the service, or a right for some model."""

@@ -1,4 +1,4 @@
-"""What an identity may take of a process: calls at once, rows and bytes a second. Each process counts by itself."""
+"""What an identity may take of a process: calls at once, and so much a second. Each process counts by itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from embedding_service.security.policy import Identity
 BURST_SECONDS = 1.0
 # Seconds after which a call may come again that was one too many.
 CALL_SECONDS = 0.1
+
+
+_KINDS = ("rows", "bytes", "tokens")
 
 
 class _Bucket:
@@ -49,8 +52,8 @@ class Quota:
         now = self._clock()
         with self._lock:
             self._most = limits.calls
-            rates = {"rows": limits.rows_per_second, "bytes": limits.bytes_per_second}
-            self._buckets = {what: _Bucket(rate, now) for what, rate in rates.items() if rate}
+            rates = (limits.rows_per_second, limits.bytes_per_second, limits.tokens_per_second)
+            self._buckets = {what: _Bucket(rate, now) for what, rate in zip(_KINDS, rates, strict=True) if rate}
 
     def enter(self) -> None:
         """A call begins. Raises QuotaExceeded if too many are open."""
@@ -65,8 +68,14 @@ class Quota:
         with self._lock:
             self._calls -= 1
 
-    def spend(self, rows: int, nbytes: int) -> None:
-        """Take rows and bytes, or raise QuotaExceeded with the seconds to wait."""
+    def owe(self, tokens: int) -> None:
+        """Take tokens that nobody could count before."""
+        with self._lock:
+            if "tokens" in self._buckets:
+                self._buckets["tokens"].level -= tokens
+
+    def spend(self, rows: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
+        """Take so much, or raise QuotaExceeded with the seconds to wait."""
         if not self._buckets:
             return
         with self._lock:
@@ -74,7 +83,7 @@ class Quota:
             waits = [(bucket.wait(now), what) for what, bucket in self._buckets.items()]
             seconds, what = max(waits)
             if not seconds:
-                for each, amount in (("rows", rows), ("bytes", nbytes)):
+                for each, amount in zip(_KINDS, (rows, nbytes, tokens), strict=True):
                     if each in self._buckets:
                         self._buckets[each].level -= amount
                 return

@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import CONTEXT, VOCAB
 from starlette.testclient import TestClient
+from support.security import write_policy
 from transformers import PreTrainedTokenizerFast
 
 from model_worker.http_app import build_app
+from model_worker.keys import Keys
 from model_worker.worker import Worker, WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -422,3 +424,82 @@ def test_a_temperature_next_to_nothing_takes_the_likeliest(http: TestClient, tin
     likeliest = complete(http, max_tokens=8).json()["choices"]
     assert complete(http, max_tokens=8, temperature=tiny, seed=3).json()["choices"] == likeliest
     assert complete(http, max_tokens=8, temperature=1, top_p=abs(tiny), seed=3).json()["choices"] == likeliest
+
+
+# Keys
+
+
+@pytest.fixture(scope="module")
+def guarded(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The same worker with a policy."""
+    identities: dict[str, Any] = {
+        "user": {"tokens": ["user"], "read": ["small"]},
+        "other": {"tokens": ["other"], "read": ["large"]},
+        "watcher": {"tokens": ["watcher"], "rights": ["metrics"]},
+        "thrifty": {"tokens": ["thrifty"], "read": ["*"], "tokens_per_second": 1},
+        "busy": {"tokens": ["busy"], "read": ["*"], "calls": 1},
+    }
+    worker.keys = Keys(write_policy(tmp_path_factory.mktemp("policy"), identities))
+    app = build_app(worker)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+    worker.keys.close()
+    worker.keys = None
+
+
+def with_key(guarded: TestClient, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url="http://testserver/v1", api_key=key, max_retries=0, http_client=guarded)
+
+
+ASKED: dict[str, Any] = {"model": "small", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+
+
+def test_s8_a_key_is_asked_for_and_gives_what_the_policy_says(guarded: TestClient, http: TestClient) -> None:
+    assert guarded.get("/healthz").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer guess"}, {"Authorization": "Basic dXNlcjo="}):
+        for answer in (guarded.get("/v1/models", headers=headers), guarded.post(COMPLETIONS, json={}, headers=headers)):
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    user, other, watcher = (with_key(guarded, key) for key in ("user", "other", "watcher"))
+    expected = complete(http).json()["choices"][0]["text"]
+    assert user.completions.create(**ASKED).choices[0].text == expected
+    assert [model.id for model in user.models.list()] == ["small"]
+    # A model that one may not use looks like one that is not there, and its name is not told.
+    assert list(other.models.list()) == []
+    for name in ("small", "absent"):
+        with pytest.raises(openai.NotFoundError, match=f"the model '{name}' does not exist: .* none that your key"):
+            other.completions.create(**ASKED | {"model": name})
+        with pytest.raises(openai.NotFoundError, match="none that your key"):
+            other.models.retrieve(name)
+    with pytest.raises(openai.PermissionDeniedError, match="watcher has no right to use models"):
+        watcher.completions.create(**ASKED)
+    statuses = {key: guarded.get("/v1/worker", headers=bearer(key)).status_code for key in ("user", "watcher")}
+    assert statuses == {"user": 403, "watcher": 200}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_s8_what_is_over_a_quota_is_429_and_says_for_how_long(guarded: TestClient, worker: Worker) -> None:
+    thrifty = with_key(guarded, "thrifty")
+    text = "".join(chunk.choices[0].text for chunk in thrifty.completions.create(stream=True, **ASKED) if chunk.choices)
+    assert text
+    with pytest.raises(openai.RateLimitError, match="quota of 1 tokens a second") as raised:
+        thrifty.completions.create(**ASKED)
+    # Of the prompt, and of what was generated.
+    assert int(raised.value.response.headers["retry-after"]) > 2
+    assert worker.keys
+    one = worker.keys.caller("Bearer busy").quota
+    assert one
+    one.enter()
+    with pytest.raises(openai.RateLimitError, match="busy has 1 calls open"):
+        with_key(guarded, "busy").models.list()
+    one.leave()
+    for _ in range(3):  # each call gives its place back
+        assert [model.id for model in with_key(guarded, "busy").models.list()] == ["small"]
+
+
+def test_s8_json_has_a_bounded_depth(http: TestClient) -> None:
+    deep = b'{"model": "small", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert "recursion limit" in refusal(http.post(COMPLETIONS, content=deep, headers=JSON))[1]

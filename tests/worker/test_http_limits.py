@@ -7,12 +7,14 @@ import json
 import os
 import resource
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +24,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from support.cluster import until
 
+from embedding_service.security.authority import Authority
 from model_worker import http_limits
 from model_worker.http_limits import MAX_BODY_BYTES, MAX_HEAD_BYTES, GuardedHttp, WholeBodies, guard_proxy
 
@@ -35,13 +38,15 @@ HEAD = b"POST / HTTP/1.1\r\nHost: test\r\n"
 class Server:
     """An application that tells what it was given, behind the limits, on a thread of its own."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, **tls: str) -> None:
         self.running = 0
         self.cut_off = threading.Event()
         [middleware] = guard_proxy()
         GuardedHttp.most = MOST
         app = middleware.cls(self.app, *middleware.args, seconds=seconds, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False)
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False, **tls
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -331,3 +336,33 @@ def test_a_server_at_its_limit_of_open_files_goes_on(server: Server, monkeypatch
         assert httpx.post(server.url, content=b"abc", timeout=120).json()["bytes"] == 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_s8_a_certificate_that_is_replaced_counts_from_the_next_connection_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority.create()
+    authority.issue(tmp_path, ["127.0.0.1"])
+    monkeypatch.setattr(uvicorn, "Config", uvicorn.Config)
+    secured = Server(60, ssl_certfile=str(tmp_path / "tls.crt"), ssl_keyfile=str(tmp_path / "tls.key"))
+    trusting = ssl.create_default_context(cadata=authority.pem.decode())
+
+    def served() -> bytes:
+        with trusting.wrap_socket(secured.connect(), server_hostname="127.0.0.1") as connection:
+            return connection.getpeercert(binary_form=True) or b""
+
+    try:
+        first = served()
+        assert first == served()
+        assert (
+            httpx.post(f"https://127.0.0.1:{secured.port}", content=b"abc", verify=trusting, timeout=120).json()[
+                "bytes"
+            ]
+            == 3
+        )
+        (tmp_path / "tls.key").write_bytes(b"no key")
+        assert served() == first
+        authority.issue(tmp_path, ["127.0.0.1"])
+        assert served() not in (first, b"")
+    finally:
+        secured.close()
