@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from embedding_service.commands.secured import (
+    AuditOption,
     AuthorityOption,
     CertificateOption,
     HealthOption,
@@ -86,6 +87,7 @@ def up(
             "which are used.",
         ),
     ] = None,
+    audit: AuditOption = None,
     insecure: InsecureOption = False,
     ray: Annotated[
         str | None,
@@ -111,7 +113,10 @@ def up(
         processes=processes,
         secure=secure,
         insecure=insecure,
+        audit=audit.absolute() if audit else None,
     )
+    if audit and not secure:
+        raise typer.BadParameter("--audit comes with --secure: without it nobody is known or denied")
     if secure and insecure:
         raise typer.BadParameter("--secure and --insecure exclude each other")
     if ray is None:
@@ -176,13 +181,14 @@ def controller(
     tls_key: KeyOption = None,
     tls_ca: AuthorityOption = None,
     policy: PolicyOption = None,
+    audit: AuditOption = None,
     insecure: InsecureOption = False,
     health_listen: HealthOption = None,
 ) -> None:
     """The process that knows the shards, places the parts and publishes the routing."""
     from embedding_service.controller.server import ControllerOptions, main
 
-    security = files_of(tls_cert, tls_key, tls_ca, policy, insecure, listen, control_listen)
+    security = files_of(tls_cert, tls_key, tls_ca, policy, audit, insecure, listen, control_listen)
     if security and control_listen is None:
         raise typer.BadParameter("with TLS, shards need a port of their own: give --control-listen HOST:PORT")
     main(
@@ -253,13 +259,14 @@ def shard(
     tls_key: KeyOption = None,
     tls_ca: AuthorityOption = None,
     policy: PolicyOption = None,
+    audit: AuditOption = None,
     insecure: InsecureOption = False,
     health_listen: HealthOption = None,
 ) -> None:
     """A process that holds parts, answers lookups and trains its parts of branches."""
     from embedding_service.shard.server import ShardOptions, main
 
-    security = files_of(tls_cert, tls_key, tls_ca, policy, insecure, listen, shared_listen)
+    security = files_of(tls_cert, tls_key, tls_ca, policy, audit, insecure, listen, shared_listen)
     given = {"shard_id": id, "cache": cache}
     main(
         ShardOptions(

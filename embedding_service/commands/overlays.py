@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedding_service.commands.secured import AuditOption
 from embedding_service.commands.store import note_if_not_served, open_store
 from embedding_service.commands.text import format_bytes, say
+from embedding_service.security.audit import Audit, this_user
 
 if TYPE_CHECKING:
     from embedding_service.store.manifest import Manifest
@@ -32,6 +34,7 @@ def publish(
         str | None, typer.Option(help="Publish under another name, as NAME+legal, to be served beside the base.")
     ] = None,
     version: VersionOption = None,
+    audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Publish rows in the place of a version's rows. Shards hold the base's other rows once."""
@@ -39,6 +42,7 @@ def publish(
 
     began, target = time.monotonic(), open_store(store)
     manifest = publish_rows(target, base, rows, name=name, version=version)
+    Audit(audit).note("publish", this_user(), model=manifest.full_name, base=base, store=store)
     _tell(manifest, as_json, time.monotonic() - began)
     note_if_not_served(target, manifest)
 
@@ -48,6 +52,7 @@ def rollback(
     store: StoreOption,
     to: Annotated[str | None, typer.Option(help="The version to bring back. Default: the one before.")] = None,
     version: VersionOption = None,
+    audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve the version before again, as a new version that has its rows."""
@@ -55,6 +60,8 @@ def rollback(
 
     began, target = time.monotonic(), open_store(store)
     manifest = roll_back(target, name, to=to, version=version)
+    restores = manifest.base.restores if manifest.base else None
+    Audit(audit).note("rollback", this_user(), model=manifest.full_name, restores=restores or "", store=store)
     _tell(manifest, as_json, time.monotonic() - began)
     note_if_not_served(target, manifest)
 

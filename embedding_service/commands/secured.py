@@ -33,6 +33,12 @@ HealthOption = Annotated[
 ]
 
 
+AuditOption = Annotated[
+    Path | None,
+    typer.Option(help="File of JSON lines: who published, trained, drained, was denied (docs/security.md)."),
+]
+
+
 def _export(variable: str) -> typer.models.OptionInfo:
     """An option that means what a variable of the environment does, for this process and those it starts."""
 
@@ -59,6 +65,7 @@ def files_of(
     key: Path | None,
     ca: Path | None,
     policy: Path | None,
+    audit: Path | None,
     insecure: bool,
     *listens: str | None,
 ) -> Files | None:
@@ -68,14 +75,14 @@ def files_of(
         typer.BadParameter: some of the options are given without the rest.
         InvalidRequest: it would speak plain text beyond loopback, and nobody said that it may.
     """
-    if certificate is None and key is None and ca is None and policy is None:
+    if certificate is None and key is None and ca is None and policy is None and audit is None:
         check_plain(insecure, *listens)
         return None
     if certificate is None or key is None or ca is None or policy is None:
-        raise typer.BadParameter("--tls-cert, --tls-key, --tls-ca and --policy come together")
+        raise typer.BadParameter("--tls-cert, --tls-key, --tls-ca and --policy come together, and with --audit")
     from embedding_service.security.server import Files
 
-    return Files(certificate, key, ca, policy)
+    return Files(certificate, key, ca, policy, audit)
 
 
 def check_plain(insecure: bool, *listens: str | None) -> None:

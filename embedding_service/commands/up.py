@@ -48,7 +48,7 @@ class UpOptions:
     """What `up` starts. `memory` is bytes of a shard, None for an equal share of what is available.
 
     `processes` are those of one shard. `secure`: the folder with certificates. None: plain text, which `insecure`
-    allows beyond loopback.
+    allows beyond loopback. `audit`: a file that all of them write to.
     """
 
     store: str
@@ -62,6 +62,7 @@ class UpOptions:
     processes: int
     secure: Path | None = None
     insecure: bool = False
+    audit: Path | None = None
 
 
 def run(options: UpOptions) -> None:
@@ -144,7 +145,8 @@ def _secured(options: UpOptions, name: str) -> list[str]:
         return ["--insecure"] if options.insecure else []
     own = options.secure.absolute() / name
     files = [f"--tls-cert={own / 'tls.crt'}", f"--tls-key={own / 'tls.key'}", f"--tls-ca={own / 'ca.crt'}"]
-    return [*files, f"--policy={options.secure.absolute() / 'policy.toml'}"]
+    audit = [f"--audit={options.audit}"] if options.audit else []
+    return [*files, f"--policy={options.secure.absolute() / 'policy.toml'}", *audit]
 
 
 def controller_command(options: UpOptions, controller: str, control: str = "") -> list[str]:

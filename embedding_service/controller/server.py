@@ -46,6 +46,7 @@ from embedding_service.machine import spare_collections, split_address
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter
 from embedding_service.placement.routing import Routing
+from embedding_service.security.audit import Audit
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.identity import Caller
 from embedding_service.security.proofs import Signer
@@ -145,7 +146,7 @@ class _Stream:
 class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceServicer):
     """Tells `state` what happens, and does what it says. It decides nothing."""
 
-    def __init__(self, options: ControllerOptions, address: str) -> None:
+    def __init__(self, options: ControllerOptions, address: str, audit: Audit | None = None) -> None:
         super().__init__()
         self.state = ControllerState(options.settings(address), time.monotonic, random.Random())
         self._store = options.store
@@ -157,6 +158,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._sooner = asyncio.Event()
         self._routing: Routing | None = None
         self._signer = Signer(options.security.certificate, options.security.key) if options.security else None
+        self._audit = audit or Audit(None)
         self._signature = ""
         self._claims = None
         if options.security:
@@ -188,7 +190,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 tasks.append(asyncio.create_task(claims.run(lambda report: self._handle(Reported(stream, report)))))
                 first = await claims.begin(first)
             self._handle(Joined(stream, first))
-            tasks.append(asyncio.create_task(self._listen(stream, reports, claims)))
+            tasks.append(asyncio.create_task(self._listen(stream, reports, claims, context.caller)))
             while not stream.is_over and not self._ending:
                 message = self.state.message(stream)
                 if message is not None:
@@ -205,10 +207,18 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             await cancel(tasks)
 
     async def _listen(
-        self, stream: _Stream, reports: AsyncIterator[control.ShardReport], claims: ShardClaims | None
+        self,
+        stream: _Stream,
+        reports: AsyncIterator[control.ShardReport],
+        claims: ShardClaims | None,
+        caller: Caller | None,
     ) -> None:
+        drains = False
         try:
             async for report in reports:
+                if caller and report.draining and not drains:
+                    drains = True
+                    self._audit.note("drain", caller.name, shard=report.shard_id, address=report.address)
                 if self._signer:
                     self._check_term(report)
                 self._handle(Reported(stream, claims.hear(report) if claims else report))
@@ -306,7 +316,10 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             case Dismiss(_Stream() as stream, why):
                 stream.end(why)
             case Publish(routing):
+                served = {model.full_name for model in self._routing.models} if self._routing else set()
                 self._routing = self._signed(routing)
+                for name in sorted({model.full_name for model in routing.models} - served):
+                    self._audit.note("serve", "controller", model=name)
             case ReadTerm() | NoteTerm() | Plan():
                 self._questions.put_nowait(instruction)
             case End(why) if not self._over.done():
@@ -335,8 +348,10 @@ def main(options: ControllerOptions) -> None:
 
 
 async def _serve(options: ControllerOptions) -> None:
-    controller = Controller(options, reachable_address(options.listen, options.advertise))
-    server = Server(options.limits, security=Security(options.security) if options.security else None)
+    security = Security(options.security) if options.security else None
+    address = reachable_address(options.listen, options.advertise)
+    controller = Controller(options, address, security.audit if security else None)
+    server = Server(options.limits, security=security)
     server.add(add_ControlServiceServicer_to_server, controller, "embedding.v1.ControlService")
     server.add(add_EmbeddingServiceServicer_to_server, controller, "embedding.v1.EmbeddingService")
     front = await server.listen(options.listen, kind=Kind(apart=options.control_listen is not None))

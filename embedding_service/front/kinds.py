@@ -72,10 +72,10 @@ def _caller(front: Front, rpc: Rpc, method: Method) -> Caller | None:
     shown = dict(rpc.metadata)  # the last one of a name counts
     if front.private:
         passed_on = str(shown.get(CALLER, ""))
-        return front.security.admit(method.rights, rpc.path, passed_on=passed_on)
+        return front.security.admit(method.rights, rpc.path, passed_on=passed_on, peer=rpc.peer)
     if front.kind.members:  # a proof may be a stolen one, a certificate's key is used in the handshake
-        return front.security.admit(method.rights, rpc.path, certificate=rpc.certificate)
-    return front.security.admit(method.rights, rpc.path, bearer=shown.get(HEADER))
+        return front.security.admit(method.rights, rpc.path, certificate=rpc.certificate, peer=rpc.peer)
+    return front.security.admit(method.rights, rpc.path, bearer=shown.get(HEADER), peer=rpc.peer)
 
 
 def _peer(front: Front, rpc: Rpc) -> str:

@@ -12,9 +12,10 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.foreign import one_line
 from embedding_service.security.access import Access
+from embedding_service.security.audit import Audit
 from embedding_service.security.files import Reloaded, read
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
@@ -27,12 +28,16 @@ _CIPHERS, _NONE_BEFORE_TLS_1_3 = "GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES128-CBC
 
 
 class Files(NamedTuple):
-    """What secures a process: PEM of its certificate, its key and the authorities it believes, and the policy."""
+    """What secures a process: PEM of its certificate, its key and the authorities it believes, and the policy.
+
+    `audit`: where it notes who was denied and more. None: nowhere.
+    """
 
     certificate: Path
     key: Path
     ca: Path
     policy: Path
+    audit: Path | None = None
 
     @property
     def access(self) -> Access:
@@ -43,6 +48,11 @@ class Files(NamedTuple):
 class Security:
     """Who may do what in a process. To be made before the process's first connection.
 
+    Attributes:
+        files: What it was made of.
+        guard: Finds out whose a call is.
+        audit: Where to note what is done to models.
+
     Raises:
         InvalidRequest: Names a file that cannot be read, or is not right.
     """
@@ -51,6 +61,7 @@ class Security:
         os.environ[_CIPHERS] = _NONE_BEFORE_TLS_1_3
         self.files = files
         self._pair = Reloaded(files[:3], self._read, _complain)
+        self.audit = Audit(files.audit)
         self.guard = Guard(files.policy, files.ca, files.certificate)
 
     def credentials(self, members: bool) -> grpc.ServerCredentials:
@@ -75,6 +86,7 @@ class Security:
         bearer: str | bytes | None = None,
         certificate: Callable[[], bytes | None] | None = None,
         passed_on: str | None = None,
+        peer: str = "",
     ) -> Caller | None:
         """Whose a new call is. None where it may be anybody's.
 
@@ -84,6 +96,7 @@ class Security:
             bearer: The metadata `authorization`.
             certificate: The client's, at a port that asks for one, where nothing else counts.
             passed_on: The identity that another process of this shard found.
+            peer: Whose connection it is.
 
         Raises:
             Unauthenticated, PermissionDenied: Says what is missing.
@@ -92,16 +105,29 @@ class Security:
             return None
         if isinstance(bearer, bytes):
             bearer = bearer.decode(errors="replace")
-        caller = self.guard.caller(bearer, certificate() or b"" if certificate else None, passed_on)
-        _require(caller, rights, path)
+        caller = None
+        try:
+            caller = self.guard.caller(bearer, certificate() or b"" if certificate else None, passed_on)
+            _require(caller, rights, path)
+        except EmbeddingServiceError as error:
+            self._denied(caller, path, error, peer)
+            raise
         return caller
 
     def again(self, caller: Caller, rights: tuple[str, ...] | None, path: bytes) -> Caller:
         """Who the caller of an open call is by now. Raises Unauthenticated, PermissionDenied."""
-        now = self.guard.again(caller)
-        if now is not caller:
-            _require(now, rights, path)
+        try:
+            now = self.guard.again(caller)
+            if now is not caller:
+                _require(now, rights, path)
+        except EmbeddingServiceError as error:
+            self._denied(caller, path, error, "")
+            raise
         return now
+
+    def _denied(self, caller: Caller | None, path: bytes, error: Exception, peer: str) -> None:
+        who = caller.name if caller else "nobody"
+        self.audit.note("denied", who, method=path.decode(errors="replace")[1:], peer=peer, why=str(error))
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         certificate, key, ca = (read(path) for path in self.files[:3])

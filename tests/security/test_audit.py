@@ -1,0 +1,91 @@
+"""The audit: what is written, and what is not."""
+
+from __future__ import annotations
+
+import json
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.security import write_policy
+
+from embedding_service.errors import PermissionDenied, Unauthenticated
+from embedding_service.methods import RIGHTS
+from embedding_service.security import audit
+from embedding_service.security.audit import Audit
+from embedding_service.security.authority import prepare_folder
+from embedding_service.security.server import Files, Security
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_s9_lines_are_bounded_and_cannot_be_forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(audit.time, "monotonic", lambda: now)
+    path = tmp_path / "audit.jsonl"
+    writer = Audit(path)
+    for _ in range(audit.MOST_LINES + 7):
+        writer.note("denied", "team", why='a\n{"action": "publish"}\x1b[2J' + "x" * 10_000)
+    writer.note("publish", "team", model="m@2")
+    now += 1
+    writer.note("denied", "team", why="b")
+    found = lines(path)
+    assert [each["action"] for each in found] == ["denied"] * audit.MOST_LINES + ["publish", "denied"]
+    assert found[-1] | {"time": ""} == {"time": "", "action": "denied", "who": "team", "why": "b", "left_out": 7}
+    assert all(len(each.get("why", "")) <= audit.MOST_CHARACTERS for each in found)
+    assert "\x1b" not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def write(path: Path, who: str, count: int) -> None:
+    writer = Audit(path)
+    for number in range(count):
+        writer._lines.clear()
+        writer.note("train", who, step=str(number))
+
+
+def test_s9_writers_share_a_file_that_is_put_aside_when_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each opens the file for itself, as processes do."""
+    path, count = tmp_path / "audit.jsonl", 300
+    monkeypatch.setattr(audit, "MOST_BYTES", 45_000)
+    with ThreadPoolExecutor(2) as writers:
+        list(writers.map(lambda number: write(path, f"writer-{number}", count), range(2)))
+    found = [*lines(tmp_path / "audit.jsonl.1"), *lines(path)]
+    # Of 60 KB, all is there, each writer's in its order.
+    for number in range(2):
+        own = [int(each["step"]) for each in found if each["who"] == f"writer-{number}"]
+        assert own == list(range(count))
+    assert all(file.stat().st_size <= 45_000 for file in tmp_path.iterdir())
+
+
+def test_s9_who_is_denied_is_noted_without_what_was_shown(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "secure", ["127.0.0.1"], ["controller"])
+    write_policy(tmp_path / "secure", {"reader": {"tokens": ["reader-secret"], "read": ["m"]}})
+    own = tmp_path / "secure" / "controller"
+    path = tmp_path / "audit.jsonl"
+    files = Files(own / "tls.crt", own / "tls.key", own / "ca.crt", tmp_path / "secure" / "policy.toml", path)
+    security = Security(files)
+    status = "embedding.v1.ControlService/GetStatus"
+    with pytest.raises(PermissionDenied):
+        security.admit(RIGHTS[status], f"/{status}".encode(), bearer="Bearer reader-secret", peer="ipv4:127.0.0.1:5")
+    with pytest.raises(Unauthenticated):
+        security.admit(RIGHTS[status], f"/{status}".encode(), bearer="Bearer guess", peer="ipv4:127.0.0.1:6")
+    security.admit(("read",), b"/embedding.v1.EmbeddingService/Lookup", bearer="Bearer reader-secret", peer="p")
+    known, nobody = lines(path)
+    assert (known["who"], known["method"], known["peer"]) == ("reader", status, "ipv4:127.0.0.1:5")
+    assert "admin or member" in known["why"]
+    assert (nobody["who"], nobody["peer"]) == ("nobody", "ipv4:127.0.0.1:6")
+    assert "secret" not in path.read_text() and "guess" not in path.read_text()
+
+
+def test_s9_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = Audit(tmp_path / "absent" / "audit.jsonl")
+    writer.note("drain", "shard-1")
+    writer.note("drain", "shard-1")
+    assert caplog.text.count("cannot be written") == 1
+    Audit(None).note("drain", "shard-1")
