@@ -75,7 +75,7 @@ def test_the_tests_that_a_text_names_are_there(text: Path) -> None:
 def functions_of(path: str) -> set[str]:
     """The names of a file's functions and methods."""
     tree = ast.parse((ROOT / path).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def test_every_rule_names_its_test() -> None:
