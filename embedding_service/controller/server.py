@@ -369,7 +369,7 @@ async def _serve(options: ControllerOptions) -> None:
             "request_errors", "Requests that could not be read, or that there was no room for.", server.refused
         )
 
-    metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, collect)
+    metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, collect, security)
     deciding = asyncio.create_task(controller.run())
     try:
         await first_of(told_to_end().wait(), deciding, server.death())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ class Security:
         os.environ[_CIPHERS] = _NONE_BEFORE_TLS_1_3
         self.files = files
         self._pair = Reloaded(files[:3], self._read, _complain)
+        self._context = Reloaded(files[:2], self._make_context, _complain)
         self.audit = Audit(files.audit)
         self.guard = Guard(files.policy, files.ca, files.certificate)
 
@@ -77,6 +79,17 @@ class Security:
             return seen
 
         return grpc.dynamic_ssl_server_credentials(seen, fetch, members)
+
+    def context(self) -> ssl.SSLContext:
+        """Of TLS for what is no gRPC, by the files as they are now."""
+        self._context.look()
+        return self._context.now
+
+    def _make_context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self.files.certificate, self.files.key)
+        return context
 
     def admit(
         self,

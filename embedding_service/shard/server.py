@@ -211,6 +211,7 @@ async def _serve(options: ShardOptions) -> None:
         options.listen.rpartition(":")[0],
         options.metrics_port,
         lambda: _metrics(counters(), holdings, router),
+        security,
     )
     registering, looking = asyncio.create_task(registration.run()), asyncio.create_task(_look_around(router, transport))
     opening = asyncio.create_task(training.open_all())

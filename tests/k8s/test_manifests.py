@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -486,6 +487,40 @@ def test_certificates_speak_for_the_names_that_shards_and_clients_use() -> None:
     assert not stands_for(shard, "embedding-controller.embedding.svc", "embedding-shard-3")
     assert {"embedding", "embedding.embedding.svc"} <= set(shard)
     assert {"embedding-controller", "embedding-controller.embedding.svc"} <= set(controller)
+
+
+def test_shards_of_a_daemon_set_advertise_names_that_their_certificate_holds(tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "local-small", "per-node", "secure")
+    for each in objects:
+        validate(each)
+    container = find(objects, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    words = words_of(container, objects)
+    assert "--insecure" not in words and "--policy=/policy/policy.toml" in words
+    program = tmp_path / "bin" / "embedding-service"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    pod = {"SHARD_HOST": "10.1.2.3", "POD_NAMESPACE": "embedding", "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    command = [*container["command"][2:], *words]  # without tini
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=pod).stdout.splitlines()
+    assert told[:-1] == words
+    advertised = told[-1].removeprefix("--advertise=")
+    assert advertised == "10-1-2-3.embedding-shards.embedding.svc:7070"
+    parse(embedding_service.cli.app, told)
+    certificates = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "Certificate"}
+    assert stands_for(certificates["embedding-shard"]["dnsNames"], advertised.partition(":")[0], "some-node")
+
+
+def test_prometheus_scrapes_what_is_secured(tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "cpu-production", "secure")
+    monitor = find(objects, "ServiceMonitor")
+    validate(monitor)
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https" and endpoint["authorization"]["credentials"]["key"] == "token"
+    certificates = [each["spec"] for each in objects if each["kind"] == "Certificate" and each["spec"].get("uris")]
+    assert len(certificates) == 2
+    assert all(endpoint["tlsConfig"]["serverName"] in each["dnsNames"] for each in certificates)
+    assert endpoint["tlsConfig"]["ca"]["secret"]["name"] in {each["secretName"] for each in certificates}
 
 
 def test_the_controllers_certificate_signs_routings_and_the_shards_does_not(tmp_path: Path) -> None:
