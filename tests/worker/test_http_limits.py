@@ -38,7 +38,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: test\r\n"
 class Server:
     """An application that tells what it was given, behind the limits, on a thread of its own."""
 
-    def __init__(self, seconds: float, **tls: str) -> None:
+    def __init__(self, seconds: float, **tls: Any) -> None:
         self.running = 0
         self.cut_off = threading.Event()
         [middleware] = guard_proxy()
