@@ -20,7 +20,7 @@ __all__ = ["attach", "load_model"]
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The dense part of a LongCat or Qwen4-Exp checkpoint as a transformers model, ready for `attach`.
+    """The dense part of a LongCat, Qwen4-Exp or Gemma checkpoint as a transformers model, ready for `attach`.
 
     The n-gram tables are never read nor allocated, so tables of any size need no memory here.
 
@@ -44,8 +44,8 @@ def attach(hf_model: PreTrainedModel, client: EmbeddingClient | RowSource, name:
     trained.
 
     hf_model: loaded by `load_model` or `from_pretrained`. It is a `LongcatFlashForCausalLM` of a LongCat n-gram
-        checkpoint (projections are read from the folder that it was loaded from), or any transformers Qwen4-Exp model
-        (tables that it holds are given up).
+        checkpoint (projections are read from the folder that it was loaded from), or any transformers model of
+        Qwen4-Exp, Gemma 3n or Gemma 4 (tables that it holds are given up).
     client: an `EmbeddingClient`, or tables in this process with the same methods.
     name: the model's name in the service, `name` or `name@version`.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from embedding_service.ngram import NO_TOKEN
 from model_worker.token_cache import TokenLayer
@@ -20,6 +21,17 @@ from model_worker.token_cache import TokenLayer
 _BY_POSITION = (("keys", 0, 2), ("values", 0, 2), ("indexer_keys", 0, 1), ("indexer_position_ids", 1, 2))
 # Tensors by number, [B, ...], the past of convolutions and recurrences.
 _CARRIED = ("conv_states", "recurrent_states")
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """A model's empty cache.
+
+    Layers with a sliding window keep all positions, as the mask hides those before the window. What such a layer drops
+    by itself would be of the longest sequence of a batch, and shorter ones would lose positions that they need.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
+    return cache
 
 
 def join(first: DynamicCache | None, second: DynamicCache) -> DynamicCache:

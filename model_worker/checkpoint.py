@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from embedding_service.checkpoint import read_config, read_json, tensor_files
 from embedding_service.errors import StoreError
 from embedding_service.foreign import one_line, printable
 
 GENERATION = "generation_config.json"
+WORDS = "embed_tokens.weight"
 
 
 class CheckpointTensors:
@@ -75,6 +76,31 @@ class CheckpointTensors:
         if file not in self._open_files:
             self._open_files[file] = safe_open(str(file), framework="pt")
         return self._open_files[file]
+
+
+def load_published(
+    files: CheckpointTensors, model_class: Any, config: Any, tensors: dict[str, Any], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A model of transformers' own class from a checkpoint's tensors.
+
+    dtype: of the weights. None takes the stored dtype of the word embeddings.
+    Raises StoreError: tensors are missing, have other shapes than the config says, or are not known.
+    """
+    words = next(tensor for name, tensor in tensors.items() if name.endswith(WORDS))
+    loaded: Any = model_class.from_pretrained(
+        None,
+        generation_config=files.generation_config(),
+        config=config,
+        state_dict=tensors,
+        dtype=dtype or words[:1].dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    for kind in ("missing", "unexpected", "mismatched"):
+        refuse_tensors(files.folder, kind, report[f"{kind}_keys"])
+    model.config.name_or_path = str(files.folder)
+    return model
 
 
 def refuse_tensors(checkpoint: str | Path, kind: str, tensors: Collection[object]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from embedding_service.errors import EmbeddingServiceError, Unavailable
-from model_worker.batch_cache import join, keep
+from model_worker.batch_cache import join, keep, new_cache
 from model_worker.ends import end_tokens
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
 from model_worker.text import Spelling, TextStream
@@ -242,7 +242,7 @@ class Engine:
             self._joining = 0
 
     def _prefill(self, request: Request) -> None:
-        cache = DynamicCache(config=self._model.config)
+        cache = new_cache(self._model.config)
         try:
             logits = self._forward([request.prompt], [0], cache)
         except Exception as error:

@@ -21,6 +21,8 @@ FAMILIES: Registry[WorkerFamily] = Registry(
     "worker family",
     "model_worker.family:WorkerFamily",
     {
+        "gemma3n": "model_worker.gemma:Gemma3nFamily",
+        "gemma4": "model_worker.gemma:Gemma4Family",
         "longcat": "model_worker.longcat:LongcatFamily",
         "qwen4_exp": "model_worker.qwen4_exp:Qwen4ExpFamily",
     },

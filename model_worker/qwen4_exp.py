@@ -25,14 +25,13 @@ from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
-from model_worker.checkpoint import CheckpointTensors, refuse_tensors
+from model_worker.checkpoint import WORDS, CheckpointTensors, load_published, refuse_tensors
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, check_same_hash
 
 _TABLE_TENSOR = re.compile(r"\.ple_embedding\.ngram_embedding\.")
 # The published model's draft layers for speculative decoding, which transformers' class leaves out too.
 _DRAFT_TENSORS = "mtp."
-_WORDS = "embed_tokens.weight"
 # Where the model's PLE layers keep the last tokens, among the states of a cache layer.
 _TOKENS_STATE = 2
 # Of Qwen4ExpTextModel.forward, in their order.
@@ -189,7 +188,7 @@ def read_config(files: CheckpointTensors) -> Any:
 def dense_tensors(files: CheckpointTensors, config: Any) -> dict[str, Any]:
     """All tensors but the tables and the draft layers, not read yet. Raises StoreError: some are not there."""
     names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
-    refuse_tensors(files.folder, "missing", set() if any(name.endswith(_WORDS) for name in names) else {_WORDS})
+    refuse_tensors(files.folder, "missing", set() if any(name.endswith(WORDS) for name in names) else {WORDS})
     return {name: files.slice(name) for name in names}
 
 
@@ -217,21 +216,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     model_class, _ = _classes(files)
     config = read_config(files)
     tensors = dense_tensors(files, config)
-    words = next(tensor for name, tensor in tensors.items() if name.endswith(_WORDS))
-    loaded: Any = model_class.from_pretrained(
-        None,
-        generation_config=files.generation_config(),
-        config=config,
-        state_dict=tensors,
-        dtype=dtype or words[:1].dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    for kind in ("missing", "unexpected", "mismatched"):
-        refuse_tensors(checkpoint, kind, report[f"{kind}_keys"])
-    model.config.name_or_path = str(checkpoint)
-    return model
+    return load_published(files, model_class, config, tensors, dtype)
 
 
 def attach(hf_model: PreTrainedModel, client: TableSource, name: str) -> Lookups:

@@ -12,6 +12,7 @@ FAMILIES: Registry[NgramHasher] = Registry(
     "embedding_service.ngram.base:NgramHasher",
     {
         "engram": "embedding_service.ngram.engram:EngramHasher",
+        "gemma": "embedding_service.ngram.gemma:GemmaHasher",
         "longcat": "embedding_service.ngram.longcat:LongcatHasher",
         "qwen4_exp": "embedding_service.ngram.qwen4_exp:Qwen4ExpHasher",
     },

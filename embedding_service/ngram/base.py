@@ -136,7 +136,8 @@ class NgramHasher(ABC):
         Takes and raises what `row_ids` does. Feeding a sequence in chunks with the context carried along gives the ids
         of feeding it whole.
         """
-        return self._with_context(token_ids, context)[:, -self.context_length :].clone()
+        tokens = self._with_context(token_ids, context)
+        return tokens[:, tokens.shape[1] - self.context_length :].clone()
 
     def _with_context(self, token_ids: Tensor, context: Tensor | None) -> Tensor:
         """Exactly context_length tokens of context, then the tokens, all checked."""
@@ -149,7 +150,7 @@ class NgramHasher(ABC):
                 raise InvalidRequest(
                     f"context has {context.shape[0]} sequences, token_ids {token_ids.shape[0]}; give one context each"
                 )
-            context = context[:, -self.context_length :].to(token_ids.device)
+            context = context[:, max(0, context.shape[1] - self.context_length) :].to(token_ids.device)
             missing -= context.shape[1]
             tokens = torch.cat((context, token_ids), 1)
         if missing:

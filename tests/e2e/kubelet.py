@@ -61,6 +61,7 @@ class Cluster:
         self.podman("network", "create", NETWORK)
         (network,) = json.loads(self.podman("network", "inspect", NETWORK))
         self.subnet = ip_network(network["subnets"][0]["subnet"])
+        self._remove_rules()  # of a rehearsal that was killed
         _iptables("-N", CHAIN)
         _iptables("-A", "PREROUTING", "-j", CHAIN)
         # A pod that reaches a pod through a Service must be answered through it.
@@ -77,6 +78,9 @@ class Cluster:
             pod.ended.set()
         self.save_logs()
         self.podman.remove_containers()
+        self._remove_rules()
+
+    def _remove_rules(self) -> None:
         _iptables("-D", "PREROUTING", "-j", CHAIN, check=False)
         _iptables("-F", CHAIN, check=False)
         _iptables("-X", CHAIN, check=False)

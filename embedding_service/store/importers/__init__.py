@@ -17,6 +17,7 @@ IMPORTERS: Registry[FamilyImporter[Any]] = Registry(
     "embedding_service.store.importers.base:FamilyImporter",
     {
         "engram": "embedding_service.store.importers.engram:EngramImporter",
+        "gemma": "embedding_service.store.importers.gemma:GemmaImporter",
         "longcat": "embedding_service.store.importers.longcat:LongcatImporter",
         "qwen4_exp": "embedding_service.store.importers.qwen4_exp:Qwen4ExpImporter",
     },
