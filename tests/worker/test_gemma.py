@@ -48,7 +48,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "max_position_embeddings": 512,
 }
-GEMMA_3N = {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4}
+GEMMA_3N: dict[str, Any] = {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4}
 MODELS = {"gemma3n": torch.float32, "gemma4": torch.bfloat16}
 
 
@@ -56,7 +56,7 @@ MODELS = {"gemma3n": torch.float32, "gemma4": torch.bfloat16}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each, as transformers writes it."""
     torch.manual_seed(3)
-    made = {
+    made: dict[str, Any] = {
         "gemma3n": Gemma3nForCausalLM(Gemma3nTextConfig(**TEXT, **GEMMA_3N)),
         # Its code looks every token up, so its table has them all.
         "gemma4": Gemma4ForCausalLM(
@@ -93,8 +93,8 @@ def client(service: Up) -> Iterator[EmbeddingClient]:
 def test_logits_and_generated_tokens_are_those_of_the_published_model(
     folders: dict[str, Path], client: EmbeddingClient, name: str
 ) -> None:
-    published = AutoModelForCausalLM.from_pretrained(folders[name])
-    ours = load_model(folders[name])
+    published: Any = AutoModelForCausalLM.from_pretrained(folders[name])
+    ours: Any = load_model(folders[name])
     assert families.table_bytes(ours) == 0 < families.table_bytes(published)
     attach(ours, client, name)
     tokens = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -112,9 +112,9 @@ def test_logits_and_generated_tokens_are_those_of_the_published_model(
 def test_the_workers_engine_generates_what_the_published_model_does(
     folders: dict[str, Path], client: EmbeddingClient, name: str
 ) -> None:
-    ours = load_model(folders[name])
+    ours: Any = load_model(folders[name])
     lookups = families.attach(ours, client, name)
-    published = AutoModelForCausalLM.from_pretrained(folders[name])
+    published: Any = AutoModelForCausalLM.from_pretrained(folders[name])
     engine = Engine(ours, PreTrainedTokenizerFast.from_pretrained(folders[name]), max_batch=4, max_queue=10)
     asked = [list(range(5, 45)), list(range(8, 14)), list(range(30, 60))]  # the sliding window is 16
     try:
@@ -134,7 +134,7 @@ def test_the_dense_half_is_all_that_a_worker_reads(folders: dict[str, Path], tmp
         "model.embed_tokens_per_layer.weight"
     ]
     assert not any("per_layer.weight" in name for name in load_file(tmp_path / "split" / "dense" / "model.safetensors"))
-    alone = load_model(tmp_path / "split" / "dense")
+    alone: Any = load_model(tmp_path / "split" / "dense")
     with pytest.raises(InvalidRequest, match="loaded without its per-layer table"):
         alone(input_ids=torch.tensor([[1, 2]]))
     manifest = import_checkpoint(tmp_path / "split" / "tables", tmp_path / "store", "half", dtype="keep")
@@ -144,7 +144,7 @@ def test_the_dense_half_is_all_that_a_worker_reads(folders: dict[str, Path], tmp
 
 @pytest.mark.service
 def test_what_does_not_fit_is_refused(folders: dict[str, Path], client: EmbeddingClient) -> None:
-    model = load_model(folders["gemma3n"])
+    model: Any = load_model(folders["gemma3n"])
     with pytest.raises(InvalidRequest, match="it is another model"):
         attach(model, client, "gemma4")
     attach(model, client, "gemma3n")
