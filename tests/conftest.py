@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from math import lcm
@@ -25,6 +26,18 @@ settings.load_profile("untimed")
 
 # Fixtures that start processes of the service.
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
+
+
+# What `make quick` selects, and how a file says that all its tests are left out then.
+QUICK = "not service and not slow"
+LEFT_OUT = re.compile(r"^pytestmark = .*\bmark\.(service|slow)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file for `make quick` that has no test for it: Ray, transformers and the like take seconds."""
+    if config.option.markexpr != QUICK or not collection_path.name.startswith("test_"):
+        return None
+    return True if LEFT_OUT.search(collection_path.read_text()) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

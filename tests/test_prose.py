@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -74,8 +73,7 @@ def test_the_tests_that_a_text_names_are_there(text: Path) -> None:
 @cache
 def functions_of(path: str) -> set[str]:
     """The names of a file's functions and methods."""
-    tree = ast.parse((ROOT / path).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return set(re.findall(r"^ *(?:async )?def (\w+)", (ROOT / path).read_text(), re.M))
 
 
 def test_every_rule_names_its_test() -> None:

@@ -71,4 +71,4 @@ class BreakerStates(RuleBasedStateMachine):
 
 
 TestBreakerStates = BreakerStates.TestCase
-TestBreakerStates.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBreakerStates.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

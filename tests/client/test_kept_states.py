@@ -119,6 +119,6 @@ class OneSet(RuleBasedStateMachine):
 
 
 TestCacheStates = CacheStates.TestCase
-TestCacheStates.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestCacheStates.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestOneSet = OneSet.TestCase
-TestOneSet.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestOneSet.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

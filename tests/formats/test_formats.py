@@ -126,7 +126,7 @@ def nbit_cases(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
 
 
 @given(nbit_cases())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_quantized_rows_come_back_within_the_bound(case: tuple[str, torch.Tensor]) -> None:
     name, rows = case
     row_format = get_format(name)
@@ -137,7 +137,7 @@ def test_quantized_rows_come_back_within_the_bound(case: tuple[str, torch.Tensor
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_plain_rows_of_the_same_dtype_come_back_bit_for_bit(data: st.DataObject) -> None:
     name, dtype = data.draw(
         st.sampled_from([("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -79,7 +79,7 @@ def hashes(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(FIELDS), VALUES, st.sampled_from(FIELDS), VALUES)
 def test_any_value_of_any_field(one: tuple[str, str], value: Any, other: tuple[str, str], second: Any) -> None:
     family, key = one

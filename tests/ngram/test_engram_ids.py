@@ -157,7 +157,7 @@ def test_a_dead_token_is_a_wall() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data: st.DataObject) -> None:
     n, heads, layers = data.draw(st.sampled_from([(2, 1, [3]), (3, 2, [1, 14]), (4, 3, [0, 2, 5])]))
     keys = config(layers, [10**6] * len(layers), 30, 50, n=n, heads=heads)
@@ -238,7 +238,7 @@ def test_a_tokenizer_may_come_in_every_form(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 70000), min_size=1, max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_packed_map_comes_back(values: list[int]) -> None:
     ids: dict[int, int] = {}
     token_map = torch.tensor([ids.setdefault(value, len(ids)) for value in values])

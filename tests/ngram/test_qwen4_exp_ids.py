@@ -142,7 +142,7 @@ def test_ids_equal_the_reference_in_plain_integers(name: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_chunking_with_carried_context_gives_the_ids_of_the_whole(data: st.DataObject) -> None:
     geometry = GEOMETRIES[data.draw(st.sampled_from(["three layers", "4-grams", "bigrams"]))]
     hasher = NgramHasher.from_config(geometry)

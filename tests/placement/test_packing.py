@@ -14,7 +14,7 @@ from embedding_service.placement.demand import Node, PartDemand, Placement, move
 from embedding_service.placement.packing import TOLERANCE, more_needed, pack
 from embedding_service.placement.parts import PartKey
 
-quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def demand(index: int, rows: int, load: float = 0.0) -> PartDemand:

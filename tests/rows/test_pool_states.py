@@ -63,4 +63,4 @@ class PoolStates(RuleBasedStateMachine):
 
 
 TestPoolStates = PoolStates.TestCase
-TestPoolStates.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPoolStates.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

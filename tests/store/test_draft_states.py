@@ -150,4 +150,4 @@ class DraftStates(RuleBasedStateMachine):
 
 
 TestDraftStates = DraftStates.TestCase
-TestDraftStates.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+TestDraftStates.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

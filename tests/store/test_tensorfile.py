@@ -114,7 +114,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     assert data[spans["a"].offset :][:24] == tensors["a"].numpy().tobytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
         st.text(max_size=3),

@@ -409,7 +409,7 @@ PARAMETERS = ["temperature", "top_p", "seed", "max_tokens", "n", "logprobs", "to
 
 
 @given(st.dictionaries(st.sampled_from(PARAMETERS), NUMBERS, min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_values_are_answered_or_refused_by_name(http: TestClient, change: dict[str, Any]) -> None:
     body = {"model": "small", "prompt": "A list", "max_tokens": 2} | change
     answer = http.post(COMPLETIONS, content=json.dumps(body), headers=JSON)
