@@ -74,7 +74,6 @@ print(len(lines), hashlib.sha256("\\n".join(lines).encode()).hexdigest())
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_seed_is_the_same_run_in_every_process() -> None:
     """Whatever order its sets have."""
     said = set()

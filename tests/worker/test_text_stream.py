@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 from decoder_kinds import BYTES, NAMES, tokenizer_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -75,6 +75,7 @@ def test_the_kinds_differ(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)  # of each kind
 @given(data=st.data())
 def test_all_pieces_are_what_is_decoded_and_come_at_once(name: str, data: st.DataObject) -> None:
     tokenizer, spelling = known(name)
@@ -96,6 +97,7 @@ def test_all_pieces_are_what_is_decoded_and_come_at_once(name: str, data: st.Dat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_stop_string_ends_it_wherever_tokens_begin(name: str, data: st.DataObject) -> None:
     tokenizer, spelling = known(name)
