@@ -96,6 +96,11 @@ def test_a_shard_obeys_the_latest_controller_and_each_of_its_assignments() -> No
     assert shard.holdings.held == set()
 
 
+def test_a_report_carries_the_numbers_that_it_is_given() -> None:
+    shard, stats = Shard(), control.ShardStats(pid=3, lookups=5)
+    assert shard.duties.report(stats).stats == shard.duties.first_report(stats).stats == stats
+
+
 def test_what_was_released_stays_so() -> None:
     shard = Shard()
     shard.duties.draining = True
@@ -130,3 +135,7 @@ def test_parts_are_reported_first_and_whenever_they_changed_and_accesses_now_and
         assert not shard.duties.report().has_parts
         shard.now += 0.25
         assert parts_of(shard.duties.report()) == [ONE, TWO]
+    shard.now += ACCESSES_SECONDS - 1
+    assert shard.duties.first_report().has_parts
+    shard.now += 2
+    assert not shard.duties.report().has_parts
