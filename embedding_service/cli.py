@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from embedding_service.commands import bench, cluster, overlays, plan, policy, query, store
+from embedding_service.commands import bench, cluster, overlays, plan, policy, query, storage, store
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import printable
 
@@ -22,6 +22,8 @@ for command in (
     overlays.publish,
     overlays.rollback,
     overlays.diff,
+    storage.inspect,
+    storage.gc,
     cluster.up,
     cluster.controller,
     cluster.shard,

@@ -59,7 +59,7 @@ def import_command(
     from embedding_service.store.importing import import_checkpoint
 
     target = open_store(store)
-    with _Progress("importing") as progress:
+    with Progress("importing") as progress:
         manifest = import_checkpoint(
             checkpoint,
             target,
@@ -114,7 +114,7 @@ def split(
     """Split a checkpoint, so that a worker's disk and memory never see the tables."""
     from embedding_service.store.split import split_checkpoint
 
-    with _Progress("splitting") as progress:
+    with Progress("splitting") as progress:
         split_checkpoint(checkpoint, out, progress=progress)
     say(f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import")
 
@@ -130,7 +130,7 @@ def _tables_by_tensor(texts: list[str]) -> dict[str, str]:
     return tables
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal, else a plain line now and then. Called with (bytes done, bytes in all)."""
 
     LINE_SECONDS = 10.0
@@ -146,7 +146,7 @@ class _Progress:
         """Seconds since it was made."""
         return time.monotonic() - self._begun
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             self._bar = _byte_bar()
             self._bar.start()
@@ -158,6 +158,7 @@ class _Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
+        """Show how far it is, in bytes."""
         self.total = total
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)

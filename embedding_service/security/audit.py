@@ -21,7 +21,7 @@ from embedding_service.foreign import printable
 
 log = logging.getLogger(__name__)
 
-Action = Literal["publish", "rollback", "train", "drain", "serve", "denied"]
+Action = Literal["publish", "rollback", "gc", "train", "drain", "serve", "denied"]
 # Bytes of a file, and characters of a value.
 MOST_BYTES, MOST_CHARACTERS = 16 << 20, 300
 # Lines a second of one action. Those that are left out are counted in the next one.

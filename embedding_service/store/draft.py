@@ -194,6 +194,19 @@ def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
             raise
 
 
+def idle_drafts(store: Store) -> list[Path]:
+    """The folders of versions under way in a local store that no process works on now."""
+    found = []
+    for folder in sorted(Path(store.root).glob("*/.*.importing")):
+        try:
+            with (folder / _LOCK).open("rb", buffering=0) as lock:
+                if _take(lock, folder / _LOCK):
+                    found.append(folder)
+        except FileNotFoundError:  # just begun, or just published
+            continue
+    return found
+
+
 def _draft(store: Store, model: str, version: str) -> Draft:
     if store.is_local:
         return Draft(store, model, version, Path(store.location(model, f".{version}.importing")))

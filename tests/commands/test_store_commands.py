@@ -104,8 +104,8 @@ def read_or_nothing(descriptor: int) -> bytes:
 
 
 def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_commands._Progress, "LINE_SECONDS", 0.0)
-    with store_commands._Progress("importing") as progress:
+    monkeypatch.setattr(store_commands.Progress, "LINE_SECONDS", 0.0)
+    with store_commands.Progress("importing") as progress:
         progress(1 << 20, 4 << 20)
     assert "importing: 1.0 MiB of 4.0 MiB, " in capsys.readouterr().err
 

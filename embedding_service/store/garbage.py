@@ -1,0 +1,94 @@
+"""What a store holds that nobody needs: versions that newer ones have replaced, and imports that were broken off."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedding_service.errors import InvalidRequest, StoreError
+from embedding_service.store.draft import idle_drafts
+from embedding_service.store.store import MANIFEST_FILE, Catalogue, Store
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can go.
+
+    Attributes:
+        kind: "version", "draft" (an import that is not running), or "rest" (of a removal that was cut off).
+        name: model@version.
+        location: Its folder.
+        bytes: What it takes.
+    """
+
+    kind: str
+    name: str
+    location: str
+    bytes: int
+
+
+def find_garbage(
+    store: Store, keep: int, pinned: Collection[tuple[str, str]] = (), drafts: bool = False
+) -> list[Garbage]:
+    """List what can go.
+
+    keep: the newest versions of each model that stay, 1 and more. So do their bases, and what is `pinned`.
+    drafts: unfinished imports that no process works on, too. They could be gone on with.
+    Raises InvalidRequest for a `keep` below 1. Raises StoreError if a version cannot be read, since nobody can tell
+    what it needs. Raises what the filesystem does.
+    """
+    if keep < 1:
+        raise InvalidRequest(f"--keep must be 1 or more, got {keep}: the newest version of a model is what is served")
+    catalogue = store.catalogue()
+    if catalogue.problems:
+        reasons = "; ".join(catalogue.problems.values())
+        raise StoreError(f"nothing is removed, for what cannot be read may need it. Mend or remove that: {reasons}")
+    needed = _needed(catalogue, keep, pinned)
+    found = [
+        Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.replaced_bytes)
+        if manifest.base
+        else Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.bytes)
+        for model, versions in catalogue.manifests.items()
+        for manifest in versions
+        if (model, manifest.version) not in needed
+    ]
+    if store.is_local:
+        found += _hidden(store, "rest", ".removing", sorted(Path(store.root).glob("*/.*.removing")))
+        if drafts:
+            found += _hidden(store, "draft", ".importing", idle_drafts(store))
+    return found
+
+
+def _needed(catalogue: Catalogue, keep: int, pinned: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Model and version of each version that stays."""
+    stays = [manifest for versions in catalogue.manifests.values() for manifest in versions[-keep:]]
+    by_name = {(each.model, each.version): each for versions in catalogue.manifests.values() for each in versions}
+    stays += [by_name[name] for name in pinned if name in by_name]
+    # A base is a whole version, so there is one step to it.
+    return {(each.model, each.version) for each in stays} | {each.root for each in stays}
+
+
+def _hidden(store: Store, kind: str, ending: str, folders: list[Path]) -> Iterator[Garbage]:
+    for folder in folders:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        name = f"{folder.parent.name}@{folder.name.removeprefix('.').removesuffix(ending)}"
+        yield Garbage(kind, name, str(folder), size)
+
+
+def remove(store: Store, garbage: Garbage) -> None:
+    """Remove it. A version leaves the store at once, before its files go.
+
+    A service that serves it goes on until its clients have left it. Raises OSError, or what the filesystem does.
+    """
+    if garbage.kind != "version":
+        shutil.rmtree(garbage.location)
+    elif store.is_local:
+        folder = Path(garbage.location)
+        going = folder.with_name(f".{folder.name}.removing")
+        folder.rename(going)
+        shutil.rmtree(going)
+    else:
+        store.filesystem.rm_file(f"{garbage.location}/{MANIFEST_FILE}")
+        store.filesystem.rm(garbage.location, recursive=True)
