@@ -42,6 +42,54 @@ def test_json_and_back() -> None:
         first.table("words")
 
 
+def overlaid_entry() -> dict[str, Any]:
+    """The next version, with one row over the last part and all rows of the first."""
+    rows = {0: 1024, 2: 1}
+    overlays = [
+        {
+            "part": part,
+            "rows": count,
+            "file": f"ngram/overlay-{part:05d}.safetensors",
+            "bytes": count * 24,
+            "checksum": "xxh3-128:" + "cd" * 16,
+        }
+        for part, count in rows.items()
+    ]
+    base = {"model": "tiny", "version": "1", "overlays": {"ngram": overlays}}
+    return {**entry(), "format_version": 2, "version": "2", "base": base}
+
+
+def test_json_of_a_version_with_a_base_and_back() -> None:
+    second = Manifest.from_json(json.dumps(overlaid_entry()), "here")
+    assert Manifest.from_json(second.to_json(), "there") == second
+    assert (second.root, second.full_name) == (("tiny", "1"), "tiny@2")
+    assert (second.replaced_rows, second.replaced_bytes) == (1025, 1025 * 24)
+    assert set(second.overlays("ngram")) == {0, 2} and second.overlays("words") == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("part",), 1),
+        (("part",), 3),
+        (("rows",), 0),
+        (("rows",), 2),
+        (("bytes",), 25),
+        (("file",), "ngram/overlay-00000.safetensors"),
+    ],
+    ids=str,
+)
+def test_an_overlay_that_does_not_fit_its_part_is_refused(path: tuple[str], value: Any) -> None:
+    changed = overlaid_entry()
+    changed["base"]["overlays"]["ngram"][1][path[0]] = value
+    with pytest.raises(StoreError):
+        Manifest.from_json(json.dumps(changed), "here")
+    full = overlaid_entry()
+    full["base"]["overlays"]["ngram"][0].update(rows=1025, bytes=1025 * 24)
+    with pytest.raises(StoreError, match="an overlay of 1025 rows in part 0"):
+        Manifest.from_json(json.dumps(full), "here")
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

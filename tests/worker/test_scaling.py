@@ -22,7 +22,7 @@ from test_serve import PROMPT, Server
 pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 # Seconds that a long answer takes: more than it takes until a replica goes that is not needed.
-LONG_SECONDS = 40.0
+LONG_SECONDS = 45.0
 LONGEST, MEASURED = 20_000, 200
 
 
@@ -32,7 +32,7 @@ def server(model_folder: Path, tables: Up, tmp_path_factory: pytest.TempPathFact
     folder = Path(shutil.copytree(model_folder, tmp_path_factory.mktemp("long") / "model"))
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2 * LONGEST}
     (folder / "config.json").write_text(json.dumps(config))
-    scaling = ("--max-replicas=2", "--max-batch=4", "--upscale-delay=1", "--downscale-delay=12", "--drain-seconds=250")
+    scaling = ("--max-replicas=2", "--max-batch=4", "--upscale-delay=1", "--downscale-delay=20", "--drain-seconds=250")
     options = (*scaling, "--cache-bytes=1MiB", "--no-near")
     running = Server(folder.parent / "log", folder, tables.address, *options, host="::1")
     try:
@@ -133,13 +133,12 @@ def test_rows_that_are_cached_are_not_asked_for(server: Server, tables: Up) -> N
 def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tables: Up) -> None:
     shards = {process.pid for process in tables.family()}
     assert len(replicas(server)) == 1
+    tokens = tokens_of_long_answer(server)
     with load(server, users=16):
         until(lambda: len({server.info()["pid"] for _ in range(10)}) == 2, "a second replica to answer")
     both = replicas(server)
     assert len(both) == 2
     until(lambda: not busy(server), "the load to be over")
-
-    tokens = tokens_of_long_answer(server)
     with ThreadPoolExecutor(2) as pool:
         answers: list[Future[dict[str, Any]]] = []
         for number in (1, 2):
