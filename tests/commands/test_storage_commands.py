@@ -94,7 +94,7 @@ def test_the_base_of_another_model_or_of_a_branch_stays(own: Path) -> None:
 
 def test_nothing_goes_while_something_cannot_be_read(own: Path) -> None:
     (own / "int8" / "4" / "manifest.json").write_bytes(b"{")
-    with pytest.raises(StoreError, match="nothing is removed: what cannot be read may need what would go"):
+    with pytest.raises(StoreError, match="nothing is removed, for what cannot be read may need it"):
         typed("gc", own, "--keep", 1, "--yes")
     assert Store(own).versions("int8") == ["1", "2", "3", "4"]
     [problem] = [line for line in typed("inspect", own, code=1) if line.startswith("problem")]
