@@ -7,6 +7,10 @@ it in this process. One looks rows up in `up` with two shards, and reads near ro
 has the tables here: LongCat's as one tensor, Qwen4-Exp's as transformers' own modules. They take turns with the same
 prompts and seeds, and must generate the same tokens. "decode" is short prompts and long answers, `batch` of them at
 once. "prefill" is one long prompt and one token. Lookup ms is what the model waited for rows, a step.
+
+A family has `--seconds` for its rounds, so that both take four minutes on two quiet cores. Three rounds are made in any
+case. Models are float32 unless `--dtype` says otherwise: cores without instructions for bfloat16 take several times as
+long with it, and a slow model hides what a lookup costs.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import numpy as np
 import psutil
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from transformers import LongcatFlashConfig, PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
@@ -103,7 +108,8 @@ class Work:
     tokens: int
 
 
-WORKS = (Work("decode", 1, 16, 32), Work("decode", 8, 16, 32), Work("prefill", 1, 512, 1))
+WORKS = (Work("decode", 1, 16, 16), Work("decode", 8, 16, 16), Work("prefill", 1, 128, 1))
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,11 @@ def local_model(family: str, checkpoint: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: Any, near: bool) -> list[dict[str, Any]]:
+def measure(
+    family: str, dtype: str, seconds: float, text: list[int], tokenizer: Any, near: bool, progress: Progress
+) -> list[dict[str, Any]]:
     """A record for each work."""
+    task = progress.add_task(f"{family}: making a model, and a service of its tables", total=seconds)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         parameters = make_checkpoint(family, folder / "model", DTYPES[dtype], tokenizer)
@@ -222,13 +231,24 @@ def measure(family: str, dtype: str, rounds: int, text: list[int], tokenizer: An
         here = Side(local_model(family, folder / "model", DTYPES[dtype]), tokenizer, None, pids)
         stack.callback(here.close)
         found: dict[Work, list[tuple[Seen, Seen]]] = {work: [] for work in WORKS}
-        for turn in range(rounds + 1):
+        progress.update(task, description=f"{family}: the round that warms up")
+        for work in WORKS:
+            _turn(here, there, work, text, 0)
+        before, began, turn = client.statistics, time.monotonic(), 0
+        while turn < LEAST_ROUNDS or time.monotonic() - began < seconds:
+            turn += 1
             for work in WORKS:
-                seen = _turn(here, there, work, text, turn)
-                if turn:  # the first is to warm up
-                    found[work].append(seen)
+                found[work].append(_turn(here, there, work, text, turn))
+            told = ", ".join(
+                f"{work.name} {work.batch}: {found[work][-1][0].seconds / found[work][-1][1].seconds:.3f}"
+                for work in WORKS
+            )
+            progress.console.print(f"{family}, round {turn}: {told}")
+            progress.update(task, description=f"{family}: round {turn + 1}", completed=time.monotonic() - began)
         had = client.statistics
-        print(f"{family}: {had.near_rows:,} rows were read in place, {had.wired_rows:,} were sent")
+        near_rows, wired_rows = had.near_rows - before.near_rows, had.wired_rows - before.wired_rows
+        progress.console.print(f"{family}: {near_rows:,} rows were read in place, {wired_rows:,} were sent")
+    progress.remove_task(task)
     return [_record(family, dtype, parameters, work, pairs) for work, pairs in found.items()]
 
 
@@ -256,6 +276,7 @@ def _record(family: str, dtype: str, parameters: int, work: Work, pairs: list[tu
         "dense_parameters": parameters,
         "work": work.name,
         "batch": work.batch,
+        "rounds": len(pairs),
         "here_tokens_per_second": tokens / float(np.median([seen.seconds for seen in theirs])),
         "remote_tokens_per_second": tokens / float(np.median([seen.seconds for seen in ours])),
         "ratio": float(middle),
@@ -294,8 +315,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the figures")
     parser.add_argument("--families", nargs="+", choices=("longcat", "qwen4_exp"), default=["longcat", "qwen4_exp"])
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of model and tables")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of model and tables")
+    parser.add_argument("--seconds", type=float, default=80, help="of rounds, a family")
     parser.add_argument("--wired", action="store_true", help="all rows over the wire")
     parser.add_argument("--threads", type=int, default=1, help="of the model; the worker's default is 1, too")
     given = parser.parse_args()
@@ -307,8 +328,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for family in given.families:
-        found += measure(family, given.dtype, given.rounds, text, tokenizer, near=not given.wired)
-        about = {"threads": given.threads, "rounds": given.rounds, "near": not given.wired, "records": found}
+        with Progress(console=Console(stderr=True)) as progress:
+            found += measure(family, given.dtype, given.seconds, text, tokenizer, not given.wired, progress)
+        about = {"threads": given.threads, "near": not given.wired, "records": found}
         (given.out / "worker_ratio.json").write_text(json.dumps(about, indent=2) + "\n")
     show(found)
 
