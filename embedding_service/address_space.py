@@ -22,9 +22,14 @@ from embedding_service.errors import NoRoom
 from embedding_service.late import late
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 else:
-    torch = late("torch")
+    np, torch = late("numpy"), late("torch")
+
+# Up to this many rows, numpy copies them sooner than torch. Of more, torch's threads may share the work.
+_FEW_ROWS = 1024
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -48,6 +53,17 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def round_up(nbytes: int, unit: int = PAGE) -> int:
     """The smallest multiple of `unit` that holds `nbytes`."""
     return -(-nbytes // unit) * unit
+
+
+def take_rows(
+    rows: npt.NDArray[np.uint8], ids: npt.NDArray[np.int64], out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Copies of the `rows` [rows, row_bytes] with these `ids` [n], each in range: [n, row_bytes], in `out` if given."""
+    if len(ids) <= _FEW_ROWS:
+        return rows.take(ids, 0, out, "clip")  # with another mode numpy would fill a copy of `out`
+    taken = np.empty((len(ids), rows.shape[1]), np.uint8) if out is None else out
+    torch.index_select(torch.from_numpy(rows), 0, torch.from_numpy(ids), out=torch.from_numpy(taken))
+    return taken
 
 
 class AddressSpace:

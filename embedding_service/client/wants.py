@@ -337,13 +337,12 @@ class NgramLookup(Lookup):
         ]
 
 
-def near_values(stored: Tensor, decoder: Decoder) -> Tensor:
+def near_values(stored: Bytes, decoder: Decoder) -> Tensor:
     """Stored rows uint8 [n, row_bytes] -> Tensor[n, dim], the same bits that would have come over the wire."""
-    if decoder.row_format.name == PLAIN.get(decoder.dtype) and decoder.device.type == "cpu" and stored.shape[0]:
-        return stored.view(decoder.dtype)
-    if decoder.row_format.name == "fp32" and decoder.dtype.itemsize < 4 and stored.shape[0]:
-        stored.view(torch.float32).add_(0.0)  # a shard that narrows them makes 0.0 of -0.0, as FBGEMM does
-    return decoder.decode(stored.numpy())
+    if decoder.row_format.name == "fp32" and decoder.dtype.itemsize < 4:
+        values = stored.view(np.float32)
+        values += 0.0  # a shard that narrows them makes 0.0 of -0.0, as FBGEMM does
+    return decoder.decode(stored)
 
 
 def _less_what_is_kept(asked: _Asked, kept: Keeper, model: Model, trusted: bool) -> _Asked:

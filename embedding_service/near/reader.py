@@ -7,6 +7,7 @@ and after they copy rows, and at whether the view is still the same: rows are us
 
 from __future__ import annotations
 
+import itertools
 import os
 import selectors
 import socket
@@ -20,11 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from google.protobuf.message import DecodeError
-from torch import Tensor
 
-from embedding_service.address_space import PAGE, AddressSpace, sealed
+from embedding_service.address_space import PAGE, AddressSpace, sealed, take_rows
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.machine import boot_id
 from embedding_service.near import through_kernel
@@ -45,6 +44,7 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import near_pb2 as near
 
 Ids = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 # Shards of one machine whose rows are near; those of others come over the wire.
 MOST_SHARDS = 64
@@ -56,7 +56,8 @@ PACKET_BYTES, MOST_FILES, MOST_REPORTED = 256 << 10, 64, 1_000
 # Of a table: no more than a process has addresses for.
 MOST_BYTES = 1 << 46
 # Up to this many rows are counted one by one. Of more rows, a sample stands for all.
-_COUNTED = 1024
+_COUNTED = 64
+_turn = itertools.count()
 _NO_PART = -1
 # Up to so many parts it takes less time to look at all of a table's than to find out which are asked for.
 _FEW_PARTS = 256
@@ -84,10 +85,12 @@ class NearTable:
 
     def __init__(self, mapped: _Mapped, boards: AddressSpace, live: Mapping[int, _Mapping]) -> None:
         parts = -(-mapped.info.rows // mapped.info.rows_per_part)
-        self.info = mapped.info
+        info = self.info = mapped.info
         self.reads = mapped.reads
+        self.row_bytes, self.rows_per_part = info.row_bytes, info.rows_per_part
+        self._shape = (info.rows, info.row_bytes, info.dtype, info.rows_per_part)
         self._space = mapped.space
-        self._rows = mapped.space.tensor.view(mapped.info.rows, mapped.info.row_bytes)
+        self._rows: Bytes = mapped.space.tensor.numpy().reshape(info.rows, info.row_bytes)
         self._in_files = any(not each.memory for each in live.values())
         self._boards = boards  # for as long as somebody looks at their words
         self._words = _words(boards)
@@ -100,8 +103,7 @@ class NearTable:
 
     def matches(self, rows: int, row_bytes: int, dtype: str, rows_per_part: int) -> bool:
         """Whether the routing says the same of this table."""
-        info = self.info
-        return (info.rows, info.row_bytes, info.dtype, info.rows_per_part) == (rows, row_bytes, dtype, rows_per_part)
+        return self._shape == (rows, row_bytes, dtype, rows_per_part)
 
     def held(self, parts: Ids) -> npt.NDArray[np.bool_]:
         """Whether the shards hold these parts at this moment as they did when this was made."""
@@ -111,23 +113,23 @@ class NearTable:
         """`held`, of all parts that were near."""
         return self._words.take(self._slots).tobytes() == self._expected
 
-    def copy(self, ids: Ids) -> Tensor | None:
+    def copy(self, ids: Ids) -> Bytes | None:
         """The stored rows of `ids`, uint8 [n, row_bytes], read after what was looked at before and before what comes.
 
         None where they cannot be read without waiting for a disk.
         """
         fence()
-        if self._in_files:
-            stored = through_kernel.copy(self._space, ids, self.info.row_bytes)
-        else:
-            stored = self._rows.index_select(0, torch.from_numpy(ids))
+        stored = through_kernel.copy(self._space, ids, self.row_bytes) if self._in_files else take_rows(self._rows, ids)
         fence()
         return stored
 
-    def count(self, parts: Ids) -> None:
-        """Rows of these parts were read; threads that count at the same time may lose some."""
-        step = 1 + len(parts) // _COUNTED
-        np.add.at(self.reads, parts[::step] if step > 1 else parts, step)
+    def count(self, ids: Ids) -> None:
+        """These rows were read; threads that count at the same time may lose some."""
+        step = 1 + len(ids) // _COUNTED
+        if step > 1:
+            # Another first one each time: the rows of a head may lie at even distances.
+            ids = ids[next(_turn) % step :: step]
+        np.add.at(self.reads, ids // self.rows_per_part, step)
 
 
 class View(NamedTuple):
@@ -140,7 +142,7 @@ class View(NamedTuple):
 class Rows(NamedTuple):
     """Stored rows, uint8 [n, row_bytes], of all ids."""
 
-    stored: Tensor
+    stored: Bytes
 
 
 @dataclass(eq=False)
@@ -148,8 +150,8 @@ class SomeRows:
     """Stored rows, uint8 [m, row_bytes], of the ids at these m positions, once they are read."""
 
     positions: Ids
-    _copy: Callable[[], Tensor | None]
-    stored: Tensor | None = None
+    _copy: Callable[[], Bytes | None]
+    stored: Bytes | None = None
 
     def read(self) -> bool:
         """Read them, if they were not read yet. False: one of them is not near any more."""
@@ -268,18 +270,18 @@ class NearReader:
         All are read at once. Some are left to be read while the others come over the wire.
         """
         if not len(ids):
-            return Rows(torch.empty(0, table.info.row_bytes, dtype=torch.uint8))
+            return Rows(np.empty((0, table.row_bytes), np.uint8))
         if not (table.complete and len(table.reads) <= max(_FEW_PARTS, len(ids)) and table.is_unchanged()):
             return self._read_some(view, table, ids)
         stored = table.copy(ids)
         if stored is None or not table.is_unchanged() or self._view is not view:
             return None
-        table.count(ids // table.info.rows_per_part)
+        table.count(ids)
         return Rows(stored)
 
     def _read_some(self, view: View, table: NearTable, ids: Ids) -> Rows | SomeRows | None:
         """`read`, where parts are looked at one by one."""
-        parts = ids // table.info.rows_per_part
+        parts = ids // table.rows_per_part
         held = table.held(parts)
         if held.all():
             stored = self._read_held(view, table, ids, parts)
@@ -289,12 +291,12 @@ class NearReader:
             return None
         return SomeRows(positions, partial(self._read_held, view, table, ids[positions], parts[positions]))
 
-    def _read_held(self, view: View, table: NearTable, ids: Ids, parts: Ids) -> Tensor | None:
+    def _read_held(self, view: View, table: NearTable, ids: Ids, parts: Ids) -> Bytes | None:
         """All these rows, uint8 [n, row_bytes]; None where a part of them is not near any more."""
         stored = table.copy(ids) if table.held(parts).all() else None
         if stored is None or not table.held(parts).all() or self._view is not view:
             return None
-        table.count(parts)
+        table.count(ids)
         return stored
 
     def close(self) -> None:

@@ -15,8 +15,6 @@ from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from embedding_service.address_space import AddressSpace, memory_file, round_up
 
@@ -67,7 +65,7 @@ def _begin_fresh() -> None:
 os.register_at_fork(after_in_child=_begin_fresh)
 
 
-def copy(space: AddressSpace, ids: npt.NDArray[np.int64], row_bytes: int) -> Tensor | None:
+def copy(space: AddressSpace, ids: npt.NDArray[np.int64], row_bytes: int) -> npt.NDArray[np.uint8] | None:
     """Rows `ids` [n] of a table that begins with `space`: uint8 [n, row_bytes].
 
     None where they are not in memory, as a sample tells, or cannot be had.
@@ -87,4 +85,4 @@ def copy(space: AddressSpace, ids: npt.NDArray[np.int64], row_bytes: int) -> Ten
         first = pieces.ctypes.data + begin * pieces.strides[0]
         if _libc.pwritev(memory.fd, first, count, begin * row_bytes) != count * row_bytes:
             return None
-    return torch.from_numpy(memory.bytes[: len(ids) * row_bytes].reshape(len(ids), row_bytes).copy())
+    return memory.bytes[: len(ids) * row_bytes].reshape(len(ids), row_bytes).copy()

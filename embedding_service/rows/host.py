@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from embedding_service.address_space import AddressSpace
+from embedding_service.address_space import AddressSpace, take_rows
 from embedding_service.formats import get_format
 from embedding_service.formats.fbgemm import fbgemm_operator
 from embedding_service.late import late
@@ -41,6 +39,7 @@ class HostTable(TableRows):
         super().__init__(table, shared=shared)
         self._space = self._reserve()
         self._rows = self._space.tensor.view(table.rows, table.row_bytes)
+        self._stored: Bytes = self._rows.numpy()
         self._kernels: dict[str, Kernel] = {}
 
     def _reserve(self) -> AddressSpace:
@@ -63,9 +62,7 @@ class HostTable(TableRows):
 
     def _gather(self, ids: Ids, encoding: str, out: Bytes | None) -> Bytes:
         if encoding in (STORED, self.table.dtype):
-            rows = np.empty((len(ids), self.table.row_bytes), np.uint8) if out is None else out
-            torch.index_select(self._rows, 0, torch.from_numpy(ids), out=torch.from_numpy(rows))
-            return rows
+            return take_rows(self._stored, ids, out)
         rows = self._convert(torch.from_numpy(ids), encoding)
         if out is None:
             return rows

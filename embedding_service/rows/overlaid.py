@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.late import late
-from embedding_service.rows.base import STORED, Bytes, Ids, Location, TableRows
+from embedding_service.rows.base import Bytes, Ids, Location, TableRows
 from embedding_service.rows.mmap import FileTable
 from embedding_service.store.manifest import Part, Table
 from embedding_service.store.overlays import Replaced
@@ -127,7 +127,7 @@ class OverlaidTable(TableRows):
         found, places = over.find(ids)  # before the ground is read: see `fold`
         rows = self._ground._gather(ids, encoding, out)
         if len(found):
-            rows[found] = over.rows.gather_replaced(places, encoding)
+            rows[found] = over.rows._gather(places, encoding, None)
         return rows
 
 
@@ -263,10 +263,6 @@ class _Bitmap:
 class _ReplacedRows(FileTable):
     """Rows in the place of others. Those of a part lie side by side from the part's first row on."""
 
-    def __init__(self, table: Table) -> None:
-        super().__init__(table)
-        self._stored: Bytes = self._rows.numpy()
-
     def put(self, part: Part, rows: Bytes, place: Location | None) -> None:
         """Copy a part's rows into memory, or map them where they lie in a file."""
         begin = part.first_row * self.table.row_bytes
@@ -279,12 +275,6 @@ class _ReplacedRows(FileTable):
     def remove(self, part: Part) -> None:
         """Give the memory back."""
         self._unload(part)
-
-    def gather_replaced(self, places: Ids, encoding: str) -> Bytes:
-        """Rows at `places`, uint8 [k, bytes of a row in `encoding`]. For few rows numpy is faster than torch."""
-        if encoding in (STORED, self.table.dtype):
-            return self._stored.take(places, 0)
-        return self._gather(places, encoding, None)
 
     def _place(self, part: Part, path: Path, offset: int, pace: Pace) -> None:
         raise InvalidRequest("rows are put here")

@@ -120,7 +120,7 @@ def test_n2_rows_of_a_dropped_part_are_left_out_and_come_back(shard: NearShard, 
         left = ids[ids // shard.table.rows_per_part != 1]
         assert np.array_equal(rows.positions, left)
         assert rows.stored is not None
-        assert np.array_equal(rows.stored.numpy(), expected[left])
+        assert np.array_equal(rows.stored, expected[left])
         shard.hold(1)
         wait_for(reader, shard.key)
         again = read_near(reader, shard.key, ids)

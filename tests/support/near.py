@@ -149,7 +149,7 @@ def read(reader: NearReader, key: tuple[str, str], ids: np.ndarray) -> np.ndarra
     if view is None or table is None:
         return None
     rows = reader.read(view, table, ids)
-    return rows.stored.numpy() if isinstance(rows, Rows) else None
+    return rows.stored if isinstance(rows, Rows) else None
 
 
 def read_near(reader: NearReader, key: tuple[str, str], ids: np.ndarray) -> np.ndarray:
