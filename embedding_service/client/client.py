@@ -41,12 +41,25 @@ TOPOLOGY = "EMBEDDING_SERVICE_TOPOLOGY"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A served model: `tables` maps a table's name to (rows, dim, dtype)."""
+    """A served version of a model.
+
+    Attributes:
+        tables: Of each table: (rows, dim, dtype).
+        base: "name@version" of the version whose rows it has but for some. Empty for a version that is whole by itself.
+        checkpoint: "name@version" of the import to whose checkpoint's dense half its rows belong.
+    """
 
     name: str
     version: str
     family: str
     tables: dict[str, tuple[int, int, str]]
+    base: str = ""
+    checkpoint: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
 
 
 class Statistics(NamedTuple):
@@ -329,15 +342,14 @@ class EmbeddingClient:
             ModelDescription(session.model, session.branch, session.family, session.tables)
             for session in self._sessions.values()
         ]
-        return [
-            ModelDescription(
-                name=model.name,
-                version=model.version,
-                family=model.family,
-                tables={table.name: (table.rows, table.dim, table.dtype) for table in model.tables.values()},
-            )
-            for model in routing.models
-        ] + branches
+        return [_description(model) for model in routing.models] + branches
+
+    def model(self, name: str, *, timeout: float | None = None) -> ModelDescription:
+        """The newest served version of a model, or NAME@VERSION, as lookups know it now. Raises NotFound.
+
+        The service is asked only where lookups would ask it: at first, or for a name that is not known.
+        """
+        return _description(run(self._router.model(name, self._deadline(timeout)), self._transport))
 
     def train(
         self,
@@ -502,6 +514,17 @@ class EmbeddingClient:
         )
 
 
+def _description(model: Model) -> ModelDescription:
+    return ModelDescription(
+        name=model.name,
+        version=model.version,
+        family=model.family,
+        tables={table.name: (table.rows, table.dim, table.dtype) for table in model.tables.values()},
+        base=model.base,
+        checkpoint=model.checkpoint,
+    )
+
+
 def _no_dtype(dtype: torch.dtype) -> InvalidRequest:
     return InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
 
@@ -523,9 +546,9 @@ def _flat(ids: Tensor) -> Ids:
     """Integer ids [*] as int64 [n] on the CPU. Raises InvalidRequest for anything else."""
     if not isinstance(ids, Tensor):
         raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
+    flat = ids if ids.dim() == 1 else ids.reshape(-1)
+    if ids.dtype is torch.int64 and ids.is_cpu:
+        return flat.numpy()
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InvalidRequest(f"ids must be an integer tensor, got {ids.dtype}")
-    flat = ids if ids.dim() == 1 else ids.reshape(-1)
-    if flat.dtype != torch.int64 or flat.device.type != "cpu":
-        flat = flat.to("cpu", torch.int64)
-    return flat.numpy()
+    return flat.to("cpu", torch.int64).numpy()

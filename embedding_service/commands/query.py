@@ -19,6 +19,8 @@ AddressArgument = Annotated[
     str, typer.Argument(help="HOST:PORT of any shard or of the controller.", callback=check_address)
 ]
 MOST_ID = 1 << 63
+# Of a row's id, beside a row that replaces another one.
+ID_BYTES = 8
 DEFAULT_ADDRESS = "localhost:7070"
 
 
@@ -71,11 +73,19 @@ def status_tables(current: control.Status) -> list[rich.table.Table]:
             info.family,
             ", ".join(f"{table.name} [{table.rows:,} x {table.dim}] {table.dtype}" for table in info.tables),
             f"{sum(table.rows for table in info.tables):,}",
-            format_bytes(model.bytes),
+            _size(model),
             f"{model.parts_ready} of {model.parts}",
             _state(model),
         )
     return [shards, models]
+
+
+def _size(model: control.ModelStatus) -> str:
+    """Of all rows. Of a version with a base: of those that are its own, with their ids."""
+    if not model.model.base:
+        return format_bytes(model.bytes)
+    own = sum(table.replaced_rows * (ID_BYTES + table.row_bytes) for table in model.model.tables)
+    return f"{format_bytes(own)} over {model.model.base}"
 
 
 def _state(model: control.ModelStatus) -> str:
@@ -91,7 +101,9 @@ def models(address: AddressArgument = DEFAULT_ADDRESS, tls: TlsOption = None, to
     for model in list_models(address):
         family = f" ({model.family})" if model.family else ""
         for table in model.tables:
-            say(f"{model.name}@{model.version}/{table.name}: {table.rows:,} rows of {table.dim} {table.dtype}{family}")
+            over = f", {table.replaced_rows:,} of them over {model.base}" if model.base else ""
+            rows = f"{table.rows:,} rows of {table.dim} {table.dtype}"
+            say(f"{model.name}@{model.version}/{table.name}: {rows}{family}{over}")
 
 
 def lookup(

@@ -10,10 +10,12 @@ from dataclasses import replace
 from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.placement.demand import PartDemand
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import MOST_PARTS, Manifest, part_file
+from embedding_service.store.manifest import ID_BYTES, MOST_PARTS, Manifest, overlay_file, part_file
 from embedding_service.store.store import Catalogue, natural_order
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
+
+_NO_CHECKSUM = "xxh3-128:" + "0" * 32
 
 # For each model its versions, oldest first.
 Catalog = Mapping[str, Sequence[Manifest]]
@@ -272,7 +274,9 @@ def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:
 
 
 def manifest_of(info: wire.ModelInfo) -> Manifest:
-    """A version as a shard knows it, in a manifest. It has neither checksums nor overlays, which only readers need.
+    """A version as a shard knows it, in a manifest. It has no checksums, which only readers need.
+
+    Of rows that it replaces, it is known how many there are in a table. They are taken to lie evenly.
 
     Raises InvalidRequest for what no manifest could say.
     """
@@ -287,17 +291,40 @@ def manifest_of(info: wire.ModelInfo) -> Manifest:
         }
         if info.base:
             model, _, version = info.base.partition("@")
-            content |= {"format_version": 2, "base": {"model": model, "version": version, "overlays": {}}}
+            overlays = {table.name: _overlays_of(table) for table in info.tables}
+            base = {"model": model, "version": version, "overlays": overlays, "checkpoint": info.checkpoint or None}
+            content.update(format_version=2, base=base)
         return Manifest.from_json(json.dumps(content), source)
     except (StoreError, ValueError, RecursionError) as error:
         raise InvalidRequest(str(error)) from error
 
 
-def _table_of(info: wire.TableInfo) -> dict[str, object]:
+def _sizes_of(info: wire.TableInfo) -> list[tuple[int, int]]:
+    """First row and rows of each part."""
     step = max(info.rows_per_part, 1)
     if info.rows // step > MOST_PARTS:
         raise InvalidRequest(f"table {info.name} has over {MOST_PARTS:,} parts")
-    sizes = [(first, min(step, info.rows - first)) for first in range(0, info.rows, step)]
+    return [(first, min(step, info.rows - first)) for first in range(0, info.rows, step)]
+
+
+def _overlays_of(info: wire.TableInfo) -> list[dict[str, object]]:
+    sizes = _sizes_of(info)
+    each, more = divmod(info.replaced_rows, max(len(sizes), 1))
+    counts = [min(each + (part < more), rows) for part, (_, rows) in enumerate(sizes)]
+    return [
+        {
+            "part": part,
+            "rows": count,
+            "file": overlay_file(info.name, part),
+            "bytes": count * (ID_BYTES + info.row_bytes),
+            "checksum": _NO_CHECKSUM,
+        }
+        for part, count in enumerate(counts)
+        if count
+    ]
+
+
+def _table_of(info: wire.TableInfo) -> dict[str, object]:
     return {
         "name": info.name,
         "rows": info.rows,
@@ -312,9 +339,9 @@ def _table_of(info: wire.TableInfo) -> dict[str, object]:
                 "rows": rows,
                 "file": part_file(info.name, index),
                 "bytes": rows * info.row_bytes,
-                "checksum": "xxh3-128:" + "0" * 32,
+                "checksum": _NO_CHECKSUM,
             }
-            for index, (first, rows) in enumerate(sizes)
+            for index, (first, rows) in enumerate(_sizes_of(info))
         ],
     }
 
@@ -327,6 +354,7 @@ def model_info(manifest: Manifest) -> wire.ModelInfo:
         family=manifest.family,
         hash_params=json.dumps(manifest.hash_params, sort_keys=True),
         base="@".join(manifest.root) if manifest.base else "",
+        checkpoint="" if manifest.checkpoint == manifest.full_name else manifest.checkpoint,
         tables=[
             wire.TableInfo(
                 name=table.name,
@@ -335,6 +363,7 @@ def model_info(manifest: Manifest) -> wire.ModelInfo:
                 dtype=table.dtype,
                 row_bytes=table.row_bytes,
                 rows_per_part=table.rows_per_part,
+                replaced_rows=sum(overlay.rows for overlay in manifest.overlays(table.name).values()),
             )
             for table in manifest.tables
         ],

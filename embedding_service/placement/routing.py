@@ -68,7 +68,9 @@ class Table:
 class Model:
     """One served version of a model: its tables in the order of its family's layers.
 
-    `replicated`: parts may have more than one owner.
+    Attributes:
+        replicated: Parts may have more than one owner.
+        base, checkpoint: See `ModelDescription`.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Model:
     hash_params: str
     tables: dict[str, Table]
     replicated: bool
+    base: str = ""
+    checkpoint: str = ""
 
     @cached_property
     def full_name(self) -> str:
@@ -173,7 +177,8 @@ def _model(placement: wire.ModelPlacement) -> Model:
         for table, owners in zip(info.tables, placement.tables, strict=True)
     }
     replicated = any(table.owners.shape[1] > 1 for table in tables.values())
-    return Model(info.name, info.version, info.family, info.hash_params, tables, replicated)
+    about = {"base": info.base, "checkpoint": info.checkpoint or f"{info.name}@{info.version}"}
+    return Model(info.name, info.version, info.family, info.hash_params, tables, replicated, **about)
 
 
 def _owner_matrix(owners: list[Iterable[int]]) -> npt.NDArray[np.int32]:

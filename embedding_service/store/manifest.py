@@ -122,6 +122,8 @@ class Base(_Frozen):
     overlays: dict[Name, tuple[Overlay, ...]]
     # The version whose rows these are, where a rollback made this one.
     restores: Name | None = None
+    # MODEL@VERSION of the import to whose checkpoint's dense half these rows belong. None: this version's own import.
+    checkpoint: str | None = None
 
 
 class Dense(_Frozen):
@@ -174,6 +176,11 @@ class Manifest(_Frozen):
     def root(self) -> tuple[str, str]:
         """(model, version) of the folder that the parts lie in: the base's, or its own."""
         return (self.base.model, self.base.version) if self.base else (self.model, self.version)
+
+    @property
+    def checkpoint(self) -> str:
+        """`model@version` of the import to whose checkpoint's dense half the rows belong."""
+        return (self.base.checkpoint if self.base else None) or self.full_name
 
     @property
     def replaced_rows(self) -> int:

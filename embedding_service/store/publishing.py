@@ -70,7 +70,7 @@ def publish_rows(
         except InvalidRequest:  # a row that cannot be held: the same file would fail there again
             draft.abandon()
             raise
-        return publish_overlays(draft, below, overlays, provenance)
+        return publish_overlays(draft, below, overlays, provenance, checkpoint=below.checkpoint)
 
 
 def rollback(store: str | Path | Store, name: str, *, to: str | None = None, version: str | None = None) -> Manifest:
@@ -101,7 +101,7 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
         draft.resume(fingerprint_of("rollback", name, restores))
         draft.check_space([source.replaced_bytes])
         overlays = write_overlays(draft, source.tables, lambda table, part: replaced_rows(store, source, table, part))
-        return publish_overlays(draft, source, overlays, provenance, restores=restores)
+        return publish_overlays(draft, source, overlays, provenance, checkpoint=source.checkpoint, restores=restores)
 
 
 def find_version(store: Store, name: str) -> Manifest:
@@ -133,9 +133,13 @@ def publish_overlays(
     overlays: Mapping[str, tuple[Overlay, ...]],
     provenance: Provenance,
     *,
+    checkpoint: str | None = None,
     restores: str | None = None,
 ) -> Manifest:
-    """Make a version of these overlays visible, with the tables of `below`. Returns its manifest."""
+    """Make a version of these overlays visible, with the tables of `below`. Returns its manifest.
+
+    checkpoint: MODEL@VERSION of the import whose dense half goes with these rows. None: this is an import.
+    """
     model, version = below.root
     manifest = Manifest(
         format_version=2,
@@ -146,7 +150,7 @@ def publish_overlays(
         tables=below.tables,
         dense=below.dense,
         provenance=provenance,
-        base=Base(model=model, version=version, overlays=dict(overlays), restores=restores),
+        base=Base(model=model, version=version, overlays=dict(overlays), restores=restores, checkpoint=checkpoint),
     )
     draft.publish(manifest)
     return manifest

@@ -122,16 +122,16 @@ class RemoteTables(RemoteModule):
     def _served_version(self) -> str:
         """`name@version` of what is served now. Raises InvalidRequest if it differs from the configs."""
         models = self._client.models()
-        found = [model for model in models if self._model in (model.name, _full_name(model))]
+        found = [model for model in models if self._model in (model.name, model.full_name)]
         if not found:
-            known = ", ".join(map(_full_name, models)) or "none yet"
+            known = ", ".join(model.full_name for model in models) or "none yet"
             raise NotFound(f"no model {self._model!r} is served; served models: {known}")
         if problems := [problem for config in self._configs for problem in _mismatch(config, found[-1])]:
             raise InvalidRequest(
-                f"the configs are not of the tables that {_full_name(found[-1])} has: {'; '.join(problems)}. Correct "
+                f"the configs are not of the tables that {found[-1].full_name} has: {'; '.join(problems)}. Correct "
                 "them, or name the model@version that they were made for"
             )
-        return _full_name(found[-1])
+        return found[-1].full_name
 
 
 def _wait(config: BaseEmbeddingConfig, rows: Callable[[], Tensor]) -> Tensor:
@@ -145,10 +145,6 @@ def _apart(rows: Tensor, counts: list[int]) -> list[Tensor]:
     """Views of `counts` rows each. Unlike those of Tensor.split, they may be changed in place."""
     ends = list(accumulate(counts))
     return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
-
-
-def _full_name(model: ModelDescription) -> str:
-    return f"{model.name}@{model.version}"
 
 
 def _mismatch(config: BaseEmbeddingConfig, model: ModelDescription) -> list[str]:

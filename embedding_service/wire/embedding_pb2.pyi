@@ -133,36 +133,40 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "version", "family", "hash_params", "tables", "base")
+    __slots__ = ("name", "version", "family", "hash_params", "tables", "base", "checkpoint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     HASH_PARAMS_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     family: str
     hash_params: str
     tables: _containers.RepeatedCompositeFieldContainer[TableInfo]
     base: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., family: _Optional[str] = ..., hash_params: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableInfo, _Mapping]]] = ..., base: _Optional[str] = ...) -> None: ...
+    checkpoint: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., family: _Optional[str] = ..., hash_params: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableInfo, _Mapping]]] = ..., base: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class TableInfo(_message.Message):
-    __slots__ = ("name", "rows", "dim", "dtype", "row_bytes", "rows_per_part")
+    __slots__ = ("name", "rows", "dim", "dtype", "row_bytes", "rows_per_part", "replaced_rows")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_PER_PART_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_ROWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     rows: int
     dim: int
     dtype: str
     row_bytes: int
     rows_per_part: int
-    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ..., row_bytes: _Optional[int] = ..., rows_per_part: _Optional[int] = ...) -> None: ...
+    replaced_rows: int
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ..., row_bytes: _Optional[int] = ..., rows_per_part: _Optional[int] = ..., replaced_rows: _Optional[int] = ...) -> None: ...
 
 class GetRoutingRequest(_message.Message):
     __slots__ = ("term", "epoch")

@@ -337,6 +337,20 @@ def overlaid(version: str, model: str = "m", rows: dict[int, int] | None = None,
     return manifest(base).model_copy(update={**fields, "base": Base(model="m", version=base, overlays={"t": overlays})})
 
 
+def test_t12_a_version_with_a_base_as_shards_know_it_takes_what_the_stores_takes() -> None:
+    two = overlaid("2", rows={0: 3, 2: 1})
+    assert two.base
+    two = two.model_copy(update={"base": two.base.model_copy(update={"checkpoint": "m@1"})})
+    again = decisions.manifest_of(decisions.model_info(two))
+    assert (again.root, again.checkpoint, again.replaced_rows) == (("m", "1"), "m@1", 4)
+    assert again.replaced_bytes == two.replaced_bytes
+    assert decisions.model_info(again) == decisions.model_info(two)
+    info = decisions.model_info(two)
+    info.tables[0].replaced_rows = -5
+    with pytest.raises(InvalidRequest):
+        decisions.manifest_of(info)
+
+
 def test_t12_rows_that_versions_share_are_placed_once() -> None:
     one, two, legal = manifest("1"), overlaid("2", rows={0: 3, 2: 1}), overlaid("1", "m+legal", rows={1: 2})
     alone = decisions.part_demands([one], {})
