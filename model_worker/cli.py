@@ -23,6 +23,7 @@ from embedding_service.foreign import one_line, printable
 from embedding_service.machine import check_free, join_address, prepare_local_ray
 
 if TYPE_CHECKING:
+    from embedding_service.client.client import ModelDescription
     from model_worker.serving import Scaling
     from model_worker.worker import WorkerConfig
 
@@ -166,30 +167,34 @@ def resolve_model(
     families.check(checkpoint)
     say(f"asking the embedding service at {embeddings} for its models")
     with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
-        model, version = _pick(name, [(each.name, each.version) for each in client.models()])
+        model = _pick(name, client.models())
     return WorkerConfig(
         str(checkpoint.resolve()),
         embeddings,
-        model,
-        version,
+        model.name,
+        model.version,
         max_batch,
         max_queue,
         cache_bytes,
         near,
         topology,
         str(policy.absolute()) if policy else None,
+        imported_as=model.checkpoint,
+        pinned=name == model.full_name,
     )
 
 
-def _pick(wanted: str | None, served: list[tuple[str, str]]) -> tuple[str, str]:
-    """The (name, version) to serve."""
-    known = ", ".join(f"{name}@{version}" for name, version in served) or "none"
-    names = {name for name, _ in served}
+def _pick(wanted: str | None, served: list[ModelDescription]) -> ModelDescription:
+    """What to serve."""
+    known = ", ".join(model.full_name for model in served) or "none"
+    # Those of domains are served beside the one that they are over.
+    names = {model.name for model in served}
+    names -= {name for name in names if any(name.startswith(f"{other}+") for other in names)}
     if wanted is None:
         if len(names) != 1:
             raise InvalidRequest(f"say which model with --name; the service has {known}")
         wanted = names.pop()
-    found = [(name, version) for name, version in served if wanted in (name, f"{name}@{version}")]
+    found = [model for model in served if wanted in (model.name, model.full_name)]
     if not found:
         raise NotFound(f"the service has no model {wanted!r}; it has {known}")
     return found[-1]

@@ -7,6 +7,7 @@ Rules
 - At most one request joins in a step. So running requests never wait for more than one prompt.
 - The choices of one HTTP request are requests of their own, taken all or none.
 - A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
+- Each request has its rows from the tables that it names. Where those are served no more, it ends alone.
 
 transformers' continuous batching (`generate_batch`, tried with 5.23) does not fit. It lays all requests end to end in
 one row, over a paged cache of keys and values of one width.
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,9 +32,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from embedding_service.errors import EmbeddingServiceError, Unavailable
+from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailable
 from model_worker.batch_cache import join, keep, new_cache
 from model_worker.ends import end_tokens
+from model_worker.rows import Tables
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
 from model_worker.text import Spelling, TextStream
 
@@ -62,10 +65,16 @@ class Request:
     """One sequence to generate."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, spelling: Spelling, emit: Callable[[Event], None]
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        spelling: Spelling,
+        emit: Callable[[Event], None],
+        tables: str | None = None,
     ) -> None:
         self.prompt = prompt
         self.params = params
+        self.tables = tables
         self.emit = emit
         self.completion: list[int] = []
         """The tokens generated so far, one that ends it included."""
@@ -116,6 +125,7 @@ class Engine:
     max_batch: requests that run at once.
     max_queue: requests that may wait beside those.
     on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
+    tables: what `attach` gave the model, where requests name their tables. None: all have the model's own.
     Raises StoreError: the end of a sequence is no token of the model.
     """
 
@@ -127,8 +137,10 @@ class Engine:
         max_batch: int = 8,
         max_queue: int = 64,
         on_first_token: Callable[[float], object] = lambda seconds: None,
+        tables: Tables | None = None,
     ) -> None:
         self._model = model
+        self._tables = tables
         self.spelling = Spelling(tokenizer)
         """What its tokens are as text."""
         self._max_batch = max_batch
@@ -174,19 +186,24 @@ class Engine:
         """Requests in the batch."""
         return len(self._running)
 
-    def submit(self, prompt: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> Request:
+    def submit(
+        self, prompt: list[int], params: SamplingParams, emit: Callable[[Event], None], tables: str | None = None
+    ) -> Request:
         """Queue a request. As `submit_all`."""
-        return self.submit_all([(prompt, params, emit)])[0]
+        return self.submit_all([(prompt, params, emit)], tables)[0]
 
-    def submit_all(self, choices: Sequence[tuple[list[int], SamplingParams, Callable[[Event], None]]]) -> list[Request]:
+    def submit_all(
+        self, choices: Sequence[tuple[list[int], SamplingParams, Callable[[Event], None]]], tables: str | None = None
+    ) -> list[Request]:
         """Queue one request for each choice, all or none.
 
         choices: the prompt, how to generate, and a callback. The prompt has at least one token id, and with max_tokens
             at most `context_length`. The engine's thread calls back with each event. The last one has finish_reason or
             error set.
+        tables: the model in the service that they have their rows from. None: the worker's own.
         Raises EngineBusy: there is no room for all of them.
         """
-        requests = [Request(prompt, params, self.spelling, emit) for prompt, params, emit in choices]
+        requests = [Request(prompt, params, self.spelling, emit, tables) for prompt, params, emit in choices]
         with self._changed:
             if self._taken + len(requests) > self.capacity:
                 self.refused += len(requests)
@@ -244,7 +261,7 @@ class Engine:
     def _prefill(self, request: Request) -> None:
         cache = new_cache(self._model.config)
         try:
-            logits = self._forward([request.prompt], [0], cache)
+            logits = self._forward([request], [request.prompt], [0], cache)
         except Exception as error:
             self._fail([request], error)
             return
@@ -256,12 +273,24 @@ class Engine:
 
     def _step(self) -> None:
         """Generate one token for every running request."""
+        self._end_those_without_tables()
         if self._cache is None:
             return
         newest = [request.completion[-1:] for request in self._running]
-        logits = self._forward(newest, [request.cached for request in self._running], self._cache)
+        logits = self._forward(self._running, newest, [request.cached for request in self._running], self._cache)
         pairs = zip(self._running, logits, strict=True)
         self._drop([request for request, row in pairs if not self._advance(request, row)])
+
+    def _end_those_without_tables(self) -> None:
+        """Requests whose tables are served no more must not fail the step of the others."""
+        for name in {request.tables for request in self._running}:
+            try:
+                if name and self._tables:
+                    self._tables.resolve(name)
+            except NotFound as error:
+                gone = [request for request in self._running if request.tables == name]
+                self._fail(gone, error)
+                self._drop(gone)
 
     def _advance(self, request: Request, logits: Tensor) -> bool:
         self.tokens += 1
@@ -288,8 +317,10 @@ class Engine:
         for request in requests:
             request.emit(Event(error=error))
 
-    def _forward(self, tokens: list[list[int]], cached: list[int], cache: DynamicCache) -> Tensor:
-        """Run [B, S] tokens after the cached positions of each sequence.
+    def _forward(
+        self, requests: Sequence[Request], tokens: list[list[int]], cached: list[int], cache: DynamicCache
+    ) -> Tensor:
+        """Run [B, S] tokens of these requests after the cached positions of each.
 
         Returns float32 [B, V], the logits of the last token, on the CPU.
         cached: positions of each sequence in the cache. Its rows are left-padded to the longest.
@@ -298,12 +329,13 @@ class Engine:
         before = torch.tensor(cached)[:, None]
         width = int(before.max())
         mask = torch.arange(width + new) >= width - before
-        output = self._model(
-            input_ids=torch.tensor(tokens).to(device),
-            attention_mask=mask.long().to(device),
-            position_ids=(before + torch.arange(new)).to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._tables.of([request.tables for request in requests]) if self._tables else nullcontext():
+            output = self._model(
+                input_ids=torch.tensor(tokens).to(device),
+                attention_mask=mask.long().to(device),
+                position_ids=(before + torch.arange(new)).to(device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return output.logits[:, -1].float().cpu()

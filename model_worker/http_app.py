@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from embedding_service.errors import EmbeddingServiceError, ServiceError
+from embedding_service.errors import EmbeddingServiceError, NotFound, ServiceError
 from embedding_service.security.identity import Caller
 from embedding_service.security.quotas import Quota
 from model_worker.engine import EngineBusy
@@ -76,27 +76,27 @@ def build_app(worker: Worker) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body, sequences = await read(request, read_completion)
-        return await _answer(worker, body, sequences, CompletionReply(worker.name, worker.spelling), _caller(request))
+        return await _answer(worker, body, sequences, CompletionReply(body.model, worker.spelling), _caller(request))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body, sequences = await read(request, read_chat)
-        return await _answer(worker, body, sequences, ChatReply(worker.name, worker.spelling), _caller(request))
+        return await _answer(worker, body, sequences, ChatReply(body.model, worker.spelling), _caller(request))
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        may = _may_use(worker, _caller(request))
-        return {"object": "list", "data": [_model_card(worker)] if may else []}
+        names = await asyncio.to_thread(_names, worker, _caller(request))
+        return {"object": "list", "data": [_model_card(worker, name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        _check_name(worker, name, _caller(request))
-        return _model_card(worker)
+        await asyncio.to_thread(_check_name, worker, name, _caller(request))
+        return _model_card(worker, name)
 
     @app.get("/v1/worker")
     async def info(request: Request) -> dict[str, Any]:
         require(_caller(request), ("admin", "metrics"), "see what this replica does")
-        return worker.info()
+        return await asyncio.to_thread(worker.info)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -176,7 +176,7 @@ async def _answer(
     spend(caller, sum(len(prompt) for prompt, _ in sequences))
     # Choices are numbered across the prompts, those of the first prompt first.
     wanted = [(prompt, params) for prompt, choices in sequences for params in choices]
-    generation = worker.generate(wanted, streamed=body.stream)
+    generation = worker.generate(wanted, streamed=body.stream, tables=body.model)
     events = _owed(generation, caller.quota) if caller and caller.quota else generation.events()
     # Until the first event no status is sent. So a failure before it can still have its own status.
     first = await anext(events)
@@ -236,27 +236,42 @@ def _data(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _may_use(worker: Worker, caller: Caller | None) -> bool:
-    return caller is None or caller.may_read(worker.name, worker.version)
+def _names(worker: Worker, caller: Caller | None) -> list[str]:
+    """The models that requests of this caller may name."""
+    return [name for name in worker.domains.names() if _may_use(worker, name, caller)]
+
+
+def _may_use(worker: Worker, name: str, caller: Caller | None) -> bool:
+    if caller is None:
+        return True
+    try:
+        model, _, version = worker.domains.resolve(name).partition("@")
+    except NotFound:  # it went a moment ago
+        return False
+    return caller.may_read(model, version)
 
 
 def _check_name(worker: Worker, name: str, caller: Caller | None) -> None:
-    """Refuse a model that is not served. One that the caller may not use looks like that, too."""
+    """Refuse a model that is not served. One that the caller may not use looks like that, too.
+
+    Asks the embedding service where only that knows.
+    """
     require(caller, ("read",), "use models")
-    may = _may_use(worker, caller)
-    if name != worker.name or not may:
-        serves = f"this server serves {worker.name!r}" if may else "this server has none that your key may use"
+    if not (worker.domains.has(name) and _may_use(worker, name, caller)):
+        may = _may_use(worker, worker.name, caller)
+        serves = f"this server serves {worker.name!r}, and GET /v1/models lists those for domains"
         raise BadRequest(
-            f"the model {clipped(name)} does not exist: {serves}",
+            f"the model {clipped(name)} does not exist: "
+            f"{serves if may else 'this server has none that your key may use'}",
             "model",
             "model_not_found",
             404,
         )
 
 
-def _model_card(worker: Worker) -> dict[str, Any]:
+def _model_card(worker: Worker, name: str) -> dict[str, Any]:
     return {
-        "id": worker.name,
+        "id": name,
         "object": "model",
         "created": worker.started,
         "owned_by": "model-worker",
@@ -277,6 +292,9 @@ def _status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:
             return error.status, error_body(str(error), "invalid_request_error", error.code, error.param)
         case HTTPException():
             return error.status_code, error_body(str(error.detail), "invalid_request_error")
+        case NotFound():
+            told = f"the model's tables are served no more: {error}"
+            return 404, error_body(told, "invalid_request_error", "model_not_found", "model")
         case EngineBusy():
             return 429, error_body(f"{error}; try again later", "rate_limit_error", "server_busy")
         case ServiceError():

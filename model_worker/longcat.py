@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
-from model_worker.rows import Lookups, RowSource, check_same_hash
+from model_worker.rows import Lookups, RowSource, Tables, check_same_hash
 from model_worker.token_cache import TokenLayer, token_layer
 
 ARCHITECTURE = "LongcatFlashNgramForCausalLM"
@@ -63,6 +64,14 @@ class LocalTables:
         """See `RowSource`. There is only one model, so `model` is ignored."""
         return nn.functional.embedding(self._hasher.row_ids(token_ids, context), self._rows).to(dtype)
 
+    def prefetch_ngrams(
+        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Future[Tensor]:
+        """See `RowSource`. They are there at once."""
+        rows: Future[Tensor] = Future()
+        rows.set_result(self.lookup_ngrams(model, token_ids, context, dtype=dtype))
+        return rows
+
     def hasher(self, model: str) -> NgramHasher:
         """See `RowSource`."""
         return self._hasher
@@ -78,11 +87,10 @@ class NgramRows(RemoteModule):
 
     def __init__(self, source: RowSource, name: str, dim: int) -> None:
         super().__init__()
-        self.source = source
-        self.name = name
+        self.tables = Tables(source, name)
         self.hasher = source.hasher(name)
         self._dim = dim
-        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
+        self.lookups = Lookups(self.tables, table_values=dim * sum(table.rows for table in self.hasher.tables))
 
     def forward(self, tokens: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """int64 [B, S] tokens after [B, C] others -> [B, S, heads * dim], of the dtype and device of `like`."""
@@ -90,15 +98,15 @@ class NgramRows(RemoteModule):
 
     def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
         before = time.perf_counter()
-        rows = self.source.lookup_ngrams(
-            self.name, ids.cpu(), None if context is None else context.cpu(), dtype=wire_dtype(dtype)
-        )
+        context = None if context is None else context.cpu()
+        rows = self.tables.lookup_ngrams(ids.cpu(), context, wire_dtype(dtype))
         self.lookups.asked(ids.numel())
         self.lookups.waited(time.perf_counter() - before)
         return rows.to(ids.device, dtype).flatten(-3)
 
     def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
-        session = self.source.session_of(self.name) if isinstance(self.source, EmbeddingClient) else None
+        source = self.tables.source
+        session = source.session_of(self.tables.name) if isinstance(source, EmbeddingClient) else None
         return partial(session.add_ngram_gradients, ids.clone(), context) if session else None
 
     def _width(self) -> int:
@@ -106,7 +114,7 @@ class NgramRows(RemoteModule):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return repr(self.name)
+        return repr(self.tables.name)
 
 
 class NgramEmbedding(nn.Module):
@@ -334,11 +342,11 @@ def _check_words(files: CheckpointTensors, words: Tensor) -> None:
 
 def _check_dim(embedding: NgramEmbedding, words: Tensor) -> None:
     """Look one token up. That proves that the source answers, with rows that fit the projections."""
-    source, name = embedding.rows.source, embedding.rows.name
-    rows = source.lookup_ngrams(name, torch.zeros(1, 1, dtype=torch.int64), dtype=words.dtype)
+    tables = embedding.rows.tables
+    rows = tables.lookup_ngrams(torch.zeros(1, 1, dtype=torch.int64), None, words.dtype)
     width, hidden = rows[0, 0].numel(), words.shape[1]
     if embedding.projection.weight.shape != (hidden, width):
         raise InvalidRequest(
-            f"a token's rows of {name!r} are {width} values wide; the projections of this checkpoint take "
+            f"a token's rows of {tables.name!r} are {width} values wide; the projections of this checkpoint take "
             f"{embedding.projection.in_features}"
         )

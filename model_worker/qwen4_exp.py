@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import time
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import WORDS, CheckpointTensors, load_published, refuse_tensors
 from model_worker.family import WorkerFamily
-from model_worker.rows import Lookups, RowSource, check_same_hash
+from model_worker.rows import Lookups, RowSource, RowsToCome, Tables, check_same_hash
 
 _TABLE_TENSOR = re.compile(r"\.ple_embedding\.ngram_embedding\.")
 # The published model's draft layers for speculative decoding, which transformers' class leaves out too.
@@ -55,11 +54,6 @@ class TableSource(RowSource, Protocol):
     def lookup(self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of `model/table`: int64 [*] -> [*, dim]."""
 
-    def prefetch_ngrams(
-        self, model: str, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
-    ) -> Future[Tensor]:
-        """Begin `lookup_ngrams` and return at once. The caller may then change the tokens."""
-
 
 class Prefetch:
     """The rows of all PLE layers for the current forward pass, asked for in the background.
@@ -69,11 +63,11 @@ class Prefetch:
     """
 
     def __init__(self, source: TableSource, name: str, dim: int) -> None:
-        self.source, self.name = source, name
+        self.tables = Tables(source, name)
         self.hasher = source.hasher(name)
-        self.lookups = Lookups(table_values=dim * sum(table.rows for table in self.hasher.tables))
+        self.lookups = Lookups(self.tables, table_values=dim * sum(table.rows for table in self.hasher.tables))
         # The row ids [B, S, L, H] that were asked for, and their rows [B, S, L, H, dim] to come.
-        self._asked: tuple[Tensor, Future[Tensor]] | None = None
+        self._asked: tuple[Tensor, RowsToCome] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows nothing of a lookup under way. It looks rows up itself."""
@@ -83,7 +77,7 @@ class Prefetch:
         """Ask for the rows of int64 [B, S] tokens after [B, C] others, as `dtype`; NO_TOKEN is padding."""
         tokens, context = tokens.cpu(), None if context is None else context.cpu()
         self.lookups.asked(tokens.numel())
-        rows = self.source.prefetch_ngrams(self.name, tokens, context, dtype=wire_dtype(dtype))
+        rows = self.tables.prefetch_ngrams(tokens, context, wire_dtype(dtype))
         self._asked = self.hasher.row_ids(tokens, context), rows
 
     def forget(self) -> None:
@@ -103,7 +97,7 @@ class Prefetch:
             rows = asked[1].result()[:, :, layer]
         else:
             self.lookups.asked(ids.shape[0] * ids.shape[1])
-            rows = self.source.lookup(f"{self.name}/{self.hasher.tables[layer].name}", ids, dtype=wire_dtype(dtype))
+            rows = self.tables.lookup(self.hasher.tables[layer].name, ids, wire_dtype(dtype))
         self.lookups.waited(time.perf_counter() - before)
         return rows.to(device, dtype)
 
@@ -129,8 +123,8 @@ class RemoteTable(RemoteModule):
         return self.prefetch.rows(self.layer, ids, dtype)
 
     def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
-        source, name = self.prefetch.source, self.prefetch.name
-        session = source.session_of(name) if isinstance(source, EmbeddingClient) else None
+        source = self.prefetch.tables.source
+        session = source.session_of(self.prefetch.tables.name) if isinstance(source, EmbeddingClient) else None
         table = self.prefetch.hasher.tables[self.layer].name
         return partial(session.add_gradients, table, ids.clone()) if session else None
 
@@ -139,7 +133,7 @@ class RemoteTable(RemoteModule):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return repr(f"{self.prefetch.name}/{self.prefetch.hasher.tables[self.layer].name}")
+        return repr(f"{self.prefetch.tables.name}/{self.prefetch.hasher.tables[self.layer].name}")
 
 
 class _NoTable(nn.Module):
@@ -280,6 +274,8 @@ def _ple_embeddings(model: Any) -> list[Any]:
 
 def _check_dim(prefetch: Prefetch, dim: int) -> None:
     """Look one token up. That proves that the source answers, with rows that fit."""
-    rows = prefetch.source.lookup_ngrams(prefetch.name, torch.zeros(1, 1, dtype=torch.int64))
+    rows = prefetch.tables.lookup_ngrams(torch.zeros(1, 1, dtype=torch.int64), None, torch.float32)
     if rows.shape[-1] != dim:
-        raise InvalidRequest(f"rows of {prefetch.name!r} are {rows.shape[-1]} values wide; this model takes {dim}")
+        raise InvalidRequest(
+            f"rows of {prefetch.tables.name!r} are {rows.shape[-1]} values wide; this model takes {dim}"
+        )

@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from embedding_service import EmbeddingClient
-from embedding_service.errors import Unavailable
+from embedding_service.errors import NotFound, Unavailable
 from model_worker import families
+from model_worker.domains import Domains
 from model_worker.engine import Engine, Event
 from model_worker.keys import Keys
 from model_worker.sampling import SamplingParams
@@ -43,10 +44,13 @@ class WorkerConfig:
     checkpoint: the model's folder, whole or its dense half, on the replica's machine.
     embeddings: host:port of the embedding service.
     name: the served model id.
-    version: of the model in the service. Pinned: another version's tables do not belong to this checkpoint.
+    version: of the model in the service, as it was when the worker was started.
     max_batch, max_queue: see `Engine`.
     cache_bytes, near, topology: see `EmbeddingClient`.
     policy: file of the keys that HTTP requests have to show, on the replica's machine. None: everybody may ask.
+    imported_as: NAME@VERSION that the checkpoint was imported as. Other tables do not belong to its dense half.
+        Empty: that version.
+    pinned: use that version alone, and none that was published over it since.
     """
 
     checkpoint: str
@@ -59,6 +63,8 @@ class WorkerConfig:
     near: bool = True
     topology: str | None = None
     policy: str | None = None
+    imported_as: str = ""
+    pinned: bool = False
 
 
 class Generation:
@@ -66,10 +72,17 @@ class Generation:
 
     choices: the prompt of each, and how to generate it.
     streamed: whether events are wanted as they come. If not, the last ones will do.
+    tables: see `Engine.submit_all`.
     Raises EngineBusy, which takes none of the choices.
     """
 
-    def __init__(self, engine: Engine, choices: Sequence[tuple[list[int], SamplingParams]], streamed: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        choices: Sequence[tuple[list[int], SamplingParams]],
+        streamed: bool,
+        tables: str | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._streamed = streamed
@@ -79,7 +92,7 @@ class Generation:
         self._wake = asyncio.Event()
         self._any_event_wakes = False
         self._requests = engine.submit_all(
-            [(prompt, params, partial(self._emit, choice)) for choice, (prompt, params) in enumerate(choices)]
+            [(prompt, params, partial(self._emit, choice)) for choice, (prompt, params) in enumerate(choices)], tables
         )
 
     def _emit(self, choice: int, event: Event) -> None:
@@ -147,16 +160,21 @@ class Worker:
         on_lookup_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self.keys = Keys(Path(config.policy)) if config.policy else None
-        self.name, self.version = config.name, config.version
+        self.name = config.name
         self.started = int(time.time())
         connect = partial(EmbeddingClient, config.embeddings, near=config.near, topology=config.topology)
         self._client = connect(timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
         # An answer from the cache says nothing about the service.
         self._probe = connect() if config.cache_bytes else self._client
-        self._served_as = f"{config.name}@{config.version}"
+        served_as = f"{config.name}@{config.version}"
+        version = config.version if config.pinned else None
+        self.domains = Domains(self._client, config.name, config.imported_as or served_as, version)
+        """The tables that requests may name."""
         model: Any = families.load_model(config.checkpoint)
-        self._lookups = families.attach(model, self._client, self._served_as)
+        self._lookups = families.attach(model, self._client, self.domains.resolve(config.name))
         self._lookups.on_wait = on_lookup_wait
+        tables = self._lookups.tables
+        tables.name, tables.resolve = config.name, self.domains.resolve
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.vocab_size: int = model.config.get_text_config().vocab_size
         """Token ids are below it."""
@@ -167,6 +185,7 @@ class Worker:
             max_batch=config.max_batch,
             max_queue=config.max_queue,
             on_first_token=on_first_token,
+            tables=tables,
         )
 
     @property
@@ -184,15 +203,17 @@ class Worker:
         """The most choices that may run and wait at once."""
         return self._engine.capacity
 
-    def generate(self, choices: Sequence[tuple[list[int], SamplingParams]], *, streamed: bool) -> Generation:
+    def generate(
+        self, choices: Sequence[tuple[list[int], SamplingParams]], *, streamed: bool, tables: str | None = None
+    ) -> Generation:
         """Queue choices, see `Generation`. Call on an event loop. Raises EngineBusy."""
-        return Generation(self._engine, choices, streamed)
+        return Generation(self._engine, choices, streamed, tables)
 
     def check(self) -> None:
         """Prove that the worker can generate. Raises Unavailable or what the service's client raises."""
         self.check_engine()
         token = torch.zeros(1, 1, dtype=torch.int64)
-        self._probe.lookup_ngrams(self._served_as, token, timeout=_HEALTH_TIMEOUT)
+        self._probe.lookup_ngrams(self.domains.resolve(self.name), token, timeout=_HEALTH_TIMEOUT)
 
     def check_engine(self) -> None:
         """Raises Unavailable when the engine has died."""
@@ -207,13 +228,21 @@ class Worker:
         if self.keys:
             self.keys.close()
 
+    @property
+    def _version(self) -> str:
+        """NAME@VERSION of its own tables, or NAME where they are served no more."""
+        try:
+            return self.domains.resolve(self.name)
+        except NotFound:
+            return self.name
+
     def info(self) -> dict[str, Any]:
         """What this replica holds and has done. Bytes, seconds, and counts since its start."""
         memory = psutil.Process().memory_info()
         tensors = self._model.state_dict()
         return {
             "pid": os.getpid(),
-            "model": self._served_as,
+            "model": self._version,
             "anonymous_bytes": memory.rss - memory.shared,
             "file_bytes": memory.shared,
             "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),

@@ -40,9 +40,9 @@ SECONDS = 60
 class Job:
     """A request to an engine, and what came of it."""
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams) -> None:
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, tables: str | None = None) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
-        self.request: Request = engine.submit(prompt, params, self.events.put)
+        self.request: Request = engine.submit(prompt, params, self.events.put, tables)
 
     def outcome(self) -> tuple[str, str | None]:
         """Wait for the end: (text, finish_reason). Raises what the request failed with."""

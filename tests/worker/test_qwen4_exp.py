@@ -398,11 +398,11 @@ def test_copies_and_conversions_of_an_attached_model(there: Any, client: Embeddi
         tables = [module for module in copied.modules() if isinstance(module, RemoteTable)]
         prefetch = tables[0].prefetch
         assert all(table.prefetch is prefetch for table in tables)
-        assert (prefetch.source is client) == shares
+        assert (prefetch.tables.source is client) == shares
         asked = prefetch.lookups.count
         assert torch.equal(copied(ids).logits, expected)
         assert prefetch.lookups.count == asked + 1  # its own hook asked for what its own tables need
-    prefetch.source.close()  # type: ignore[attr-defined]
+    prefetch.tables.source.close()  # type: ignore[attr-defined]
     for dtype in (torch.bfloat16, torch.float16):
         logits = twin.to(dtype)(ids).logits
         assert (logits.dtype, bool(torch.isfinite(logits).all())) == (dtype, True)

@@ -175,13 +175,13 @@ def test_copies_and_conversions_of_an_attached_model(
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(4))
     expected = remote_model(ids).logits
     twin = copy.deepcopy(remote_model)
-    assert twin.model.ngram_embeddings.rows.source is remote
+    assert twin.model.ngram_embeddings.rows.tables.source is remote
     assert torch.equal(twin(ids).logits, expected)
     saved = io.BytesIO()
     torch.save(remote_model, saved)
     saved.seek(0)
     loaded = torch.load(saved, weights_only=False)
-    with loaded.model.ngram_embeddings.rows.source as again:
+    with loaded.model.ngram_embeddings.rows.tables.source as again:
         assert again is not remote
         assert torch.equal(loaded(ids).logits, expected)
     assert twin.bfloat16()(ids).logits.dtype == torch.bfloat16

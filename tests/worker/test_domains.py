@@ -1,0 +1,209 @@
+"""Tables of domains: requests name them, share a batch and a model, and each has the rows of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_model import VOCAB, write_tokenizer
+from starlette.testclient import TestClient
+from support.cluster import Up, serving, until
+from test_engine import Job, greedy
+from test_qwen4_exp import TEXT
+from transformers import PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+
+from embedding_service import EmbeddingClient
+from embedding_service.errors import NotFound
+from embedding_service.store.importing import import_checkpoint
+from embedding_service.store.publishing import publish_rows
+from embedding_service.store.store import Store
+from model_worker import families as worker_families
+from model_worker import load_model
+from model_worker.engine import Engine
+from model_worker.http_app import build_app
+from model_worker.longcat import LocalTables
+from model_worker.qwen4_exp import RemoteTable
+from model_worker.sampling import SamplingParams
+from model_worker.worker import Worker, WorkerConfig
+
+pytestmark = pytest.mark.slow
+
+FAMILIES = ("longcat", "qwen4_exp")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small checkpoint of each family, in float32."""
+    torch.manual_seed(5)
+    model: Any = Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**TEXT))
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.15)
+    folder = tmp_path_factory.mktemp("qwen")
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return {"longcat": model_folder, "qwen4_exp": folder}
+
+
+def publish(store: Path, folder: Path, base: str, seed: int, name: str | None = None) -> None:
+    """Put other rows in the place of every second one of all tables."""
+    generator, changed = torch.Generator().manual_seed(seed), {}
+    for table in Store(store).manifest(*base.split("@")).tables:
+        ids = torch.arange(seed % 2, table.rows, 2)
+        changed[f"{table.name}.ids"] = ids
+        changed[f"{table.name}.rows"] = torch.randn(len(ids), table.dim, generator=generator)
+    save_file(changed, folder / "rows.safetensors")
+    publish_rows(store, base, folder / "rows.safetensors", name=name)
+
+
+@pytest.fixture(scope="module")
+def store(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both, and two domains of each."""
+    home = tmp_path_factory.mktemp("domains")
+    for family, folder in checkpoints.items():
+        import_checkpoint(folder, home / "store", family, dtype="fp32", part_bytes=16 << 10)
+        publish(home / "store", home, f"{family}@1", 1, f"{family}+legal")
+        publish(home / "store", home, f"{family}@1", 2, f"{family}+code")
+    return home / "store"
+
+
+@pytest.fixture(scope="module")
+def families(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A service of them."""
+    with serving(tmp_path_factory.mktemp("service"), store, 2, memory=64 << 20) as running:
+        yield running
+
+
+@pytest.mark.parametrize("near", [True, False], ids=["near", "wired"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_one_batch_have_the_rows_of_their_own_domains(
+    checkpoints: dict[str, Path], families: Up, family: str, near: bool
+) -> None:
+    rows: list[torch.Tensor] = []
+    with EmbeddingClient(families.address, timeout=30, near=near) as client:
+        model: Any = load_model(checkpoints[family]).eval()
+        tables = worker_families.attach(model, client, family).tables
+        kinds = (RemoteTable,) if family == "qwen4_exp" else (type(model.model.ngram_embeddings.rows),)
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.register_forward_hook(lambda *call: rows.append(call[-1].clone()))
+        names = [f"{family}+legal", None, f"{family}+code", f"{family}+legal"]
+        tokens = torch.randint(3, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3)).repeat(len(names), 1)
+
+        def run(these: list[str | None], batch: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            rows.clear()
+            with tables.of(these):
+                return model(batch).logits, list(rows)
+
+        together, layers = run(names, tokens)
+        for place, name in enumerate(names):
+            logits, alone = run([name], tokens[place : place + 1])
+            torch.testing.assert_close(together[place], logits[0])
+            assert len(layers) == len(alone) > 0
+            for ours, theirs in zip(layers, alone, strict=True):
+                assert torch.equal(ours[place], theirs[0])
+        # The same tokens, so only the tables make these differ.
+        for first, second in ((0, 1), (1, 2), (0, 2)):
+            assert not torch.allclose(together[first], together[second], atol=0.1)
+        torch.testing.assert_close(together[0], together[3])
+
+
+def complete(http: TestClient, model: str) -> Any:
+    body = {"model": model, "prompt": "The import statement", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    return http.post("/v1/completions", json=body)
+
+
+def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path], families: Up, store: Path) -> None:
+    """And a worker goes on with what is published over its tables, and lists what is published later."""
+    config = WorkerConfig(str(checkpoints["longcat"]), families.address, "longcat", "1", max_batch=4, max_queue=4)
+    worker = Worker(config)
+    try:
+        with TestClient(build_app(worker), raise_server_exceptions=False) as http:
+
+            def listed() -> list[str]:
+                return [card["id"] for card in http.get("/v1/models").json()["data"]]
+
+            def text(model: str) -> str:
+                answer = complete(http, model).json()
+                assert answer["model"] == model
+                return str(answer["choices"][0]["text"])
+
+            names = ["longcat", "longcat+code", "longcat+legal"]
+            assert listed() == names
+            texts = {name: text(name) for name in names}
+            assert len(set(texts.values())) == len(names)
+            assert http.get("/v1/models/longcat+legal").json()["id"] == "longcat+legal"
+
+            async def together() -> list[list[int]]:
+                prompt = worker.tokenizer.encode("The import statement")
+                params = SamplingParams(12, temperature=0, ignore_eos=True)
+                begun = [worker.generate([(prompt, params)], streamed=False, tables=name) for name in names]
+                for each in begun:
+                    async for _ in each.events():
+                        pass
+                return [each._requests[0].completion for each in begun]
+
+            decoded = [worker.tokenizer.decode(each, skip_special_tokens=True) for each in asyncio.run(together())]
+            assert decoded == list(texts.values())
+
+            for unknown in ("longcat+none", "longcat+", "qwen4_exp", "qwen4_exp+legal"):
+                answer = complete(http, unknown)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+                assert http.get(f"/v1/models/{unknown}").status_code == 404
+
+            publish(store, store.parent, "longcat@1", 4)
+            until(lambda: text("longcat") != texts["longcat"], "the worker to have what was published")
+            assert http.get("/v1/worker").json()["model"] == "longcat@2"
+            assert text("longcat+legal") == texts["longcat+legal"]  # its base is still version 1
+            import_checkpoint(checkpoints["longcat"], store, "longcat+code", version="2", dtype="fp32")
+            until(lambda: listed() == ["longcat", "longcat+legal"], "a version of another import to be refused")
+            assert complete(http, "longcat+code").status_code == 404
+    finally:
+        worker.close()
+
+
+class Several(LocalTables):
+    """Tables of that name, and of others with other rows."""
+
+    def lookup_ngrams(
+        self, model: str, token_ids: torch.Tensor, context: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        return super().lookup_ngrams(model, token_ids, context, **options).roll(len(model), -1)
+
+
+def test_a_request_whose_tables_go_ends_alone(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model: Any = load_model(model_folder)
+    tables = worker_families.attach(model, Several(model_folder), "own").tables
+    gone: set[str] = set()
+
+    def resolve(name: str) -> str:
+        if name in gone:
+            raise NotFound(f"no {name}")
+        return name
+
+    tables.resolve = resolve
+    engine = Engine(model, tokenizer, max_batch=3, tables=tables)
+    try:
+        alone = {name: job(engine, name).tokens() for name in ("own", "own+a", "own+bc")}
+        jobs = {name: job(engine, name) for name in alone}
+        assert {name: each.tokens() for name, each in jobs.items()} == alone
+        assert len(set(map(tuple, alone.values()))) == 3
+        stays, goes = job(engine, "own+a"), job(engine, "own+bc", tokens=1500)
+        until(lambda: len(goes.request.completion) > 2, "it to run")
+        gone.add("own+bc")
+        with pytest.raises(NotFound, match=r"no own\+bc"):
+            goes.outcome()
+        assert stays.tokens() == alone["own+a"]
+        with pytest.raises(NotFound, match=r"no own\+bc"):
+            job(engine, "own+bc").outcome()
+    finally:
+        engine.close()
+
+
+def job(engine: Engine, name: str, tokens: int = 24) -> Job:
+    return Job(engine, [7, 8, 9, 10], greedy(tokens, ignore_eos=True), name)
