@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -19,7 +20,8 @@ def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embedd
     where = {"near": False, "topology": "zone-a"}
     for more in ({}, where):
         bound = build_as_ray_does(build, arguments | more)._bound_deployment  # type: ignore[arg-type]
-        config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **more)  # type: ignore[arg-type]
+        expected: Any = {"imported_as": "small@1", **more}
+        config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **expected)
         assert bound.init_args == (config,)
 
 

@@ -18,6 +18,7 @@ import pytest
 import ray
 from small_model import write_tokenizer
 
+from embedding_service.client.client import ModelDescription
 from embedding_service.commands.console import PlainConsole
 from embedding_service.commands.waiting import Waiting
 from model_worker import cli, serving
@@ -197,10 +198,13 @@ def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (None, [("one", "1"), ("one", "2")], ("one", "2")),
         ("one", [("one", "9"), ("one", "10"), ("two", "1")], ("one", "10")),
         ("one@9", [("one", "9"), ("one", "10")], ("one", "9")),
+        (None, [("one", "1"), ("one+legal", "3")], ("one", "1")),
+        ("one+legal", [("one", "1"), ("one+legal", "3")], ("one+legal", "3")),
     ],
 )
 def test_which_model_is_served(wanted: str | None, served: list[tuple[str, str]], expected: tuple[str, str]) -> None:
-    assert cli._pick(wanted, served) == expected
+    picked = cli._pick(wanted, [ModelDescription(*each, "longcat", {}) for each in served])
+    assert (picked.name, picked.version) == expected
 
 
 @pytest.mark.parametrize(
