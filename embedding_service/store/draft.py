@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -19,10 +18,11 @@ from io import FileIO
 from pathlib import Path
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from embedding_service.errors import CorruptPart, ImportRefused, StoreError
-from embedding_service.store.manifest import Manifest, Overlay, Part, check_name
+from embedding_service.store.manifest import ID_BYTES, Manifest, Overlay, Part, check_name
+from embedding_service.store.overlays import verify_overlay
 from embedding_service.store.parts import verify
 from embedding_service.store.store import MANIFEST_FILE, Store, next_version
 from embedding_service.tensorfile import PAGE_BYTES
@@ -30,31 +30,43 @@ from embedding_service.tensorfile import PAGE_BYTES
 _JOURNAL, _LOCK = "journal", "lock"
 
 
+class NoRows(BaseModel):
+    """Of an overlay that is not there, for no row of its part differs from the base's."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: str
+
+
+# What a journal has a line of.
+Entry = Part | Overlay | NoRows
+_ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
+
+
 class Draft:
     """A version of a local store under way. Get one from `open_draft`."""
 
     def __init__(self, store: Store, model: str, version: str, folder: Path) -> None:
         self.store, self.model, self.version, self.folder = store, model, version, folder
-        self._finished: dict[str, Part] = {}
+        self._finished: dict[str, Entry] = {}
 
     def resume(self, fingerprint: str) -> None:
-        """Take over the finished parts of an earlier run with the same fingerprint, or begin from nothing."""
+        """Take over what an earlier run with the same fingerprint finished, or begin from nothing."""
         first, *lines = _lines(self.folder / _JOURNAL) or [""]
         if first == fingerprint:
-            self._finished = {part.file: part for part in map(_read_part, lines) if part and self._is_whole(part)}
+            entries = [entry for entry in map(_read_entry, lines) if entry]
+            self._finished = {each.file: each for each in entries if isinstance(each, NoRows) or self._is_whole(each)}
         else:
             self._clear()
-        lines = [fingerprint, *(part.model_dump_json() for part in self._finished.values())]
+        lines = [fingerprint, *(entry.model_dump_json() for entry in self._finished.values())]
         _write_durably(self.folder / _JOURNAL, "".join(f"{line}\n" for line in lines))
 
-    def finished(self, file: str) -> Part | None:
-        """The entry of a part that is there already."""
+    def finished(self, file: str) -> Entry | None:
+        """The entry of a file that is there already, or is known to be none."""
         return self._finished.get(file)
 
-    def keep(self, part: Part | Overlay) -> None:
-        """Note a file that was just written. If this import dies, the next one need not write a part again."""
-        if isinstance(part, Part):
-            self._finished[part.file] = part
+    def keep(self, part: Entry) -> None:
+        """Note a file that was just written. If this import dies, the next one need not write it again."""
+        self._finished[part.file] = part
         with (self.folder / _JOURNAL).open("a") as journal:
             journal.write(part.model_dump_json() + "\n")
             journal.flush()
@@ -110,9 +122,12 @@ class Draft:
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return sum(part_bytes)
 
-    def _is_whole(self, part: Part) -> bool:
+    def _is_whole(self, part: Part | Overlay) -> bool:
         try:
-            verify(self.folder / part.file, part)
+            if isinstance(part, Overlay):
+                verify_overlay(self.folder / part.file, part)
+            else:
+                verify(self.folder / part.file, part)
         except CorruptPart:
             return False
         return True
@@ -126,13 +141,16 @@ class Draft:
 class RemoteDraft(Draft):
     """A version of a remote store under way. It can be resumed on the same machine only."""
 
-    def keep(self, part: Part | Overlay) -> None:
+    def keep(self, part: Entry) -> None:
         """Copy the file to its final place. Here only the journal remembers it."""
+        if isinstance(part, NoRows):
+            return super().keep(part)
         location = self.store.location(self.model, self.version, part.file)
         self.store.filesystem.makedirs(location.rpartition("/")[0], exist_ok=True)
         self.store.filesystem.put_file(str(self.folder / part.file), location)
         super().keep(part)
         (self.folder / part.file).unlink()
+        return None
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest, which makes the version visible."""
@@ -154,12 +172,15 @@ class RemoteDraft(Draft):
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return max(part_bytes, default=0)  # one at a time is on this machine
 
-    def _is_whole(self, part: Part) -> bool:
+    def _is_whole(self, part: Part | Overlay) -> bool:
         # By its size. To check more it would have to be fetched, and shards do that before they serve it.
         location = self.store.location(self.model, self.version, part.file)
-        return (
-            self.store.filesystem.exists(location) and self.store.filesystem.size(location) == PAGE_BYTES + part.bytes
-        )
+        if not self.store.filesystem.exists(location):
+            return False
+        size = self.store.filesystem.size(location)
+        if isinstance(part, Overlay):  # its rows begin on a page, behind the ids
+            return size > part.bytes and (size - part.bytes + part.rows * ID_BYTES) % PAGE_BYTES == 0  # type: ignore[no-any-return]
+        return size == PAGE_BYTES + part.bytes  # type: ignore[no-any-return]
 
 
 def finish_published(store: Store, model: str, version: str, fingerprint: str) -> Manifest | None:
@@ -262,10 +283,10 @@ def _lines(journal: Path) -> list[str]:
         return []
 
 
-def _read_part(line: str) -> Part | None:
+def _read_entry(line: str) -> Entry | None:
     try:
-        return Part.model_validate(json.loads(line))
-    except (ValueError, ValidationError):
+        return _ENTRY.validate_json(line)
+    except ValidationError:
         return None  # the line that was being written when the process died
 
 

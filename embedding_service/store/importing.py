@@ -25,7 +25,7 @@ from embedding_service.errors import ImportRefused, InvalidRequest, UnencodableR
 from embedding_service.formats import FORMATS, RowFormat, get_format
 from embedding_service.store.draft import Draft, explained_write_errors, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
-from embedding_service.store.manifest import Dense, Manifest, Overlay, Part, Provenance, Table
+from embedding_service.store.manifest import Dense, Manifest, Overlay, Part, Provenance, Table, overlay_file
 from embedding_service.store.overlays import Replaced
 from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_part, rows_per_part
 from embedding_service.store.progress import Meter, Progress
@@ -159,6 +159,10 @@ def _write_differences(
 ) -> dict[str, tuple[Overlay, ...]]:
     """Write the rows of the checkpoint that are not the base's."""
     by_name = {plan.source.name: plan for plan in plans}
+    for table in root.tables:
+        source = by_name[table.name].source
+        done = [part for part in table.parts if draft.finished(overlay_file(table.name, part.index))]
+        meter.add(sum(part.rows for part in done) * (source.bytes // source.rows))
 
     def differences(table: Table, part: Part) -> Replaced:
         plan, found, first = by_name[table.name], [Replaced.none(table.row_bytes)], 0
@@ -201,7 +205,8 @@ def _write_table(plan: _TablePlan, draft: Draft, meter: Meter) -> Table:
 
 def _finish_part(plan: _TablePlan, part: NewPart, draft: Draft, meter: Meter) -> Part:
     source_row_bytes = plan.source.bytes // plan.source.rows
-    if finished := draft.finished(part.file):
+    finished = draft.finished(part.file)
+    if isinstance(finished, Part):
         meter.add(part.rows * source_row_bytes)
         return finished
     with PartWriter(draft.folder, part) as writer:

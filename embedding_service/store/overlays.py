@@ -79,13 +79,24 @@ def rows_offset(path: Path, overlay: Overlay) -> int:
     return spans[ROWS].offset
 
 
-def read_overlay(path: Path, table: Table, overlay: Overlay, pace: Pace = at_once) -> Replaced:
-    """The ids and rows of an overlay's file. Raises CorruptPart unless they are what the manifest says."""
+def verify_overlay(path: Path, overlay: Overlay) -> None:
+    """Read all of an overlay's file. Raises CorruptPart unless it is what was written."""
+    _read(path, overlay, at_once)
+
+
+def _read(path: Path, overlay: Overlay, pace: Pace) -> npt.NDArray[np.uint8]:
+    """The bytes of ids and rows. Raises CorruptPart."""
     offset = rows_offset(path, overlay) - overlay.rows * ID_BYTES
     data = np.empty(overlay.bytes, np.uint8)
     view = data.data
     if (got := read_hashed(path, offset, overlay.bytes, lambda begin, end: view[begin:end], pace)) != overlay.checksum:
         raise CorruptPart(f"{path} is corrupt: expected {overlay.checksum}, got {got}. Publish the version again")
+    return data
+
+
+def read_overlay(path: Path, table: Table, overlay: Overlay, pace: Pace = at_once) -> Replaced:
+    """The ids and rows of an overlay's file. Raises CorruptPart unless they are what the manifest says."""
+    data = _read(path, overlay, pace)
     ids = data[: overlay.rows * ID_BYTES].view(np.int64)
     part = table.parts[overlay.part]
     if ids[0] < part.first_row or ids[-1] >= part.first_row + part.rows or (np.diff(ids) <= 0).any():

@@ -22,8 +22,8 @@ from embedding_service.errors import InvalidRequest, NotFound, OutOfRange, Unenc
 from embedding_service.foreign import shown
 from embedding_service.formats import get_format
 from embedding_service.formats.base import check_finite
-from embedding_service.store.draft import Draft, explained_write_errors, finish_published, open_draft
-from embedding_service.store.manifest import Base, Manifest, Overlay, Part, Provenance, Table
+from embedding_service.store.draft import Draft, NoRows, explained_write_errors, finish_published, open_draft
+from embedding_service.store.manifest import Base, Manifest, Overlay, Part, Provenance, Table, overlay_file
 from embedding_service.store.overlays import Replaced, write_overlay
 from embedding_service.store.reading import replaced_rows
 from embedding_service.store.store import Store, natural_order, next_version
@@ -113,18 +113,28 @@ def find_version(store: Store, name: str) -> Manifest:
 def write_overlays(
     draft: Draft, tables: tuple[Table, ...], replaced: Callable[[Table, Part], Replaced]
 ) -> dict[str, tuple[Overlay, ...]]:
-    """Write what is replaced in each part of the tables, as `replaced` says it, part by part."""
+    """Write what is replaced in each part of the tables, as `replaced` says it, part by part.
+
+    It is not asked for parts that an earlier run was done with.
+    """
     overlays: dict[str, tuple[Overlay, ...]] = {}
     for table in tables:
         written = []
         for part in table.parts:
-            rows = replaced(table, part)
-            if len(rows.ids):
-                written.append(write_overlay(draft.folder, table, part, rows))
-                draft.keep(written[-1])
+            entry = draft.finished(overlay_file(table.name, part.index))
+            if entry is None:
+                rows = replaced(table, part)
+                entry = write_overlay(draft.folder, table, part, rows) if len(rows.ids) else _none_in(table, part)
+                draft.keep(entry)
+            if isinstance(entry, Overlay):
+                written.append(entry)
         if written:
             overlays[table.name] = tuple(written)
     return overlays
+
+
+def _none_in(table: Table, part: Part) -> NoRows:
+    return NoRows(file=overlay_file(table.name, part.index))
 
 
 def publish_overlays(

@@ -1,7 +1,7 @@
 """Versions that are their base but for some rows: published, imported, rolled back, compared."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from embedding_service.errors import (
     UnencodableRow,
 )
 from embedding_service.formats import FORMATS, get_format
-from embedding_service.store import Manifest, Store
+from embedding_service.store import Manifest, Store, importing
 from embedding_service.store.draft import Draft, RemoteDraft
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.overlays import read_overlay
@@ -222,6 +222,39 @@ def test_an_import_over_a_base_writes_the_rows_that_differ(make_checkpoint: Call
     assert found.distance == pytest.approx(float((after - before).norm(dim=1).mean()))
     [same] = diff(store, "whole", "tiny@2")
     assert (same.differ, same.first_ids, same.parts) == (0, [], {})
+
+
+@pytest.mark.parametrize("url", ["{}/store", "memory://over-a-base"])
+def test_an_import_over_a_base_goes_on_where_it_was_killed(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    store, first, second = Store(url.format(tmp_path)), make_checkpoint().write(), make_checkpoint(name="second")
+    parts = len(import_checkpoint(first.folder, store, "tiny", part_bytes=PART_BYTES).tables[0].parts)
+    for table in second.tables.values():
+        table[[1, -1]] = 7
+    second.write()
+    compared, told, dies_at, chunks = [], [], parts // 2, importing._stored_chunks
+
+    def compare(plan: Any, part: Any) -> Iterator[torch.Tensor]:
+        compared.append(part.index)
+        if len(compared) == dies_at + 1:
+            raise Killed
+        return chunks(plan, part)
+
+    def go_on() -> Manifest:
+        options: Any = {"version": "2", "base": "1", "progress": lambda done, total: told.append((done, total))}
+        return import_checkpoint(second.folder, store, "tiny", **options)
+
+    monkeypatch.setattr(importing, "_stored_chunks", compare)
+    with pytest.raises(Killed):
+        go_on()
+    assert store.versions("tiny") == ["1"]
+    manifest = go_on()
+    assert compared == [*range(dies_at + 1), *range(dies_at, parts)]  # the part that it died at is compared again
+    assert told[-1][0] == told[-1][1]
+    assert 0 < len(manifest.overlays("ngram")) < parts  # parts without any are gone on from, too
+    whole = import_checkpoint(second.folder, store, "whole", part_bytes=PART_BYTES)
+    assert np.array_equal(stored_rows(store, manifest), stored_rows(store, whole))
 
 
 def test_an_import_over_a_base_of_other_tables_is_refused(
