@@ -43,7 +43,11 @@ class NearRows:
 
     def fetch(self, router: Router, lookup: Lookup, deadline: float) -> Steps[None]:
         """What `Router.fetch` does, for rows that are not near. Those that are, are read while it waits."""
-        lookup.near = yield from self._ready(router, deadline)
+        routing = router.current
+        if routing is not None and routing is self._followed and self._reader.newer_than(*routing.age) is None:
+            lookup.near = self
+        else:
+            lookup.near = yield from self._ready(router, deadline)
         yield from working(router.fetch(lookup.model, lookup.wants, deadline), lookup.read_near)
         if not lookup.read_near():
             lookup.near = None

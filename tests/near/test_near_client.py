@@ -173,7 +173,7 @@ def test_rows_of_a_lookup_that_is_partly_near_are_read_while_the_others_travel(
     monkeypatch.setattr(trips, "open_stream", lambda channel: Watched(open_stream(channel), events))
     ids = torch.randperm(ROWS)[:3000]
 
-    def noted(table: NearTable, ids: np.ndarray) -> torch.Tensor | None:
+    def noted(table: NearTable, ids: np.ndarray) -> np.ndarray | None:
         events.append("read")
         return copy(table, ids)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from store.test_publishing import MOST_STEPS, killed_while_publishing
+from store.test_publishing import MOST_STEPS, Killed, killed_while_publishing
 
 from embedding_service.errors import (
     BadTensorFile,

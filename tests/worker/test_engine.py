@@ -313,7 +313,9 @@ class Crowded:
 
     running = 10**9
 
-    def submit_all(self, choices: list[tuple[list[int], SamplingParams, Callable[[Event], None]]]) -> list[Any]:
+    def submit_all(
+        self, choices: list[tuple[list[int], SamplingParams, Callable[[Event], None]]], tables: str | None
+    ) -> list[Any]:
         [(_, _, self.emit)] = choices
         return [SimpleNamespace(completion=[], cancel=lambda: None)]
 
