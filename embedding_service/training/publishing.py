@@ -61,7 +61,7 @@ def publish_branch(
                 overlays = write_overlays(
                     draft, root.tables, lambda table, part: _differing(store, root, rows, table, part)
                 )
-                return publish_overlays(draft, root, overlays, provenance)
+                return publish_overlays(draft, root, overlays, provenance, checkpoint=start.checkpoint)
             tables = [_like(table, dtype) for table in start.tables]
             draft.check_space([part.bytes + PAGE_BYTES for _, parts in tables for part in parts])
             written = tuple(_write_table(draft, rows, table, parts) for table, parts in tables)
