@@ -19,12 +19,12 @@ from transformers.models.gemma3n.configuration_gemma3n import Gemma3nConfig, Gem
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.gemma4.configuration_gemma4 import Gemma4Config, Gemma4TextConfig
 
-from embedding_service.client.remote import RemoteEmbedding
+from embedding_service.client.remote import RemoteEmbedding, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NgramHasher
 from model_worker.checkpoint import WORDS, CheckpointTensors, load_published, refuse_tensors
 from model_worker.family import WorkerFamily
-from model_worker.rows import Lookups, check_same_hash
+from model_worker.rows import Lookups, Tables, check_same_hash
 
 _TABLE = "embed_tokens_per_layer"
 
@@ -46,9 +46,9 @@ class RemotePerLayer(RemoteEmbedding):
     def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
         self.lookups.asked(ids.numel())
         before = time.perf_counter()
-        rows = super()._ask(ids, context, dtype)
+        rows = self.lookups.tables.lookup(self.table.rpartition("/")[2], ids, wire_dtype(dtype))
         self.lookups.waited(time.perf_counter() - before)
-        return rows
+        return rows.to(dtype)
 
 
 class _NoTable(nn.Module):
@@ -136,7 +136,7 @@ def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
     check_same_hash(NgramHasher.from_config(body.config), hasher, name)
     [table] = hasher.tables
     values = body.config.hidden_size_per_layer_input
-    lookups = Lookups(table_values=table.rows * body.config.num_hidden_layers * values)
+    lookups = Lookups(Tables(client, name), table_values=table.rows * body.config.num_hidden_layers * values)
     dtype = body.embed_tokens.weight.dtype
     embedding = RemotePerLayer(client, f"{name}/{table.name}", dtype, values**0.5, lookups)
     # One token proves that the source answers, with rows that fit.
