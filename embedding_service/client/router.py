@@ -174,10 +174,10 @@ class Router:
             self._hear(outcome, known)
 
     def learn_from(self, shard: str, deadline: float) -> Steps[None]:
-        """Ask a shard, by its id, for a newer routing than this one. It may hang, so it has 0.25 s."""
+        """Ask a shard, by its id, for a newer routing than this one. It may hang, so it has 0.25 s at most."""
         known = self._routing
         if known is not None and shard in known.shard_ids:
-            timeout = min(ROUTING_PATIENCE, self._routing_timeout(deadline))
+            timeout = min(ROUTING_PATIENCE, 2 * self._patience.usual, self._routing_timeout(deadline))
             address = known.addresses[known.shard_ids.index(shard)]
             [answer] = yield Exchange([_ask(address, known, timeout)])
             if isinstance(answer, wire.Routing):

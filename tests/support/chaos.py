@@ -143,7 +143,8 @@ class Outcome:
             share = trace.late / max(trace.calls, 1)
             notes += [
                 f"{name}: {trace.calls:,} calls, {trace.late:,} given up for being late ({share:.2%}); "
-                f"{rows.near_rows:,} rows near, {rows.wired_rows:,} over the wire",
+                f"{rows.near_rows:,} rows near, {rows.wired_rows:,} over the wire; "
+                f"{trace.held_up} were over {SLOW * 1000:.0f} ms as the machine held this process up",
                 *trace.slow,
             ]
         return notes

@@ -27,12 +27,13 @@ class Trace:
 
     Attributes:
         slow: The steps of each lookup over `SLOW`, one a line.
+        held_up: Slow lookups that were not without the time for which calls outlasted their time: a busy machine's.
         calls, late: Counts of lookups that shards were asked, and of those that were given up for being late.
     """
 
     def __init__(self, client: EmbeddingClient, began: float) -> None:
         self.slow: list[str] = []
-        self.calls = self.late = 0
+        self.calls = self.late = self.held_up = 0
         self._client, self._began = client, began
         self._steps = threading.local()
         self._lock = threading.Lock()
@@ -43,12 +44,13 @@ class Trace:
     @contextmanager
     def lookup(self) -> Iterator[None]:
         """A lookup of this thread."""
-        self._steps.lines = []
+        self._steps.lines, self._steps.overdue = [], 0.0
         before = time.monotonic()
         try:
             yield
         finally:
             seconds = time.monotonic() - before
+            self.held_up += seconds > SLOW >= seconds - self._steps.overdue
             if seconds > SLOW and len(self.slow) < MOST_KEPT:
                 heading = f"at {before - self._began:.3f} s a lookup of {seconds * 1000:.0f} ms"
                 self.slow.append("\n  ".join([heading, *self._steps.lines]))
@@ -63,7 +65,9 @@ class Trace:
             self.calls += len(lookups)
             self.late += sum(map(_is_late, lookups))
         resting = ", ".join(f"{where} for {each.until - now:.2f} s" for where, each in failing.items()) or "none"
-        times = f"{now - self._began:.3f} to {time.monotonic() - self._began:.3f} s"
+        seconds = time.monotonic() - now
+        self._steps.overdue += max(0.0, seconds - max(call.timeout for call in calls))
+        times = f"{now - self._began:.3f} to {now + seconds - self._began:.3f} s"
         self._steps.lines += [
             f"{times}, {patience}, resting: {resting}",
             *(f"  {_told(call)}: {_outcome(outcome)}" for call, outcome in zip(calls, outcomes, strict=True)),
