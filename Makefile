@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo quick test client-tests public-grpc vllm chaos simulate attack e2e lint proto bench clean
+.PHONY: setup test-packages demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -35,6 +35,11 @@ test: setup test-packages
 # The tests that start no service, in less than a minute.
 quick: setup
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not service and not slow" $(PYTEST_ARGS)
+
+# Inputs that hypothesis draws, so many for each test that has them.
+EXAMPLES ?= 10000
+fuzz: setup
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m fuzz --timeout=0 $(PYTEST_ARGS)
 
 # vLLM with its tables in the service, in an environment of its own that holds the client's side; 10 minutes for the tests on 2 cores.
 VLLM := .venv-vllm

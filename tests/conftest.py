@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support import cluster
 from support.checkpoints import DIM, longcat_checkpoint
 from support.cluster import Up, dead_proxies, serving
@@ -20,9 +21,12 @@ from embedding_service.formats import FORMATS, get_format
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.tensorfile import PAGE_BYTES
 
-# No test asserts a duration.
+# No test asserts a duration. `make fuzz` draws more inputs, and does not stop when that takes long.
 settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", 100)), suppress_health_check=[*HealthCheck]
+)
+settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "untimed")
 
 # Fixtures that start processes of the service.
 SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}

@@ -143,10 +143,15 @@ def _secured(options: UpOptions, name: str) -> list[str]:
     """The arguments that secure a member, or that let it speak plain text."""
     if options.secure is None:
         return ["--insecure"] if options.insecure else []
-    own = options.secure.absolute() / name
-    files = [f"--tls-cert={own / 'tls.crt'}", f"--tls-key={own / 'tls.key'}", f"--tls-ca={own / 'ca.crt'}"]
     audit = [f"--audit={options.audit}"] if options.audit else []
-    return [*files, f"--policy={options.secure.absolute() / 'policy.toml'}", *audit]
+    return [*secured_by(options.secure, name), *audit]
+
+
+def secured_by(folder: Path, name: str) -> list[str]:
+    """The arguments that secure a member by what `prepare` made for it."""
+    own = folder.absolute() / name
+    files = [f"--tls-cert={own / 'tls.crt'}", f"--tls-key={own / 'tls.key'}", f"--tls-ca={own / 'ca.crt'}"]
+    return [*files, f"--policy={folder.absolute() / 'policy.toml'}"]
 
 
 def controller_command(options: UpOptions, controller: str, control: str = "") -> list[str]:

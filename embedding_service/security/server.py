@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,6 @@ from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 
 log = logging.getLogger(__name__)
-
-# What gRPC reads once for the ciphers of TLS 1.2. It has no setting for the oldest version. A cipher that needs a key
-# that both sides share, of which there is none, leaves TLS 1.3 alone.
-_CIPHERS, _NONE_BEFORE_TLS_1_3 = "GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-AES128-CBC-SHA"
 
 
 class Files(NamedTuple):
@@ -47,7 +42,7 @@ class Files(NamedTuple):
 
 
 class Security:
-    """Who may do what in a process. To be made before the process's first connection.
+    """Who may do what in a process. That TLS is 1.3 alone is said in `__main__`, before grpc is imported.
 
     Attributes:
         files: What it was made of.
@@ -59,7 +54,6 @@ class Security:
     """
 
     def __init__(self, files: Files) -> None:
-        os.environ[_CIPHERS] = _NONE_BEFORE_TLS_1_3
         self.files = files
         self._pair = Reloaded(files[:3], self._read, _complain)
         self._context = Reloaded(files[:2], self._make_context, _complain)

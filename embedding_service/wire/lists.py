@@ -25,7 +25,10 @@ _FIELDS = 64
 # Numbers that are read at a time.
 _BLOCK = 1 << 16
 _LONGEST = 10  # bytes of a number
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
+_VARINT, _EIGHT, _BYTES, _GROUP, _GROUP_END, _FOUR = range(6)
+# Packed, and one by one: both forms may be in a message.
+_LIST = (_BYTES, _VARINT)
+_TAG_BYTES = 5
 
 _LOOKUP_IDS = wire.LookupRequest.DESCRIPTOR.fields_by_name["ids"].number
 _TOKEN_IDS, _CONTEXT = (
@@ -40,18 +43,23 @@ class Numbers:
     Args:
         plain: As protobuf read it.
         packed: Or as it was sent, where it is long.
+        of_32_bits: The field is an int32, of which larger numbers lose their upper bits.
     """
 
-    def __init__(self, plain: Sequence[int], packed: bytes = b"") -> None:
+    def __init__(self, plain: Sequence[int], packed: bytes = b"", *, of_32_bits: bool = False) -> None:
         self._plain = plain
         self._packed = np.frombuffer(packed, np.uint8)
+        self._of_32_bits = of_32_bits
 
     def __len__(self) -> int:
         return len(self._plain) + int(np.count_nonzero(self._packed < 0x80))
 
     def array(self) -> npt.NDArray[np.int64]:
         """int64 [n]. Raises InvalidRequest for bytes that are no such list."""
-        return _read(self._packed, len(self)) if len(self._packed) else np.array(self._plain, np.int64)
+        if not len(self._packed):
+            return np.array(self._plain, np.int64)
+        numbers = _read(self._packed, len(self))
+        return numbers.astype(np.int32).astype(np.int64) if self._of_32_bits else numbers
 
     @property
     def is_long(self) -> bool:
@@ -83,7 +91,7 @@ class NgramsAsked(NamedTuple):
 
 def read_lookup(message: bytes) -> LookupAsked:
     """A serialized `LookupRequest`. This and its like raise DecodeError or InvalidRequest for bytes that are none."""
-    rest, [ids] = _cut(message, _LOOKUP_IDS)
+    rest, [ids] = _cut(message, _LIST, _LOOKUP_IDS)
     request = wire.LookupRequest.FromString(rest)
     return LookupAsked(request, Numbers(request.ids, ids))
 
@@ -93,24 +101,28 @@ def read_streamed_lookup(message: bytes) -> StreamedLookupAsked:
     if len(message) <= _SHORT:
         request = wire.StreamLookupRequest.FromString(message)
         return StreamedLookupAsked(request.request_id, LookupAsked(request.lookup, Numbers(request.lookup.ids)))
-    rest, [lookup] = _cut(message, _STREAMED_LOOKUP)
+    rest, [lookup] = _cut(message, (_BYTES,), _STREAMED_LOOKUP)
     return StreamedLookupAsked(wire.StreamLookupRequest.FromString(rest).request_id, read_lookup(lookup))
 
 
 def read_ngrams_lookup(message: bytes) -> NgramsAsked:
     """A serialized `LookupNgramsRequest`."""
-    rest, [tokens, context] = _cut(message, _TOKEN_IDS, _CONTEXT)
+    rest, [tokens, context] = _cut(message, _LIST, _TOKEN_IDS, _CONTEXT)
     request = wire.LookupNgramsRequest.FromString(rest)
-    return NgramsAsked(request, Numbers(request.token_ids, tokens), Numbers(request.context, context))
+    return NgramsAsked(
+        request,
+        Numbers(request.token_ids, tokens, of_32_bits=True),
+        Numbers(request.context, context, of_32_bits=True),
+    )
 
 
-def _cut(message: bytes, *numbers: int) -> tuple[bytes, list[bytes]]:
-    """What a long message holds in these fields, which are length-delimited, and the message without them."""
+def _cut(message: bytes, kinds: Sequence[int], *numbers: int) -> tuple[bytes, list[bytes]]:
+    """What a long message holds in these fields, where they are of one of these wire types, and the rest of it."""
     if len(message) <= _SHORT:
         return message, [b""] * len(numbers)
     rest, taken = [], {number: list[bytes]() for number in numbers}
     for number, kind, begin, value, end in _fields(message):
-        if number in taken and kind == _BYTES:
+        if number in taken and kind in kinds:
             taken[number].append(message[value:end])  # of pieces of a field, the second goes on where the first ends
         else:
             rest.append(message[begin:end])
@@ -118,8 +130,11 @@ def _cut(message: bytes, *numbers: int) -> tuple[bytes, list[bytes]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, wire type, where it begins, where its value does and ends: of each field of a message."""
-    position, fields = 0, 0
+    """Number, wire type, where it begins, where its value does and ends: of each field of a message.
+
+    Groups are of no message that we know. What is in one has the number 0.
+    """
+    position, fields, groups = 0, 0, list[int]()
     while position < len(message):
         if fields == _FIELDS:
             raise InvalidRequest(
@@ -128,8 +143,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
             )
         fields += 1
         begin = position
-        tag, position = _varint(message, position)
-        kind, value = tag & 7, position
+        tag, position = _varint(message, position, _TAG_BYTES)
+        number, kind, value = tag >> 3, tag & 7, position
         if kind == _VARINT:
             _, position = _varint(message, position)
         elif kind == _BYTES:
@@ -137,17 +152,21 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
             position = value + length
         elif kind in (_EIGHT, _FOUR):
             position += 8 if kind == _EIGHT else 4
-        else:
+        elif kind == _GROUP:
+            groups.append(number)
+        elif kind != _GROUP_END or not groups or groups.pop() != number:
             raise _malformed()
         if position > len(message):
             raise _malformed()
-        yield tag >> 3, kind, begin, value, position
+        yield 0 if groups else number, kind, begin, value, position
+    if groups:
+        raise _malformed()
 
 
-def _varint(message: bytes, position: int) -> tuple[int, int]:
+def _varint(message: bytes, position: int, longest: int = _LONGEST) -> tuple[int, int]:
     """A number and where the next thing begins."""
     number = 0
-    for index, byte in enumerate(message[position : position + _LONGEST]):
+    for index, byte in enumerate(message[position : position + longest]):
         number |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return number, position + index + 1

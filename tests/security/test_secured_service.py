@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import pytest
 import torch
 from support.checkpoints import longcat_table
-from support.cluster import Members, until
-from support.security import write_policy
+from support.cluster import until
+from support.red_team import GUEST, OpenStreams, near_hello, pair_of, ports_of, rights_of, shown_by, tls_spoken
+from support.security import HIDDEN, POLICY, SEEN, Secured, call, code_of, secured_service, write_policy
 
 from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unauthenticated, Unavailable
-from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
 from embedding_service.controller.claims import NOT_THE_STORES
 from embedding_service.grpc_codes import PUSHBACK
-from embedding_service.methods import ANYBODY, KNOWN, MEMBERS, RIGHTS
+from embedding_service.methods import RIGHTS
 from embedding_service.near.reader import NearReader, Place
-from embedding_service.security import proofs
-from embedding_service.security.access import Access
+from embedding_service.security.access import NEAR, Access
 from embedding_service.security.authority import URI, Authority
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
@@ -40,82 +39,13 @@ from embedding_service.wire.embedding_pb2_grpc import (
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 
-# What may be read, and what not.
-SEEN, HIDDEN = "fp32", "int8"
 TABLE = f"{SEEN}/ngram"
-POLICY: dict[str, dict[str, Any]] = {
-    "members": {"certificates": [f"{URI}/controller", f"{URI}/shard/*"], "rights": ["member"]},
-    "admin": {"tokens": ["admin"], "rights": ["admin", "metrics"], "read": ["*"]},
-    "reader": {"tokens": ["reader"], "certificates": [f"{URI}/reader"], "read": [SEEN]},
-    "stranger": {"tokens": ["stranger"], "rights": ["metrics"]},
-    "limited": {"tokens": ["limited"], "read": [SEEN], "calls": 3, "rows_per_second": 5000},
-}
-REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
-
-
-class Secured(NamedTuple):
-    """A running service, and its folder."""
-
-    members: Members
-    folder: Path
-
-    @property
-    def ca(self) -> Access:
-        """What a client without a token shows."""
-        return Access(self.folder / "ca.crt")
-
-    def token(self, token: str) -> Access:
-        return replace(self.ca, token=token)
-
-    def certificate(self, name: str, authority: Authority | None = None, **days: float) -> Access:
-        """A certificate of a further name, made now."""
-        where = self.folder / "more" / name.replace("/", "-")
-        ours = Authority.load(self.folder)
-        (authority or ours).issue(where, [f"{URI}/{name}", "localhost", "127.0.0.1"], **days)
-        return replace(self.ca, certificate=where / "tls.crt", key=where / "tls.key")
-
-    def addresses(self) -> dict[str, str]:
-        return {shard.shard_id: shard.address for shard in self.members.status().shards}
 
 
 @pytest.fixture(scope="module")
 def secured(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """Two shards, one of two processes."""
-    folder = tmp_path_factory.mktemp("secured")
-    policy = write_policy(folder, POLICY).read_text()
-    more = {"shard-1": ["--processes=2"]}
-    members = Members(folder, store, 2, 1, 64 << 20, folder / "secure", policy, more)
-    members.access = Access(folder / "secure" / "ca.crt", token="admin")
-    try:
-        members.restart()
-        yield Secured(members, folder / "secure")
-    finally:
-        members.end()
-
-
-def call(address: str, path: str, access: Access | None, message: bytes = b"") -> grpc.StatusCode:
-    """How a call of one message ends, on a connection of its own."""
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-    credentials = access.credentials() if access else None
-    opened = (
-        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
-    )
-    with opened as channel:
-        under_way = channel.stream_stream(f"/{path}")(iter([message]), timeout=120)
-        try:
-            next(under_way, None)
-            under_way.cancel()
-        except grpc.RpcError as error:
-            return error.code()  # type: ignore[attr-defined,no-any-return]
-    return grpc.StatusCode.OK
-
-
-def message_of(path: str) -> bytes:
-    lookup = wire.LookupRequest(model=SEEN, table="ngram", ids=[0])
-    return {
-        "Lookup": lookup.SerializeToString(),
-        "StreamLookup": wire.StreamLookupRequest(request_id=1, lookup=lookup).SerializeToString(),
-    }.get(path.rpartition("/")[2], b"")
+    with secured_service(tmp_path_factory.mktemp("secured"), store) as running:
+        yield running
 
 
 def test_s1_rows_are_the_same_as_ever(secured: Secured) -> None:
@@ -141,37 +71,39 @@ def test_s2_nothing_is_spoken_to_who_has_another_authority_or_speaks_plain_text(
     assert call(secured.members.control, path, secured.certificate("shard/x")) is grpc.StatusCode.OK
 
 
-def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_else(secured: Secured) -> None:
-    false = secured.certificate("shard/false2", Authority.create())
-    old = secured.certificate("shard/old2", begins=-2, days=-1)
-    expired = proofs.sign({"aud": "127.0.0.1", "iat": 1, "exp": 2}, *_pair(secured.certificate("shard/y")))
-    replayed = proofs.prove("another-shard", *_pair(secured.certificate("shard/z")))
-    nobody = [secured.ca, secured.token("guess"), false, old, secured.token(expired), secured.token(replayed)]
-    rights = {name: {*each.get("rights", ()), *(["read"] if each.get("read") else [])} for name, each in POLICY.items()}
-    known = {name: secured.token(name) for name in ("admin", "reader", "stranger")}
-    known["members"] = secured.certificate("shard/shard-9")
-    rights["members"] |= {"read"}
+def test_s2_every_port_speaks_tls_1_3_and_refuses_tls_1_2(secured: Secured) -> None:
     members = secured.members
-    ports = {"controller": members._controller, **secured.addresses(), "common": members.address}
+    ports = [(secured.ca, address) for address in (members.client_address, *secured.addresses().values())]
+    ports += [(secured.ca, members.address), (secured.certificate("shard/x"), members.control)]
+    for access, address in ports:
+        assert tls_spoken(address, access, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+        assert tls_spoken(address, access, ssl.TLSVersion.TLSv1_2) is None
+
+
+def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_else(secured: Secured) -> None:
+    """Every method, by every caller, at every port, process and socket: the red team's table."""
     cells, wrong = 0, []
-    for path in (*RIGHTS, "embedding.v1.EmbeddingService/Nothing"):
-        needed = RIGHTS.get(path, ())
-        for where, address in ports.items():
-            for access in nobody:
+    with ports_of(secured) as ports:
+        for path in (*RIGHTS, "embedding.v1.EmbeddingService/Nothing"):
+            under_way = [(port, caller, caller.begin(path)) for port in ports for caller in port.callers]
+            for port, caller, begun in under_way:
                 cells += 1
-                code = call(address, path, access, message_of(path))
-                if (code not in REFUSED) is not (needed == ANYBODY):
-                    wrong.append((path, where, "nobody", code))
-            for name, access in known.items():
-                cells += 1
-                code = call(address, path, access, message_of(path))
-                allowed = needed in (ANYBODY, KNOWN) or bool(rights[name] & set(needed))
-                # What only the members' port or another kind of process answers is absent to everybody.
-                if (code not in REFUSED) is not allowed and not (allowed and code is grpc.StatusCode.UNIMPLEMENTED):
-                    wrong.append((path, where, name, code))
-                if allowed and path in MEMBERS and code is not grpc.StatusCode.UNIMPLEMENTED:
-                    wrong.append((path, where, name, code))
-    assert cells > 400 and not wrong, wrong
+                code = code_of(begun)
+                if not port.is_right(path, caller, code):
+                    wrong.append((path, port.name, caller.name, code, port.refusal(path, caller)))
+    assert cells > 1000 and not wrong, wrong
+
+
+def test_n5_the_near_socket_lets_in_whom_the_table_says_and_nobody_else(secured: Secured) -> None:
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(TABLE, torch.arange(3))
+        places = [shard.near for shard in client._router.current.message.shards]  # type: ignore[union-attr]
+    assert len(places) == 2
+    for place in places:
+        for shown in shown_by(secured, NEAR):
+            answer = near_hello(place, dict(shown.metadata).get("authorization", ""))
+            assert answer.board is ("read" in rights_of(shown.identity)), (shown, answer)
+            assert bool(answer.refusal) is not answer.board
 
 
 def test_s4_a_model_that_one_may_not_read_looks_like_one_that_is_not_there(secured: Secured) -> None:
@@ -226,6 +158,19 @@ def test_s5_a_forwarded_lookup_is_authorized_where_it_comes_in(secured: Secured)
         assert torch.equal(rows, table[::50])
 
 
+def all_parts(secured: Secured) -> list[control.PartRef]:
+    """As a report that claims all there is names them."""
+    with EmbeddingClient(secured.members.address, tls=secured.token("admin")) as client:
+        client.lookup(TABLE, torch.arange(3))
+        models = client._router.current.message.models  # type: ignore[union-attr]
+    return [
+        control.PartRef(model=each.model.name, version=each.model.version, table=table.name, part=part)
+        for each in models
+        for table, placed in zip(each.model.tables, each.tables, strict=True)
+        for part in range(len(placed.parts))
+    ]
+
+
 def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
     """With a member's certificate of another shard, and with terms that no clock has."""
     [taken] = [address for name, address in secured.addresses().items() if name == "shard-0"]
@@ -239,7 +184,9 @@ def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
     }
     before = secured.members.status()
     register, other = "embedding.v1.ControlService/Register", secured.certificate("shard/shard-7")
-    for report in (sound, {**sound, "shard_id": "shard-7", "address": "10.0.0.1:1"}, {**sound, "term": 2**64 - 1}):
+    claims_all = {**sound, "has_parts": True, "parts": all_parts(secured)}
+    elsewhere = {**sound, "shard_id": "shard-7", "address": "10.0.0.1:1"}
+    for report in (sound, claims_all, elsewhere, {**sound, "term": 2**64 - 1}):
         message = control.ShardReport(**report).SerializeToString()  # type: ignore[arg-type]
         assert call(secured.members.control, register, other, message) is grpc.StatusCode.PERMISSION_DENIED
     own = secured.certificate("shard/shard-0")
@@ -254,51 +201,44 @@ def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
 
 
 def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(secured: Secured) -> None:
+    """Streams of every method, at every process, that nobody uses when the policy changes."""
     table = longcat_table()
-    access = secured.token("second")
+    access, member = secured.token("second"), secured.certificate(f"guest/{GUEST}")
     policy = secured.folder / "policy.toml"
     kept = policy.read_text()
-    streams = []
-    over = threading.Event()
+    more = {
+        "second": {"tokens": ["second"], "read": [SEEN]},
+        "guest": {"certificates": [f"{URI}/guest/*"], "rights": ["member"]},
+    }
+    write_policy(secured.folder, {**POLICY, **more})
+    with OpenStreams() as open_streams, EmbeddingClient(secured.members.address, tls=access) as client:
 
-    def asked() -> Iterator[bytes]:
-        yield message_of("/StreamLookup")
-        over.wait()
+        def lets_in() -> bool:
+            try:
+                return torch.equal(client.lookup(TABLE, torch.arange(3)), table[:3])
+            except Unauthenticated:
+                return False
 
-    def opened(address: str) -> Any:
-        channel = grpc.secure_channel(address, access.credentials(), [("grpc.use_local_subchannel_pool", 1)])
-        stream = channel.stream_stream("/embedding.v1.EmbeddingService/StreamLookup")(asked(), timeout=60)
         try:
-            next(stream)
-        except grpc.RpcError:
-            return None
-        return channel, stream
-
-    write_policy(secured.folder, {**POLICY, "second": {"tokens": ["second"], "read": [SEEN]}})
-    try:
-        with EmbeddingClient(secured.members.address, tls=access) as client:
-
-            def lets_in() -> bool:
-                try:
-                    return torch.equal(client.lookup(TABLE, torch.arange(3)), table[:3])
-                except Unauthenticated:
-                    return False
-
             until(lets_in, "the new token")
             addresses = [secured.members.address] * 4 + list(secured.addresses().values())
-            for address in addresses:  # open ones that nobody uses
-                streams.append(until(lambda: opened(address), "the new token at every process"))  # noqa: B023
+            for address in addresses:
+                open_streams.open(address, "embedding.v1.EmbeddingService/StreamLookup", access)
+                open_streams.open(address, "grpc.health.v1.Health/Watch", access)
+            for address in (addresses[-1], secured.members.client_address):
+                open_streams.open(address, "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", access)
+            open_streams.open(secured.members.control, "embedding.v1.ControlService/Register", member)
             write_policy(secured.folder, POLICY)
-            for _, stream in streams:
-                with pytest.raises(grpc.RpcError) as raised:
-                    next(stream)
-                assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            for path, stream in open_streams.streams:
+                if not path.startswith("grpc.health"):
+                    with pytest.raises(grpc.RpcError) as raised:
+                        next(stream)
+                    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED, path
+            assert all(stream.is_active() for path, stream in open_streams.streams if path.startswith("grpc.health"))
             until(lambda: not lets_in(), "the end of near rows too")
-    finally:
-        over.set()
-        policy.write_text(kept)
-        for channel, _ in streams:
-            channel.close()
+        finally:
+            policy.write_text(kept)
+    until(lambda: GUEST not in secured.addresses(), "the end of the guest")
 
 
 class _Astray(EmbeddingServiceServicer):
@@ -326,7 +266,7 @@ def test_s6_a_shard_that_was_taken_over_leads_no_client_astray(secured: Secured)
         client.lookup(TABLE, torch.arange(3))
         routing = client._router.current.message  # type: ignore[union-attr]
     server = grpc.server(ThreadPoolExecutor(4))
-    certificate, key = _pair(files)
+    certificate, key = pair_of(files)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     astray = _Astray(routing, f"127.0.0.1:{port}", files)
     add_EmbeddingServiceServicer_to_server(astray, server)
@@ -473,7 +413,7 @@ def test_s6_a_member_that_claims_all_parts_is_asked_for_none(secured: Secured) -
         client.lookup(TABLE, torch.arange(3))
         placements = list(client._router.current.message.models)  # type: ignore[union-attr]
     server, over = grpc.server(ThreadPoolExecutor(4)), threading.Event()
-    certificate, key = _pair(files)
+    certificate, key = pair_of(files)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     forged = _Forged(table.shape[1] * 4)
     add_EmbeddingServiceServicer_to_server(forged, server)
@@ -539,8 +479,3 @@ def test_s6_a_controller_that_starts_again_believes_what_was_signed(secured: Sec
 
         until(is_new, "the routing of the controller that started again")
         assert torch.equal(client.lookup(TABLE, ids), table[ids])
-
-
-def _pair(access: Access) -> tuple[bytes, bytes]:
-    assert access.certificate and access.key
-    return access.certificate.read_bytes(), access.key.read_bytes()

@@ -24,8 +24,10 @@ import grpc
 import psutil
 import pytest
 
+from embedding_service.client.channels import open_channel
 from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.security.access import Access
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
@@ -218,8 +220,10 @@ class Members:
         more: Further arguments of members.
 
     Attributes:
+        client_address: The controller's, for clients.
         control: Where shards register.
         access: What an admin shows.
+        processes: By name, "controller" among them.
     """
 
     def __init__(
@@ -237,20 +241,20 @@ class Members:
 
         self.address = f"127.0.0.1:{free_port()}"
         self._folder = folder
-        self._controller = f"127.0.0.1:{free_port()}"
+        self.client_address = f"127.0.0.1:{free_port()}"
         port = int(self.address.rpartition(":")[2])
         options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1, secure)
-        self.control = f"127.0.0.1:{free_port()}" if secure else self._controller
+        self.control = f"127.0.0.1:{free_port()}" if secure else self.client_address
         self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
         names = [f"shard-{number}" for number in range(shards)]
         self.access = prepare(secure, options.host, names) if secure else None
         if secure and policy:
             (secure / "policy.toml").write_text(policy)
         self._commands = {name: shard_command(options, self.control, name, self._sockets.name) for name in names}
-        self._commands["controller"] = controller_command(options, self._controller, self.control)
+        self._commands["controller"] = controller_command(options, self.client_address, self.control)
         for name, further in (more or {}).items():
             self._commands[name] += further
-        self._processes: list[Process] = []
+        self.processes: dict[str, Process] = {}
 
     def restart(self) -> None:
         """Start them; returns when all is served."""
@@ -258,29 +262,32 @@ class Members:
 
         from embedding_service.commands.up import wait_until_serving
 
-        self._processes = [Process(self._folder / f"{name}.log", *each) for name, each in self._commands.items()]
+        started = ((name, Process(self._folder / f"{name}.log", *each)) for name, each in self._commands.items())
+        self.processes = dict(started)
         with (self._folder / "waiting.log").open("w") as said:
-            wait_until_serving(self._controller, self._check, len(self._commands) - 1, Console(file=said), self.access)
+            wait_until_serving(
+                self.client_address, self._check, len(self._commands) - 1, Console(file=said), self.access
+            )
 
     def restart_controller(self) -> None:
         """End the controller and start it again. Does not wait for it."""
-        self._processes.pop().end()
-        self._processes.append(Process(self._folder / "controller.log", *self._commands["controller"]))
+        self.processes["controller"].end()
+        self.processes["controller"] = Process(self._folder / "controller.log", *self._commands["controller"])
 
     def end(self) -> None:
         """End them."""
-        for process in self._processes:
+        for process in self.processes.values():
             process.popen.terminate()
-        for process in self._processes:
+        for process in self.processes.values():
             process.end()
 
     def output(self) -> str:
         """All they printed so far."""
-        return "".join(process.output() for process in self._processes)
+        return "".join(process.output() for process in self.processes.values())
 
     def family(self) -> list[psutil.Process]:
         """They and what they started."""
-        first = [psutil.Process(process.popen.pid) for process in self._processes]
+        first = [psutil.Process(process.popen.pid) for process in self.processes.values()]
         return [*first, *(child for each in first for child in each.children(recursive=True))]
 
     def status(self) -> control.Status:
@@ -288,7 +295,7 @@ class Members:
         return get_status(self.address, tls=self.access)
 
     def _check(self) -> None:
-        for process in self._processes:
+        for process in self.processes.values():
             assert process.runs, process.output()
 
 
@@ -308,10 +315,10 @@ def serving(folder: Path, store: Path, shards: int, *, replicas: int = 1, memory
         members.end()
 
 
-def routing_of(address: str) -> wire.Routing:
+def routing_of(address: str, access: Access | None = None) -> wire.Routing:
     """The routing that a controller or a shard has. It is empty while nobody answers."""
     try:
-        with grpc.insecure_channel(address) as channel:
+        with open_channel(address, access) as channel:
             return embedding_pb2_grpc.EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=5)
     except grpc.RpcError:
         return wire.Routing()
@@ -324,6 +331,12 @@ class Cluster:
         store: A folder or an fsspec URL.
         host: Where the controller listens, and shards unless told otherwise.
         within: A command that runs theirs, as `prlimit --nofile=1024` does.
+        secure: A folder for what `up --secure` makes. None for plain text.
+
+    Attributes:
+        controller_address: The controller's, for clients.
+        control_address: Where shards register.
+        access: What an admin shows. None for plain text.
     """
 
     def __init__(
@@ -333,9 +346,13 @@ class Cluster:
         *controller_options: str,
         host: str = "127.0.0.1",
         within: Sequence[str] = (),
+        secure: Path | None = None,
     ) -> None:
         self.store = store
         self.controller_address = f"{host}:{free_port()}"
+        self.control_address = f"{host}:{free_port()}" if secure else self.controller_address
+        self.secure = secure
+        self.access: Access | None = None
         self.processes: dict[str, Process] = {}
         self.addresses: dict[str, str] = {}
         self._host = host
@@ -351,6 +368,8 @@ class Cluster:
             "controller",
             f"--store={self.store}",
             f"--listen={self.controller_address}",
+            *([f"--control-listen={self.control_address}"] if self.secure else []),
+            *self._secured("controller"),
             *self._controller_options,
             within=self._within,
         )
@@ -362,10 +381,11 @@ class Cluster:
             self._folder / f"{name}.log",
             "shard",
             f"--store={self.store}",
-            f"--controller={self.controller_address}",
+            f"--controller={self.control_address}",
             f"--listen={address}",
             f"--id={name}",
             f"--drain-seconds={START_SECONDS}",
+            *self._secured(name),
             *options,
             within=within or self._within,
         )
@@ -373,7 +393,7 @@ class Cluster:
     def status(self) -> control.Status:
         """The controller's view. It is empty while the controller cannot be reached."""
         try:
-            return get_status(self.controller_address)
+            return get_status(self.controller_address, tls=self.access)
         except EmbeddingServiceError:
             return control.Status()
 
@@ -403,19 +423,28 @@ class Cluster:
             return False
         if any(shard.draining or shard.parts_missing for shard in status.shards):
             return False
-        routing = routing_of(self.controller_address)
+        routing = routing_of(self.controller_address, self.access)
         parts = [part for model in routing.models for table in model.tables for part in table.parts]
         enough = bool(parts) and all(len(part.shards) >= copies for part in parts)
         return enough and self._all_know(status.shards)
 
     def _all_know(self, shards: Iterable[control.ShardStatus]) -> bool:
         """Whether each of them has the controller's routing."""
-        routing = routing_of(self.controller_address)
-        return bool(routing.models) and all(routing_of(shard.address) == routing for shard in shards)
+        routing = routing_of(self.controller_address, self.access)
+        return bool(routing.models) and all(routing_of(shard.address, self.access) == routing for shard in shards)
 
     def stub(self, name: str) -> embedding_pb2_grpc.EmbeddingServiceStub:
         """A thin client of one shard."""
-        return embedding_pb2_grpc.EmbeddingServiceStub(grpc.insecure_channel(self.addresses[name]))
+        return embedding_pb2_grpc.EmbeddingServiceStub(open_channel(self.addresses[name], self.access))
+
+    def _secured(self, name: str) -> list[str]:
+        """The arguments that secure a member, whose certificate is made for it."""
+        if self.secure is None:
+            return []
+        from embedding_service.commands.up import prepare, secured_by
+
+        self.access = prepare(self.secure, self._host, [name])
+        return secured_by(self.secure, name)
 
     def end(self) -> None:
         """End everything, the controller last. It releases shards when all of them drain."""
@@ -430,10 +459,15 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    folder: Path, store: Path | str, *controller_options: str, host: str = "127.0.0.1", within: Sequence[str] = ()
+    folder: Path,
+    store: Path | str,
+    *controller_options: str,
+    host: str = "127.0.0.1",
+    within: Sequence[str] = (),
+    secure: Path | None = None,
 ) -> Iterator[Cluster]:
     """A cluster without shards yet. It is ended afterwards."""
-    running = Cluster(folder, store, *controller_options, host=host, within=within)
+    running = Cluster(folder, store, *controller_options, host=host, within=within, secure=secure)
     try:
         yield running
     finally:

@@ -108,3 +108,32 @@ def test_numbers_are_counted_before_they_are_read() -> None:
         long.array()
     with pytest.raises(InvalidRequest, match="malformed"):
         Numbers((), b"\x01" * 10 + b"\xff" * 10 + b"\x01").array()
+
+
+def test_a_long_list_that_is_packed_in_part_has_all_its_numbers_in_their_order() -> None:
+    """As protobuf has it. Numbers that came one by one were once left to whatever memory held."""
+    packed = wire.LookupRequest(ids=range(70_000)).SerializeToString()
+    message = b"\x18\x05" + packed + b"\x18\x07"
+    lookup = read_lookup(message)
+    assert lookup.ids.array().tolist() == [5, *range(70_000), 7] == list(wire.LookupRequest.FromString(message).ids)
+    streamed = wire.StreamLookupRequest(request_id=3).SerializeToString() + b"\x12" + _length(message) + message
+    assert read_streamed_lookup(streamed).lookup.ids.array().tolist() == lookup.ids.array().tolist()
+
+
+def test_long_tokens_lose_the_bits_that_an_int32_has_not() -> None:
+    message = b"\x12" + _length(b"\x85\x80\x80\x80\x10" * 20_000) + b"\x85\x80\x80\x80\x10" * 20_000
+    expected = list(wire.LookupNgramsRequest.FromString(message).token_ids)
+    assert read_ngrams_lookup(message).token_ids.array().tolist() == expected == [5] * 20_000
+
+
+def test_a_long_message_with_a_group_of_a_later_release_is_read() -> None:
+    message = b"\x7b\x18\x05\x7c" + wire.LookupRequest(model="m", ids=range(70_000)).SerializeToString()
+    assert read_lookup(message).ids.array().tolist() == list(wire.LookupRequest.FromString(message).ids)
+
+
+def _length(text: bytes) -> bytes:
+    out, value = bytearray(), len(text)
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

@@ -1,0 +1,210 @@
+"""Any bytes: what is written by hand accepts and refuses what protobuf does, with the same values.
+
+`make fuzz` runs these with 100,000 inputs each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError, Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_service.errors import InvalidRequest
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire import lists, lookup_codec
+from embedding_service.wire.lookup_codec import Shape
+
+pytestmark = pytest.mark.fuzz
+
+VARINT, EIGHT, BYTES, GROUP, END, FOUR = range(6)
+NUMBERS = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 127, 128, 2**31, 2**32 + 5, 2**63, 2**64 - 1])
+
+
+def varint(value: int, more: int = 0) -> bytes:
+    """`more`: zeros that are said over again, as a varint may have."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value | (0x80 if more else 0))
+    if more:
+        out += b"\x80" * (more - 1) + b"\x00"
+    return bytes(out)
+
+
+VARINTS = st.builds(varint, NUMBERS, st.sampled_from([0, 0, 0, 1, 3, 9])) | st.binary(max_size=11)
+PACKED = st.lists(VARINTS, max_size=6).map(b"".join)
+
+
+def tag(number: int, kind: int, more: int = 0) -> bytes:
+    return varint(number << 3 | kind, more)
+
+
+def field(number: int, kind: int, value: bytes, number_value: bytes, more: int) -> bytes:
+    tag_more, length_more = divmod(more, 6)
+    if kind == BYTES:
+        return tag(number, kind, tag_more) + varint(len(value), length_more) + value
+    fixed = {EIGHT: value[:8].ljust(8, b"\0"), FOUR: value[:4].ljust(4, b"\0"), VARINT: number_value}
+    return tag(number, kind, tag_more) + fixed.get(kind, b"")
+
+
+def fields(values: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    """A message of fields that the contract has, or that a later one may have, of any wire type."""
+    numbers = st.integers(0, 12) | st.sampled_from([127, 2**29 - 1])
+    kinds = st.sampled_from([VARINT, VARINT, BYTES, BYTES, BYTES, EIGHT, FOUR, GROUP, END, 6, 7])
+    one = st.builds(field, numbers, kinds, values, VARINTS, st.just(0) | st.integers(0, 60))
+    group = st.builds(lambda number, inner: tag(number, GROUP) + inner + tag(number, END), numbers, one)
+    return st.lists(one | group, max_size=6).map(b"".join)
+
+
+def damaged(message: bytes, where: int, byte: int, cut: int) -> bytes:
+    place = where % max(len(message), 1)
+    changed = message[:place] + bytes([byte]) + message[place + 1 :]
+    return changed[: len(changed) - cut % (len(changed) + 1)] if cut else changed
+
+
+def messages(values: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    whole = fields(values)
+    cuts = st.sampled_from([0, 0, 1, 2, 5])
+    broken = st.builds(damaged, whole, st.integers(0, 200), st.integers(0, 255), cuts)
+    return whole | broken | st.binary(max_size=40)
+
+
+@pytest.fixture(params=["short", "long"], scope="module")
+def every_length(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As short messages are read, and as long ones are."""
+    with pytest.MonkeyPatch.context() as patches:
+        if request.param == "long":
+            patches.setattr(lists, "_SHORT", 0)
+        yield
+
+
+def same(message: bytes, kind: type[Message], read: Callable[[bytes], Any], said: Callable[[Any], Any]) -> None:
+    """`read` reads what protobuf reads, or both refuse it."""
+    try:
+        expected = said(kind.FromString(message))
+    except DecodeError:
+        expected = None
+    try:
+        found = read(message)
+    except (DecodeError, InvalidRequest) as error:
+        assert expected is None, (str(error), expected)
+    else:
+        assert found == expected
+
+
+def lookup_of(request: wire.LookupRequest, ids: list[int]) -> tuple[Any, ...]:
+    rest = wire.LookupRequest()
+    rest.CopyFrom(request)
+    rest.ClearField("ids")
+    return rest.SerializeToString(deterministic=True), ids
+
+
+@given(message=messages(PACKED | st.binary(max_size=20) | st.text(max_size=4).map(str.encode)))
+def test_lookups_are_read_as_protobuf_reads_them(every_length: None, message: bytes) -> None:
+    def read(message: bytes) -> Any:
+        asked = lists.read_lookup(message)
+        assert len(asked.ids) == len(asked.ids.array())
+        return lookup_of(asked.request, asked.ids.array().tolist())
+
+    same(message, wire.LookupRequest, read, lambda request: lookup_of(request, list(request.ids)))
+
+
+@given(message=messages(messages(PACKED | st.text(max_size=4).map(str.encode))))
+def test_streamed_lookups_are_read_as_protobuf_reads_them(every_length: None, message: bytes) -> None:
+    def read(message: bytes) -> Any:
+        asked = lists.read_streamed_lookup(message)
+        return asked.request_id, lookup_of(asked.lookup.request, asked.lookup.ids.array().tolist())
+
+    def said(request: wire.StreamLookupRequest) -> Any:
+        return request.request_id, lookup_of(request.lookup, list(request.lookup.ids))
+
+    same(message, wire.StreamLookupRequest, read, said)
+
+
+@given(message=messages(PACKED | st.text(max_size=4).map(str.encode)))
+def test_ngram_lookups_are_read_as_protobuf_reads_them(every_length: None, message: bytes) -> None:
+    def of(request: wire.LookupNgramsRequest, *numbers: list[int]) -> Any:
+        rest = wire.LookupNgramsRequest()
+        rest.CopyFrom(request)
+        rest.ClearField("token_ids")
+        rest.ClearField("context")
+        return rest.SerializeToString(deterministic=True), numbers
+
+    def read(message: bytes) -> Any:
+        asked = lists.read_ngrams_lookup(message)
+        return of(asked.request, asked.token_ids.array().tolist(), asked.context.array().tolist())
+
+    same(message, wire.LookupNgramsRequest, read, lambda each: of(each, list(each.token_ids), list(each.context)))
+
+
+SHAPES = st.builds(
+    Shape,
+    st.integers(0, 4),
+    st.sampled_from([1, 4, 260]),
+    st.integers(1, 300),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["1", "2026-11-24", "é" * 30]),
+)
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[Shape, bytes, bool]:
+    """An answer of a shape, as it should be or not quite, for a call or for a stream."""
+    shape, streamed = draw(SHAPES), draw(st.booleans())
+    if draw(st.booleans()):
+        message, place = lookup_codec.allocate_streamed(shape, 0) if streamed else lookup_codec.allocate(shape)
+        place[:] = draw(st.integers(0, 255))
+        message = bytes(bytearray(message))
+    else:
+        message = draw(messages(messages(st.binary(max_size=20)) if streamed else st.binary(max_size=20)))
+    if draw(st.booleans()):
+        message = damaged(message, draw(st.integers(0, 400)), draw(st.integers(0, 255)), draw(st.integers(0, 3)))
+    return shape, message + draw(st.sampled_from([b"", b"", b"\xfa\x07\x03new", b"\x18\x00"])), streamed
+
+
+@given(answers())
+def test_answers_are_read_as_protobuf_reads_them(drawn: tuple[Shape, bytes, bool]) -> None:
+    shape, message, streamed = drawn
+
+    def of(response: wire.LookupResponse) -> Any:
+        return response.rows, response.version
+
+    def read(message: bytes) -> Any:
+        answer = lookup_codec.read_streamed(message, shape) if streamed else lookup_codec.read(message, shape)
+        if isinstance(answer, wire.LookupFailure):
+            return answer.SerializeToString(deterministic=True)
+        return answer.rows.tobytes(), answer.version
+
+    def said(response: Any) -> Any:
+        if not streamed:
+            return of(response)
+        if response.HasField("error"):
+            return response.error.SerializeToString(deterministic=True)
+        return of(response.rows)
+
+    same(message, wire.StreamLookupResponse if streamed else wire.LookupResponse, read, said)
+
+
+@given(
+    name=st.text(max_size=12),
+    encoding=st.integers(0, 3),
+    ages=st.tuples(NUMBERS, NUMBERS),
+    ids=st.lists(st.integers(0, 2**63 - 1), max_size=8),
+    rows=st.sampled_from([1, 2**32, 2**32 + 1, 2**63]),
+)
+def test_requests_are_written_as_protobuf_reads_them(
+    name: str, encoding: int, ages: tuple[int, int], ids: list[int], rows: int
+) -> None:
+    kept = np.array([each % rows for each in ids], np.int64)
+    request = lookup_codec.encode_lookup(name, name, encoding, *ages, kept, rows)
+    said = wire.StreamLookupRequest.FromString(request.streamed)
+    assert said.lookup == wire.LookupRequest.FromString(request.message())
+    assert (said.lookup.model, said.lookup.encoding, said.lookup.term, said.lookup.epoch) == (name, encoding, *ages)
+    narrow = np.frombuffer(said.lookup.ids_uint32, "<u4").tolist()
+    assert (narrow or np.frombuffer(said.lookup.ids_int64, "<i8").tolist()) == kept.tolist()
