@@ -12,7 +12,8 @@ import pytest
 
 from embedding_service.errors import ImportRefused
 from embedding_service.store import Manifest, Store
-from embedding_service.store.draft import Draft, RemoteDraft
+from embedding_service.store import draft as draft_module
+from embedding_service.store.draft import Draft, RemoteDraft, open_draft
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import natural_order, next_version
 from embedding_service.tensorfile import PAGE_BYTES, byte_view
@@ -101,6 +102,23 @@ def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
     else:
         raise AssertionError("it never came to its end")
     assert seen == {False, True} and step > 4
+
+
+def test_a_version_that_was_published_after_the_first_look_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = draft_module._locked
+
+    @contextmanager
+    def published_meanwhile(folder: Path, what: str) -> Iterator[None]:
+        (folder.parent / "1").mkdir(parents=True)
+        with real(folder, what):
+            yield
+
+    monkeypatch.setattr(draft_module, "_locked", published_meanwhile)
+    with pytest.raises(ImportRefused, match="name taken"), open_draft(Store(tmp_path), "m", "1"):
+        raise AssertionError("two imports of one name")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["1"]
 
 
 def test_half_a_manifest_in_a_remote_store_is_written_again(
