@@ -76,11 +76,16 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """What signs the routing was replaced: publish it once more, so that everybody gets it with the new signature."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed. A decision begins only at a tick, and goes on only at an answer."""
 
 
-Event = Joined | Reported | Left | Looked | TermRead | TermNoted | Planned | Tick
+Event = Joined | Reported | Left | Looked | TermRead | TermNoted | Planned | Renew | Tick
 
 # Instructions
 

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -29,6 +30,7 @@ from embedding_service.controller.events import (
     Publish,
     Question,
     ReadTerm,
+    Renew,
     Reported,
     Tell,
     TermNoted,
@@ -48,6 +50,7 @@ from embedding_service.metrics import MetricsServer, counter
 from embedding_service.placement.routing import Routing
 from embedding_service.security.audit import Audit
 from embedding_service.security.certificates import stands_for
+from embedding_service.security.files import Stamp, stamp_of
 from embedding_service.security.identity import Caller
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
@@ -73,6 +76,8 @@ log = logging.getLogger(__name__)
 
 # Milliseconds that a member's term may be ahead of the clock, or of this controller's own.
 TERM_AHEAD = 86_400_000
+# Pause before the routing is signed by other files again, which take their time to change.
+SIGN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         self._routing: Routing | None = None
         self._signer = Signer(options.security.certificate, options.security.key) if options.security else None
         self._audit = audit or Audit(None)
+        self._files = options.security
+        self._signs_by, self._signs_at = self._stamp(), 0.0
         self._signature = ""
         self._claims = None
         if options.security:
@@ -279,8 +286,29 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             return routing
         message = wire.Routing()
         message.CopyFrom(routing.message)
-        self._signature = message.signature = sign_routing(message, self._signer)
+        message.ClearField("signature")
+        message.signature = sign_routing(message, self._signer)
         return Routing(message)
+
+    def look_at_files(self) -> None:
+        """Have the routing published again if what signs it was replaced, by files that count for others."""
+        stamp = self._stamp()
+        if stamp == self._signs_by or self._files is None or self._routing is None:
+            return
+        if time.monotonic() < self._signs_at:
+            return
+        self._signs_at = time.monotonic() + SIGN_SECONDS
+        try:
+            signed = self._signed(Routing(self._routing.message))
+            self._files.access.check_routing(signed.message, (0, 0))
+        except EmbeddingServiceError as error:
+            log.debug("the routing stays signed as it is: %s", error)
+            return
+        self._signs_by = stamp
+        self._handle(Renew())
+
+    def _stamp(self) -> Stamp:
+        return stamp_of(self._files[:3]) if self._files else ()
 
     async def _answer(self) -> None:
         """The state asks one thing at a time. Shards are heard all the while."""
@@ -318,6 +346,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             case Publish(routing):
                 served = {model.full_name for model in self._routing.models} if self._routing else set()
                 self._routing = self._signed(routing)
+                self._signature = self._routing.message.signature
                 for name in sorted({model.full_name for model in routing.models} - served):
                     self._audit.note("serve", "controller", model=name)
             case ReadTerm() | NoteTerm() | Plan():
@@ -370,6 +399,8 @@ async def _serve(options: ControllerOptions) -> None:
         )
 
     metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, collect, security)
+    if security:
+        security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, controller.look_at_files))
     deciding = asyncio.create_task(controller.run())
     try:
         await first_of(told_to_end().wait(), deciding, server.death())

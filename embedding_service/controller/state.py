@@ -36,6 +36,7 @@ from embedding_service.controller.events import (
     Publish,
     Question,
     ReadTerm,
+    Renew,
     Reported,
     Stream,
     Tell,
@@ -135,6 +136,7 @@ class ControllerState:
         self._looked = self._is_first = False
         self._notes_at = 0.0
         self._dirty = True
+        self._renews = False
         self._decides_at = 0.0
         self._decision: Generator[Question, Any, None] | None = None
         self._out: list[Instruction] = []
@@ -152,6 +154,8 @@ class ControllerState:
                 self._leave(stream)
             case Looked(found, problem, noted):
                 self._look(found, problem, noted)
+            case Renew():
+                self._renews = self._dirty = True
             case Tick():
                 self._tick()
             case TermRead() | TermNoted() | Planned():
@@ -390,7 +394,8 @@ class ControllerState:
         routing.limits.CopyFrom(self.settings.limits)
         term, epoch = self.routing.age if self.routing else (0, 0)
         routing.term, routing.epoch = term, epoch
-        if self.routing and term == self.term and routing == self.routing.message:
+        renews, self._renews = self._renews, False
+        if self.routing and term == self.term and routing == self.routing.message and not renews:
             return
         routing.term, routing.epoch = self.term, epoch + 1 if term == self.term else 1
         self.routing = Routing(routing)

@@ -49,6 +49,9 @@ MOST_FIELDS = MOST_METADATA_BYTES // 32
 READ_BYTES = 64 << 10
 # Seconds between the last answer and the end, for the answer to leave this machine.
 LAST_ANSWER_SECONDS = 0.25
+# Milliseconds that a connection with TLS lasts, and that its calls then have to end. An open one would survive whatever
+# becomes of its authority.
+AGE_MS, AGED_MS = 3_600_000, 60_000
 # How often a front that ends looks whether its calls have ended.
 ENDING_TICK = 0.01
 # Bytes of a method's name that an error repeats.
@@ -202,9 +205,14 @@ class Front(ABC):
     async def stop(self) -> None:
         """Answer further calls with UNAVAILABLE, and let those under way end for STOP_GRACE seconds. Then hang up."""
 
+    @property
+    def has_tls(self) -> bool:
+        """Whether its port speaks TLS."""
+        return self.security is not None and not self.private
+
     def credentials(self) -> grpc.ServerCredentials | None:
         """Of TLS. None for plain text."""
-        return None if self.private or not self.security else self.security.credentials(self.kind.members)
+        return self.security.credentials(self.kind.members) if self.security and self.has_tls else None
 
     def look_again(self) -> None:
         """End calls of those who may not make them any more. On any thread."""
@@ -241,9 +249,16 @@ class Front(ABC):
         return now > min(self._busy + LAST_ANSWER_SECONDS, self._ends_since + STOP_GRACE)
 
 
-def channel_arguments(request_bytes: int, *, shared: bool) -> list[tuple[str, int]]:
-    """Options of a port for gRPC. `shared`: several processes listen on it, and the kernel spreads connections."""
+def channel_arguments(request_bytes: int, *, shared: bool, ages: bool) -> list[tuple[str, int]]:
+    """Options of a port for gRPC.
+
+    Args:
+        request_bytes: Larger messages are refused.
+        shared: Several processes listen on it, and the kernel spreads connections.
+        ages: Connections end after AGE_MS.
+    """
     return [
+        *([("grpc.max_connection_age_ms", AGE_MS), ("grpc.max_connection_age_grace_ms", AGED_MS)] if ages else []),
         # Room for what a request holds besides its ids.
         ("grpc.max_receive_message_length", request_bytes + 65536),
         ("grpc.max_send_message_length", -1),

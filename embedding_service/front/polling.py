@@ -46,7 +46,7 @@ class PollingFront(Front):
         kind: Kind | None = None,
     ) -> None:
         super().__init__(address, options, private=private, kind=kind)
-        self._port = Port(channel_arguments(options.request_bytes, shared=shared))
+        self._port = Port(channel_arguments(options.request_bytes, shared=shared, ages=self.has_tls))
         self._thread = threading.Thread(target=self._live, name="front", daemon=True)
         self._stopped = self._shut = False
 

@@ -56,7 +56,7 @@ class PublicFront(Front):
         kind: Kind | None = None,
     ) -> None:
         super().__init__(address, options, private=private, kind=kind)
-        self._arguments = partial(channel_arguments, options.request_bytes, shared=shared)
+        self._arguments = partial(channel_arguments, options.request_bytes, shared=shared, ages=self.has_tls)
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keeping: asyncio.Task[None] | None = None

@@ -19,11 +19,13 @@ from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.memory import resident_bytes
+from embedding_service.placement.routing import Routing
 from embedding_service.security.access import Access
 from embedding_service.shard.duties import Duties
 from embedding_service.shard.held import Counters
 from embedding_service.shard.holdings import Holdings
 from embedding_service.wire import control_pb2 as control
+from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Registration:
         self._stats = _Stats(counters, holdings)
         self._connected = False
         self._refused = ""
+        self._router = router
+        self._unproven: wire.Routing | None = None
 
     async def run(self) -> None:
         """Register, again after each loss of the connection, until cancelled."""
@@ -101,7 +105,22 @@ class Registration:
                 self._access.check_routing(assignment.routing, (0, 0))
             except EmbeddingServiceError as error:
                 log.error("ignored a routing from %s: %s", self._controller, error)
+                self._unproven = wire.Routing()
+                self._unproven.CopyFrom(assignment.routing)
                 assignment.ClearField("routing")
+            else:
+                self._unproven = None
+
+    async def _look_again(self) -> None:
+        """A routing that nobody vouched for may count since: the file of authorities may have come after it."""
+        if self._access and self._unproven:
+            try:
+                self._access.check_routing(self._unproven, (0, 0))
+            except EmbeddingServiceError:
+                return
+            self._router.adopt(Routing(self._unproven))
+            self._unproven = None
+            await self._set_serving(True)
 
     async def drain(self, seconds: float) -> None:
         """Ask the controller to have this shard's parts held elsewhere, and wait until no routing names this shard.
@@ -133,6 +152,7 @@ class Registration:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._holdings.changed.wait()
+            await self._look_again()
             yield self._duties.report(self._stats.take())
 
 

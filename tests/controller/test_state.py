@@ -22,6 +22,7 @@ from embedding_service.controller.events import (
     Planned,
     Publish,
     ReadTerm,
+    Renew,
     Reported,
     Tell,
     TermNoted,
@@ -202,6 +203,22 @@ def test_a_routing_travels_once_to_each_shard() -> None:
     world.pass_time(1)
     message = world.state.message("a")
     assert message and message.HasField("routing")
+
+
+def test_s6_a_routing_that_is_to_be_signed_again_is_published_once_more_and_sent_to_all() -> None:
+    world = World()
+    world.serve(ONE)
+    assert world.state.message("a")
+    before = world.state.routing
+    assert before
+    world.feed(Renew())
+    done = world.pass_time(3)
+    after = world.state.routing
+    assert after and after.age == (before.age[0], before.age[1] + 1)
+    assert kinds(done).count("Publish") == 1
+    message = world.state.message("a")
+    assert message and (message.routing.term, message.routing.epoch) == after.age
+    assert world.pass_time(3) == []
 
 
 def test_it_stays_quiet_where_nothing_changes() -> None:

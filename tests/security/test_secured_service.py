@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from embedding_service.grpc_codes import PUSHBACK
 from embedding_service.methods import RIGHTS
 from embedding_service.near.reader import NearReader, Place
 from embedding_service.security.access import NEAR, Access
-from embedding_service.security.authority import URI, Authority
+from embedding_service.security.authority import URI, Authority, write_private
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
 from embedding_service.wire import control_pb2 as control
@@ -479,3 +480,50 @@ def test_s6_a_controller_that_starts_again_believes_what_was_signed(secured: Sec
 
         until(is_new, "the routing of the controller that started again")
         assert torch.equal(client.lookup(TABLE, ids), table[ids])
+
+
+def test_s2_an_authority_is_replaced_while_the_service_runs(secured: Secured) -> None:
+    """Both are believed, then certificates of the new one come, then the old one goes: no process starts again."""
+    table, ids, folder = longcat_table(), torch.arange(0, 3000, 13), secured.folder
+    old, new = Authority.load(folder), Authority.create()
+    hosts = ["localhost", "127.0.0.1"]
+    members = {"controller": [f"{URI}/controller", *hosts]}
+    members |= {name: [f"{URI}/shard/{name}", name, *hosts] for name in ("shard-0", "shard-1")}
+    alone = replace(secured.token("reader"), ca=folder / "alone.crt")
+
+    def believe(*authorities: Authority) -> None:
+        for name in (*members, "."):
+            write_private(folder / name / "ca.crt", b"".join(each.pem for each in authorities))
+
+    def is_right(access: Access) -> bool:
+        try:
+            with EmbeddingClient(secured.members.address, tls=access, near=False, timeout=10) as client:
+                return torch.equal(client.lookup(TABLE, ids), table[ids])
+        except (Unavailable, Unauthenticated):
+            return False
+
+    def change(to: Authority, before: Authority) -> None:
+        write_private(folder / "alone.crt", to.pem)
+        believe(before, to)
+        for name, names in members.items():
+            to.issue(folder / name, names)
+        believe(before, to)
+        # Who believes the new one alone is given a routing that it signed.
+        until(lambda: is_right(alone), "the new authority")
+        believe(to)
+        until(lambda: is_right(alone), "the new authority alone")
+
+    pids = {shard.stats.pid for shard in secured.members.status().shards}
+    try:
+        change(new, old)
+        before = replace(alone, ca=folder / "before.crt")
+        write_private(folder / "before.crt", old.pem)
+        assert not is_right(before)
+    finally:
+        change(old, new)
+    assert {shard.stats.pid for shard in secured.members.status().shards} == pids
+
+
+def _pair(access: Access) -> tuple[bytes, bytes]:
+    assert access.certificate and access.key
+    return access.certificate.read_bytes(), access.key.read_bytes()
