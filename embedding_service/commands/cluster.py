@@ -123,8 +123,6 @@ def up(
         if not secure:
             check_plain(insecure, host)
         run(options)
-    elif secure:
-        raise typer.BadParameter("with --ray, certificates are made elsewhere: leave --secure out")
     elif host != LOOPBACK:
         raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")
     else:

@@ -23,6 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from rich.console import Console
+from rich.text import Text
 
 from embedding_service.commands import up
 from embedding_service.commands.console import wide_console
@@ -31,11 +32,13 @@ from embedding_service.commands.secured import check_plain
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.machine import LOCAL_RAY, check_free, free_port, join_address, split_address
+from embedding_service.machine import LOCAL_RAY, check_free, join_address, split_address
 from embedding_service.placement.demand import CUDA
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn
+from embedding_service.security.authority import AUTHORITY, CERTIFICATE, KEY, POLICY, write_private
+from embedding_service.security.files import Stamp, stamp_of
 
 LOCAL = "local"
 # Ray's `memory` that a shard needs besides its rows, for its own process and the actor's.
@@ -72,9 +75,10 @@ def run(options: UpOptions, address: str) -> None:
         gpus = _gpus_a_shard(options)
         room = _reserve(options, gpus, address, console)
         _survey_nodes(options, gpus, room)
-        controller = _start(options, gpus, room, servers)
-        _say_ready(options, controller, servers, console)
-        _watch(servers, console)
+        secured = _Secured(options) if options.secure else None
+        controller = _start(options, gpus, room, servers, secured)
+        _say_ready(options, controller, servers, console, secured)
+        _watch(servers, console, secured)
     except KeyboardInterrupt:
         console.print("ending")
     except RayError as error:
@@ -96,7 +100,8 @@ def _for_other_nodes(options: UpOptions) -> UpOptions:
     memory = options.memory
     if memory is None and TIERS[options.tier].lies_in is not LiesIn.FILES:
         memory = _needed_memory(options)
-    return replace(options, store=store, cache=cache, memory=memory)
+    secure = options.secure.absolute() if options.secure else None
+    return replace(options, store=store, cache=cache, memory=memory, secure=secure)
 
 
 def _needed_memory(options: UpOptions) -> int:
@@ -210,6 +215,47 @@ def _in(room: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     return PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=bundle)
 
 
+# What secures them
+
+
+class _Secured:
+    """The folder of `up --secure`, of which each node gets what its shards need. Ray carries it there.
+
+    Attributes:
+        access: What the admin shows.
+    """
+
+    def __init__(self, options: UpOptions) -> None:
+        assert options.secure
+        self._folder, self._host = options.secure, options.host
+        self._shards = [_name(index) for index in range(options.shards)]
+        self._hosts: list[str] = []
+        self._sent: Stamp = ()
+        self.look()
+
+    def look(self) -> bool:
+        """Make certificates for nodes that came. Returns whether there is something new for the shards."""
+        hosts = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        if not set(hosts) <= set(self._hosts):
+            self._hosts = sorted({*hosts, *self._hosts})
+            self.access = up.prepare(self._folder, self._host, self._shards, self._hosts)
+        stamp = stamp_of([*self._common(), *(self._folder / name / CERTIFICATE for name in self._shards)])
+        changed, self._sent = stamp != self._sent, stamp
+        return changed
+
+    def files(self, shard: str) -> dict[str, bytes]:
+        """Of a shard, by their names within the folder: its own, the policy, and the keys that the policy names."""
+        own = [self._folder / shard / file for file in (CERTIFICATE, KEY, AUTHORITY)]
+        return {str(path.relative_to(self._folder)): path.read_bytes() for path in (*own, *self._common())}
+
+    def _common(self) -> list[Path]:
+        return [self._folder / POLICY, *sorted(self._folder.glob("*.json"))]
+
+
+def _name(index: int) -> str:
+    return f"shard-{index}"
+
+
 # The actors
 
 
@@ -242,13 +288,24 @@ class _MemberActor:
 
 
 class _Shard(_MemberActor):
-    def __init__(self, name: str, options: UpOptions, controller: str) -> None:
+    def __init__(self, name: str, options: UpOptions, controller: str, files: dict[str, bytes]) -> None:
         # Found at each start: when a node is lost, Ray moves its shards.
         here = replace(options, host=ray.util.get_node_ip_address())
         node = ray.get_runtime_context().get_node_id()
         self._sockets = PrivateFolder()
+        self._secure = self._sockets.path / "secure"
+        if options.secure:
+            self.renew(files)
+            here = replace(here, secure=self._secure)
         command = up.shard_command(here, controller, name, str(self._sockets.path))
         super().__init__(name, [*command, f"--topology={node}"])
+
+    def renew(self, files: dict[str, bytes]) -> None:
+        """Put what secures the shard where it reads it, again when it changed."""
+        for name, content in files.items():
+            path = self._secure / name
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(path, content)
 
 
 class _Server:
@@ -279,31 +336,42 @@ class _Server:
         return before not in (0, self.pid)
 
 
-def _start(options: UpOptions, gpus: float, room: PlacementGroup, servers: list[_Server]) -> str:
+def _start(
+    options: UpOptions, gpus: float, room: PlacementGroup, servers: list[_Server], secured: _Secured | None
+) -> str:
     """Add the controller and all shards to `servers`. Returns the controller's address.
 
     The controller starts on this node each time, at the same address. If this node is lost, so is the driver.
     """
     host = ray.util.get_node_ip_address()
-    check_plain(options.insecure, host)
-    controller = join_address(host, free_port(host))
+    if not secured:
+        check_plain(options.insecure, host)
+    controller, control = up.two_addresses(host)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(_MemberActor).options(name="controller", num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-    servers.append(_Server("controller", actor.remote("controller", up.controller_command(options, controller))))
+    command = up.controller_command(options, controller, control)
+    servers.append(_Server("controller", actor.remote("controller", command)))
     for index in range(options.shards):
-        name = f"shard-{index}"
+        name = _name(index)
+        files = secured.files(name) if secured else {}
         needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": _in(room, index)}
         shard = ray.remote(_Shard).options(name=name, max_restarts=-1, **needs)
-        servers.append(_Server(name, shard.remote(name, options, controller)))
+        servers.append(_Server(name, shard.remote(name, options, control if secured else controller, files)))
     return controller
 
 
-def _say_ready(options: UpOptions, controller: str, servers: list[_Server], console: Console) -> None:
-    status = up.wait_until_serving(controller, lambda: _check_alive(servers), options.shards, console)
+def _say_ready(
+    options: UpOptions, controller: str, servers: list[_Server], console: Console, secured: _Secured | None
+) -> None:
+    access = secured.access if secured else None
+    status = up.wait_until_serving(controller, lambda: _check_alive(servers), options.shards, console, access)
     for table in status_tables(status):
         console.print(table)
     hosts = sorted({shard.address.rpartition(":")[0] for shard in status.shards})
     addresses = ", ".join(join_address(host, options.port) for host in hosts)
+    if options.secure:
+        first = join_address(hosts[0], options.port)
+        console.print(Text(f'clients: EmbeddingClient("{first}", tls="{options.secure / "client"}")'))
     print(f"ready: {options.shards} shards at {addresses}, controller {controller}", flush=True)
 
 
@@ -313,8 +381,11 @@ def _check_alive(servers: list[_Server]) -> None:
             raise Unavailable(f"{server.name} ended; its last words are above")
 
 
-def _watch(servers: list[_Server], console: Console) -> None:
+def _watch(servers: list[_Server], console: Console, secured: _Secured | None) -> None:
     while True:
+        if secured and secured.look():
+            for server in servers[1:]:
+                server.actor.renew.remote(secured.files(server.name))
         for server in servers:
             if server.look():
                 console.print(f"{server.name} ended, Ray starts it again", style="red")

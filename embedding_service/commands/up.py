@@ -127,12 +127,12 @@ def two_addresses(host: str) -> tuple[str, str]:
     return join_address(host, first), join_address(host, second)
 
 
-def prepare(folder: Path, host: str, shards: Sequence[str]) -> Access:
-    """Make what secures a service in a folder. Returns what its admin shows."""
+def prepare(folder: Path, host: str, shards: Sequence[str], more: Sequence[str] = ()) -> Access:
+    """Make what secures a service in a folder. Returns what its admin shows. `more`: hosts besides this machine."""
     from embedding_service.security.authority import prepare_folder
 
     here = ["localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()]
-    hosts = list(dict.fromkeys([*here, *([] if host in ("0.0.0.0", "::") else [host])]))
+    hosts = list(dict.fromkeys([*here, *([] if host in ("0.0.0.0", "::") else [host]), *more]))
     prepare_folder(folder, hosts, ["controller", *shards])
     access = access_of(folder / "client", None)
     assert access

@@ -42,7 +42,6 @@ def test_s1_plain_text_beyond_loopback_has_to_be_wished(host: str) -> None:
         ("shard --store=x --controller=a:1 --tls-cert=y", "come together"),
         ("controller --store=x --tls-cert=y --tls-key=y --tls-ca=y --policy=y", "--control-listen"),
         ("up --store=x --secure=d --insecure", "exclude each other"),
-        ("up --store=x --secure=d --ray=local", "leave --secure out"),
     ],
 )
 def test_s1_a_server_that_is_not_secured_as_a_whole_does_not_start(arguments: str, said: str) -> None:

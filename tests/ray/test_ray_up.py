@@ -18,8 +18,11 @@ from support.cluster import UpCommand, free_port, until, up
 from support.load import Load
 from support.nearness import come_near
 
-from embedding_service import EmbeddingClient
+from embedding_service import EmbeddingClient, Unauthenticated
+from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.security.access import access_of
+from embedding_service.security.policy import digest_of
 
 pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
@@ -231,12 +234,29 @@ def test_a_store_that_a_node_does_not_see(ray_cluster: str, store: Path) -> None
 
 
 def test_a_ray_of_its_own(store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, 2, "--ray=local") as running:
+    secure = tmp_path / "secure"
+    with up(tmp_path, store, 2, "--ray=local", f"--secure={secure}") as running:
         table = longcat_table()
-        with EmbeddingClient(running.address, timeout=60) as client:
+        with EmbeddingClient(running.address, timeout=60, tls=secure / "client") as client:
             come_near(client)
             assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
-        niceness = {psutil.Process(shard.stats.pid).nice() for shard in running.status().shards}
+        # S1: what has no token gets nothing, and a change of the policy comes to every node.
+        other = access_of(secure / "ca.crt", "other")
+        with EmbeddingClient(running.address, timeout=60, tls=other, near=False) as client:
+            with pytest.raises(Unauthenticated):
+                client.lookup(TABLE, torch.arange(3))
+            with (secure / "policy.toml").open("a") as policy:
+                policy.write(f'[identities.other]\ntokens = ["sha256:{digest_of("other")}"]\nread = ["*"]\n')
+
+            def is_let_in() -> bool:
+                try:
+                    return torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
+                except Unauthenticated:
+                    return False
+
+            until(is_let_in, "the new policy at every shard")
+        shards = get_status(running.address, tls=access_of(secure / "client", None)).shards
+        niceness = {psutil.Process(shard.stats.pid).nice() for shard in shards}
         assert niceness == {psutil.Process().nice()}
         family = psutil.Process(running.popen.pid).children(recursive=True)
         listening = [
