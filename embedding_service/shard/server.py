@@ -143,6 +143,7 @@ async def _serve(options: ShardOptions) -> None:
         logs=options.logs,
         sync=options.log_sync,
         why_not=several if options.processes > 1 else "",
+        audit=security.audit if security else None,
     )
     server.add(TrainingService.add_to, training, TRAINING)
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]

@@ -28,6 +28,7 @@ from embedding_service.errors import (
     Unavailable,
 )
 from embedding_service.methods import Context
+from embedding_service.security.audit import Audit
 from embedding_service.serving import RequestLimits, Server, abort
 from embedding_service.store.store import Store
 from embedding_service.training.branch import (
@@ -75,6 +76,7 @@ class TrainingService:
         logs: Folder for logs; None: the branch's own, in the store.
         sync: See `training.log.Log`.
         why_not: Why this process trains nothing; empty if it does.
+        audit: Where to note who trains and publishes.
 
     Attributes:
         address: Where others reach this shard, to be set once it listens.
@@ -91,11 +93,13 @@ class TrainingService:
         logs: Path | None,
         sync: float,
         why_not: str = "",
+        audit: Audit | None = None,
     ) -> None:
         self._store, self._shard, self._router = store, shard, router
         self.address = ""
         self._limits, self._budget = limits, budget
         self._logs, self._sync, self._why_not = logs, sync, why_not
+        self._audit = audit or Audit(None)
         self._opening: dict[str, asyncio.Task[_Opened]] = {}
         self._loop = asyncio.get_running_loop()
 
@@ -170,7 +174,7 @@ class TrainingService:
             await abort(context, error)
 
     async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenResponse:
-        _check_right(context, "train", request.branch)
+        self._check_right(context, "train", request.branch)
         try:
             branch = await asyncio.to_thread(read_branch, self._store, request.branch)
         except NotFound:
@@ -228,11 +232,13 @@ class TrainingService:
         )
 
     async def _begin(self, request: wire.BeginRequest, context: Context) -> wire.BeginResponse:
-        _check_right(context, "train", request.branch)
+        self._check_right(context, "train", request.branch)
         opened = await self._opened(request.branch)
         if not request.session:
             raise InvalidRequest("session must be 1 or more: Open gives numbers")
         await self._on(opened, opened.share.begin, request.session, request.workers)
+        if context.caller:
+            self._audit.note("train", context.caller.name, model=request.branch, session=str(request.session))
         if request.rewind:
             await self._on(opened, opened.share.rewind, request.at_step)
         opened.wake()
@@ -251,7 +257,7 @@ class TrainingService:
             async for piece in requests:
                 if not pieces:
                     name = _branch_of(piece)
-                    _check_right(context, "train", name)
+                    self._check_right(context, "train", name)
                     opened = await self._opened(name)
                 self._budget.promise(_PUSH_COPIES * len(piece))
                 promised += _PUSH_COPIES * len(piece)
@@ -266,7 +272,7 @@ class TrainingService:
         return wire.PushResponse(accepted_step=push.step, applied_step=share.applied, durable_step=share.durable)
 
     async def _read(self, request: wire.ReadRequest, context: Context) -> wire.ReadResponse:
-        _check_right(context, "train", request.branch)
+        self._check_right(context, "train", request.branch)
         opened = await self._opened(request.branch)
         dtype = DTYPES.get(request.encoding)
         if dtype is None:
@@ -285,7 +291,7 @@ class TrainingService:
         return await asyncio.to_thread(_rows, opened.share, request.table, ids, dtype)
 
     async def _checkpoint(self, request: wire.CheckpointRequest, context: Context) -> wire.CheckpointResponse:
-        _check_right(context, "train", request.branch, "publish")
+        self._check_right(context, "train", request.branch, "publish")
         opened = await self._opened(request.branch)
         opened.share.check_has(request.session, request.worker, request.step)
         await self._on(opened, opened.share.want_checkpoint, request.step)
@@ -293,7 +299,7 @@ class TrainingService:
         return wire.CheckpointResponse(step=request.step)
 
     async def _publish(self, request: wire.PublishRequest, context: Context) -> wire.PublishResponse:
-        _check_right(context, "publish", request.branch)
+        self._check_right(context, "publish", request.branch)
         branch = await asyncio.to_thread(read_branch, self._store, request.branch)
         work = partial(
             publish_branch,
@@ -305,8 +311,18 @@ class TrainingService:
             base=request.base or None,
         )
         manifest = await asyncio.to_thread(work)
+        if context.caller:
+            self._audit.note("publish", context.caller.name, model=manifest.full_name, branch=request.branch)
         rows = manifest.replaced_rows if manifest.base else sum(table.rows for table in manifest.tables)
         return wire.PublishResponse(version=manifest.version, rows=rows)
+
+    def _check_right(self, context: Context, right: str, name: str, other: str = "") -> None:
+        """Raise PermissionDenied unless the caller has a right for a branch, where there is a policy."""
+        caller = context.caller
+        if caller and not any(caller.rights.may(each, name) for each in (right, other) if each):
+            why = f"{caller.name} has no right to {right} {name}: the policy does not give it"
+            self._audit.note("denied", caller.name, model=name, peer=context.peer(), why=why)
+            raise PermissionDenied(why)
 
     # Shares
 
@@ -372,13 +388,6 @@ def _branch_of(piece: bytes) -> str:
         return wire.PushPiece.FromString(piece).branch
     except DecodeError:
         raise InvalidRequest("a piece of the push is malformed: it is no PushPiece") from None
-
-
-def _check_right(context: Context, right: str, name: str, other: str = "") -> None:
-    """Raise PermissionDenied unless the caller has a right for a branch, where there is a policy."""
-    caller = context.caller
-    if caller and not any(caller.rights.may(each, name) for each in (right, other) if each):
-        raise PermissionDenied(f"{caller.name} has no right to {right} {name}: the policy does not give it")
 
 
 def _numbers(optimizer: wire.Optimizer) -> str:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from support.security import write_policy
 
+from embedding_service.budget import Budget
+from embedding_service.client.router import Router
 from embedding_service.errors import PermissionDenied, Unauthenticated
-from embedding_service.methods import RIGHTS
+from embedding_service.methods import RIGHTS, Aborted, Context
 from embedding_service.security import audit
 from embedding_service.security.audit import Audit
 from embedding_service.security.authority import prepare_folder
+from embedding_service.security.identity import Caller, Credential
+from embedding_service.security.policy import Identity
 from embedding_service.security.server import Files, Security
+from embedding_service.serving import RequestLimits
+from embedding_service.shard.training import TrainingService
+from embedding_service.store.store import Store
+from embedding_service.wire import training_pb2 as training
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -89,3 +100,27 @@ def test_s9_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: 
     writer.note("drain", "shard-1")
     assert caplog.text.count("cannot be written") == 1
     Audit(None).note("drain", "shard-1")
+
+
+def test_s9_who_may_not_train_a_branch_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    caller = Caller("reader", Identity(read=("m",), train=("other@*",)), Credential())
+
+    async def begin() -> None:
+        service = TrainingService(
+            Store(tmp_path),
+            "shard-0",
+            Router(["127.0.0.1:1"]),
+            RequestLimits(),
+            Budget(1 << 20),
+            logs=None,
+            sync=0.1,
+            audit=Audit(path),
+        )
+        with pytest.raises(Aborted) as raised:
+            await service.Begin(training.BeginRequest(branch="m@b"), Context("a peer", math.inf, caller))
+        assert raised.value.code is grpc.StatusCode.PERMISSION_DENIED
+
+    asyncio.run(begin())
+    [line] = lines(path)
+    assert (line["action"], line["who"], line["model"], line["peer"]) == ("denied", "reader", "m@b", "a peer")
