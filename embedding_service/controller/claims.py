@@ -218,9 +218,12 @@ class ShardClaims:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            async with self._all.channel(self._last.address) as channel:
-                for keys in _together(self._open()):
-                    await self._try(channel, keys)
+            try:
+                async with self._all.channel(self._last.address) as channel:
+                    for keys in _together(self._open()):
+                        await self._try(channel, keys)
+            except Exception as error:  # whatever it is, what was not read back is tried again
+                log.warning("reading back what shard %s holds failed: %s", self._last.shard_id, one_line(error))
             self._tried.set()
             if (self._counting(), self._why) != self._said:
                 pause = FIRST_PAUSE

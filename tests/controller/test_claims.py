@@ -193,6 +193,18 @@ async def test_s6_what_a_controller_signed_counts_while_the_store_is_away(store:
 
 
 @run
+async def test_s6_files_that_are_away_for_a_moment_end_no_reading_back(store: Path, tmp_path: Path) -> None:
+    async with world(store, tmp_path) as at:
+        authority = tmp_path / "controller" / "ca.crt"
+        content = authority.read_bytes()
+        authority.unlink()
+        async with begun(at) as (_, told):
+            assert parts_of(told[0]) == []
+            authority.write_bytes(content)
+            await until(told, lambda report: parts_of(report) == at.keys)
+
+
+@run
 async def test_s6_nobody_is_named_because_a_file_of_the_store_changed(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store / MODEL, tmp_path / "store" / MODEL)
     async with world(tmp_path / "store", tmp_path) as at:
