@@ -2,9 +2,9 @@
 
     python -m benchmarks.quotas [--rounds 5] [--seconds 4]
 
-The first figures are CPU time of one thread, without a service. The others are of `up --secure`: a client asks for a token's rows
-again and again, alone, beside a neighbour that is at its quota, and beside the same neighbour without one. Each round
-has all three. What counts is the median of the rounds' ratios.
+The first figures are CPU time of one thread, without a service. The others are of `up --secure`: a client asks for a
+token's rows again and again, alone, beside a neighbour that is at its quota, and beside the same neighbour without one.
+Each round has all three. What counts is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
