@@ -522,8 +522,3 @@ def test_s2_an_authority_is_replaced_while_the_service_runs(secured: Secured) ->
     finally:
         change(old, new)
     assert {shard.stats.pid for shard in secured.members.status().shards} == pids
-
-
-def _pair(access: Access) -> tuple[bytes, bytes]:
-    assert access.certificate and access.key
-    return access.certificate.read_bytes(), access.key.read_bytes()
