@@ -2,16 +2,32 @@
 
     python examples/python_stubs.py HOST:PORT MODEL TABLE ID [ID ...]
 
-Any shard's address will do. Stubs of your own, in place of those two of `embedding_service.wire`, are made by
+Any shard's address will do. Of a secured service, EMBEDDING_SERVICE_TLS names the authority's file, as
+    EMBEDDING_SERVICE_TLS=DIR/client/ca.crt EMBEDDING_SERVICE_TOKEN=...
+Stubs of your own, in place of those two of `embedding_service.wire`, are made by
     python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. embedding/v1/embedding.proto
 """
 
 import array
+import os
 import sys
+from pathlib import Path
 
 import grpc
 
 from embedding_service.wire import embedding_pb2, embedding_pb2_grpc
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """To any shard: by TLS and with a token where the environment says so. Raises OSError."""
+    options = [("grpc.enable_http_proxy", 0)]
+    authority, token = os.environ.get("EMBEDDING_SERVICE_TLS"), os.environ.get("EMBEDDING_SERVICE_TOKEN")
+    if not authority:
+        return grpc.insecure_channel(address, options)
+    credentials = grpc.ssl_channel_credentials(Path(authority).read_bytes())
+    if token:
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
+    return grpc.secure_channel(address, credentials, options)
 
 
 def lookup(
@@ -30,13 +46,16 @@ def main(*arguments: str) -> int:
         print("usage: python examples/python_stubs.py HOST:PORT MODEL TABLE ID [ID ...]", file=sys.stderr)
         return 2
     address, model, table, *ids = arguments
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-        try:
+    try:
+        with open_channel(address) as channel:
             for row in lookup(embedding_pb2_grpc.EmbeddingServiceStub(channel), model, table, list(map(int, ids))):
                 print(*row)
-        except grpc.RpcError as error:
-            print(f"{error.code().name}: {error.details()}", file=sys.stderr)
-            return 1
+    except grpc.RpcError as error:
+        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"EMBEDDING_SERVICE_TLS cannot be read: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

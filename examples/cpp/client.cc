@@ -3,18 +3,24 @@
 //     make
 //     build/client HOST:PORT MODEL TABLE ID [ID ...]
 //
-// Any shard's address will do. Prints the ids' rows from one call, then again from a stream, an id a step.
+// Any shard's address will do. Prints the ids' rows from one call, then again from a stream, an id a step. Of a secured
+// service, EMBEDDING_SERVICE_TLS names the authority's file, such as DIR/client/ca.crt, and EMBEDDING_SERVICE_TOKEN is
+// a token.
 #include <absl/status/status.h>
 #include <grpcpp/grpcpp.h>
 
 #include <bit>
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <fstream>
 #include <iomanip>
 #include <iostream>
+#include <iterator>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -113,12 +119,26 @@ std::vector<int64_t> Numbers(char** first, char** last) {
   return numbers;
 }
 
+/** TLS and a token, where the environment names them. Throws invalid_argument for a file that cannot be read. */
+std::shared_ptr<grpc::ChannelCredentials> Credentials() {
+  const char* authority = std::getenv("EMBEDDING_SERVICE_TLS");
+  const char* token = std::getenv("EMBEDDING_SERVICE_TOKEN");
+  if (!authority || !*authority) return grpc::InsecureChannelCredentials();
+  std::ifstream file(authority, std::ios::binary);
+  if (!file) throw std::invalid_argument(std::string("EMBEDDING_SERVICE_TLS cannot be read: ") + authority);
+  grpc::SslCredentialsOptions options;
+  options.pem_root_certs.assign(std::istreambuf_iterator<char>(file), {});
+  auto tls = grpc::SslCredentials(options);
+  if (!token || !*token) return tls;
+  return grpc::CompositeChannelCredentials(tls, grpc::AccessTokenCredentials(token));
+}
+
 void Run(const std::string& address, const std::string& model, const std::string& table,
          const std::vector<int64_t>& ids) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);  // gRPC's own limit, 4 MiB, is less than many rows. The service has one too
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // the service is reached directly, and not through http_proxy
-  auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  auto channel = grpc::CreateCustomChannel(address, Credentials(), arguments);
   auto stub = pb::EmbeddingService::NewStub(channel);
 
   std::cout << std::setprecision(std::numeric_limits<float>::max_digits10) << "# one call\n";
@@ -142,7 +162,7 @@ int main(int argc, char** argv) {
   }
   try {
     Run(argv[1], argv[2], argv[3], ids);
-  } catch (const LookupError& error) {
+  } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
   }

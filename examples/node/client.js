@@ -3,9 +3,11 @@
 //     npm ci --ignore-scripts
 //     node client.js HOST:PORT MODEL TABLE ID [ID ...]
 //
-// Any shard's address will do. Each step prints one line of JSON.
+// Any shard's address will do. Each step prints one line of JSON. Of a secured service, EMBEDDING_SERVICE_TLS names the
+// authority's file, such as DIR/client/ca.crt, and EMBEDDING_SERVICE_TOKEN is a token.
 'use strict';
 
+const fs = require('node:fs');
 const path = require('node:path');
 const grpc = require('@grpc/grpc-js');
 const protoLoader = require('@grpc/proto-loader');
@@ -22,13 +24,26 @@ const definition = protoLoader.loadSync('embedding/v1/embedding.proto', {
 });
 const { EmbeddingService } = grpc.loadPackageDefinition(definition).embedding.v1;
 
+/** TLS with the authority in this file, and with a token if there is one. Plain text without a file. */
+function credentialsOf(authority, token) {
+  if (!authority) return grpc.credentials.createInsecure();
+  const tls = grpc.credentials.createSsl(fs.readFileSync(authority));
+  if (!token) return tls;
+  const shown = new grpc.Metadata();
+  shown.set('authorization', `Bearer ${token}`);
+  return grpc.credentials.combineChannelCredentials(
+    tls,
+    grpc.credentials.createFromMetadataGenerator((_, callback) => callback(null, shown)),
+  );
+}
+
 /** A client of the service; its answers are promises. */
 class Embeddings {
-  constructor(address) {
+  constructor(address, credentials = grpc.credentials.createInsecure()) {
     // Rows of many ids are more than the 4 MiB that grpc-js takes by default. The service has a limit of its own.
     // The service is reached directly, and not through http_proxy.
     const options = { 'grpc.max_receive_message_length': -1, 'grpc.enable_http_proxy': 0 };
-    this.stub = new EmbeddingService(address, grpc.credentials.createInsecure(), options);
+    this.stub = new EmbeddingService(address, credentials, options);
   }
 
   close() {
@@ -98,7 +113,8 @@ function chunks(values, size) {
 }
 
 async function main(address, model, table, ids) {
-  const embeddings = new Embeddings(address);
+  const { EMBEDDING_SERVICE_TLS: authority, EMBEDDING_SERVICE_TOKEN: token } = process.env;
+  const embeddings = new Embeddings(address, credentialsOf(authority, token));
   const show = (step, result) =>
     console.log(JSON.stringify({ step, result }, (_, value) => (value instanceof Float32Array ? [...value] : value)));
   try {
@@ -129,4 +145,4 @@ if (require.main === module) {
   }
 }
 
-module.exports = { Embeddings };
+module.exports = { Embeddings, credentialsOf };

@@ -3,6 +3,9 @@
 # process tells its own by server reflection.
 #
 #     examples/shell/walkthrough.sh HOST:PORT MODEL TABLE ID [ID ...]
+#
+# Of a secured service, EMBEDDING_SERVICE_TLS names the authority's file, such as DIR/client/ca.crt, and
+# EMBEDDING_SERVICE_TOKEN is a token.
 set -euo pipefail
 if (($# < 4)); then
     echo "usage: $0 HOST:PORT MODEL TABLE ID [ID ...]" >&2
@@ -13,7 +16,13 @@ ids=$(IFS=,; echo "${*:4}")
 service=embedding.v1.EmbeddingService
 answer=$(mktemp)
 trap 'rm -f "$answer"' EXIT
-call() { grpcurl -plaintext -max-time 10 "$@"; }
+secured=(-plaintext)
+if [[ ${EMBEDDING_SERVICE_TLS:-} ]]; then
+    # grpcurl itself puts the token in, so that no list of processes shows it.
+    secured=(-cacert "$EMBEDDING_SERVICE_TLS")
+    [[ ${EMBEDDING_SERVICE_TOKEN:-} ]] && secured+=(-expand-headers -H 'authorization: Bearer ${EMBEDDING_SERVICE_TOKEN}')
+fi
+call() { grpcurl "${secured[@]}" -max-time 10 "$@"; }
 ask() { call -d "$(jq -nc --arg model "$model" --arg table "$table" "$1")" "$address" "$service/$2"; }
 title() { printf '\n# %s\n' "$1"; }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from support.checkpoints import DIM, HEADS, longcat_table
 from support.cluster import Up
+from support.security import Secured, secured_service
 
 from embedding_service import EmbeddingClient
 
@@ -32,6 +35,30 @@ def needs(*programs: str) -> None:
     missing = [program for program in programs if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)} on the PATH")
+
+
+@pytest.fixture(scope="module")
+def secured(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """A shard that lets nobody in without TLS and a token."""
+    with secured_service(tmp_path_factory.mktemp("secured"), store, shards=1) as running:
+        yield running
+
+
+def by_tls(secured: Secured, token: str | None) -> dict[str, str]:
+    """What the examples are told by: the authority's file, and a token."""
+    shown = {"EMBEDDING_SERVICE_TOKEN": token} if token else {}
+    return {**os.environ, "EMBEDDING_SERVICE_TLS": str(secured.folder / "ca.crt"), **shown}
+
+
+def check_secured(secured: Secured, rows_of: Callable[[str], torch.Tensor], *command: str | Path) -> None:
+    """Rows come by TLS with a token. Without a token, or in plain text, the example says what is wrong."""
+    arguments = (*command, secured.members.address, "fp32", "ngram", *map(str, IDS))
+    done = run(*arguments, env=by_tls(secured, "reader"))
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(rows_of(done.stdout), longcat_table()[IDS], rtol=1e-6, atol=0)
+    for environment, said in ((by_tls(secured, None), "unauthenticated"), (None, "unavailable")):
+        done = run(*arguments, env=environment)
+        assert said in f"{done.stdout} {done.stderr}".lower()
 
 
 def number_lines(text: str) -> torch.Tensor:
@@ -76,12 +103,16 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "examples/node/client.js"
 
 
+def node_steps(text: str) -> dict[str, Any]:
+    return {line["step"]: line["result"] for line in map(json.loads, text.splitlines())}
+
+
 def test_node_looks_up_hashes_streams_and_explains_errors(
     node_client: Path, service: Up, client: EmbeddingClient
 ) -> None:
     done = run("node", node_client, service.address, "fp32", "ngram", *map(str, IDS))
     assert done.returncode == 0, done.stderr
-    steps = {line["step"]: line["result"] for line in map(json.loads, done.stdout.splitlines())}
+    steps = node_steps(done.stdout)
     assert "fp32@1 longcat" in steps["models"]
     assert torch.equal(torch.tensor(steps["lookup"]), longcat_table()[IDS])
     ngrams = client.lookup_ngrams("fp32", torch.tensor([IDS]))
@@ -121,12 +152,16 @@ def cpp_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "examples/cpp/build/client"
 
 
+def cpp_rows(text: str) -> list[torch.Tensor]:
+    """Those of the call, and those of the stream."""
+    return [number_lines(part) for part in text.removeprefix("# one call\n").split("# a stream\n")]
+
+
 def test_cpp_looks_up_by_a_call_and_by_a_stream(cpp_client: Path, service: Up) -> None:
     done = run(cpp_client, service.address, "fp32", "ngram", *map(str, IDS))
     assert done.returncode == 0, done.stderr
-    call, stream = done.stdout.removeprefix("# one call\n").split("# a stream\n")
-    assert torch.equal(number_lines(call), longcat_table()[IDS])
-    assert torch.equal(number_lines(stream), longcat_table()[IDS])
+    for rows in cpp_rows(done.stdout):
+        assert torch.equal(rows, longcat_table()[IDS])
 
 
 @pytest.mark.parametrize(
@@ -147,17 +182,46 @@ def test_cpp_says_who_does_not_answer(cpp_client: Path) -> None:
     assert run(cpp_client, "127.0.0.1:1", "fp32", "ngram", "3x").returncode == 2
 
 
+def shell_steps(text: str) -> dict[str, str]:
+    return dict(part.split("\n", 1) for part in text.split("\n# ")[1:])  # type: ignore[misc]
+
+
+def shell_rows(text: str) -> torch.Tensor:
+    [rows] = [text for title, text in shell_steps(text).items() if title.startswith("Rows")]
+    return number_lines(rows)
+
+
 def test_the_shell_walkthrough_needs_no_proto_file(service: Up, tmp_path: Path) -> None:
     needs("grpcurl", "jq")
     done = run(EXAMPLES / "shell/walkthrough.sh", service.address, "fp32", "ngram", *map(str, IDS), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    steps = dict(part.split("\n", 1) for part in done.stdout.split("\n# ")[1:])
+    steps = shell_steps(done.stdout)
     assert "embedding.v1.EmbeddingService" in steps["What does this process serve?"]
     assert "rpc LookupNgrams" in steps["What can be asked of it, and what is a lookup?"]
     assert "bytes ids_int64" in steps["What can be asked of it, and what is a lookup?"]
     assert '"SERVING"' in steps["Is it well?"]
-    [rows] = [text for title, text in steps.items() if title.startswith("Rows")]
-    torch.testing.assert_close(number_lines(rows), longcat_table()[IDS], rtol=1e-6, atol=0)
+    torch.testing.assert_close(shell_rows(done.stdout), longcat_table()[IDS], rtol=1e-6, atol=0)
     assert '{"request":"1","dim":16}' in done.stdout
     assert "NotFound" in done.stderr
     assert "ngram" in done.stderr
+
+
+@pytest.mark.service
+def test_s2_s3_the_python_stubs_speak_tls_and_show_a_token(secured: Secured) -> None:
+    check_secured(secured, number_lines, sys.executable, EXAMPLES / "python_stubs.py")
+
+
+@pytest.mark.service
+def test_s2_s3_node_speaks_tls_and_shows_a_token(secured: Secured, node_client: Path) -> None:
+    check_secured(secured, lambda text: torch.tensor(node_steps(text)["lookup"]), "node", node_client)
+
+
+@pytest.mark.service
+def test_s2_s3_cpp_speaks_tls_and_shows_a_token(secured: Secured, cpp_client: Path) -> None:
+    check_secured(secured, lambda text: cpp_rows(text)[0], cpp_client)
+
+
+@pytest.mark.service
+def test_s2_s3_the_shell_walkthrough_speaks_tls_and_shows_a_token(secured: Secured) -> None:
+    needs("grpcurl", "jq")
+    check_secured(secured, shell_rows, EXAMPLES / "shell/walkthrough.sh")
