@@ -401,10 +401,12 @@ class Router:
         timeout = self._routing_timeout(deadline)
         answers = yield Exchange([_ask(address, None, timeout) for address in behind])
         routings = [Routing(answer) for answer in answers if isinstance(answer, wire.Routing)]
-        if routings and self._routing is known:
-            self._routing = max(routings, key=lambda routing: routing.age)
-            self._doubted = None
-            self._breaker.forget_others(self._routing.addresses)
+        newest = max(routings, key=lambda routing: routing.age, default=known)
+        if self._routing is not known or newest.age == known.age:
+            return
+        self._doubted = None
+        self._routing = newest
+        self._breaker.forget_others(newest.addresses)
 
     def _routing_timeout(self, deadline: float) -> float:
         return min(ROUTING_TIMEOUT, max(deadline - self._clock(), 0.001))

@@ -288,13 +288,15 @@ class ControllerState:
     def _is_settled(self) -> bool:
         """Whether the expected shards are there. The first must not get everything, and a restart must move nothing."""
         now, settings = self._clock(), self.settings
+        unread = self.found is None and bool(self.store_problem)
         return decisions.settled(
             len(self.fleet.shards),
             settings.expect_shards,
             now - self._began,
             now - max(self._began, self.fleet.joined),
             returning=self.fleet.newest_term > 0,
-            awaited=not self._is_first and now - self._began < RETURN_SECONDS,
+            # Without the store, shards that served are all there is to tell what is served.
+            awaited=not self._is_first and (unread or now - self._began < RETURN_SECONDS),
             settle=settings.settle,
             patience=settings.patience,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -147,8 +148,11 @@ def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authori
     wrong = [proofs.prove("localhost", *files(name)) for name in ("old", "false")]
     wrong.append(proofs.prove("another-shard", *files("shard")))  # as a shard would use one that it was sent
     right = {"aud": "localhost", "iat": now, "exp": now + 60}
-    for claims in ({"exp": now + 99_999}, {"iat": now - 999, "exp": now - 900}, {"aud": ["localhost"]}, {"exp": "1"}):
-        wrong.append(proofs.sign({**right, **claims}, *files("shard")))
+    false: list[dict[str, Any]] = [{"exp": now + 99_999}, {"iat": now - 999, "exp": now - 900}, {"aud": ["localhost"]}]
+    false += [{"exp": "1"}, {"exp": None}, {"iat": now, "exp": now - 3}]
+    odd: list[Any] = [str(now), "now", float(now), math.inf, math.nan, [now], {}, None, True]
+    false += [{"iat": each} for each in odd]
+    wrong += [proofs.sign({**right, **claims}, *files("shard")) for claims in false]
     for token in wrong:
         with pytest.raises(Unauthenticated):
             guard.caller(f"Bearer {token}")
