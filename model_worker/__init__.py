@@ -39,9 +39,9 @@ def attach(hf_model: PreTrainedModel, client: EmbeddingClient | RowSource, name:
 
     Afterwards `hf_model(input_ids=...)` and `hf_model.generate(...)` work as before: with or without a KV cache, in
     batches, with left padding given by `attention_mask`. The look-back of the n-grams travels in the KV cache. If a
-    call fails because rows did not come, a Qwen4-Exp model's cache is unusable: start with a new one. The tables cannot
-    be trained. `backward` raises NoGradients and says which module to freeze, so that the rest of the model can be
-    trained.
+    call fails because rows did not come, a Qwen4-Exp model's cache is unusable: start with a new one. `backward`
+    gives the tables' gradients to the client's session of the branch `name` (docs/training.md). Without one it raises
+    NoGradients and says which module to freeze, so that the rest of the model can be trained.
 
     hf_model: loaded by `load_model` or `from_pretrained`. It is a `LongcatFlashForCausalLM` of a LongCat n-gram
         checkpoint (projections are read from the folder that it was loaded from), or any transformers model of

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedModel
 
-from embedding_service.client.client import EmbeddingClient
 from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest, StoreError
@@ -78,7 +77,7 @@ class LocalTables:
 
 
 class NgramRows(RemoteModule):
-    """Stands in place of the tables and looks up the rows of tokens. It has no gradients, as `RemoteModule` says.
+    """Stands in place of the tables and looks up the rows of tokens. Gradients are as `RemoteModule` says.
 
     source: gives the rows.
     name: the model's name in the source.
@@ -105,8 +104,8 @@ class NgramRows(RemoteModule):
         return rows.to(ids.device, dtype).flatten(-3)
 
     def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
-        source = self.tables.source
-        session = source.session_of(self.tables.name) if isinstance(source, EmbeddingClient) else None
+        session_of = getattr(self.tables.source, "session_of", None)
+        session = session_of(self.tables.name) if session_of else None
         return partial(session.add_ngram_gradients, ids.clone(), context) if session else None
 
     def _width(self) -> int:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as published
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpConfig, Qwen4ExpTextConfig
 
-from embedding_service.client.client import EmbeddingClient
 from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
@@ -103,7 +102,7 @@ class Prefetch:
 
 
 class RemoteTable(RemoteModule):
-    """Stands in place of the nn.Embedding that held one PLE layer's table. No gradients, as `RemoteModule` says."""
+    """Stands in place of the nn.Embedding that held one PLE layer's table. Gradients are as `RemoteModule` says."""
 
     def __init__(self, prefetch: Prefetch, layer: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -123,8 +122,8 @@ class RemoteTable(RemoteModule):
         return self.prefetch.rows(self.layer, ids, dtype)
 
     def _trained(self, ids: Tensor, context: Tensor | None) -> Collect | None:
-        source = self.prefetch.tables.source
-        session = source.session_of(self.prefetch.tables.name) if isinstance(source, EmbeddingClient) else None
+        session_of = getattr(self.prefetch.tables.source, "session_of", None)
+        session = session_of(self.prefetch.tables.name) if session_of else None
         table = self.prefetch.hasher.tables[self.layer].name
         return partial(session.add_gradients, table, ids.clone()) if session else None
 

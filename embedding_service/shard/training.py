@@ -226,7 +226,7 @@ class TrainingService:
                 for table in branch.tables
             ],
             shards=[
-                wire.BranchShard(id=shard, address=known.get(shard) or read_place(folder, shard).address)
+                wire.BranchShard(id=shard, address=read_place(folder, shard).address or known.get(shard, ""))
                 for shard in branch.shards
             ],
         )

@@ -23,7 +23,7 @@ class RemoteEmbeddingBagCollection(RemoteTables, EmbeddingBagCollectionInterface
 
     So on the CPU its float32 values equal TorchRec's on the same weights bit for bit. A float16 table is pooled in
     float32 here and in float16 there. After `half()`, `to(dtype)` and the like, rows are pooled in that dtype, and the
-    outputs are float32, as TorchRec's are. There are no gradients, as `RemoteModule` says.
+    outputs are float32, as TorchRec's are. Gradients are as `RemoteModule` says.
 
     Args:
         client: Shared, not owned: close it yourself.

@@ -18,7 +18,7 @@ class RemoteEmbeddingCollection(RemoteTables, EmbeddingCollectionInterface):
     That holds after `half()`, `to(dtype)` and the like, too. Rows are converted, and the outputs are float32 made of
     them.
 
-    TorchRec's option for sharding (`use_gather_select`) has no meaning here. There are no gradients, as `RemoteModule`
+    TorchRec's option for sharding (`use_gather_select`) has no meaning here. Gradients are as `RemoteModule`
     says.
 
     Args:

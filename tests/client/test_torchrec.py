@@ -25,7 +25,7 @@ from torchrec import (
 )
 from torchrec.models.dlrm import DLRM
 
-from embedding_service import EmbeddingClient, RemoteEmbedding
+from embedding_service import SGD, EmbeddingClient, RemoteEmbedding
 from embedding_service.errors import InvalidRequest, NoGradients, NotFound, OutOfRange
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.torchrec import RemoteEmbeddingBagCollection, RemoteEmbeddingCollection
@@ -330,3 +330,31 @@ def test_the_page_on_other_models_does_what_it_says(tmp_path: Path) -> None:
     assert names["scores"].shape == (2, 2, 1)
     assert names["logits"].shape == (2, 1)
     assert all(parameter.grad is not None for parameter in names["dlrm"].parameters())
+
+
+def test_tables_of_a_branch_learn_as_torchrecs_own(rec: EmbeddingClient) -> None:
+    """Pooled and unpooled, by plain gradient descent."""
+    bags = EmbeddingBagCollection(tables=bag_configs(PoolingType.MEAN))
+    with_weights(bags, bags.embedding_bags)
+    with rec.train("rec@learning", optimizer=SGD(lr=0.5), timeout=60) as session:
+        remote_bags = RemoteEmbeddingBagCollection(rec, "rec@learning", bag_configs(PoolingType.MEAN))
+        (remote_bags(features()).values().square().sum() * 0.1).backward()
+        (bags(features()).values().square().sum() * 0.1).backward()
+        session.step()
+        for name, bag in bags.embedding_bags.items():
+            assert bag.weight.grad is not None
+            wanted = (bag.weight - 0.5 * bag.weight.grad).detach()
+            found = session.lookup(name, torch.arange(ROWS[name]))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        local = EmbeddingCollection(configs())
+        for name, table in local.embeddings.items():
+            table.weight.data.copy_(session.lookup(name, torch.arange(ROWS[name])))  # type: ignore[operator]
+        remote = RemoteEmbeddingCollection(rec, "rec@learning", configs())
+        for module in (remote, local):
+            sum(each.values().square().sum() * 0.1 for each in module(features()).values()).backward()  # type: ignore[union-attr]
+        session.step()
+        for name, table in local.embeddings.items():
+            assert isinstance(table.weight.grad, torch.Tensor)
+            wanted = (table.weight - 0.5 * table.weight.grad).detach()  # type: ignore[operator]
+            found = session.lookup(name, torch.arange(ROWS[name]))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
