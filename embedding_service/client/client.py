@@ -123,7 +123,6 @@ class EmbeddingClient:
         self._topology = os.environ.get(TOPOLOGY, "") if topology is None else topology
         self._access = access_of(tls, token)
         self._hashers: dict[str, NgramHasher] = {}
-        self._sessions: dict[str, Session] = {}
         self._tally = Tally()
         self._closed = False
         self._begin_fresh(None)
@@ -132,6 +131,7 @@ class EmbeddingClient:
     def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
         self._in_child = forks.in_child()
+        self._sessions: dict[str, Session] = {}  # a child of a fork is no trainer
         self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None

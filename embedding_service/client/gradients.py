@@ -15,6 +15,8 @@ from embedding_service.wire import training_pb2 as wire
 
 # Bytes of gradients in a piece. The service takes messages of 16 MiB by default.
 PIECE_BYTES = 4 << 20
+# Ids in a message: they take 8 bytes each, as much as a narrow row or more.
+MOST_IDS = 1 << 18
 ENCODINGS = {
     torch.float32: base_wire.ROW_ENCODING_FLOAT32,
     torch.float16: base_wire.ROW_ENCODING_FLOAT16,
@@ -72,7 +74,7 @@ def push_pieces(head: wire.PushPiece, tables: Mapping[str, tuple[Tensor, Tensor]
 
 
 def _cut(ids: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, PIECE_BYTES // (gradients.shape[1] * gradients.element_size()))
+    rows = min(max(1, PIECE_BYTES // (gradients.shape[1] * gradients.element_size())), MOST_IDS)
     yield from zip(ids.split(rows), gradients.split(rows), strict=True) if len(ids) else ()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from embedding_service.client.gradients import (
     DTYPES,
     ENCODINGS,
+    MOST_IDS,
     check_finite,
     from_data,
     push_pieces,
@@ -215,7 +216,7 @@ class Session:
     def _read(self, table: _Table, ids: Ids, dtype: torch.dtype) -> Tensor:
         rows = torch.empty(len(ids), table.dim, dtype=dtype)
         asked = []
-        most = max(1, _READ_BYTES // (table.dim * dtype.itemsize))
+        most = min(max(1, _READ_BYTES // (table.dim * dtype.itemsize)), MOST_IDS)
         owner = table.shards[ids // table.rows_per_part]
         for index, shard in enumerate(self._shards):
             mine = np.flatnonzero(owner == index)

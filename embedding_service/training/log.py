@@ -90,6 +90,8 @@ class Log:
         end = os.fstat(self._file).st_size
         try:
             _write(self._file, record)
+            if self._sync == ALWAYS:
+                os.fdatasync(self._file)
         except OSError as error:
             os.ftruncate(self._file, end)
             raise Overloaded(
@@ -97,9 +99,7 @@ class Log:
                 "rows are read and served on, and this push may be sent again"
             ) from error
         self._written += 1
-        if self._sync == ALWAYS:
-            os.fdatasync(self._file)
-        elif self._sync > 0:
+        if self._sync > 0:
             with self._dirty:
                 self._dirty.notify()
 

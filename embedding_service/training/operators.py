@@ -21,7 +21,8 @@ _HOST, _SUM = 0, 0  # where weights lie, and its PoolingMode
 
 
 @cache
-def _operator(kind: str) -> Any:
+def operator(kind: str) -> Any:
+    """FBGEMM's operator "sgd", "adagrad" or "rowwise_adagrad". Raises InvalidRequest if it is not here."""
     try:
         return fbgemm_operator(f"split_embedding_backward_codegen_{kind}_cpu", _LIBRARY)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -55,7 +56,7 @@ def apply(
         if state is None
         else {"momentum1_host": state.view(-1), "momentum1_placements": where, "momentum1_offsets": nothing}
     )
-    _operator(kind)(
+    operator(kind)(
         grad_output=gradients,
         host_weights=rows.view(-1),
         weights_placements=where,

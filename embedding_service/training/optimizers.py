@@ -15,6 +15,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.training import operators
 from embedding_service.wire import training_pb2 as wire
 
+_OPERATORS = ("sgd", "adagrad", "rowwise_adagrad")
 # Rows that row-wise Adam changes at a time: they stay in a core's cache.
 _BLOCK_ROWS = 2048
 
@@ -24,6 +25,8 @@ class Optimizer(ABC):
 
     def __init__(self, about: wire.Optimizer) -> None:
         self._about = about
+        if about.kind in _OPERATORS:
+            operators.operator(about.kind)  # raises now if it is not here, and not in the middle of a step
 
     @abstractmethod
     def state_shapes(self, rows: int, dim: int) -> dict[str, tuple[int, ...]]:
