@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto bench clean
+.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -31,6 +31,10 @@ TEST_WORKERS ?= 2
 SIDE_BY_SIDE := --numprocesses=$(TEST_WORKERS) --dist=loadfile --no-loadscope-reorder
 test: setup test-packages
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+
+# A small LongCat whose tables are trained in two shards, one of them killed on the way; about two minutes.
+train-demo: setup
+	$(BIN)/python examples/train/train_tables.py
 
 # The tests that start no service, in less than a minute.
 quick: setup

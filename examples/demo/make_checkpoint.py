@@ -171,7 +171,7 @@ def train(model: LongcatFlashNgramForCausalLM, stream: Tensor, steps: int) -> No
 
 
 def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
-    """Trains for `steps` steps (a step takes about 0.2 s) and saves the checkpoint to the folder `out`.
+    """Trains for `steps` steps (a step takes about 0.2 s, 0 are fine) and saves the checkpoint to the folder `out`.
 
     A checkpoint that is there is kept. `out` appears only when it is whole. Raises FileExistsError if `out` holds
     something else. Draws from torch's global random generator, seeded here, so the same machine gives the same weights.
@@ -188,7 +188,8 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
     # One thread. On a busy machine two wait for each other at every operation, and take ten times as long.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(model, torch.tensor([token for document in encoded for token in document.ids]), steps)
+    if steps:
+        train(model, torch.tensor([token for document in encoded for token in document.ids]), steps)
     torch.set_num_threads(threads)
 
     partial = out.with_name(out.name + ".partial")
