@@ -31,7 +31,7 @@ PROMPT = "A function definition"
 TOKENS = 60
 # Many parts, so that four shards have something to share. The default of 256 MiB suits much larger tables.
 PART_SIZE = "4MiB"
-START_SECONDS = 120
+START_SECONDS = 300
 HOST = "127.0.0.1"
 
 console = Console(highlight=False)
