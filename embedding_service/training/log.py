@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import mmap
 import os
 import secrets
 import struct
@@ -73,7 +74,7 @@ class Log:
     def read(self) -> Iterator[Record]:
         """All whole records. What follows the last one is cut off."""
         for number, path in enumerate(files := self._files()):
-            good, data = 0, path.read_bytes()
+            good, data = 0, _mapped(path)
             for record, end in _records(data):
                 good = end
                 yield record
@@ -215,7 +216,14 @@ def _digest(head: tuple[bytes, int, int, int, int], body: bytes | memoryview) ->
     return digest.digest()
 
 
-def _records(data: bytes) -> Iterator[tuple[Record, int]]:
+def _mapped(path: Path) -> bytes | mmap.mmap:
+    """A file's bytes, not read yet: one may be larger than memory."""
+    with path.open("rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _records(data: bytes | mmap.mmap) -> Iterator[tuple[Record, int]]:
     """Whole records with where each one ends."""
     view, at = memoryview(data), 0
     while at + _HEAD.size <= len(data):

@@ -90,6 +90,11 @@ def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_els
             for port, caller, begun in under_way:
                 cells += 1
                 code = code_of(begun)
+                for pause in range(1, 6):  # a busy machine's connection may break: then nobody has judged the call
+                    if code is not grpc.StatusCode.UNAVAILABLE or port.is_right(path, caller, code):
+                        break
+                    time.sleep(pause)
+                    code = code_of(caller.begin(path))
                 if not port.is_right(path, caller, code):
                     wrong.append((path, port.name, caller.name, code, port.refusal(path, caller)))
     assert cells > 1000 and not wrong, wrong
