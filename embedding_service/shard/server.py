@@ -29,7 +29,7 @@ from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.placement.parts import PartKey
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
-from embedding_service.rows.base import LiesIn
+from embedding_service.rows.base import LiesIn, TableRows
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 from embedding_service.security.server import Files, Security
@@ -112,11 +112,7 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
-    tier = TIERS.find(options.tier)
-    tier.check_machine()
-    if not tier.shareable and (options.processes > 1 or options.near):
-        remedy = "leave --near out" if options.near else "leave --processes at 1"
-        raise InvalidRequest(f"rows of tier {options.tier} lie with one process: {remedy}")
+    tier = _tier(options)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     # A network's filesystem may say that it has 8 EiB.
@@ -133,55 +129,37 @@ async def _serve(options: ShardOptions) -> None:
         check_free(options.listen)
     server = Server(options.limits, budget, security)
     server.add(LookupService.add_to, service, SERVICE)
-    several = "a shard with several processes trains no branch: start it with --processes 1"
-    training = TrainingService(
-        store,
-        options.shard_id,
-        router,
-        options.limits,
-        budget,
-        logs=options.logs,
-        sync=options.log_sync,
-        why_not=several if options.processes > 1 else "",
-        audit=security.audit if security else None,
-    )
+    training = _training(options, store, router, budget, security)
     server.add(TrainingService.add_to, training, TRAINING)
     fronts = [await server.listen(options.listen, shared=options.processes > 1)]
-    address = reachable_address(fronts[0].address, options.advertise)
-    training.address = address
+    training.address = address = reachable_address(fronts[0].address, options.advertise)
     if options.shared_listen:
         fronts.append(await server.listen(options.shared_listen, shared=True))
     if options.health_listen:
         await server.listen(options.health_listen, kind=Kind(health_only=True))
-    incarnation = secrets.randbits(63)
-    near = None
-    if options.near and not can_seal():
-        log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
-    elif options.near:  # first among who shares: what is dropped is near no more before others give it up
-        rights_of = partial(_near_rights, security.guard) if security else all_parts
-        near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
-        if security:
-            security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
-        holdings.sharing.append(near)
-    others = Processes(options.processes - 1, holdings.add_accesses)
+    about = control.ShardReport(
+        shard_id=options.shard_id,
+        address=address,
+        device=tier.device,
+        tier=options.tier,
+        memory_limit=holdings.memory_limit,
+        topology=options.topology,
+        incarnation=secrets.randbits(63),
+    )
+    near = _near(options, about.incarnation, router, holdings, security)
+    if near:
+        holdings.sharing.append(near)  # the first: what is dropped is near no more before others give it up
+        about.near.CopyFrom(near.place)
+    others, folder = Processes(options.processes - 1, holdings.add_accesses), None
     if options.processes > 1:
         holdings.sharing.append(others)
-    addresses = [front.address for front in fronts]
-    folder = None
-    if options.processes > 1:
         # Who may enter this folder may say whose a call is: nobody else.
         folder = PrivateFolder()
-        main_process = await server.listen(f"unix:{folder.path}/main", private=True)
+        back = await server.listen(f"unix:{folder.path}/main", private=True)
+        addresses = [front.address for front in fronts]
+        limits, threads = options.limits, options.threads
         others.start(
-            Settings(
-                options.shard_id,
-                addresses,
-                main_process.address,
-                options.limits,
-                options.threads,
-                budget.most,
-                options.security,
-            )
+            Settings(options.shard_id, addresses, back.address, limits, threads, budget.most, options.security)
         )
 
     spare_collections()
@@ -196,16 +174,6 @@ async def _serve(options: ShardOptions) -> None:
         others.set_serving(serving)
         await server.set_serving(serving)
 
-    about = control.ShardReport(
-        shard_id=options.shard_id,
-        address=address,
-        device=tier.device,
-        tier=options.tier,
-        memory_limit=holdings.memory_limit,
-        topology=options.topology,
-        incarnation=incarnation,
-        near=near.place if near else None,
-    )
     log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
     registration = Registration(options.controller, about, holdings, router, counters, set_serving, access)
     metrics = MetricsServer(
@@ -234,6 +202,49 @@ async def _serve(options: ShardOptions) -> None:
         transport.close()
         metrics.close()
         await holdings.close()
+
+
+def _tier(options: ShardOptions) -> type[TableRows]:
+    """Its class. Raises InvalidRequest for an unknown one, or one that this machine or these options do not go with."""
+    tier = TIERS.find(options.tier)
+    tier.check_machine()
+    if not tier.shareable and (options.processes > 1 or options.near):
+        remedy = "leave --near out" if options.near else "leave --processes at 1"
+        raise InvalidRequest(f"rows of tier {options.tier} lie with one process: {remedy}")
+    return tier
+
+
+def _training(
+    options: ShardOptions, store: Store, router: Router, budget: Budget, security: Security | None
+) -> TrainingService:
+    several = "a shard with several processes trains no branch: start it with --processes 1"
+    return TrainingService(
+        store,
+        options.shard_id,
+        router,
+        options.limits,
+        budget,
+        logs=options.logs,
+        sync=options.log_sync,
+        why_not=several if options.processes > 1 else "",
+        audit=security.audit if security else None,
+    )
+
+
+def _near(
+    options: ShardOptions, incarnation: int, router: Router, holdings: Holdings, security: Security | None
+) -> NearServer | None:
+    """Where clients of this machine get the files of its parts, if they do."""
+    if not options.near:
+        return None
+    if not can_seal():
+        log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
+        return None
+    rights_of = partial(_near_rights, security.guard) if security else all_parts
+    near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
+    if security:
+        security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
+    return near
 
 
 async def _look_around(router: Router, transport: GrpcTransport) -> None:

@@ -313,7 +313,7 @@ def test_a_hasher_can_be_pickled_and_made_where_the_default_device_is_another() 
     [
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            "model_type='llama'.*known families: engram, longcat, qwen4_exp",
+            "model_type='llama'.*known families: engram, gemma, longcat, qwen4_exp",
         ),
         ({**LITE, "model_type": "llama", "architectures": None}, "model_type='llama'"),  # its keys, another's name
         ({}, "known families"),
@@ -337,7 +337,7 @@ def test_bad_configs_are_refused(bad: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("family", "params", "says"),
     [
-        ("nope", {}, "'nope'; known: engram, longcat, qwen4_exp"),
+        ("nope", {}, "'nope'; known: engram, gemma, longcat, qwen4_exp"),
         ("longcat", {"vocab_size": 5}, "do not fit"),
         ("longcat", {"a": 1}, "'a'"),
     ],

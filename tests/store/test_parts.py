@@ -18,7 +18,7 @@ from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_
 PAGE = 4096
 
 
-def write_part(folder: Path, name: str = "int8", rows: int = 1000, dim: int = 24) -> tuple[Path, Part, torch.Tensor]:
+def write_part(folder: Path, name: str = "int8", rows: int = 1000, dim: int = 32) -> tuple[Path, Part, torch.Tensor]:
     """Write one part in a few chunks; its path, entry and stored rows."""
     row_format = get_format(name)
     values = torch.arange(rows * dim, dtype=torch.float32).view(rows, dim) % 1999
@@ -39,7 +39,7 @@ def test_a_part_is_a_safetensors_file_whose_rows_begin_on_a_page(tmp_path: Path,
     assert list(tensors) == ["rows"]
     plain = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     assert tensors["rows"].dtype == plain.get(name, torch.uint8)
-    assert tensors["rows"].shape == ((1000, 24) if name in plain else stored.shape)
+    assert tensors["rows"].shape == ((1000, 32) if name in plain else stored.shape)
     assert torch.equal(tensors["rows"].view(torch.uint8), stored)
     layout = part_layout(path)
     assert layout.offset % PAGE == 0
@@ -133,10 +133,10 @@ def test_the_message_of_a_wrong_checksum_gives_both(tmp_path: Path) -> None:
 def test_another_parts_file_is_refused(tmp_path: Path) -> None:
     path, part, _ = write_part(tmp_path)
     other, _, _ = write_part(tmp_path / "other", rows=999)
-    with pytest.raises(CorruptPart, match="expected 1,000 rows in 28,000 bytes, got"):
+    with pytest.raises(CorruptPart, match="expected 1,000 rows in 36,000 bytes, got"):
         verify(other, part)
     # As many bytes in another shape.
-    save_file({"rows": torch.zeros(28000, 1, dtype=torch.uint8)}, path)
+    save_file({"rows": torch.zeros(36000, 1, dtype=torch.uint8)}, path)
     with pytest.raises(CorruptPart):
         verify(path, part)
 

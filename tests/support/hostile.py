@@ -101,9 +101,10 @@ def half_a_lookup(length: int, sent: bytes, *, end: bool) -> bytes:
 def unread_lookups(address: str, message: bytes, count: int) -> socket.socket:
     """A connection with `count` Lookup calls of this serialized request. No answer is read."""
     raw = Raw(address)
-    for _ in range(count):
-        raw.call(LOOKUP, message)
-        time.sleep(0.002)  # flow control: the shard takes it in and gives its bytes free again, which we do not read
+    with suppress(BrokenPipeError, ConnectionResetError):  # a shard may hang up on who reads nothing for long
+        for _ in range(count):
+            raw.call(LOOKUP, message)
+            time.sleep(0.002)  # flow control: the shard takes it in and gives its bytes free again, which is not read
     return raw.socket
 
 
