@@ -42,9 +42,9 @@ class RowFormat(ABC):
     def row_bytes(self, dim: int) -> int:
         """Bytes of a stored row of `dim` values. Raises InvalidRequest for a dim that the format cannot hold."""
 
-    @abstractmethod
     def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Shape of the safetensors tensor that holds `rows` rows."""
+        """Shape of the safetensors tensor that holds `rows` rows. By itself it is of bytes."""
+        return rows, self.row_bytes(dim)
 
     @abstractmethod
     def encode(self, rows: torch.Tensor) -> torch.Tensor:

@@ -33,10 +33,6 @@ class Fp8Format(RowFormat):
         """Bytes of a row: a byte a value, a byte a scale."""
         return dim + -(-dim // BLOCK)
 
-    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Rows of bytes."""
-        return rows, self.row_bytes(dim)
-
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize each block with the smallest scale that keeps its largest value within e4m3's 448.
 

@@ -45,10 +45,6 @@ class NbitFormat(RowFormat):
     kernel_name: ClassVar[str]
     kernel_header: ClassVar[str]
 
-    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Rows of bytes."""
-        return rows, self.row_bytes(dim)
-
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize with FBGEMM's quantizer.
 

@@ -40,10 +40,6 @@ class Fp8RowwiseFormat(RowFormat):
         """Bytes of a row: a byte a value, 4 for the scale."""
         return dim + SCALE_BYTES
 
-    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Rows of bytes."""
-        return rows, self.row_bytes(dim)
-
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize with a scale that makes a row's largest value 448, so nothing is clipped. Ties go to even."""
         rows = rows.to(torch.float32)
@@ -82,10 +78,6 @@ class Nvfp4Format(RowFormat):
         if dim % BLOCK:
             raise InvalidRequest(f"nvfp4 needs a dim that is a multiple of {BLOCK}, got {dim}: use fp8_rowwise or int8")
         return dim // 2 + dim // BLOCK + SCALE_BYTES
-
-    def part_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Rows of bytes."""
-        return rows, self.row_bytes(dim)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Quantize. A row's scale makes its largest block's scale 448, and a block's scale its largest value 6.
