@@ -83,8 +83,7 @@ def _corrupt(store: Store, manifests: list[Manifest]) -> list[str]:
     from embedding_service.errors import StoreError
     from embedding_service.store.reading import check_part, replaced_rows
 
-    whole = {(manifest.model, manifest.version): manifest for manifest in manifests if not manifest.base}
-    total = sum(manifest.replaced_bytes if manifest.base else manifest.bytes for manifest in manifests)
+    total = sum(manifest.own_bytes for manifest in manifests)
     found, done = [], 0
     with Progress("verifying") as progress:
         for manifest in manifests:
@@ -93,7 +92,7 @@ def _corrupt(store: Store, manifests: list[Manifest]) -> list[str]:
                 for part in table.parts:
                     size = part.bytes
                     try:
-                        if (manifest.model, manifest.version) in whole:
+                        if not manifest.base:
                             check_part(store, manifest, part)
                         elif part.index in overlays:
                             size = overlays[part.index].bytes
@@ -113,7 +112,7 @@ def _about(manifest: Manifest) -> dict[str, Any]:
         "family": manifest.family,
         "base": "@".join(manifest.root) if manifest.base else None,
         "replaced_rows": manifest.replaced_rows if manifest.base else None,
-        "bytes": manifest.replaced_bytes if manifest.base else manifest.bytes,
+        "bytes": manifest.own_bytes,
         "tables": [
             {"name": table.name, "rows": table.rows, "dim": table.dim, "dtype": table.dtype, "parts": len(table.parts)}
             for table in manifest.tables

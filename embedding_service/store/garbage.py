@@ -47,9 +47,7 @@ def find_garbage(
         raise StoreError(f"nothing is removed, for what cannot be read may need it. Mend or remove that: {reasons}")
     needed = _needed(catalogue, keep, pinned)
     found = [
-        Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.replaced_bytes)
-        if manifest.base
-        else Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.bytes)
+        Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.own_bytes)
         for model, versions in catalogue.manifests.items()
         for manifest in versions
         if (model, manifest.version) not in needed

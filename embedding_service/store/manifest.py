@@ -192,6 +192,11 @@ class Manifest(_Frozen):
         """Bytes of those rows, with their ids."""
         return sum(overlay.bytes for table in self.tables for overlay in self.overlays(table.name).values())
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the rows that lie in its own folder: all, or those that are not the base's, with their ids."""
+        return self.replaced_bytes if self.base else self.bytes
+
     def overlays(self, table: str) -> dict[int, Overlay]:
         """The rows that a table replaces, by part. Empty for a version without a base."""
         return {overlay.part: overlay for overlay in self.base.overlays.get(table, ())} if self.base else {}
