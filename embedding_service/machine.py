@@ -201,3 +201,30 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("is not a JSON object")
     return content
+
+
+def write_durably(path: Path, data: bytes, own: str = "") -> None:
+    """Write a file. At any moment either the old or the new content is on disk.
+
+    own: What sets the new content's file apart, if several processes may write at a time.
+    """
+    new = path.with_name(f"{path.name}{own}.new")
+    write_synced(new, data)
+    new.replace(path)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file. It is on disk afterwards, its name perhaps not yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,6 +21,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from embedding_service.errors import CorruptPart, ImportRefused, StoreError
+from embedding_service.machine import sync_folder, write_durably
 from embedding_service.store.manifest import ID_BYTES, Manifest, Overlay, Part, check_name
 from embedding_service.store.overlays import verify_overlay
 from embedding_service.store.parts import verify
@@ -58,7 +59,7 @@ class Draft:
         else:
             self._clear()
         lines = [fingerprint, *(entry.model_dump_json() for entry in self._finished.values())]
-        _write_durably(self.folder / _JOURNAL, "".join(f"{line}\n" for line in lines))
+        write_durably(self.folder / _JOURNAL, "".join(f"{line}\n" for line in lines).encode())
 
     def finished(self, file: str) -> Entry | None:
         """The entry of a file that is there already, or is known to be none."""
@@ -78,13 +79,13 @@ class Draft:
 
     def publish(self, manifest: Manifest) -> None:
         """Make the version visible, all at once."""
-        _write_durably(self.folder / MANIFEST_FILE, manifest.to_json())
+        write_durably(self.folder / MANIFEST_FILE, manifest.to_json().encode())
         for table in manifest.tables:
             if (self.folder / table.name).exists():  # a table whose rows are all the base's has none
-                _sync_folder(self.folder / table.name)
-        _sync_folder(self.folder)
+                sync_folder(self.folder / table.name)
+        sync_folder(self.folder)
         self.folder.rename(self._published)
-        _sync_folder(self._published.parent)
+        sync_folder(self._published.parent)
         # Not before. In a folder without its lock another import could begin, and we would publish that.
         self.clear_published()
 
@@ -288,24 +289,6 @@ def _read_entry(line: str) -> Entry | None:
         return _ENTRY.validate_json(line)
     except ValidationError:
         return None  # the line that was being written when the process died
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Replace a file. At any moment either the old or the new text is on disk."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

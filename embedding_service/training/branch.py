@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedding_service.errors import InvalidRequest, NotFound, StoreError
+from embedding_service.machine import write_durably, write_synced
 from embedding_service.store.manifest import Manifest, check_name
 from embedding_service.store.store import Store
 from embedding_service.training.optimizers import optimizer_of
@@ -196,10 +197,7 @@ def _check_trainable(manifest: Manifest, dequantize: bool) -> None:
 def _write_first(path: Path, text: str) -> None:
     """Write a file unless it is there. At any moment it is whole or not there."""
     own = path.with_name(f"{path.name}.{os.getpid()}")
-    with own.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(own, text.encode())
     try:
         os.link(own, path)
     except FileExistsError:
@@ -246,13 +244,8 @@ def read_place(folder: Path, shard: str) -> Place:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file. At any moment either the old or the new content is on disk."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    """`write_durably`, where several shards write to one folder."""
+    write_durably(path, data, own=f".{os.getpid()}")
 
 
 @contextmanager

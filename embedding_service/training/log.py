@@ -23,6 +23,7 @@ from typing import NamedTuple
 import xxhash
 
 from embedding_service.errors import Overloaded, Unavailable
+from embedding_service.machine import sync_folder
 from embedding_service.training.branch import replace
 
 PUSH, SESSION = 1, 2
@@ -183,7 +184,7 @@ class Log:
 
     def _open(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._sync_folder()
+        sync_folder(self.folder)
 
     def _close_file(self) -> None:
         with self._in_use:
@@ -191,13 +192,6 @@ class Log:
                 os.fdatasync(self._file)
                 os.close(self._file)
                 self._file = None
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("log-*.records"))
