@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
 from embedding_service.checkpoint import read_config, read_json, tensor_files
-from embedding_service.errors import StoreError
+from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.foreign import one_line, printable
 
 GENERATION = "generation_config.json"
@@ -76,6 +76,21 @@ class CheckpointTensors:
         if file not in self._open_files:
             self._open_files[file] = safe_open(str(file), framework="pt")
         return self._open_files[file]
+
+
+def published_classes(files: CheckpointTensors, known: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The model's class and its config's, by the architecture. Raises InvalidRequest: it is none of those known."""
+    found = [name for name in files.architectures if name in known]
+    if not found:
+        raise InvalidRequest(f"{files.folder} is a checkpoint of {files.architectures}; expected {' or '.join(known)}")
+    return known[found[0]]
+
+
+def tensors_but(files: CheckpointTensors, is_left_out: Callable[[str], object]) -> dict[str, Any]:
+    """All tensors but some, not read yet. Raises StoreError: the word embeddings are not there."""
+    names = [name for name in files.names if not is_left_out(name)]
+    refuse_tensors(files.folder, "missing", set() if any(name.endswith(WORDS) for name in names) else {WORDS})
+    return {name: files.slice(name) for name in names}
 
 
 def load_published(

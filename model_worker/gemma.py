@@ -22,7 +22,7 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4Config, Gemma4
 from embedding_service.client.remote import RemoteEmbedding, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NgramHasher
-from model_worker.checkpoint import WORDS, CheckpointTensors, load_published, refuse_tensors
+from model_worker.checkpoint import CheckpointTensors, load_published, published_classes, tensors_but
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, Tables, check_same_hash
 
@@ -94,26 +94,14 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 
 def read_config(files: CheckpointTensors) -> Any:
     """The config that transformers has. Raises InvalidRequest: another architecture, or no per-layer embeddings."""
-    _, config_class = _classes(files)
+    _, config_class = published_classes(files, _CLASSES)
     NgramHasher.from_config(files.config)
     return config_class.from_dict(files.config)
 
 
 def dense_tensors(files: CheckpointTensors, config: Any) -> dict[str, Any]:
     """All tensors but the table, not read yet. Raises StoreError: some are not there."""
-    names = [name for name in files.names if f".{_TABLE}." not in f".{name}"]
-    refuse_tensors(files.folder, "missing", set() if any(name.endswith(WORDS) for name in names) else {WORDS})
-    return {name: files.slice(name) for name in names}
-
-
-def _classes(files: CheckpointTensors) -> tuple[Any, Any]:
-    """The model's class and its config's."""
-    known = [name for name in files.architectures if name in _CLASSES]
-    if not known:
-        raise InvalidRequest(
-            f"{files.folder} is a checkpoint of {files.architectures}; expected {' or '.join(_CLASSES)}"
-        )
-    return _CLASSES[known[0]]
+    return tensors_but(files, lambda name: f".{_TABLE}." in f".{name}")
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -124,7 +112,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     """
     files = CheckpointTensors(checkpoint)
     config = read_config(files)
-    return load_published(files, _classes(files)[0], config, dense_tensors(files, config), dtype)
+    return load_published(files, published_classes(files, _CLASSES)[0], config, dense_tensors(files, config), dtype)
 
 
 def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:

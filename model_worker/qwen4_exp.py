@@ -23,7 +23,7 @@ from embedding_service.client.handles import Collect
 from embedding_service.client.remote import RemoteModule, wire_dtype
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN, NgramHasher
-from model_worker.checkpoint import WORDS, CheckpointTensors, load_published, refuse_tensors
+from model_worker.checkpoint import CheckpointTensors, load_published, published_classes, tensors_but
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, RowsToCome, Tables, check_same_hash
 
@@ -174,25 +174,13 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 
 def read_config(files: CheckpointTensors) -> Any:
     """The config that transformers has. Raises InvalidRequest: another architecture."""
-    _, config_class = _classes(files)
+    _, config_class = published_classes(files, _CLASSES)
     return config_class.from_dict(files.config)
 
 
 def dense_tensors(files: CheckpointTensors, config: Any) -> dict[str, Any]:
     """All tensors but the tables and the draft layers, not read yet. Raises StoreError: some are not there."""
-    names = [name for name in files.names if not _TABLE_TENSOR.search(name) and not name.startswith(_DRAFT_TENSORS)]
-    refuse_tensors(files.folder, "missing", set() if any(name.endswith(WORDS) for name in names) else {WORDS})
-    return {name: files.slice(name) for name in names}
-
-
-def _classes(files: CheckpointTensors) -> tuple[Any, Any]:
-    """The model's class and its config's."""
-    known = [name for name in files.architectures if name in _CLASSES]
-    if not known:
-        raise InvalidRequest(
-            f"{files.folder} is a checkpoint of {files.architectures}; expected {' or '.join(_CLASSES)}"
-        )
-    return _CLASSES[known[0]]
+    return tensors_but(files, lambda name: _TABLE_TENSOR.search(name) or name.startswith(_DRAFT_TENSORS))
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -206,7 +194,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
     StoreError: tensors are missing, have other shapes than the config says, or are not known.
     """
     files = CheckpointTensors(checkpoint)
-    model_class, _ = _classes(files)
+    model_class, _ = published_classes(files, _CLASSES)
     config = read_config(files)
     tensors = dense_tensors(files, config)
     return load_published(files, model_class, config, tensors, dtype)
