@@ -40,11 +40,18 @@ def connections(process: psutil.Process) -> list[Any]:
 
 
 def answering(running: Cluster, name: str) -> list[int]:
-    """Connections that each process of a shard has to others than the controller, those of its main one first."""
+    """Connections that each process of a shard has to this one, those of its main one first.
+
+    The controller reads a shard's claims back over connections of its own, which do not count.
+    """
     port = int(running.addresses[name].rpartition(":")[2])
+    mine = {each.laddr.port for each in connections(psutil.Process()) if each.raddr and each.raddr.port == port}
     everyone = [psutil.Process(running.processes[name].popen.pid), *others(running, name)]
     return [
-        sum(each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED for each in connections(process))
+        sum(
+            each.laddr.port == port and each.status == psutil.CONN_ESTABLISHED and each.raddr.port in mine
+            for each in connections(process)
+        )
         for process in everyone
     ]
 
