@@ -21,7 +21,7 @@ from embedding_service.formats import get_format
 from embedding_service.rows.cuda import CudaCachedTable, CudaTable, require_cuda
 from embedding_service.rows.pool import Pool
 from embedding_service.rows.ram import RamTable
-from embedding_service.store.manifest import Table
+from embedding_service.store.manifest import Table, part_file
 from embedding_service.store.parts import NewPart, PartWriter, rows_per_part
 
 DIM, MIB = 256, 1 << 20
@@ -45,7 +45,10 @@ def make_table(folder: Path, dtype: str, part_bytes: int, parts: int) -> tuple[T
         dtype=dtype,
         row_bytes=row_format.row_bytes(DIM),
         rows_per_part=rows,
-        parts=tuple(first.model_copy(update={"index": i, "first_row": i * rows}) for i in range(parts)),
+        parts=tuple(
+            first.model_copy(update={"index": i, "first_row": i * rows, "file": part_file(dtype, i)})
+            for i in range(parts)
+        ),
     )
     return table, folder / first.file
 
