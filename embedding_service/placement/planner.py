@@ -118,7 +118,7 @@ class _KnownCosts(ShardEstimator):
     def __init__(self, copies: Mapping[str, PartDemand]) -> None:
         self._copies = copies
 
-    def estimate(self, sharding_options: list[ShardingOption], **_: object) -> None:
+    def estimate(self, sharding_options: list[ShardingOption], *_: object, **__: object) -> None:
         for option in sharding_options:
             part = self._copies[option.name]
             for shard in option.shards:
