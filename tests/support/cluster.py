@@ -23,6 +23,7 @@ from typing import Protocol, TypeVar
 import grpc
 import psutil
 import pytest
+import torch
 
 from embedding_service.client.channels import open_channel
 from embedding_service.client.status import get_status
@@ -99,7 +100,8 @@ class Process:
         self.log = log
         self._arguments = arguments
         self._within = within
-        self._forked = forked and not within and sys.executable == PYTHON
+        # What the zygote imported has made use of CUDA, which a child cannot use then.
+        self._forked = forked and not within and sys.executable == PYTHON and not torch.cuda.is_available()
         self._start()
 
     def _start(self) -> None:
@@ -404,7 +406,12 @@ class Cluster:
             status = self.status()
             return status if condition(status) else None
 
-        return until(fulfilling, what)
+        try:
+            return until(fulfilling, what)
+        except AssertionError as error:
+            said = [f"{name}: {process.output()[-2000:]}" for name, process in self.processes.items()]
+            problems = [problem.message for problem in self.status().problems]
+            raise AssertionError("\n".join([f"{error}; the controller's problems: {problems}", *said])) from None
 
     def wait_serving(self, models: int = 1) -> control.Status:
         """Wait until `models` models are served, and every shard knows it."""
