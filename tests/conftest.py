@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ SERVICES = {"service", "tables", "families", "rec_service", "one_shard"}
 # What `make quick` selects, and how a file says that all its tests are left out then.
 QUICK = "not service and not slow"
 LEFT_OUT = re.compile(r"^pytestmark = .*\bmark\.(service|slow)\b", re.MULTILINE)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show how a test failed that passed when it was run once more: it has a fault that wants mending."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"failed once: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
