@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from embedding_service.errors import InvalidRequest, PermissionDenied, Unauthenticated
-from embedding_service.machine import join_address
+from embedding_service.errors import PermissionDenied, Unauthenticated
 from embedding_service.security.server import Security
+from embedding_service.web import App, WebServer, admit, refusal
 
-# Seconds that a client has for its handshake and its request.
-REQUEST_SECONDS = 10
-RIGHTS, PATH = ("metrics", "admin"), b"/metrics"
+RIGHTS = ("metrics", "admin")
 
 
 class MetricsServer:
@@ -35,79 +29,30 @@ class MetricsServer:
     def __init__(
         self, host: str, port: int, collect: Callable[[], Iterable[Metric]], security: Security | None = None
     ) -> None:
-        self._server: _Server | None = None
+        self._server: WebServer | None = None
         if not port:
             return
         registry = CollectorRegistry()
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, _Collect(collect)):
             registry.register(collector)
         app = make_wsgi_app(registry)
-        host = host.strip("[]")
-        try:
-            [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-            class Listening(_Server):
-                address_family = family
-
-            app = _guarded(app, security) if security else app
-            self._server = make_server(host, port, app, Listening, _Handler)
-        except OSError as error:
-            raise InvalidRequest(
-                f"cannot serve metrics on {join_address(host, port)} ({error.strerror}): give another --metrics-port"
-            ) from error
-        self._server.security = security
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        self._server = WebServer(host, port, _guarded(app, security) if security else app, "--metrics-port", security)
 
     def close(self) -> None:
         """Stop answering."""
         if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+            self._server.close()
 
 
-class _Server(ThreadingWSGIServer):
-    """With TLS, each connection's handshake is on its own thread: one that says nothing keeps nobody."""
-
-    security: Security | None = None
-
-    def get_request(self) -> tuple[Any, Any]:
-        """See the base class."""
-        connection, address = super().get_request()
-        if self.security is None:
-            return connection, address
-        try:
-            context = self.security.context()
-            return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False), address
-        except OSError:
-            connection.close()
-            raise
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nobody is told of a client that speaks no TLS, or goes."""
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_SECONDS
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
-
-
-def _guarded(app: Callable[..., Any], security: Security) -> Callable[..., Any]:
+def _guarded(app: App, security: Security) -> App:
     """The application for who may see the metrics."""
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         try:
-            bearer = environ.get("HTTP_AUTHORIZATION")
-            security.admit(RIGHTS, PATH, bearer=bearer, peer=str(environ.get("REMOTE_ADDR", "")))
+            admit(security, RIGHTS, environ)
         except (Unauthenticated, PermissionDenied) as error:
-            known = isinstance(error, PermissionDenied)
-            challenge = [] if known else [("WWW-Authenticate", "Bearer")]
-            start_response(
-                "403 Forbidden" if known else "401 Unauthorized", [("Content-Type", "text/plain"), *challenge]
-            )
+            status, headers = refusal(error)
+            start_response(status, [("Content-Type", "text/plain"), *headers])
             return [f"{error}\n".encode()]
         return app(environ, start_response)
 

@@ -43,6 +43,7 @@ ReplicasOption = Annotated[int, typer.Option(min=1, help="Copies of every part, 
 MetricsOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Port of Prometheus metrics, on the host of --listen; 0: none.")
 ]
+HttpHostOption = Annotated[str, typer.Option(help="Address that the cluster's page is at.")]
 
 
 def _check_advertised(address: str | None) -> str | None:
@@ -89,6 +90,11 @@ def up(
     ] = None,
     audit: AuditOption = None,
     insecure: InsecureOption = False,
+    http_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the cluster's page for a browser; 0: none. Default: a free one."),
+    ] = None,
+    http_host: HttpHostOption = LOOPBACK,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +120,8 @@ def up(
         secure=secure,
         insecure=insecure,
         audit=audit.absolute() if audit else None,
+        http_port=http_port,
+        http_host=http_host,
     )
     if audit and not secure:
         raise typer.BadParameter("--audit comes with --secure: without it nobody is known or denied")
@@ -121,7 +129,7 @@ def up(
         raise typer.BadParameter("--secure and --insecure exclude each other")
     if ray is None:
         if not secure:
-            check_plain(insecure, host)
+            check_plain(insecure, host, http_host)
         run(options)
     elif host != LOOPBACK:
         raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")
@@ -168,6 +176,10 @@ def controller(
         float, typer.Option(help="Seconds a shard keeps a part that clients were routed away from.")
     ] = 5.0,
     metrics_port: MetricsOption = 0,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the cluster's page for a browser, on --http-host; 0: none.")
+    ] = 0,
+    http_host: HttpHostOption = LOOPBACK,
     control_listen: Annotated[
         str | None,
         typer.Option(
@@ -186,7 +198,7 @@ def controller(
     """The process that knows the shards, places the parts and publishes the routing."""
     from embedding_service.controller.server import ControllerOptions, main
 
-    security = files_of(tls_cert, tls_key, tls_ca, policy, audit, insecure, listen, control_listen)
+    security = files_of(tls_cert, tls_key, tls_ca, policy, audit, insecure, listen, control_listen, http_host)
     if security and control_listen is None:
         raise typer.BadParameter("with TLS, shards need a port of their own: give --control-listen HOST:PORT")
     main(
@@ -202,6 +214,8 @@ def controller(
             control_listen=control_listen,
             security=security,
             health_listen=health_listen,
+            http_port=http_port,
+            http_host=http_host,
         )
     )
     _leave()

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -48,7 +48,8 @@ class UpOptions:
     """What `up` starts. `memory` is bytes of a shard, None for an equal share of what is available.
 
     `processes` are those of one shard. `secure`: the folder with certificates. None: plain text, which `insecure`
-    allows beyond loopback. `audit`: a file that all of them write to.
+    allows beyond loopback. `audit`: a file that all of them write to. `http_port`: of the cluster's page on
+    `http_host`, 0 for none, None for a free one.
     """
 
     store: str
@@ -63,6 +64,22 @@ class UpOptions:
     secure: Path | None = None
     insecure: bool = False
     audit: Path | None = None
+    http_port: int | None = None
+    http_host: str = "127.0.0.1"
+
+    def with_page(self) -> UpOptions:
+        """With the page's port. Raises InvalidRequest if it is taken."""
+        if self.http_port is None:
+            return replace(self, http_port=free_port(self.http_host))
+        if self.http_port:
+            check_free(join_address(self.http_host, self.http_port), "--http-port")
+        return self
+
+    @property
+    def page(self) -> str:
+        """The page's address for a browser. Empty where there is none."""
+        scheme = "https" if self.secure else "http"
+        return f"{scheme}://{join_address(self.http_host, self.http_port)}" if self.http_port else ""
 
 
 def run(options: UpOptions) -> None:
@@ -78,6 +95,7 @@ def run(options: UpOptions) -> None:
     console.print(f"looking for models in {options.store}")
     check_store(options.store)
     check_free(address, "--port")
+    options = options.with_page()
     TIERS[options.tier].check_machine()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
@@ -96,6 +114,8 @@ def run(options: UpOptions) -> None:
             console.print(table)
         if options.secure:
             console.print(Text(f'clients: EmbeddingClient("{address}", tls="{options.secure / "client"}")'))
+        if options.page:
+            console.print(Text(f"page: {options.page}"))
         print(f"ready: {options.shards} shards at {address}, controller {controller}", flush=True)
         _keep_running(members, console)
     except KeyboardInterrupt:
@@ -164,6 +184,7 @@ def controller_command(options: UpOptions, controller: str, control: str = "") -
         f"--expect-shards={options.shards}",
         *_secured(options, "controller"),
         *([f"--control-listen={control}"] if options.secure else []),
+        *([f"--http-port={options.http_port}", f"--http-host={options.http_host}"] if options.http_port else []),
     ]
 
 

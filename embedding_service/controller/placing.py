@@ -67,7 +67,7 @@ class Placing:
     ) -> Generator[Question, Planned, None]:
         """Place when a copy is missing, or when shards or versions came, went or changed."""
         names = {(each.model, each.version): each for each in wanted}
-        nodes = [_node(shard, names) for _, shard in sorted(self._fleet.shards.items())]
+        nodes = [node_of(shard, names) for _, shard in sorted(self._fleet.shards.items())]
         staying = {node.shard for node in nodes if not node.draining}
         replicas = min(self.copies, len(staying))
         about = ([replace(node, held=frozenset()) for node in nodes], set(names))
@@ -123,7 +123,7 @@ def _expanded(shards_of: Mapping[PartKey, list[str]], manifests: Sequence[Manife
     }
 
 
-def _node(shard: Shard, wanted: Mapping[tuple[str, str], Manifest]) -> Node:
+def node_of(shard: Shard, wanted: Mapping[tuple[str, str], Manifest]) -> Node:
     """A shard as the planner sees it. The planner knows nothing of versions that are not wanted.
 
     A base counts as held though it is not wanted itself, for versions that are may use its rows.

@@ -30,6 +30,7 @@ class Planning:
 
     def __init__(self) -> None:
         self._closed = False
+        self._turn = asyncio.Lock()
         self._start()
 
     async def plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
@@ -38,6 +39,10 @@ class Planning:
         Raises PlacementError, or another error of the planner. Raises RuntimeError if the process died twice or took
         over PLAN_SECONDS, and EOFError once closed.
         """
+        async with self._turn:
+            return await self._plan(parts, nodes, replicas)
+
+    async def _plan(self, parts: Sequence[PartDemand], nodes: Sequence[Node], replicas: int) -> Placement:
         for _ in range(2):
             asking = asyncio.ensure_future(asyncio.to_thread(_ask, self._pipe, (parts, nodes, replicas)))
             in_time, _ = await asyncio.wait([asking], timeout=PLAN_SECONDS)

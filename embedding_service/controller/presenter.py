@@ -14,6 +14,15 @@ from embedding_service.metrics import gauge
 from embedding_service.wire import control_pb2 as control
 
 MOST_PROBLEMS = 100
+# What to do about a problem, by its kind.
+REMEDIES: dict[int, str] = {
+    control.Problem.KIND_WAITING: "Start the shards that are missing, or look at their logs.",
+    control.Problem.KIND_STORE: "See that the store is mounted and can be read: `embedding-service inspect STORE`.",
+    control.Problem.KIND_PLACEMENT: "Add shards or give them more --memory; try it under What if. Or remove a model.",
+    control.Problem.KIND_SHARD: "Look at that shard's log and machine. With copies elsewhere, lookups go on.",
+    control.Problem.KIND_SKIPPED: "Everything else is served. Import it again under another name, or remove it.",
+    control.Problem.KIND_COPIES: "Add shards, or lower --replicas.",
+}
 
 
 def status_of(state: ControllerState, store: str) -> control.Status:

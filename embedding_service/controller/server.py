@@ -38,6 +38,7 @@ from embedding_service.controller.events import (
     Tick,
 )
 from embedding_service.controller.fleet import IdTaken
+from embedding_service.controller.page import Page
 from embedding_service.controller.planning import Planning
 from embedding_service.controller.presenter import metrics_of, status_of
 from embedding_service.controller.state import ControllerState, Settings
@@ -47,6 +48,7 @@ from embedding_service.front import Kind
 from embedding_service.machine import spare_collections, split_address
 from embedding_service.methods import Context
 from embedding_service.metrics import MetricsServer, counter
+from embedding_service.page.app import PageApp
 from embedding_service.placement.routing import Routing
 from embedding_service.security.audit import Audit
 from embedding_service.security.certificates import stands_for
@@ -67,6 +69,7 @@ from embedding_service.serving import (
     told_to_end,
 )
 from embedding_service.store.store import Store
+from embedding_service.web import WebServer
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
@@ -99,6 +102,8 @@ class ControllerOptions:
             have to show a certificate there. None: `listen` answers members too.
         security: Certificate, key, authorities and policy. None: plain text, and everybody may do everything.
         health_listen: A further host:port that answers health checks alone, in plain text.
+        http_port: Port of the cluster's page. 0: none.
+        http_host: Address that the page is at.
     """
 
     store: str
@@ -115,6 +120,8 @@ class ControllerOptions:
     control_listen: str | None = None
     security: Files | None = None
     health_listen: str | None = None
+    http_port: int = 0
+    http_host: str = "127.0.0.1"
 
     def settings(self, address: str) -> Settings:
         """The settings for its state. `address` is where clients reach it."""
@@ -247,6 +254,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
     async def GetStatus(self, request: control.GetStatusRequest, context: Context) -> control.Status:
         """Everything a person wants to know."""
         return status_of(self.state, self._store)
+
+    def page(self) -> Page:
+        """What the cluster's page shows. To be called on the loop."""
+        ca = self._files.ca if self._files else None
+        return Page(self.state, self._store, self._planning, asyncio.get_running_loop(), ca)
 
     def metrics(self) -> Iterator[Metric]:
         """For Prometheus."""
@@ -399,6 +411,7 @@ async def _serve(options: ControllerOptions) -> None:
         )
 
     metrics = MetricsServer(options.listen.rpartition(":")[0], options.metrics_port, collect, security)
+    page = _serve_page(options, controller, security)
     if security:
         security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, controller.look_at_files))
     deciding = asyncio.create_task(controller.run())
@@ -408,5 +421,14 @@ async def _serve(options: ControllerOptions) -> None:
         log.info("ending")
         await cancel([deciding])
         metrics.close()
+        if page:
+            await asyncio.to_thread(page.close)  # a thread of its may wait for the loop
         await controller.end_streams()
         await server.stop()
+
+
+def _serve_page(options: ControllerOptions, controller: Controller, security: Security | None) -> WebServer | None:
+    if not options.http_port:
+        return None
+    app = PageApp(controller.page(), options.http_host, security)
+    return WebServer(options.http_host, options.http_port, app, "--http-port", security)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,6 +93,17 @@ class Counters:
             buckets=list(zip(bounds, below, strict=True)),
             sum_value=self.seconds,
         )
+
+
+def time_within(times: Sequence[int], share: float) -> float:
+    """The bound in seconds within which this share of answers came, by `Counters.times`. 0 without answers.
+
+    What is beyond all bounds counts as twice the last one.
+    """
+    below = np.cumsum(times)
+    if not below[-1]:
+        return 0.0
+    return (*_BUCKETS, 2 * _BUCKETS[-1])[int(np.searchsorted(below, share * below[-1]))]
 
 
 class CheckedLookup(NamedTuple):

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -22,7 +23,7 @@ from embedding_service.memory import resident_bytes
 from embedding_service.placement.routing import Routing
 from embedding_service.security.access import Access
 from embedding_service.shard.duties import Duties
-from embedding_service.shard.held import Counters
+from embedding_service.shard.held import Counters, time_within
 from embedding_service.shard.holdings import Holdings
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
@@ -31,6 +32,8 @@ from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+# Heartbeats over which times to answer are told.
+LATENCY_BEATS = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # Seconds after which a draining shard without a controller ends. Starting a controller again takes less. A second
 # SIGTERM ends the shard at once.
@@ -163,13 +166,15 @@ class _Stats:
         self._counters = counters
         self._holdings = holdings
         self._started = self._taken = time.monotonic()
-        self._last = (0, 0)
+        self._last = deque([Counters()], maxlen=LATENCY_BEATS)
 
     def take(self) -> control.ShardStats:
         now, counters = time.monotonic(), self._counters()
         seconds = max(now - self._taken, 1e-3)
-        lookups, rows = counters.lookups - self._last[0], counters.rows - self._last[1]
-        self._taken, self._last = now, (counters.lookups, counters.rows)
+        before, oldest = self._last[-1], self._last[0]
+        self._taken = now
+        self._last.append(counters + Counters())  # a copy
+        times = [here - then for here, then in zip(counters.times, oldest.times, strict=True)]
         anonymous, file = resident_bytes()
         return control.ShardStats(
             pid=os.getpid(),
@@ -180,8 +185,11 @@ class _Stats:
             forwarded_rows=counters.forwarded_rows,
             near_rows=counters.near_rows,
             errors=counters.errors,
-            lookups_per_second=lookups / seconds,
-            rows_per_second=rows / seconds,
+            lookups_per_second=(counters.lookups - before.lookups) / seconds,
+            rows_per_second=(counters.rows - before.rows) / seconds,
+            near_rows_per_second=(counters.near_rows - before.near_rows) / seconds,
+            p50_seconds=time_within(times, 0.5),
+            p99_seconds=time_within(times, 0.99),
             held_bytes=self._holdings.held_bytes,
             anonymous_bytes=anonymous,
             file_bytes=file,

@@ -71,7 +71,7 @@ class PartFailure(_message.Message):
     def __init__(self, part: _Optional[_Union[PartRef, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStats(_message.Message):
-    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows")
+    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows", "near_rows_per_second", "p50_seconds", "p99_seconds")
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,9 @@ class ShardStats(_message.Message):
     ANONYMOUS_BYTES_FIELD_NUMBER: _ClassVar[int]
     FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NEAR_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NEAR_ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    P50_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    P99_SECONDS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     uptime_seconds: float
     lookups: int
@@ -98,7 +101,10 @@ class ShardStats(_message.Message):
     anonymous_bytes: int
     file_bytes: int
     near_rows: int
-    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ...) -> None: ...
+    near_rows_per_second: float
+    p50_seconds: float
+    p99_seconds: float
+    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ..., near_rows_per_second: _Optional[float] = ..., p50_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("term", "has_parts", "parts", "routing", "released", "number")

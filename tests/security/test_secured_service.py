@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import torch
 from support.checkpoints import longcat_table
@@ -98,6 +99,31 @@ def test_s3_s4_every_method_is_answered_to_whom_the_table_says_and_to_nobody_els
                 if not port.is_right(path, caller, code):
                     wrong.append((path, port.name, caller.name, code, port.refusal(path, caller)))
     assert cells > 1000 and not wrong, wrong
+
+
+def test_s4_the_page_answers_to_whom_the_policy_says_and_gives_them_what_they_may_read(secured: Secured) -> None:
+    trusting = ssl.create_default_context(cafile=str(secured.folder / "ca.crt"))
+
+    def ask(path: str, token: str, question: dict[str, Any] | None = None) -> httpx.Response:
+        method, headers = "POST" if question else "GET", {"Authorization": f"Bearer {token}"} if token else {}
+        url = f"{secured.page}/{path}"
+        return httpx.request(method, url, headers=headers, json=question, verify=trusting, timeout=60)
+
+    assert ask("", "").status_code == 200  # the files hold nothing
+    for path in ("api/overview", "api/parts"):
+        codes = {token: ask(path, token).status_code for token in ("", "guess", "reader", "stranger", "admin")}
+        assert codes == {"": 401, "guess": 401, "reader": 403, "stranger": 403, "admin": 200}
+    asked = {"table": TABLE, "ids": [130]}
+    rows = ask("api/lookup", "reader", asked).json()["rows"]
+    assert rows[0]["values"] == pytest.approx(longcat_table()[130].tolist(), rel=1e-4)
+    assert ask("api/lookup", "", asked).status_code == 401
+    assert ask("api/lookup", "stranger", asked).status_code == 403
+    hidden = ask("api/lookup", "reader", {"table": f"{HIDDEN}/ngram", "ids": [1]})
+    assert hidden.status_code == 404 and HIDDEN not in hidden.json()["error"].partition("served models")[2]
+    for name in (SEEN, HIDDEN):
+        found = ask("api/ngrams", "reader", {"model": name, "tokens": [3, 14]})
+        assert found.status_code == (200 if name == SEEN else 404), found.text
+    assert ask("api/what-if", "reader", {"add": 0, "lose": []}).status_code == 403
 
 
 def test_n5_the_near_socket_lets_in_whom_the_table_says_and_nobody_else(secured: Secured) -> None:
@@ -473,7 +499,7 @@ def test_s6_a_controller_that_starts_again_believes_what_was_signed(secured: Sec
     table, ids = longcat_table(), torch.arange(0, 3000, 7)
     before = secured.members.status().term
     with EmbeddingClient(secured.members.address, tls=secured.token("reader"), timeout=60) as client:
-        secured.members.restart_controller()
+        secured.members.restart_member("controller")
 
         def is_new() -> bool:
             assert torch.equal(client.lookup(TABLE, ids), table[ids])

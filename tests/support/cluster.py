@@ -271,10 +271,10 @@ class Members:
                 self.client_address, self._check, len(self._commands) - 1, Console(file=said), self.access
             )
 
-    def restart_controller(self) -> None:
-        """End the controller and start it again. Does not wait for it."""
-        self.processes["controller"].end()
-        self.processes["controller"] = Process(self._folder / "controller.log", *self._commands["controller"])
+    def restart_member(self, name: str) -> None:
+        """End a member, if it runs, and start it again. Does not wait for it."""
+        self.processes[name].end()
+        self.processes[name] = Process(self._folder / f"{name}.log", *self._commands[name])
 
     def end(self) -> None:
         """End them."""

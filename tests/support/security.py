@@ -19,7 +19,7 @@ from embedding_service.security.authority import URI, Authority, write_private
 from embedding_service.security.policy import digest_of
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
-from support.cluster import Members
+from support.cluster import Members, free_port
 
 # What may be read, and what not.
 SEEN, HIDDEN = "fp32", "int8"
@@ -56,6 +56,7 @@ class Secured(NamedTuple):
 
     members: Members
     folder: Path
+    page: str
 
     @property
     def ca(self) -> Access:
@@ -80,12 +81,14 @@ class Secured(NamedTuple):
 def secured_service(folder: Path, store: Path, shards: int = 2) -> Iterator[Secured]:
     """Shards with `POLICY`; the second one is two processes."""
     policy = write_policy(folder, POLICY).read_text()
-    more = {"shard-1": ["--processes=2"]} if shards > 1 else {}
+    port = free_port()
+    more = {"controller": [f"--http-port={port}"], "shard-1": ["--processes=2"]}
+    more = {name: each for name, each in more.items() if shards > 1 or name != "shard-1"}
     members = Members(folder, store, shards, 1, 64 << 20, folder / "secure", policy, more)
     members.access = Access(folder / "secure" / "ca.crt", token="admin")
     try:
         members.restart()
-        yield Secured(members, folder / "secure")
+        yield Secured(members, folder / "secure", f"https://127.0.0.1:{port}")
     finally:
         members.end()
 

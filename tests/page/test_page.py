@@ -1,0 +1,192 @@
+"""The page of a cluster in a real browser: what it shows, and that it follows the cluster."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+import torch
+from page.browser import PATIENCE, chromium, picture, violations
+from playwright.sync_api import Browser, Page, expect
+from support.checkpoints import longcat_checkpoint, longcat_table
+from support.cluster import Members, free_port
+from support.tokenizers import byte_level_bpe
+
+from embedding_service import NgramHasher
+from embedding_service.store.importing import import_checkpoint
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+class Served(NamedTuple):
+    """A running service, and its page's address."""
+
+    members: Members
+    url: str
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with a tokenizer."""
+    folder = longcat_checkpoint(tmp_path_factory.mktemp("checkpoint") / "longcat")
+    byte_level_bpe().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(browser: Browser, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Three shards and a controller with a page, each part twice. `browser` first: without one nothing starts."""
+    folder, port = tmp_path_factory.mktemp("page"), free_port()
+    for dtype in ("fp32", "int8"):
+        import_checkpoint(checkpoint, str(folder / "store"), f"longcat-{dtype}", dtype=dtype, part_bytes=64 << 10)
+    page = {"controller": [f"--http-port={port}"]}
+    members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page)
+    try:
+        members.restart()
+        yield Served(members, f"http://127.0.0.1:{port}")
+    finally:
+        members.end()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the browser complained of."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, served: Served, said: list[str]) -> Iterator[Page]:
+    """The page, as it shows a cluster that serves all."""
+    context = browser.new_context(color_scheme="light", viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(served.url)
+    expect(page.locator("#state")).to_have_text("All is served")
+    expect(page.locator("#shard-rows tr")).to_have_count(3)
+    yield page
+    context.close()
+
+
+def test_it_answers_rows_n_grams_and_what_if(page: Page, checkpoint: Path, said: list[str]) -> None:
+    ids, tokens = [130, 5], [3, 14, 15, 92]
+    lookup, ngrams, plan = (page.locator(f"#{form}") for form in ("lookup", "ngrams", "plan"))
+    lookup.get_by_label("Table").select_option("longcat-fp32/ngram")
+    lookup.get_by_label("Row ids").fill(" ".join(map(str, ids)))
+    lookup.get_by_role("button").click()
+    for row_id in ids:
+        row = lookup.locator("tbody tr").filter(has=page.get_by_role("cell", name=str(row_id), exact=True))
+        expect(row).to_contain_text("  ".join(f"{value:.5g}" for value in longcat_table()[row_id, :6].tolist()))
+    lookup.get_by_label("Row ids").fill("99999999")
+    lookup.get_by_role("button").click()
+    expect(lookup).to_contain_text("id 99999999 at position 0 is outside table")
+
+    ngrams.get_by_label("Model").select_option("longcat-fp32")
+    ngrams.get_by_label("Text, or token ids").fill(", ".join(map(str, tokens)))
+    ngrams.get_by_role("button").click()
+    expect(ngrams.locator("tbody tr")).to_have_count(len(tokens))
+    hasher = NgramHasher.from_config(checkpoint)
+    for row, heads in enumerate(hasher.row_ids(torch.tensor([tokens]))[0, :, 0].tolist()):
+        expect(ngrams.locator("tbody tr").nth(row)).to_contain_text("  ".join(map(str, heads)))
+
+    ngrams.get_by_label("Text, or token ids").fill("The cafe, naïve")
+    ngrams.get_by_role("button").click()
+    expect(ngrams.locator("tbody tr").first.locator(".name")).to_have_text("The")
+
+    plan.get_by_label("Add shards").fill("1")
+    plan.get_by_label("shard-1").check()
+    plan.get_by_role("button").click()
+    expect(plan).to_contain_text("It fits.")
+    expect(plan.locator("tbody tr")).to_have_count(3)
+    expect(plan.locator("tbody")).to_contain_text("new-0")
+    expect(plan.locator("tbody")).not_to_contain_text("shard-1")
+    assert not violations(page)
+    picture(page, "answers")
+    plan.get_by_label("GiB each").fill("0.001")
+    for name in ("shard-0", "shard-2"):
+        plan.get_by_label(name).check()
+    plan.get_by_role("button").click()
+    expect(plan.locator(".bad-text")).to_contain_text("It would fit with")
+    # The browser itself tells of answers that are errors.
+    assert len(said) == 2 and all("the server responded with a status of 4" in each for each in said)
+
+
+def test_it_shows_the_cluster_to_everybody(page: Page, served: Served, said: list[str]) -> None:
+    status = served.members.status()
+    for shard in status.shards:
+        expect(page.locator("#shard-rows tr").filter(has_text=shard.address)).to_contain_text(shard.shard_id)
+    for model in status.models:
+        row = page.locator("#model-rows tr").filter(has_text=f"{model.model.name}@{model.model.version}")
+        expect(row).to_contain_text(f"{model.parts} of {model.parts}")
+    parts = page.locator("[role=option]")
+    expect(parts).to_have_count(sum(model.parts for model in status.models))
+
+    # Without a mouse: a map says where each part is.
+    first = page.get_by_role("listbox").first
+    first.press("End")
+    last = first.locator("[role=option]").last
+    expect(last).to_have_attribute("aria-selected", "true")
+    assert first.get_attribute("aria-activedescendant") == last.get_attribute("id")
+    expect(page.locator("#cell")).to_have_text(
+        re.compile(r"longcat-fp32@1/ngram, part \d+; rows [\d,]+ to 19,475; on shard-")
+    )
+
+    assert not violations(page)
+    picture(page, "light")
+    page.emulate_media(color_scheme="dark")
+    assert not violations(page)
+    picture(page, "dark")
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
+    assert not violations(page)
+    picture(page, "phone")
+    assert not said
+
+
+def test_it_follows_shards_that_die_and_come_without_a_reload(page: Page, served: Served, said: list[str]) -> None:
+    page.evaluate("window.same = true")
+    gone = ("shard-1", "shard-2")
+    for name in gone:
+        served.members.processes[name].end(signal.SIGKILL)
+    expect(page.locator("#shard-rows tr")).to_have_count(1)
+    problems = page.locator("#problem-list li")
+    expect(problems).to_have_count(1)
+    expect(problems).to_contain_text("2 copies of every part need 2 shards")
+    expect(problems).to_contain_text("Add shards, or lower --replicas.")
+    expect(page.locator("#state")).to_have_text("1 problem")
+    assert not violations(page)
+    picture(page, "problem")
+    for name in gone:
+        served.members.restart_member(name)
+    expect(page.locator("#shard-rows tr")).to_have_count(3)
+    expect(page.locator("#state")).to_have_text("All is served")
+    expect(page.locator("#problems")).to_be_hidden()
+    assert page.evaluate("window.same")
+    assert not said
+
+
+def test_it_is_no_way_in_for_other_sites(served: Served) -> None:
+    found = httpx.get(served.url, timeout=60)
+    assert "default-src 'none'" in found.headers["Content-Security-Policy"]
+    # A name that somebody else made lead here, and questions that a form of another site could send.
+    other = httpx.get(f"{served.url}/api/overview", headers={"Host": "evil.example:80"}, timeout=60)
+    assert other.status_code == 403 and "localhost" in other.json()["error"]
+    question = '{"table": "longcat-fp32/ngram", "ids": [1]}'
+    plain = httpx.post(f"{served.url}/api/lookup", content=question, headers={"Content-Type": "text/plain"}, timeout=60)
+    assert plain.status_code == 400
+    long = httpx.post(f"{served.url}/api/lookup", json={"table": "x" * 70_000}, timeout=60)
+    assert long.status_code == 400 and "65,536 bytes" in long.json()["error"]
+    assert httpx.get(f"{served.url}/api/nothing", timeout=60).status_code == 404
