@@ -99,8 +99,8 @@ def test_it_answers_rows_n_grams_and_what_if(page: Page, checkpoint: Path, said:
     ngrams.get_by_role("button").click()
     expect(ngrams.locator("tbody tr")).to_have_count(len(tokens))
     hasher = NgramHasher.from_config(checkpoint)
-    for row, heads in enumerate(hasher.row_ids(torch.tensor([tokens]))[0, :, 0].tolist()):
-        expect(ngrams.locator("tbody tr").nth(row)).to_contain_text("  ".join(map(str, heads)))
+    for position, heads in enumerate(hasher.row_ids(torch.tensor([tokens]))[0, :, 0].tolist()):
+        expect(ngrams.locator("tbody tr").nth(position)).to_contain_text("  ".join(map(str, heads)))
 
     ngrams.get_by_label("Text, or token ids").fill("The cafe, naïve")
     ngrams.get_by_role("button").click()
