@@ -21,7 +21,8 @@ def test_logits_and_tokens_on_a_gpu_are_identical(
     here, there = load_model(model_folder), load_model(model_folder)
     attach(here, LocalTables(model_folder), "local")
     attach(there, remote, "small")
-    here, there = here.to("cuda", dtype), there.to("cuda", dtype)
+    for model in (here, there):
+        torch.nn.Module.to(model, "cuda", dtype)
     ids = torch.randint(3, VOCAB, (4, 50), generator=torch.Generator().manual_seed(3)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :20] = mask[2, :1] = 0
