@@ -1,6 +1,6 @@
 """What a browser asks: files that anybody may have, and answers in JSON for who may see the service.
 
-The page changes nothing in the service, whoever asks.
+The page changes nothing in the service.
 """
 
 from __future__ import annotations
