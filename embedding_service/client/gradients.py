@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.wire import embedding_pb2 as base_wire
+from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
+from embedding_service.wire.lookup_codec import Bytes
 
-# Bytes of gradients in a piece. The service takes messages of 16 MiB by default.
+# Bytes of gradients in a piece, and of rows in an answer. The service takes messages of 16 MiB by default.
 PIECE_BYTES = 4 << 20
 # Ids in a message: they take 8 bytes each, as much as a narrow row or more.
 MOST_IDS = 1 << 18
@@ -22,6 +26,12 @@ ENCODINGS = {
     torch.float16: base_wire.ROW_ENCODING_FLOAT16,
     torch.bfloat16: base_wire.ROW_ENCODING_BFLOAT16,
 }
+# Fields of PushPiece.
+IDS, GRADIENTS = (wire.PushPiece.DESCRIPTOR.fields_by_name[name].number for name in ("ids", "gradients"))
+# Of ReadResponse.
+ROWS = wire.ReadResponse.DESCRIPTOR.fields_by_name["rows"].number
+# Bytes whose checksum is taken at a time: they stay in a core's cache.
+_CHECKED_BYTES = 1 << 18
 DTYPES = {encoding: dtype for dtype, encoding in ENCODINGS.items()}
 
 
@@ -29,8 +39,10 @@ def summed(ids: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The sums of gradients by id: ascending ids [k], each once, and float32 [k, dim].
 
     ids: int64 [n] each, in any order. gradients: floating [n, dim] each. Those of one id are added in the order given,
-    which says the sum's bits.
+    which says the sum's bits. A single one whose ids ascend, each once, is its own sum, in the memory that it has.
     """
+    if len(ids) == 1 and ascend(ids[0]):
+        return ids[0], gradients[0].float()
     together, where = torch.unique(torch.cat(ids), return_inverse=True)
     sums = torch.zeros(len(together), gradients[0].shape[1])
     first = 0
@@ -38,6 +50,11 @@ def summed(ids: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         sums.index_add_(0, where[first : first + len(some)], gradient.float())
         first += len(some)
     return together, sums
+
+
+def ascend(ids: Tensor) -> bool:
+    """Whether they do, each once. int64 [n]."""
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def are_finite(values: Tensor) -> bool:
@@ -60,17 +77,27 @@ def push_pieces(head: wire.PushPiece, tables: Mapping[str, tuple[Tensor, Tensor]
 
     head: says the branch, session, worker and step. tables: ascending ids int64 [n], each once, and gradients [n, dim].
     """
-    pieces, crc = [head], 0
-    for name, (ids, gradients) in tables.items():
-        for some, values in _cut(ids, gradients):
-            piece = pieces[-1] if not pieces[-1].table else wire.PushPiece()
-            if piece is not pieces[-1]:
-                pieces.append(piece)
-            piece.table, piece.encoding = name, ENCODINGS[values.dtype]
-            piece.ids, piece.gradients = data_of(some), data_of(values)
-            crc = zlib.crc32(piece.gradients, zlib.crc32(piece.ids, crc))
-    pieces[-1].last, pieces[-1].learning_rate, pieces[-1].crc = True, learning_rate, crc
-    return [piece.SerializeToString() for piece in pieces]
+    cut = [(name, *some) for name, (ids, gradients) in tables.items() for some in _cut(ids, gradients)]
+    pieces, checksum = list[bytes](), Checksum()
+    for number, (name, ids, gradients) in enumerate(cut, 1):
+        fields = [data_of(ids), data_of(gradients)]
+        checksum.add(*fields)
+        piece = wire.PushPiece() if pieces else head
+        piece.table, piece.encoding = name, ENCODINGS[gradients.dtype]
+        if number == len(cut):
+            _end(piece, learning_rate, checksum)
+        message, places = large.write(piece, {IDS: len(fields[0]), GRADIENTS: len(fields[1])})
+        for place, data in zip(places, fields, strict=True):
+            place[:] = data
+        pieces.append(message)
+    if not pieces:
+        _end(head, learning_rate, checksum)
+        pieces.append(head.SerializeToString())
+    return pieces
+
+
+def _end(piece: wire.PushPiece, learning_rate: float, checksum: Checksum) -> None:
+    piece.last, piece.learning_rate, piece.checksum = True, learning_rate, checksum.value
 
 
 def _cut(ids: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,13 +105,43 @@ def _cut(ids: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(ids.split(rows), gradients.split(rows), strict=True) if len(ids) else ()
 
 
-def data_of(values: Tensor) -> bytes:
-    """The bytes of a contiguous tensor."""
-    return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+class Checksum:
+    """Of the ids and gradients of a push, as PushPiece.checksum says. It takes a sixth of the time of a CRC-32.
+
+    Attributes:
+        value: Of what was added so far.
+    """
+
+    def __init__(self) -> None:
+        self.value = self._words = 0
+
+    def add(self, *fields: Bytes) -> None:
+        """Go on with these bytes: uint8 [n] each."""
+        for field in fields:
+            for begin in range(0, len(field), _CHECKED_BYTES):
+                some = field[begin : begin + _CHECKED_BYTES]
+                rest = len(some) % 8
+                words = some[: len(some) - rest].view("<u8")
+                if rest:
+                    words = np.append(words, np.frombuffer(some[-rest:].tobytes().ljust(8, b"\0"), "<u8"))
+                weighted = int(np.dot(words, _weights()[: len(words)])) + 2 * self._words * int(words.sum())
+                self.value = (self.value + weighted) % (1 << 64)
+                self._words += len(words)
 
 
-def from_data(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """What `data_of` was given."""
-    if not data:
+@cache
+def _weights() -> npt.NDArray[np.uint64]:
+    return 2 * np.arange(_CHECKED_BYTES // 8, dtype=np.uint64) + 1
+
+
+def data_of(values: Tensor) -> Bytes:
+    """The bytes of a tensor in host memory: uint8 [n], a view of it if it is contiguous."""
+    return values.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def from_data(data: Bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """What `data_of` was given, in the same memory where that is aligned."""
+    if not len(data):
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(shape))
+    values = torch.from_numpy(data)
+    return (values.clone() if values.data_ptr() % dtype.itemsize else values).view(dtype).view(tuple(shape))

@@ -21,6 +21,9 @@ from embedding_service.client.gradients import (
     DTYPES,
     ENCODINGS,
     MOST_IDS,
+    PIECE_BYTES,
+    ROWS,
+    ascend,
     check_finite,
     from_data,
     push_pieces,
@@ -38,7 +41,9 @@ from embedding_service.errors import (
 from embedding_service.grpc_codes import error_of
 from embedding_service.ngram import NgramHasher
 from embedding_service.placement.routing import check_ids
+from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
+from embedding_service.wire.lookup_codec import Bytes
 
 if TYPE_CHECKING:
     from embedding_service.client.transport import GrpcTransport
@@ -47,12 +52,10 @@ _SERVICE = "/embedding.v1.TrainingService"
 _METHODS: dict[type[Any], tuple[str, Any]] = {
     wire.OpenRequest: ("Open", wire.OpenResponse.FromString),
     wire.BeginRequest: ("Begin", wire.BeginResponse.FromString),
-    wire.ReadRequest: ("Read", wire.ReadResponse.FromString),
+    wire.ReadRequest: ("Read", lambda message: _Rows.read(message)),
     wire.CheckpointRequest: ("Checkpoint", wire.CheckpointResponse.FromString),
     wire.PublishRequest: ("Publish", wire.PublishResponse.FromString),
 }
-# Bytes of rows that are read in one call.
-_READ_BYTES = 16 << 20
 # Seconds between two tries, at first and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 # Seconds that a try may take. A shard that comes back may have a log to go through.
@@ -64,6 +67,18 @@ _TRIES = 20
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 Ids = npt.NDArray[np.int64]
+
+
+class _Rows(NamedTuple):
+    """What a `ReadResponse` says. `rows`: uint8 [bytes]."""
+
+    rows: Bytes
+    step: int
+
+    @staticmethod
+    def read(message: bytes) -> _Rows:
+        answer, [rows] = large.read(wire.ReadResponse, message, ROWS)
+        return _Rows(rows, answer.step)
 
 
 class _Table(NamedTuple):
@@ -130,6 +145,7 @@ class Session:
         self._hasher: NgramHasher | None = None
         self._lock = threading.Lock()
         self._gradients: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._summed: set[str] = set()  # tables whose gradients are one sum, in memory of ours
 
     # Beginning and ending
 
@@ -208,15 +224,20 @@ class Session:
         about = self._table(table)
         if dtype not in ENCODINGS:
             raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        flat, where = np.unique(ids.detach().to("cpu", torch.int64).reshape(-1).numpy(), return_inverse=True)
-        check_ids(flat, about.rows, f"{self.name}/{table}")
-        rows = self._read(about, flat, dtype)[torch.from_numpy(where)]
+        flat = ids.detach().to("cpu", torch.int64).reshape(-1)
+        if ascend(flat):
+            check_ids(flat.numpy(), about.rows, f"{self.name}/{table}")
+            rows = self._read(about, flat.numpy(), dtype)
+        else:
+            once, where = np.unique(flat.numpy(), return_inverse=True)
+            check_ids(once, about.rows, f"{self.name}/{table}")
+            rows = self._read(about, once, dtype)[torch.from_numpy(where)]
         return rows.view(*ids.shape, about.dim).to(ids.device)
 
     def _read(self, table: _Table, ids: Ids, dtype: torch.dtype) -> Tensor:
         rows = torch.empty(len(ids), table.dim, dtype=dtype)
         asked = []
-        most = min(max(1, _READ_BYTES // (table.dim * dtype.itemsize)), MOST_IDS)
+        most = min(max(1, PIECE_BYTES // (table.dim * dtype.itemsize)), MOST_IDS)
         owner = table.shards[ids // table.rows_per_part]
         for index, shard in enumerate(self._shards):
             mine = np.flatnonzero(owner == index)
@@ -231,10 +252,13 @@ class Session:
                     session=self.number,
                     worker=self._worker,
                 )
-                asked.append((shard, request, torch.from_numpy(some)))
+                asked.append((shard, request, some))
         answers = self._ask_all([(shard, request) for shard, request, _ in asked])
         for (_, _, where), answer in zip(asked, answers, strict=True):
-            rows[where] = from_data(answer.rows, dtype, [len(where), table.dim])
+            got = from_data(answer.rows, dtype, [len(where), table.dim])
+            if len(where) == len(ids):
+                return got
+            rows[_slice_or(where)] = got
         return rows
 
     def lookup_ngrams(
@@ -268,6 +292,7 @@ class Session:
             all_ids, all_values = self._gradients.setdefault(table, ([], []))
             all_ids.append(flat)
             all_values.append(values)
+            self._summed.discard(table)
 
     def add_ngram_gradients(self, token_ids: Tensor, context: Tensor | None, gradients: Tensor) -> None:
         """Add gradients of what `lookup_ngrams` gave: [B, S, L, H, dim], or the last three as one."""
@@ -282,10 +307,17 @@ class Session:
 
         The sums may be changed in place: that is how they are clipped or unscaled.
         """
+        return self._sums(to_change=True)
+
+    def _sums(self, *, to_change: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """`to_change`: in memory that autograd does not know."""
         with self._lock:
             for table, (ids, values) in self._gradients.items():
-                if len(ids) != 1 or values[0].dtype != torch.float32 or not _ascends(ids[0]):
+                if table not in self._summed:
                     some, total = summed(ids, values)
+                    if to_change:
+                        total = total.clone() if total is values[0] else total
+                        self._summed.add(table)
                     self._gradients[table] = [some], [total]
             return {table: (ids[0], values[0]) for table, (ids, values) in self._gradients.items()}
 
@@ -293,6 +325,7 @@ class Session:
         """Forget the gradients so far."""
         with self._lock:
             self._gradients = {}
+            self._summed.clear()
 
     def clip_grad_norm_(self, max_norm: float, *, others: Sequence[Tensor] = ()) -> float:
         """Scale the gradients so that their norm, with that of `others`, is at most `max_norm`. Returns the norm.
@@ -325,7 +358,7 @@ class Session:
         if self.lr is None:
             raise InvalidRequest(f"session.lr is not set: {self.name} has its optimizer, but no learning rate yet")
         tables = {}
-        for name, (ids, values) in self.sums().items():
+        for name, (ids, values) in self._sums().items():
             sent = values.to(self.dtype)
             check_finite(name, ids, sent)
             tables[name] = ids, sent
@@ -525,8 +558,10 @@ class Session:
             return self._call(address, request, timeout)
 
 
-def _ascends(ids: Tensor) -> bool:
-    return bool((ids[1:] > ids[:-1]).all())
+def _slice_or(places: Ids) -> slice | Ids:
+    """Ascending places, as a slice if they are one: that is copied faster."""
+    first, end = int(places[0]), int(places[-1]) + 1
+    return slice(first, end) if end - first == len(places) else places
 
 
 def _error(error: grpc.RpcError) -> Exception:

@@ -18,7 +18,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from embedding_service.budget import Budget
-from embedding_service.client.gradients import DTYPES, data_of
+from embedding_service.client.gradients import DTYPES, GRADIENTS, IDS, ROWS, data_of
 from embedding_service.client.router import Router
 from embedding_service.errors import (
     EmbeddingServiceError,
@@ -43,6 +43,7 @@ from embedding_service.training.branch import (
 )
 from embedding_service.training.publishing import publish_branch
 from embedding_service.training.share import Share
+from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class TrainingService:
                 "Open": unary(self.Open, wire.OpenRequest.FromString, wire.OpenResponse.SerializeToString),
                 "Begin": unary(self.Begin, wire.BeginRequest.FromString, wire.BeginResponse.SerializeToString),
                 "Push": grpc.stream_unary_rpc_method_handler(self.Push, None, wire.PushResponse.SerializeToString),
-                "Read": unary(self.Read, wire.ReadRequest.FromString, wire.ReadResponse.SerializeToString),
+                "Read": unary(self.Read, wire.ReadRequest.FromString, None),
                 "Checkpoint": unary(
                     self.Checkpoint, wire.CheckpointRequest.FromString, wire.CheckpointResponse.SerializeToString
                 ),
@@ -154,7 +155,7 @@ class TrainingService:
         """See the proto."""
         return await self._answered(context, self._push(requests, context))
 
-    async def Read(self, request: wire.ReadRequest, context: Context) -> wire.ReadResponse:
+    async def Read(self, request: wire.ReadRequest, context: Context) -> bytes:
         """See the proto."""
         return await self._answered(context, self._read(request, context))
 
@@ -265,13 +266,15 @@ class TrainingService:
             if not pieces:
                 raise InvalidRequest("the push holds no piece")
             push = await asyncio.to_thread(opened.share.read, pieces)
-            await self._on(opened, opened.share.accept, push)
+            await self._on(opened, opened.share.admit, push)
+            # The step is done while the answer travels. What comes on this thread later finds it done.
+            opened.thread.submit(_advance, opened.share)
         finally:
             self._budget.give_back(promised)
         share = opened.share
         return wire.PushResponse(accepted_step=push.step, applied_step=share.applied, durable_step=share.durable)
 
-    async def _read(self, request: wire.ReadRequest, context: Context) -> wire.ReadResponse:
+    async def _read(self, request: wire.ReadRequest, context: Context) -> bytes:
         self._check_right(context, "train", request.branch)
         opened = await self._opened(request.branch)
         dtype = DTYPES.get(request.encoding)
@@ -378,14 +381,24 @@ class TrainingService:
                 opened.waiting.discard(woken)
 
 
-def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> wire.ReadResponse:
+def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> bytes:
     rows, step = share.rows(table, ids)
-    return wire.ReadResponse(rows=data_of(rows.to(dtype)), step=step)
+    rows = rows.to(dtype)
+    message, [place] = large.write(wire.ReadResponse(step=step), {ROWS: rows.nbytes})
+    place[:] = data_of(rows)
+    return message
+
+
+def _advance(share: Share) -> None:
+    try:
+        share.advance()
+    except Exception:  # the next push tries again, and so does who opens the log
+        log.exception("%s cannot do step %d", share.branch.full_name, share.applied + 1)
 
 
 def _branch_of(piece: bytes) -> str:
     try:
-        return wire.PushPiece.FromString(piece).branch
+        return large.read(wire.PushPiece, piece, IDS, GRADIENTS)[0].branch
     except DecodeError:
         raise InvalidRequest("a piece of the push is malformed: it is no PushPiece") from None
 

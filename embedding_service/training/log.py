@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
     kind: int
     step: int
-    pieces: list[bytes]
+    pieces: Sequence[bytes | memoryview]
 
 
 class Log:
@@ -204,9 +204,10 @@ def _first_step(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def _digest(head: tuple[bytes, int, int, int, int], body: bytes | memoryview) -> bytes:
+def _digest(head: tuple[bytes, int, int, int, int], body: Sequence[bytes | memoryview]) -> bytes:
     digest = xxhash.xxh3_128(_HEAD.pack(*head, bytes(16)))
-    digest.update(body)
+    for each in body:
+        digest.update(each)
     return digest.digest()
 
 
@@ -214,7 +215,7 @@ def _mapped(path: Path) -> bytes | mmap.mmap:
     """A file's bytes, not read yet: one may be larger than memory."""
     with path.open("rb") as file:
         empty = os.fstat(file.fileno()).st_size == 0
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _records(data: bytes | mmap.mmap) -> Iterator[tuple[Record, int]]:
@@ -226,21 +227,21 @@ def _records(data: bytes | mmap.mmap) -> Iterator[tuple[Record, int]]:
         begin = at + _HEAD.size
         body = view[begin : begin + nbytes]
         whole = magic == _MAGIC and len(body) == nbytes and nbytes >= 8 * pieces
-        if not whole or _digest((magic, kind, pieces, step, nbytes), body) != digest:
+        if not whole or _digest((magic, kind, pieces, step, nbytes), [body]) != digest:
             return
         lengths = struct.unpack_from(f"<{pieces}Q", body)
         found, place = [], 8 * pieces
         for length in lengths:
-            found.append(bytes(body[place : place + length]))
+            found.append(body[place : place + length])
             place += length
         at = begin + nbytes
         yield Record(kind, step, found), at
 
 
 def _write(file: int, record: Record) -> None:
-    body = b"".join([struct.pack(f"<{len(record.pieces)}Q", *map(len, record.pieces)), *record.pieces])
-    head = (_MAGIC, record.kind, len(record.pieces), record.step, len(body))
-    for buffer in (_HEAD.pack(*head, _digest(head, body)), body):
+    body = [struct.pack(f"<{len(record.pieces)}Q", *map(len, record.pieces)), *record.pieces]
+    head = (_MAGIC, record.kind, len(record.pieces), record.step, sum(map(len, body)))
+    for buffer in (_HEAD.pack(*head, _digest(head, body)), *body):
         view = memoryview(buffer)
         while view:
             view = view[os.write(file, view) :]

@@ -129,9 +129,11 @@ class Share:
     def _replay(self, record: Record) -> None:
         if record.step <= self.applied:
             return
-        push = read_push(self.branch, record.pieces)
+        push = read_push(self.branch, record.pieces, check=False)
         if push.session == self.session and push.step == self.accepted[push.worker] + 1:
             self._take(push)
+            while pushes := self._next():
+                self._apply(pushes)
 
     def _load_base(self) -> None:
         manifest = self._store.manifest(self.branch.model, self.branch.base)
@@ -208,12 +210,18 @@ class Share:
     def read(self, pieces: list[bytes]) -> Push:
         """A push with all of it checked that does not depend on its turn. On any thread."""
         push = read_push(self.branch, pieces)
-        for name, (ids, _) in push.tables.items():
-            self._table(name).local(ids.numpy())
+        for name, rows in push.tables.items():
+            for ids, _ in rows:
+                self._table(name).local(ids.numpy())
         return push
 
     def accept(self, push: Push) -> None:
-        """Log a push, and do the step if it was the last one that was waited for.
+        """`admit` and `advance`."""
+        self.admit(push)
+        self.advance()
+
+    def admit(self, push: Push) -> None:
+        """Log a push: it is accepted then. `advance` is to follow.
 
         One that was accepted before changes nothing. Raises SessionEnded, OutOfTurn; Overloaded if the log's disk takes
         no more.
@@ -231,11 +239,18 @@ class Share:
             raise OutOfTurn(
                 f"worker {push.worker} pushed step {push.step} of {self.branch.full_name}, step {expected} is expected"
             )
-        self._log.append(Record(PUSH, push.step, list(push.pieces)))
+        self._log.append(Record(PUSH, push.step, push.pieces))
         self._take(push)
-        self._log.applied(self.applied)
-        self._checkpoint_if_due()
-        self._on_applied()
+
+    def advance(self) -> None:
+        """Do the steps of which all pushes are here."""
+        before = self.applied
+        while pushes := self._next():
+            self._apply(pushes)
+            self._log.applied(self.applied)
+            self._checkpoint_if_due()
+        if self.applied > before:
+            self._on_applied()
 
     def check_has(self, session: int, worker: int, step: int) -> None:
         """Raise OutOfTurn if a worker of this session pushed a step that is not here. It may have been lost."""
@@ -249,18 +264,21 @@ class Share:
 
     def _take(self, push: Push) -> None:
         self.accepted[push.worker] = push.step
-        waiting = self._pending.setdefault(push.step, {})
-        waiting[push.worker] = push
-        while len(waiting := self._pending.get(self.applied + 1, {})) == self.workers:
-            self._apply([waiting[worker] for worker in range(self.workers)])
+        self._pending.setdefault(push.step, {})[push.worker] = push
+
+    def _next(self) -> list[Push]:
+        """What the next step is made of. Empty while a worker's push is missing."""
+        waiting = self._pending.get(self.applied + 1, {})
+        return [waiting[worker] for worker in range(self.workers)] if len(waiting) == self.workers else []
 
     def _apply(self, pushes: list[Push]) -> None:
         """Do one step. Everything was checked, so nothing of it fails."""
         number, changes = self.applied + 1, []
         for name, trained in self.tables.items():
-            if parts := [push.tables[name] for push in pushes if name in push.tables]:
-                ids, gradients = summed([each for each, _ in parts], [each for _, each in parts])
-                changes.append((name, trained, trained.local(ids.numpy()), gradients))
+            rows = [each for push in pushes for each in push.tables.get(name, ())]
+            if len(pushes) > 1 and rows:
+                rows = [summed([ids for ids, _ in rows], [gradients for _, gradients in rows])]
+            changes += [(name, trained, trained.local(ids.numpy()), gradients.float()) for ids, gradients in rows]
         with self._lock:
             for name, trained, local, gradients in changes:
                 if self._snapshot:
@@ -327,7 +345,7 @@ class Share:
         self._log.append(self._session_record(self.session, self.workers))
         for pushes in self._pending.values():
             for push in pushes.values():
-                self._log.append(Record(PUSH, push.step, list(push.pieces)))
+                self._log.append(Record(PUSH, push.step, push.pieces))
 
     @staticmethod
     def _session_record(session: int, workers: int) -> Record:

@@ -121,7 +121,7 @@ def _cut(message: bytes, kinds: Sequence[int], *numbers: int) -> tuple[bytes, li
     if len(message) <= _SHORT:
         return message, [b""] * len(numbers)
     rest, taken = [], {number: list[bytes]() for number in numbers}
-    for number, kind, begin, value, end in _fields(message):
+    for number, kind, begin, value, end in fields_of(message):
         if number in taken and kind in kinds:
             taken[number].append(message[value:end])  # of pieces of a field, the second goes on where the first ends
         else:
@@ -129,7 +129,7 @@ def _cut(message: bytes, kinds: Sequence[int], *numbers: int) -> tuple[bytes, li
     return b"".join(rest), [b"".join(pieces) for pieces in taken.values()]
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+def fields_of(message: bytes | memoryview) -> Iterator[tuple[int, int, int, int, int]]:
     """Number, wire type, where it begins, where its value does and ends: of each field of a message.
 
     Groups are of no message that we know. What is in one has the number 0.
@@ -163,7 +163,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
         raise _malformed()
 
 
-def _varint(message: bytes, position: int, longest: int = _LONGEST) -> tuple[int, int]:
+def _varint(message: bytes | memoryview, position: int, longest: int = _LONGEST) -> tuple[int, int]:
     """A number and where the next thing begins."""
     number = 0
     for index, byte in enumerate(message[position : position + longest]):

@@ -72,7 +72,7 @@ def _before_rows(shape: Shape) -> bytes:
 
 @lru_cache(1024)
 def _before_streamed_rows(shape: Shape) -> bytes:
-    return _aligned(shape, lambda answer: _RESULT + _varint(len(answer) + shape.nbytes) + answer)
+    return _aligned(shape, lambda answer: _RESULT + varint(len(answer) + shape.nbytes) + answer)
 
 
 def _aligned(shape: Shape, wrap: Callable[[bytes], bytes]) -> bytes:
@@ -82,7 +82,7 @@ def _aligned(shape: Shape, wrap: Callable[[bytes], bytes]) -> bytes:
     once the last counts, and a varint may begin with zeros.
     """
     small = wire.LookupResponse(row_bytes=shape.row_bytes, dim=shape.dim, version=shape.version).SerializeToString()
-    rows = _ROWS + _varint(shape.nbytes) if shape.nbytes else b""
+    rows = _ROWS + varint(shape.nbytes) if shape.nbytes else b""
     for twos, threes in itertools.product(range(1, _ALIGNMENT), range(2)):
         encoding = bytes([_ENCODING, shape.encoding]) * twos + bytes([_ENCODING, shape.encoding | 0x80, 0]) * threes
         before = wrap(small + encoding + rows)
@@ -108,9 +108,15 @@ def allocate_streamed(shape: Shape, request_id: int) -> tuple[bytes, Bytes]:
 
 
 def _allocate(before: bytes, shape: Shape) -> tuple[bytes, Bytes]:
-    message = _new_bytes(None, len(before) + shape.nbytes)  # a bytes object that nobody else knows may be written to
+    message = allocate_bytes(len(before) + shape.nbytes)
     ctypes.memmove(id(message) + _BYTES_HEADER, before, len(before))
-    return message, _view(message, len(before)).reshape(shape.count, shape.row_bytes)
+    return message, view_of(message, len(before)).reshape(shape.count, shape.row_bytes)
+
+
+def allocate_bytes(nbytes: int) -> bytes:
+    """A bytes object with any content. Its maker may write to it, by `view_of`, while nobody else knows it."""
+    made: bytes = _new_bytes(None, nbytes)
+    return made
 
 
 class EncodedLookup(NamedTuple):
@@ -127,7 +133,7 @@ class EncodedLookup(NamedTuple):
 
     def message(self) -> bytes:
         """The serialized `LookupRequest`."""
-        return self.head + _varint(len(self.ids)) + self.ids
+        return self.head + varint(len(self.ids)) + self.ids
 
 
 def encode_lookup(
@@ -145,8 +151,8 @@ def join_lookups(requests: Sequence[EncodedLookup]) -> EncodedLookup:
 
 
 def _encoded(head: bytes, ids: bytes) -> EncodedLookup:
-    before = head + _varint(len(ids))
-    return EncodedLookup(_LOOKUP + _varint(len(before) + len(ids)) + before + ids, head, ids)
+    before = head + varint(len(ids))
+    return EncodedLookup(_LOOKUP + varint(len(before) + len(ids)) + before + ids, head, ids)
 
 
 @lru_cache(1024)
@@ -184,19 +190,19 @@ def _read(message: bytes, before: bytes, shape: Shape) -> Answer | None:
 
 
 def _answer(response: wire.LookupResponse) -> Answer:
-    return Answer(_view(response.rows, 0), response.version)
+    return Answer(view_of(response.rows, 0), response.version)
 
 
-def _view(message: bytes, start: int) -> Bytes:
+def view_of(message: bytes, start: int) -> Bytes:
     """A message from `start` on as an array that keeps it alive. Writable, for torch: the message is nobody else's."""
     return np.asarray(_Memory(message, start))
 
 
 def _copy_or_view(message: bytes, start: int) -> Bytes:
-    """`_view`, or a copy where that costs less."""
+    """`view_of`, or a copy where that costs less."""
     if len(message) <= _SMALL:
         return np.ndarray(len(message) - start, np.uint8, bytearray(message), start)
-    return _view(message, start)
+    return view_of(message, start)
 
 
 class _Memory:
@@ -213,7 +219,7 @@ class _Memory:
 
 
 @lru_cache(1024)
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Base 128, low bits first, as protobuf writes lengths."""
     out = bytearray()
     while value > 0x7F:

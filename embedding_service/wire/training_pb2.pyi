@@ -102,7 +102,7 @@ class BeginResponse(_message.Message):
     def __init__(self, applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., accepted_steps: _Optional[_Iterable[int]] = ..., timeline: _Optional[int] = ...) -> None: ...
 
 class PushPiece(_message.Message):
-    __slots__ = ("branch", "session", "worker", "step", "table", "ids", "gradients", "encoding", "last", "learning_rate", "crc")
+    __slots__ = ("branch", "session", "worker", "step", "table", "ids", "gradients", "encoding", "last", "learning_rate", "checksum")
     BRANCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -113,7 +113,7 @@ class PushPiece(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
-    CRC_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     branch: str
     session: int
     worker: int
@@ -124,8 +124,8 @@ class PushPiece(_message.Message):
     encoding: _embedding_pb2.RowEncoding
     last: bool
     learning_rate: float
-    crc: int
-    def __init__(self, branch: _Optional[str] = ..., session: _Optional[int] = ..., worker: _Optional[int] = ..., step: _Optional[int] = ..., table: _Optional[str] = ..., ids: _Optional[bytes] = ..., gradients: _Optional[bytes] = ..., encoding: _Optional[_Union[_embedding_pb2.RowEncoding, str]] = ..., last: bool = ..., learning_rate: _Optional[float] = ..., crc: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, branch: _Optional[str] = ..., session: _Optional[int] = ..., worker: _Optional[int] = ..., step: _Optional[int] = ..., table: _Optional[str] = ..., ids: _Optional[bytes] = ..., gradients: _Optional[bytes] = ..., encoding: _Optional[_Union[_embedding_pb2.RowEncoding, str]] = ..., last: bool = ..., learning_rate: _Optional[float] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("accepted_step", "applied_step", "durable_step")
