@@ -55,7 +55,7 @@ class TorchRpc(Peer):
     def connect(self, data: Data, target: int) -> Iterator[Lookup]:
         """The process joins the group, and all its threads share that."""
         if not rpc.api._is_current_rpc_agent_set():
-            _join(f"client-{os.getpid()}", None, target, self.channels)
+            join(f"client-{os.getpid()}", None, target, self.channels)
         yield lambda ids: rpc.rpc_sync(OWNER, gather, args=(torch.from_numpy(ids),))
 
 
@@ -65,7 +65,8 @@ def gather(ids: Tensor) -> Tensor:
     return _rows.index_select(0, ids)
 
 
-def _join(name: str, rank: int | None, port: int, channels: list[str]) -> None:
+def join(name: str, rank: int | None, port: int, channels: list[str]) -> None:
+    """Have this process in the group whose owner listens on a port. rank: None for one that comes and goes."""
     os.environ["TP_SOCKET_IFNAME"] = "lo"
     options: Any = rpc.TensorPipeRpcBackendOptions(
         init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=60, _transports=["uv"], _channels=channels
@@ -76,7 +77,7 @@ def _join(name: str, rank: int | None, port: int, channels: list[str]) -> None:
 def _serve(pipe: Connection, data: Data, port: int, channels: list[str]) -> None:
     global _rows
     _rows = data.tensor()
-    _join(OWNER, 0, port, channels)
+    join(OWNER, 0, port, channels)
     pipe.send("ready")
     wait_for_end(pipe)
     os._exit(0)  # a proper shutdown waits for callers that have gone

@@ -81,6 +81,29 @@ class _Rows(NamedTuple):
         return _Rows(rows, answer.step)
 
 
+class _Begun(NamedTuple):
+    """A call under way. `request`: None for a push, whose pieces the shard keeps."""
+
+    shard: _Shard
+    request: Any
+    call: Any
+
+
+class _Reading(NamedTuple):
+    """Rows under way: one of each of `ids`, in `rows`, whose places each answer fills. `where`: of all ids."""
+
+    ids: Tensor
+    step: int
+    rows: Tensor
+    where: Tensor | None
+    places: list[Ids]
+    begun: list[_Begun]
+
+    def serves(self, ids: Tensor, dtype: torch.dtype, step: int) -> bool:
+        """Whether these are the rows that a lookup wants."""
+        return self.step >= step and self.rows.dtype == dtype and torch.equal(self.ids, ids)
+
+
 class _Table(NamedTuple):
     """A table of the branch. `shards`: int64 [parts], who has each."""
 
@@ -145,6 +168,8 @@ class Session:
         self._hasher: NgramHasher | None = None
         self._lock = threading.Lock()
         self._gradients: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._prefetched: dict[str, _Reading] = {}
+        self._pushing: list[_Begun] = []
         self._summed: set[str] = set()  # tables whose gradients are one sum, in memory of ours
 
     # Beginning and ending
@@ -209,9 +234,13 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Let modules of the branch look up nothing any more. Gradients that were not pushed are dropped."""
-        self._gradients = {}
+        """Let modules of the branch look up nothing any more. Gradients that were not pushed are dropped.
+
+        A push under way is waited for. Raises what `step` does.
+        """
+        self._gradients, self._prefetched = {}, {}
         self._on_end(self)
+        self._end_push()
 
     # Rows
 
@@ -221,54 +250,87 @@ class Session:
         They are of the last step that this worker pushed, or of up to `staleness` steps before. Where there are several
         workers, the others' pushes of that step are waited for.
         """
+        reading = self._prefetched.pop(table, None)
+        if reading is None or not reading.serves(ids, dtype, self.steps - self.staleness):
+            reading = self._begin_read(table, ids, dtype, self.steps - self.staleness)
+        elif reading.step >= self.steps:
+            self._end_push()  # what it waits for
+        return self._end_read(reading)
+
+    def prefetch(self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> None:
+        """Ask for the rows that `lookup` will want after the next step, while this step is computed.
+
+        That lookup, of the same table, ids and dtype, takes what came. It needs `staleness` of 1 or more: rows are
+        asked for before the gradients of this step are there.
+        """
+        if not self.staleness:
+            raise InvalidRequest(
+                f"prefetch of table {table} needs rows that may be behind: give client.train staleness=1, or leave "
+                "prefetch out"
+            )
+        self._prefetched[table] = self._begin_read(table, ids.clone(), dtype, self.steps + 1 - self.staleness)
+
+    def prefetch_ngrams(
+        self, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`prefetch` for what `lookup_ngrams` will want."""
+        for table, ids in self._ids_of(token_ids, context):
+            self.prefetch(table, ids, dtype=dtype)
+
+    def _begin_read(self, table: str, ids: Tensor, dtype: torch.dtype, step: int) -> _Reading:
         about = self._table(table)
         if dtype not in ENCODINGS:
             raise InvalidRequest(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         flat = ids.detach().to("cpu", torch.int64).reshape(-1)
-        if ascend(flat):
-            check_ids(flat.numpy(), about.rows, f"{self.name}/{table}")
-            rows = self._read(about, flat.numpy(), dtype)
-        else:
-            once, where = np.unique(flat.numpy(), return_inverse=True)
-            check_ids(once, about.rows, f"{self.name}/{table}")
-            rows = self._read(about, once, dtype)[torch.from_numpy(where)]
-        return rows.view(*ids.shape, about.dim).to(ids.device)
-
-    def _read(self, table: _Table, ids: Ids, dtype: torch.dtype) -> Tensor:
-        rows = torch.empty(len(ids), table.dim, dtype=dtype)
-        asked = []
-        most = min(max(1, PIECE_BYTES // (table.dim * dtype.itemsize)), MOST_IDS)
-        owner = table.shards[ids // table.rows_per_part]
+        once, where = flat.numpy(), None
+        if not ascend(flat):
+            once, inverse = np.unique(once, return_inverse=True)
+            where = torch.from_numpy(inverse)
+        check_ids(once, about.rows, f"{self.name}/{table}")
+        asked, places = [], []
+        most = min(max(1, PIECE_BYTES // (about.dim * dtype.itemsize)), MOST_IDS)
+        owner = about.shards[once // about.rows_per_part]
         for index, shard in enumerate(self._shards):
             mine = np.flatnonzero(owner == index)
             for begin in range(0, len(mine), most):
                 some = mine[begin : begin + most]
                 request = wire.ReadRequest(
                     branch=self.name,
-                    table=table.name,
-                    ids=ids[some].astype("<i8").tobytes(),
+                    table=table,
+                    ids=once[some].astype("<i8").tobytes(),
                     encoding=ENCODINGS[dtype],
-                    at_least_step=max(self.steps - self.staleness, 0),
-                    session=self.number,
+                    at_least_step=max(step, 0),
+                    # A push that is under way may come after this. It is waited for there, not missed.
+                    session=0 if self._pushing and step >= self.steps else self.number,
                     worker=self._worker,
                 )
-                asked.append((shard, request, some))
-        answers = self._ask_all([(shard, request) for shard, request, _ in asked])
-        for (_, _, where), answer in zip(asked, answers, strict=True):
-            got = from_data(answer.rows, dtype, [len(where), table.dim])
-            if len(where) == len(ids):
-                return got
-            rows[_slice_or(where)] = got
-        return rows
+                asked.append((shard, request))
+                places.append(some)
+        rows = torch.empty(len(once), about.dim, dtype=dtype)
+        return _Reading(ids, step, rows, where, places, self._begin(asked))
+
+    def _end_read(self, reading: _Reading) -> Tensor:
+        rows = reading.rows
+        for place, answer in zip(reading.places, self._end(reading.begun), strict=True):
+            got = from_data(answer.rows, rows.dtype, [len(place), rows.shape[1]])
+            if len(place) == len(rows):
+                rows = got
+            else:
+                rows[_slice_or(place)] = got
+        rows = rows if reading.where is None else rows[reading.where]
+        return rows.view(*reading.ids.shape, rows.shape[1]).to(reading.ids.device)
 
     def lookup_ngrams(
         self, token_ids: Tensor, context: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """As `EmbeddingClient.lookup_ngrams`, of the branch."""
+        return torch.stack([self.lookup(*each, dtype=dtype) for each in self._ids_of(token_ids, context)], 2)
+
+    def _ids_of(self, token_ids: Tensor, context: Tensor | None) -> list[tuple[str, Tensor]]:
+        """For each table of a family its name, and the ids int64 [B, S, H] of tokens."""
         hasher = self.hasher()
         ids = hasher.row_ids(token_ids, context)
-        rows = [self.lookup(table.name, ids[:, :, index], dtype=dtype) for index, table in enumerate(hasher.tables)]
-        return torch.stack(rows, 2)
+        return [(table.name, ids[:, :, index]) for index, table in enumerate(hasher.tables)]
 
     def hasher(self) -> NgramHasher:
         """What the branch's tokens are hashed with. Raises InvalidRequest for tables without an n-gram family."""
@@ -351,6 +413,8 @@ class Session:
     def step(self) -> int:
         """Push the gradients so far as the next step. Returns its number once all shards have it in their logs.
 
+        With `staleness` it does not wait for that. The next step does, or `checkpoint`, or the end of the session.
+
         Raises InvalidRequest for a gradient that is not finite; SessionEnded if another trainer began; LostUpdates if a
         shard lost what it had accepted, and Unavailable if one does not come back within the timeout. After the latter
         two, a new session begins where all shards are.
@@ -362,6 +426,7 @@ class Session:
             sent = values.to(self.dtype)
             check_finite(name, ids, sent)
             tables[name] = ids, sent
+        self._end_push()
         number = self.steps + 1
         pushes = [
             push_pieces(self._head(number), self._share_of(index, tables), self.lr)
@@ -371,13 +436,20 @@ class Session:
             self._keep(shard, number, pieces)
         self.zero_grad()
         self.steps = number
-        begun = [self._begin_push(shard, pieces) for shard, pieces in zip(self._shards, pushes, strict=True)]
-        for shard, call in zip(self._shards, begun, strict=True):
-            try:
-                self._settle(shard, call.result())
-            except grpc.RpcError as error:
-                self._recover(shard, error)
+        self._pushing = [
+            _Begun(shard, None, self._begin_push(shard, pieces))
+            for shard, pieces in zip(self._shards, pushes, strict=True)
+        ]
+        if not self.staleness:
+            self._end_push()
         return number
+
+    def _end_push(self) -> None:
+        """Wait until all shards have the last step."""
+        pushing, self._pushing = self._pushing, []
+        for (shard, _, _), answer in zip(pushing, self._end(pushing), strict=True):
+            if answer is not None:
+                self._settle(shard, answer)
 
     def _head(self, step: int) -> wire.PushPiece:
         return wire.PushPiece(branch=self.name, session=self.number, worker=self._worker, step=step)
@@ -413,6 +485,7 @@ class Session:
 
     def checkpoint(self) -> int:
         """Have a checkpoint written of the last step, by all shards. Returns the step once it is on disk."""
+        self._end_push()
         request = wire.CheckpointRequest(branch=self.name, step=self.steps, session=self.number, worker=self._worker)
         self._ask_all([(shard, request) for shard in self._shards])
         return self.steps
@@ -473,9 +546,14 @@ class Session:
 
     def _ask_all(self, asked: Sequence[tuple[_Shard, Any]]) -> list[Any]:
         """Ask all at the same time. One that does not answer is waited for, and told what it may have lost."""
-        calls = [self._call(shard.address, request, self._timeout) for shard, request in asked]
+        return self._end(self._begin(asked))
+
+    def _begin(self, asked: Sequence[tuple[_Shard, Any]]) -> list[_Begun]:
+        return [_Begun(shard, request, self._call(shard.address, request, self._timeout)) for shard, request in asked]
+
+    def _end(self, begun: Sequence[_Begun]) -> list[Any]:
         answers = []
-        for (shard, request), call in zip(asked, calls, strict=True):
+        for shard, request, call in begun:
             try:
                 answers.append(call.result())
             except grpc.RpcError as error:

@@ -236,6 +236,40 @@ def test_gradients_are_clipped_unscaled_and_accumulated(own: EmbeddingClient) ->
         session.zero_grad()
         assert session.step() == 2
         assert torch.equal(table[[5, 6]] - session.lookup(NGRAMS, torch.tensor([5, 6])), moved)
+        theirs = torch.full((1, NGRAM_DIM), 3.0)
+        session.add_gradients(NGRAMS, ids, theirs.expand(1, 2, NGRAM_DIM))  # as the backward of a sum gives them
+        session.clip_grad_norm_(0.5)
+        assert torch.equal(theirs, torch.full((1, NGRAM_DIM), 3.0))  # a gradient of the caller's stays what it was
+        session.step()
+        again = table[[5, 6]] - moved - session.lookup(NGRAMS, torch.tensor([5, 6]))
+        assert again.norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_t5_rows_a_step_behind_are_prefetched_while_pushes_go_on(own: EmbeddingClient) -> None:
+    table, name, ids = longcat_table(), "fp32@behind", torch.tensor([[7, 9000], [7, 3]])
+    with (
+        own.train(name, optimizer=SGD(lr=1.0)) as session,
+        pytest.raises(InvalidRequest, match=r"prefetch of table ngram needs .* staleness=1"),
+    ):
+        session.prefetch(NGRAMS, ids)
+
+    def steps_in(rows: Tensor) -> int:
+        """Steps that rows are of. Each one takes 1 from all values."""
+        [steps] = set((table[ids] - rows).round().int().flatten().tolist())
+        return int(steps)
+
+    with own.train(name, staleness=1) as session:
+        session.lr = 1.0
+        for number in range(1, 8):
+            assert steps_in(session.lookup(NGRAMS, ids)) >= number - 2
+            assert not session._prefetched
+            session.prefetch(NGRAMS, ids)
+            if number % 3 == 0:
+                session.lookup(NGRAMS, torch.tensor([5]))  # others than those that are on their way
+            session.add_gradients(NGRAMS, torch.tensor([3, 7, 9000]), torch.ones(3, NGRAM_DIM))
+            assert session.step() == number
+    with own.train(name) as session:
+        assert session.begun_at == 7 and steps_in(session.lookup(NGRAMS, ids)) == 7
 
 
 def test_rows_of_ngrams_learn_as_tables_in_this_process(own: EmbeddingClient) -> None:
