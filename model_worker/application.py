@@ -15,6 +15,7 @@ from ray.serve import Application
 
 from embedding_service.commands.text import parse_bytes
 from model_worker.cli import resolve_model
+from model_worker.drafts import Speculate
 from model_worker.serving import APP, Scaling, WorkerReplica
 
 
@@ -32,6 +33,8 @@ class Arguments(BaseModel):
     near: bool = True
     topology: str | None = None
     policy: Path | None = None
+    speculate: Speculate = "off"
+    draft_tokens: int = 4
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -41,17 +44,12 @@ def build(args: dict[str, Any]) -> Application:
     cannot be reached, and NotFound if it has no such model.
     """
     given = Arguments.model_validate(args)
-    cache_bytes = parse_bytes(given.cache_bytes)
     config = resolve_model(
         given.checkpoint,
         given.embeddings,
         given.name,
-        given.max_batch,
-        given.max_queue,
-        cache_bytes,
-        given.near,
-        given.topology,
-        given.policy,
+        cache_bytes=parse_bytes(given.cache_bytes),
+        **given.model_dump(exclude={"checkpoint", "embeddings", "name", "cache_bytes"}),
     )
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

@@ -1,12 +1,10 @@
-"""Sequences join and leave a batch: what that does to a transformers cache, with any kind of layers.
-
-Rows of different lengths are left-padded to the longest. Tensors with a place for each position are padded: keys,
-values, an indexer's keys and positions, token ids. The state that a linear attention layer carries is not.
-"""
+"""Sequences join and leave a batch: what that does to a transformers cache, with any kind of layers."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,32 +32,78 @@ def new_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def join(first: DynamicCache | None, second: DynamicCache) -> DynamicCache:
-    """One cache with the sequences of both, `first`'s before `second`'s, left-padded to the longer of the two."""
-    if first is None:
-        return second
-    for ours, theirs in zip(_layers(first), _layers(second), strict=True):
-        fill = NO_TOKEN if isinstance(ours, TokenLayer) else 0
-        for name, rows, positions in _BY_POSITION:
-            if getattr(ours, name, None) is not None:
-                both = (getattr(ours, name), getattr(theirs, name))
-                width = max(states.shape[positions] for states in both)
-                setattr(ours, name, torch.cat([_left_padded(s, positions, width, fill) for s in both], rows))
-        for name in _CARRIED:
-            states = getattr(ours, name, {})
-            states.update({i: torch.cat([s, getattr(theirs, name)[i]]) for i, s in states.items() if s is not None})
-    return first
+class BatchCache(ABC):
+    """The cache of sequences that run together, in the order of their requests.
+
+    Attributes:
+        steps_back: Whether positions that a pass has added may be taken back, by a lower `cached` in the next pass.
+    """
+
+    steps_back: ClassVar[bool]
+
+    @abstractmethod
+    def inputs(self, cached: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+        """What a pass takes beside its tokens: the cache, a mask and positions.
+
+        cached: positions that each sequence has so far. counts: its new tokens, which are right-padded to the most.
+        """
+
+    @abstractmethod
+    def join(self, other: DynamicCache) -> None:
+        """Take the one sequence of a cache that `new_cache` made, as the last row."""
+
+    @abstractmethod
+    def keep(self, rows: Sequence[int], longest: int) -> None:
+        """Keep only these rows, in this order. None of them has more than `longest` positions."""
 
 
-def keep(cache: DynamicCache, rows: list[int], width: int) -> None:
-    """Keep only these sequences of a cache, and their last `width` positions. The rest is padding in all of them."""
-    # Beam search's way to pick rows, which every kind of layer has.
-    cache.reorder_cache(torch.LongTensor(rows))
-    for layer in _layers(cache):
-        for name, _, positions in _BY_POSITION:
-            states = getattr(layer, name, None)
-            if states is not None:
-                setattr(layer, name, states.narrow(positions, states.shape[positions] - width, width))
+class PaddedCache(BatchCache):
+    """Rows of different lengths, left-padded to the longest. Any kind of layers, none of which can step back.
+
+    Tensors with a place for each position are padded: keys, values, an indexer's keys and positions, token ids. The
+    state that a linear attention layer carries is not.
+
+    cache: a new one, or that of one sequence.
+    """
+
+    steps_back = False
+
+    def __init__(self, cache: DynamicCache, device: torch.device) -> None:
+        self._cache, self._device = cache, device
+
+    def inputs(self, cached: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+        """See `BatchCache`. All counts are the same."""
+        new, before = counts[0], torch.tensor(cached)[:, None]
+        width = int(before.max())
+        mask = torch.arange(width + new) >= width - before
+        return {
+            "past_key_values": self._cache,
+            "attention_mask": mask.long().to(self._device),
+            "position_ids": (before + torch.arange(new)).to(self._device),
+        }
+
+    def join(self, other: DynamicCache) -> None:
+        """See `BatchCache`."""
+        for ours, theirs in zip(_layers(self._cache), _layers(other), strict=True):
+            fill = NO_TOKEN if isinstance(ours, TokenLayer) else 0
+            for name, rows, positions in _BY_POSITION:
+                if getattr(ours, name, None) is not None:
+                    both = (getattr(ours, name), getattr(theirs, name))
+                    width = max(states.shape[positions] for states in both)
+                    setattr(ours, name, torch.cat([_left_padded(s, positions, width, fill) for s in both], rows))
+            for name in _CARRIED:
+                states = getattr(ours, name, {})
+                states.update({i: torch.cat([s, getattr(theirs, name)[i]]) for i, s in states.items() if s is not None})
+
+    def keep(self, rows: Sequence[int], longest: int) -> None:
+        """See `BatchCache`."""
+        # Beam search's way to pick rows, which every kind of layer has.
+        self._cache.reorder_cache(torch.LongTensor(rows))
+        for layer in _layers(self._cache):
+            for name, _, positions in _BY_POSITION:
+                states = getattr(layer, name, None)
+                if states is not None:
+                    setattr(layer, name, states.narrow(positions, states.shape[positions] - longest, longest))
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

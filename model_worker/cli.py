@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from embedding_service.commands.waiting import Say, Waiting
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import one_line, printable
 from embedding_service.machine import check_free, join_address, prepare_local_ray
+from model_worker.drafts import Speculate
 
 if TYPE_CHECKING:
     from embedding_service.client.client import ModelDescription
@@ -67,6 +68,11 @@ def serve(
     cache_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
     ] = "0",
+    speculate: Annotated[
+        Speculate,
+        typer.Option(help="Draft tokens and check them in one pass. prompt: as the text went on before."),
+    ] = "off",
+    draft_tokens: Annotated[int, typer.Option(min=1, help="With --speculate: the most that a step drafts.")] = 4,
     near: Annotated[
         bool,
         typer.Option("--near/--no-near", help="Read rows in place on a shard's machine, or never."),
@@ -118,7 +124,18 @@ def serve(
     progress = Waiting(PlainConsole(stderr=True), "model-worker")
     with progress:
         config = resolve_model(
-            checkpoint, embeddings, name, max_batch, max_queue, rows, near, topology, policy, progress.say
+            checkpoint,
+            embeddings,
+            name,
+            progress.say,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=rows,
+            near=near,
+            topology=topology,
+            policy=policy,
+            speculate=speculate,
+            draft_tokens=draft_tokens,
         )
         progress.say("loading ray")
         from model_worker.serving import Scaling
@@ -145,15 +162,17 @@ def resolve_model(
     checkpoint: Path,
     embeddings: str,
     name: str | None,
-    max_batch: int,
-    max_queue: int,
-    cache_bytes: int,
-    near: bool,
-    topology: str | None,
-    policy: Path | None = None,
     say: Say = lambda waiting: None,
+    *,
+    cache_bytes: int,
+    policy: Path | None,
+    speculate: Speculate,
+    **settings: Any,
 ) -> WorkerConfig:
-    """Check the policy and the checkpoint, and find the model in the service, before anything is started."""
+    """Check the policy and the checkpoint, and find the model in the service, before anything is started.
+
+    settings: further ones of `WorkerConfig`.
+    """
     if policy:
         from embedding_service.security.policy import read_policy
 
@@ -164,7 +183,7 @@ def resolve_model(
     from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
 
     say(f"checking {checkpoint}")
-    families.check(checkpoint)
+    families.check(checkpoint, speculate)
     say(f"asking the embedding service at {embeddings} for its models")
     with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
         model = _pick(name, client.models())
@@ -173,14 +192,12 @@ def resolve_model(
         embeddings,
         model.name,
         model.version,
-        max_batch,
-        max_queue,
-        cache_bytes,
-        near,
-        topology,
-        str(policy.absolute()) if policy else None,
+        cache_bytes=cache_bytes,
+        policy=str(policy.absolute()) if policy else None,
         imported_as=model.checkpoint,
         pinned=name == model.full_name,
+        speculate=speculate,
+        **settings,
     )
 
 

@@ -1,9 +1,12 @@
-"""The generation engine: many requests, one batch, one token for each in a step.
+"""The generation engine: many requests, one batch, one step for all.
 
 Rules
 - A request joins and leaves the batch between two steps. It is prefilled alone, without padding. Then its cache is
-  joined to the batch's, left-padded to the longest. Padding is masked, so a request's logits do not depend on the other
-  requests in its batch, but for float rounding.
+  joined to the batch's. What is not its own is masked there, so a request's logits do not depend on the other requests
+  in its batch, but for float rounding.
+- A step gives each request one token. Where tokens are drafted, the pass runs the drafts too, and the request has all
+  that it would have chosen itself, and one more. Each token is chosen from the model's own logits by the request's own
+  chance. So drafts change no distribution, and with a seed no token.
 - At most one request joins in a step. So running requests never wait for more than one prompt.
 - The choices of one HTTP request are requests of their own, taken all or none.
 - A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
@@ -33,10 +36,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailable
-from model_worker.batch_cache import join, keep, new_cache
+from model_worker.batch_cache import BatchCache, PaddedCache, new_cache
+from model_worker.drafts import PromptDrafts, Speculate, same_width
 from model_worker.ends import end_tokens
 from model_worker.rows import Tables
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
+from model_worker.slot_cache import SlotCache
 from model_worker.text import Spelling, TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -83,6 +88,9 @@ class Request:
         self.generator = params.generator()
         self.submitted = time.perf_counter()
         self._logprobs: list[TokenLogprob] = []
+        self._drafts: PromptDrafts | None = None
+        # How many tokens to draft: as many again as were right the last time, and one.
+        self._hopeful = 1
 
     @property
     def cached(self) -> int:
@@ -92,6 +100,31 @@ class Request:
     def cancel(self) -> None:
         """Nobody waits for it any more, so it leaves before the next step. Call from any thread."""
         self.cancelled = True
+
+    def draft(self, most: int) -> list[int]:
+        """Guess at most so many of the tokens after the newest. The last token that it may have needs no guess."""
+        if self._drafts is None:
+            self._drafts = PromptDrafts([*self.prompt, *self.completion])
+        most = min(most, self._hopeful, self.params.max_tokens - len(self.completion) - 1)
+        return self._drafts.guess(most)
+
+    def check(self, draft: list[int], logits: Tensor, ends: frozenset[int]) -> tuple[bool, int]:
+        """Choose tokens from float [1 + drafted, V] logits, the next one as long as the draft has the same.
+
+        A guess is all that its draft had in mind. So that is rejection sampling: the token that is chosen from the
+        model's own distribution accepts the guess or takes its place. Returns False when the request is over, and how
+        many guesses were right.
+        """
+        right = 0
+        goes_on = self.advance(logits[0], ends)
+        while goes_on and right < len(draft) and self.completion[-1] == draft[right]:
+            right += 1
+            goes_on = self.advance(logits[right], ends)
+        self._hopeful = 2 * right + 1 if draft else self._hopeful
+        if self._drafts:
+            for token in self.completion[-right - 1 :]:
+                self._drafts.push(token)
+        return goes_on, right
 
     def advance(self, logits: Tensor, ends: frozenset[int]) -> bool:
         """Choose the next token from float [V] logits and emit what is new. False when the request is over."""
@@ -126,7 +159,10 @@ class Engine:
     max_queue: requests that may wait beside those.
     on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
     tables: what `attach` gave the model, where requests name their tables. None: all have the model's own.
+    speculate: how tokens are drafted. prompt: as the sequence went on when its last tokens came before.
+    draft_tokens: the most that are drafted for a request in a step.
     Raises StoreError: the end of a sequence is no token of the model.
+    InvalidRequest: the model's cache cannot step back, so drafts cannot be checked.
     """
 
     def __init__(
@@ -138,9 +174,14 @@ class Engine:
         max_queue: int = 64,
         on_first_token: Callable[[float], object] = lambda seconds: None,
         tables: Tables | None = None,
+        speculate: Speculate = "off",
+        draft_tokens: int = 4,
     ) -> None:
         self._model = model
         self._tables = tables
+        self._draft_tokens = 0 if speculate == "off" else draft_tokens
+        if self._draft_tokens:
+            SlotCache.check_fits(model.config)
         self.spelling = Spelling(tokenizer)
         """What its tokens are as text."""
         self._max_batch = max_batch
@@ -153,7 +194,7 @@ class Engine:
         self._joining = 0
         self._running: list[Request] = []
         # Row i is the sequence of self._running[i]. None while no request runs.
-        self._cache: DynamicCache | None = None
+        self._cache: BatchCache | None = None
         self._stopping = False
         self.requests = 0
         """Requests taken since the start."""
@@ -163,6 +204,10 @@ class Engine:
         """Tokens prefilled since the start."""
         self.tokens = 0
         """Tokens generated since the start."""
+        self.drafted = 0
+        """Tokens guessed since the start."""
+        self.accepted = 0
+        """Guesses that were right."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -261,25 +306,51 @@ class Engine:
     def _prefill(self, request: Request) -> None:
         cache = new_cache(self._model.config)
         try:
-            logits = self._forward([request], [request.prompt], [0], cache)
+            logits = self._forward([request], [request.prompt], [0], PaddedCache(cache, self._model.device), 1)
         except Exception as error:
             self._fail([request], error)
             return
         self.prompt_tokens += len(request.prompt)
         self._on_first_token(time.perf_counter() - request.submitted)
-        if self._advance(request, logits[0]):
+        if self._check(request, [], logits[0]):
             self._running.append(request)
-            self._cache = join(self._cache, cache)
+            self._join(cache)
+
+    def _join(self, cache: DynamicCache) -> None:
+        config, device = self._model.config, self._model.device
+        if self._cache is None and not SlotCache.fits(config):
+            self._cache = PaddedCache(cache, device)
+            return
+        if self._cache is None:
+            self._cache = SlotCache(config, self._model.dtype, device)
+        self._cache.join(cache)
 
     def _step(self) -> None:
-        """Generate one token for every running request."""
+        """Generate tokens for every running request: one, and those that were guessed right."""
         self._end_those_without_tables()
         if self._cache is None:
             return
-        newest = [request.completion[-1:] for request in self._running]
-        logits = self._forward(self._running, newest, [request.cached for request in self._running], self._cache)
-        pairs = zip(self._running, logits, strict=True)
-        self._drop([request for request, row in pairs if not self._advance(request, row)])
+        drafts = [request.draft(self._draft_tokens) if self._draft_tokens else [] for request in self._running]
+        drafts = same_width(drafts)
+        tokens = [[request.completion[-1], *draft] for request, draft in zip(self._running, drafts, strict=True)]
+        cached = [request.cached for request in self._running]
+        logits = self._forward(self._running, tokens, cached, self._cache, max(map(len, tokens)))
+        checked = zip(self._running, drafts, logits, strict=True)
+        self._drop([request for request, draft, rows in checked if not self._check(request, draft, rows)])
+
+    def _check(self, request: Request, draft: list[int], logits: Tensor) -> bool:
+        """Give a request its tokens from float [1 + drafted, V] logits. False when it is over."""
+        before = len(request.completion)
+        try:
+            goes_on, right = request.check(draft, logits, self._ends)
+        except Exception as error:
+            self._fail([request], error)
+            return False
+        finally:
+            self.tokens += len(request.completion) - before
+        self.drafted += len(draft)
+        self.accepted += right
+        return goes_on
 
     def _end_those_without_tables(self) -> None:
         """Requests whose tables are served no more must not fail the step of the others."""
@@ -292,22 +363,18 @@ class Engine:
                 self._fail(gone, error)
                 self._drop(gone)
 
-    def _advance(self, request: Request, logits: Tensor) -> bool:
-        self.tokens += 1
-        try:
-            return request.advance(logits, self._ends)
-        except Exception as error:
-            self._fail([request], error)
-            return False
-
     def _drop(self, leaving: list[Request]) -> None:
         """Take requests out of the batch."""
         if not leaving or self._cache is None:
             return
-        staying = [row for row, request in enumerate(self._running) if request not in leaving]
-        self._running = [self._running[row] for row in staying]
-        if staying:
-            keep(self._cache, staying, max(request.cached for request in self._running))
+        rows = list(range(len(self._running)))
+        for hole in reversed(rows):
+            if self._running[hole] in leaving:
+                rows[hole] = rows[-1]
+                rows.pop()
+        self._running = [self._running[row] for row in rows]
+        if rows:
+            self._cache.keep(rows, max(request.cached for request in self._running))
         else:
             self._cache = None
 
@@ -318,24 +385,20 @@ class Engine:
             request.emit(Event(error=error))
 
     def _forward(
-        self, requests: Sequence[Request], tokens: list[list[int]], cached: list[int], cache: DynamicCache
+        self, requests: Sequence[Request], tokens: list[list[int]], cached: list[int], cache: BatchCache, told: int
     ) -> Tensor:
-        """Run [B, S] tokens of these requests after the cached positions of each.
+        """Run new tokens of these requests after the cached positions of each.
 
-        Returns float32 [B, V], the logits of the last token, on the CPU.
-        cached: positions of each sequence in the cache. Its rows are left-padded to the longest.
+        Returns float32 [B, told, V], the logits of the last `told` places, on the CPU. Fewer tokens than the most are
+        padded on the right.
         """
-        new, device = len(tokens[0]), self._model.device
-        before = torch.tensor(cached)[:, None]
-        width = int(before.max())
-        mask = torch.arange(width + new) >= width - before
+        counts = [len(each) for each in tokens]
+        ids = torch.tensor([each + [0] * (max(counts) - len(each)) for each in tokens])
         with self._tables.of([request.tables for request in requests]) if self._tables else nullcontext():
             output = self._model(
-                input_ids=torch.tensor(tokens).to(device),
-                attention_mask=mask.long().to(device),
-                position_ids=(before + torch.arange(new)).to(device),
-                past_key_values=cache,
+                input_ids=ids.to(self._model.device),
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=told,
+                **cache.inputs(cached, counts),
             )
-        return output.logits[:, -1].float().cpu()
+        return output.logits.float().cpu()

@@ -12,9 +12,11 @@ from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Stor
 from embedding_service.foreign import one_line, shown
 from embedding_service.registry import Registry
 from model_worker.checkpoint import CheckpointTensors
+from model_worker.drafts import Speculate
 from model_worker.ends import end_tokens
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups
+from model_worker.slot_cache import SlotCache
 from model_worker.text import load_tokenizer
 
 FAMILIES: Registry[WorkerFamily] = Registry(
@@ -29,10 +31,10 @@ FAMILIES: Registry[WorkerFamily] = Registry(
 )
 
 
-def check(checkpoint: str | Path) -> None:
+def check(checkpoint: str | Path, speculate: Speculate = "off") -> None:
     """Check that a worker can load a checkpoint, without reading a weight. This takes a second or so.
 
-    Raises InvalidRequest: another architecture, or quantized.
+    Raises InvalidRequest: another architecture, or quantized, or it cannot speculate so.
     StoreError: a file is missing or damaged, or the files do not fit each other.
     """
     files = CheckpointTensors(checkpoint)
@@ -40,6 +42,8 @@ def check(checkpoint: str | Path) -> None:
     family.dense_tensors(files, config)
     generation = files.generation_config() or GenerationConfig.from_model_config(config)
     end_tokens(config, generation, load_tokenizer(files.folder))
+    if speculate != "off":
+        SlotCache.check_fits(config)
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

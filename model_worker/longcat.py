@@ -26,6 +26,7 @@ from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups, RowSource, Tables, check_same_hash
+from model_worker.slot_cache import SlotCache
 from model_worker.token_cache import TokenLayer, token_layer
 
 ARCHITECTURE = "LongcatFlashNgramForCausalLM"
@@ -244,10 +245,13 @@ def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     input_ids = kwargs.pop("input_ids", None)
     if input_ids is None or kwargs.get("inputs_embeds") is not None:
         raise InvalidRequest("n-grams need token ids: give input_ids, not inputs_embeds")
-    tokens = _without_padding(input_ids, kwargs.get("attention_mask"))
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, SlotCache):
+        tokens = cache.without_padding(input_ids)
+    else:
+        tokens = _without_padding(input_ids, kwargs.get("attention_mask"))
     history = _history(body, kwargs)
-    past = None if history is None else history.tokens()
-    context = None if past is None else past[:, -body.ngram_embeddings.rows.hasher.context_length :]
+    context = None if history is None else history.context(body.ngram_embeddings.rows.hasher.context_length)
     kwargs["inputs_embeds"] = body.ngram_embeddings(body.embed_tokens(input_ids), tokens, context)
     if history is not None:
         history.append(tokens)

@@ -25,6 +25,11 @@ class TokenLayer(DynamicLayer):
         """All token ids, LongTensor[B, S]. None while there are none."""
         return self.keys[:, 0, :, 0] if self.keys is not None and self.keys.numel() else None
 
+    def context(self, length: int) -> Tensor | None:
+        """int64 [B, C], the last tokens, at most `length`. None while there are none."""
+        tokens = self.tokens()
+        return None if tokens is None else tokens[:, -length:]
+
 
 def token_layer(cache: object, model_layers: int) -> TokenLayer:
     """The token ids of a cache. An empty cache gets its token layer here.

@@ -20,6 +20,7 @@ from embedding_service import EmbeddingClient
 from embedding_service.errors import NotFound, Unavailable
 from model_worker import families
 from model_worker.domains import Domains
+from model_worker.drafts import Speculate
 from model_worker.engine import Engine, Event
 from model_worker.keys import Keys
 from model_worker.sampling import SamplingParams
@@ -45,7 +46,7 @@ class WorkerConfig:
     embeddings: host:port of the embedding service.
     name: the served model id.
     version: of the model in the service, as it was when the worker was started.
-    max_batch, max_queue: see `Engine`.
+    max_batch, max_queue, speculate, draft_tokens: see `Engine`.
     cache_bytes, near, topology: see `EmbeddingClient`.
     policy: file of the keys that HTTP requests have to show, on the replica's machine. None: everybody may ask.
     imported_as: NAME@VERSION that the checkpoint was imported as. Other tables do not belong to its dense half.
@@ -65,6 +66,8 @@ class WorkerConfig:
     policy: str | None = None
     imported_as: str = ""
     pinned: bool = False
+    speculate: Speculate = "off"
+    draft_tokens: int = 4
 
 
 class Generation:
@@ -186,6 +189,8 @@ class Worker:
             max_queue=config.max_queue,
             on_first_token=on_first_token,
             tables=tables,
+            speculate=config.speculate,
+            draft_tokens=config.draft_tokens,
         )
 
     @property
@@ -263,6 +268,8 @@ class Worker:
             "waiting": self._engine.waiting,
             "prompt_tokens": self._engine.prompt_tokens,
             "generated_tokens": self._engine.tokens,
+            "drafted_tokens": self._engine.drafted,
+            "accepted_tokens": self._engine.accepted,
             "lookups": self._lookups.count,
             "looked_up_tokens": self._lookups.tokens,
             "near_rows": rows.near_rows,

@@ -27,7 +27,7 @@ from embedding_service.ngram import NO_TOKEN, NgramHasher
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.split import split_checkpoint
 from model_worker import attach, families, load_model
-from model_worker.engine import Engine
+from model_worker.engine import Engine, Request
 from model_worker.gemma import RemotePerLayer
 
 pytestmark = pytest.mark.slow
@@ -110,21 +110,31 @@ def test_logits_and_generated_tokens_are_those_of_the_published_model(
 @pytest.mark.service
 @pytest.mark.parametrize("name", MODELS)
 def test_the_workers_engine_generates_what_the_published_model_does(
-    folders: dict[str, Path], client: EmbeddingClient, name: str
+    folders: dict[str, Path], client: EmbeddingClient, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     ours: Any = load_model(folders[name])
     lookups = families.attach(ours, client, name)
     published: Any = AutoModelForCausalLM.from_pretrained(folders[name])
-    engine = Engine(ours, PreTrainedTokenizerFast.from_pretrained(folders[name]), max_batch=4, max_queue=10)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders[name])
     asked = [list(range(5, 45)), list(range(8, 14)), list(range(30, 60))]  # the sliding window is 16
-    try:
-        jobs = [Job(engine, prompt, greedy(10, ignore_eos=True)) for prompt in asked]
-        together = [job.tokens() for job in jobs]
-    finally:
-        engine.close()
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "eos_token_id": None}
-    for prompt, tokens in zip(asked, together, strict=True):
-        assert published.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() == tokens
+    expected = [published.generate(torch.tensor([each]), **options)[0, len(each) :].tolist() for each in asked]
+
+    def draft(request: Request, most: int) -> list[int]:
+        """The first sequence's are right, of the second's every other one, and none of the third's."""
+        number, begin = asked.index(request.prompt), len(request.completion)
+        wanted = expected[number][begin : min(begin + most, 9)]
+        return [token if (begin + place) % (number + 1) == number else 5 for place, token in enumerate(wanted)]
+
+    monkeypatch.setattr(Request, "draft", draft)
+    for speculate in ("off", "prompt"):
+        engine = Engine(ours, tokenizer, max_batch=4, max_queue=10, speculate=speculate)
+        try:
+            jobs = [Job(engine, prompt, greedy(10, ignore_eos=True)) for prompt in asked]
+            assert [job.tokens() for job in jobs] == expected
+        finally:
+            engine.close()
+    assert engine.accepted
     assert lookups.tokens >= sum(map(len, asked))
 
 

@@ -1,0 +1,159 @@
+"""Drafts change how many passes an answer takes, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_model import VOCAB
+from test_engine import Job, greedy, prompts
+from test_qwen4_exp import TEXT
+from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+
+from embedding_service.errors import InvalidRequest
+from model_worker.drafts import PromptDrafts, same_width
+from model_worker.engine import Engine, Request
+from model_worker.families import attach as attach_tables
+from model_worker.longcat import LocalTables, load_model
+from model_worker.sampling import SamplingParams
+from model_worker.text import Spelling
+
+pytestmark = pytest.mark.slow
+
+Asked = tuple[list[int], SamplingParams]
+
+
+@pytest.fixture(scope="module")
+def plain(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Engine]:
+    running = Engine(model, tokenizer, max_batch=8, max_queue=1000)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def drafting(model: LongcatFlashForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Engine]:
+    running = Engine(model, tokenizer, max_batch=8, max_queue=1000, speculate="prompt")
+    yield running
+    running.close()
+
+
+def test_a_sequence_is_expected_to_go_on_as_before() -> None:
+    drafts = PromptDrafts([7, 1, 2, 3, 9, 4, 2, 3, 5, 6])
+    assert drafts.guess(4) == []
+    drafts.push(2)
+    assert drafts.guess(4) == []
+    drafts.push(3)
+    assert drafts.guess(3) == [5, 6, 2]  # the last time counts
+    drafts = PromptDrafts([1, 2, 3, 8, 9, 2, 3, 5, 1, 2, 3])
+    assert drafts.guess(2) == [8, 9]  # and the longest likeness before that
+    assert PromptDrafts([4, 4, 4]).guess(2) == [4]
+
+
+def test_at_most_half_of_the_drafted_places_are_padding() -> None:
+    assert same_width([[1, 2, 3], [1, 2], [1]]) == [[1, 2, 3], [1, 2], [1]]
+    assert same_width([[1, 2, 3, 4], [], [1]]) == [[1, 2], [], [1]]
+    assert same_width([[1, 2, 3], [], []]) == [[], [], []]
+    assert same_width([[1, 2]]) == [[1, 2]]
+
+
+@pytest.fixture
+def knowing(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Asked]], list[list[int]]]:
+    """Runs requests without drafts, returns their tokens, and has drafts be those from then on, some of them wrong."""
+    chance = random.Random(5)
+    answers: dict[Any, list[int]] = {}
+
+    def draft(request: Request, most: int) -> list[int]:
+        answer = answers[tuple(request.prompt), request.params]
+        begin = len(request.completion)
+        wanted = answer[begin : min(begin + most, request.params.max_tokens - 1)]
+        return [token if chance.random() < 0.7 else chance.randrange(3, VOCAB) for token in wanted]
+
+    monkeypatch.setattr(Request, "draft", draft)
+
+    def run(requests: list[Asked]) -> list[list[int]]:
+        jobs = [Job(plain, *asked) for asked in requests]
+        answers.update(
+            {(tuple(prompt), params): job.tokens() for (prompt, params), job in zip(requests, jobs, strict=True)}
+        )
+        return [answers[tuple(prompt), params] for prompt, params in requests]
+
+    return run
+
+
+@pytest.mark.parametrize("chosen", [{"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+def test_drafts_change_no_token(drafting: Engine, knowing: Any, chosen: dict[str, Any]) -> None:
+    """Twenty requests in eight places: they accept different numbers of tokens, join and leave at different steps."""
+    requests = [
+        (prompt, SamplingParams(max_tokens=5 + 7 * (i % 4), seed=i, logprobs=2, **chosen))
+        for i, prompt in enumerate(prompts(20))
+    ]
+    drafted, accepted = drafting.drafted, drafting.accepted
+    expected = knowing(requests)
+    jobs = [Job(drafting, *asked) for asked in requests]
+    assert [job.tokens() for job in jobs] == expected
+    assert 0 < drafting.accepted - accepted < drafting.drafted - drafted
+
+
+def test_an_end_within_a_draft_ends_the_answer(plain: Engine, drafting: Engine, knowing: Any) -> None:
+    ways = [SamplingParams(24, temperature=0, stop=(stop,)) for stop in ("e", "a", "th", " ")]
+    requests = [(prompt, params) for prompt in prompts(2) for params in ways]
+    knowing(requests)
+    found, expected = ([Job(engine, *asked) for asked in requests] for engine in (drafting, plain))
+    assert [job.outcome() for job in found] == [job.outcome() for job in expected]
+    assert [job.request.completion for job in found] == [job.request.completion for job in expected]
+
+
+@pytest.mark.parametrize("guess", range(4))
+def test_with_a_draft_tokens_have_the_models_own_distribution(tokenizer: PreTrainedTokenizerFast, guess: int) -> None:
+    """Pairs of tokens where the first was guessed. Chi-square against what the model says: (p, top_p, temperature)."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
+    params, spelling, draws = SamplingParams(9, temperature=0.5, top_p=0.95, seed=guess), Spelling(tokenizer), 1000
+    request = Request([5], params, spelling, lambda event: None)
+    firsts, pairs = Counter[int](), Counter[tuple[int, ...]]()
+    for _ in range(draws):
+        request.completion.clear()
+        assert request.check([guess], logits, frozenset())[0]
+        firsts[request.completion[0]] += 1
+        pairs[tuple(request.completion)] += 1
+    squares = torch.tensor([16.0, 9, 4, 1])  # temperature 1/2
+    squares[3] = 0  # beyond 0.95
+    expected = draws * squares / squares.sum()
+    seen = [(firsts[token], float(expected[token])) for token in range(3)]
+    # A guess that is right is followed by a token of its own. The likeliest there are the other way around.
+    seen += [(pairs[guess, 3 - token], firsts[guess] * float(expected[token]) / draws) for token in range(3)]
+    assert sum(firsts[token] for token in range(4)) == draws
+    assert firsts[3] == 0
+    assert all(len(pair) == 1 for pair in pairs if pair[0] != guess)
+    statistic = sum((count - mean) ** 2 / mean for count, mean in seen if mean)
+    assert statistic < 25  # 4 degrees of freedom: by chance in one of 20,000
+
+
+def test_a_text_that_repeats_takes_few_passes(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model: Any = load_model(model_folder)
+    lookups = attach_tables(model, LocalTables(model_folder), "local")
+    # Then a token depends on the one before alone, so that a text soon repeats.
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "projection" in name:
+            parameter.zero_()
+    found, passes = [], []
+    for speculate in ("off", "prompt"):
+        engine, before = Engine(model, tokenizer, max_batch=4, speculate=speculate), lookups.count
+        try:
+            jobs = [Job(engine, prompt, greedy(90, ignore_eos=True)) for prompt in prompts(2)]
+            found.append([job.tokens() for job in jobs])
+        finally:
+            engine.close()
+        passes.append(lookups.count - before)
+    assert found[0] == found[1]
+    assert passes[1] < 0.8 * passes[0]
+
+
+def test_a_cache_that_cannot_step_back_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**TEXT))
+    with pytest.raises(InvalidRequest, match="cannot step back over wrong drafts: use --speculate off"):
+        Engine(model, tokenizer, speculate="prompt")
