@@ -334,7 +334,13 @@ class Engine:
         drafts = same_width(drafts)
         tokens = [[request.completion[-1], *draft] for request, draft in zip(self._running, drafts, strict=True)]
         cached = [request.cached for request in self._running]
-        logits = self._forward(self._running, tokens, cached, self._cache, max(map(len, tokens)))
+        try:
+            logits = self._forward(self._running, tokens, cached, self._cache, max(map(len, tokens)))
+        except NotFound:
+            # Tables went within this moment. What a cache that steps back was given does not count yet.
+            if self._cache.steps_back and self._end_those_without_tables():
+                return
+            raise
         checked = zip(self._running, drafts, logits, strict=True)
         self._drop([request for request, draft, rows in checked if not self._check(request, draft, rows)])
 
@@ -352,8 +358,9 @@ class Engine:
         self.accepted += right
         return goes_on
 
-    def _end_those_without_tables(self) -> None:
-        """Requests whose tables are served no more must not fail the step of the others."""
+    def _end_those_without_tables(self) -> bool:
+        """Requests whose tables are served no more must not fail the step of the others. Whether there were any."""
+        before = len(self._running)
         for name in {request.tables for request in self._running}:
             try:
                 if name and self._tables:
@@ -362,6 +369,7 @@ class Engine:
                 gone = [request for request in self._running if request.tables == name]
                 self._fail(gone, error)
                 self._drop(gone)
+        return len(self._running) < before
 
     def _drop(self, leaving: list[Request]) -> None:
         """Take requests out of the batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +168,26 @@ def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path
 
 
 class Several(LocalTables):
-    """Tables of that name, and of others with other rows."""
+    """Tables of that name, and of others with other rows. `goes`: called at a lookup, so that a name goes then."""
+
+    goes: Callable[[str], object] | None = None
 
     def lookup_ngrams(
         self, model: str, token_ids: torch.Tensor, context: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
+        if self.goes and model == "own+bc":
+            self.goes(model)
+            raise NotFound(f"no {model}")
         return super().lookup_ngrams(model, token_ids, context, **options).roll(len(model), -1)
 
 
-def test_a_request_whose_tables_go_ends_alone(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("when", ["between two steps", "within a step"])
+def test_a_request_whose_tables_go_ends_alone(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast, when: str
+) -> None:
     model: Any = load_model(model_folder)
-    tables = worker_families.attach(model, Several(model_folder), "own").tables
+    source = Several(model_folder)
+    tables = worker_families.attach(model, source, "own").tables
     gone: set[str] = set()
 
     def resolve(name: str) -> str:
@@ -195,7 +204,10 @@ def test_a_request_whose_tables_go_ends_alone(model_folder: Path, tokenizer: Pre
         assert len(set(map(tuple, alone.values()))) == 3
         stays, goes = job(engine, "own+a"), job(engine, "own+bc", tokens=1500)
         until(lambda: len(goes.request.completion) > 2, "it to run")
-        gone.add("own+bc")
+        if when == "within a step":
+            source.goes = gone.add
+        else:
+            gone.add("own+bc")
         with pytest.raises(NotFound, match=r"no own\+bc"):
             goes.outcome()
         assert stays.tokens() == alone["own+a"]
