@@ -8,7 +8,7 @@ import time
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -16,6 +16,9 @@ import grpc
 from embedding_service.errors import InvalidRequest
 from embedding_service.security.files import Stamp, read, stamp_of
 from embedding_service.wire import embedding_pb2 as wire
+
+if TYPE_CHECKING:
+    from embedding_service.security.certificates import Pair
 
 # Each means what the argument of this name does, where that is not given.
 TLS_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
@@ -65,11 +68,26 @@ class Access:
     def credentials(self) -> grpc.ChannelCredentials:
         """For a new connection. Raises InvalidRequest naming a file that cannot be read."""
         _need_packages()
-        pair = (read(self.key), read(self.certificate)) if self.key and self.certificate else (None, None)
-        channel = grpc.ssl_channel_credentials(self.authorities(), *pair)
+        pair = self._pair()
+        channel = grpc.ssl_channel_credentials(self.authorities(), *(reversed(pair) if pair else ()))
         if not (self.token or self.token_file or self.certificate):
             return channel
         return grpc.composite_channel_credentials(channel, grpc.metadata_call_credentials(Shown(self)))
+
+    def prove(self, host: str) -> str:
+        """A token that proves to a server at this host whose certificate it is. Raises InvalidRequest, ValueError."""
+        from embedding_service.security.proofs import prove
+
+        pair = self._pair()
+        assert pair
+        return prove(host, *pair)
+
+    def _pair(self) -> Pair | None:
+        if not (self.certificate and self.key):
+            return None
+        from embedding_service.security.certificates import current_pair
+
+        return current_pair(self.certificate, self.key)
 
 
 class Shown(grpc.AuthMetadataPlugin):
@@ -111,10 +129,7 @@ class Shown(grpc.AuthMetadataPlugin):
         access = self._access
         if access.token_file:
             return read(access.token_file).decode(errors="replace").strip()
-        from embedding_service.security.proofs import prove
-
-        assert access.certificate and access.key
-        return prove(host, read(access.certificate), read(access.key))
+        return access.prove(host)
 
 
 def access_of(tls: str | os.PathLike[str] | bool | Access | None, token: str | None) -> Access | None:

@@ -1,16 +1,55 @@
-"""Certificates: whose they are, and whether an authority vouches for them."""
+"""Certificates: whose they are, whether an authority vouches for them, and their keys."""
 
 from __future__ import annotations
 
 import datetime
 import functools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from embedding_service.errors import Unauthenticated
+from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.foreign import one_line
+from embedding_service.security.files import Reloaded, Unmatched, read
+
+
+class Pair(NamedTuple):
+    """PEM of a certificate, with those between it and its authority, and of its private key."""
+
+    certificate: bytes
+    key: bytes
+
+
+def read_pair(certificate: Path, key: Path) -> Pair:
+    """What two files hold. Raises InvalidRequest naming them, and Unmatched if the key is another one's."""
+    pair = Pair(read(certificate), read(key))
+    try:
+        own = x509.load_pem_x509_certificate(pair.certificate).public_key()
+        matches = serialization.load_pem_private_key(pair.key, None).public_key() == own
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{certificate} and {key} do not count: {one_line(error)}") from None
+    if not matches:
+        raise Unmatched(f"{key} is not the key of {certificate}: give files that belong together")
+    return pair
+
+
+def current_pair(certificate: Path, key: Path) -> Pair:
+    """What two files hold now. While they do not match or cannot be read, what they held before.
+
+    Raises InvalidRequest where nothing was there before.
+    """
+    kept = _kept(certificate, key)
+    kept.look()
+    return kept.now
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(certificate: Path, key: Path) -> Reloaded[Pair]:
+    return Reloaded((certificate, key), functools.partial(read_pair, certificate, key))
 
 
 def names_of(certificate: x509.Certificate) -> tuple[str, ...]:

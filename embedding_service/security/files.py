@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -12,7 +13,13 @@ from embedding_service.errors import InvalidRequest
 
 T = TypeVar("T")
 
+# Seconds within which files are replaced that belong together, and those between two looks at them.
+REPLACED_SECONDS, PAUSE = 2.0, 0.02
 Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+class Unmatched(InvalidRequest):
+    """Files that belong together do not match. They are being replaced one by one, perhaps."""
 
 
 def stamp_of(paths: Sequence[Path]) -> Stamp:
@@ -43,7 +50,8 @@ class Reloaded(Generic[T]):
 
     Args:
         paths: The files.
-        read: Reads them. Whatever it raises is handed to `complain` if something was read before.
+        read: Reads them. Whatever it raises is handed to `complain` if something was read before. At first it is
+            raised, and Unmatched only if that lasts.
         complain: Told once of each state of the files that could not be read.
     """
 
@@ -53,7 +61,7 @@ class Reloaded(Generic[T]):
         self._paths, self._read, self._complain = paths, read, complain
         self._lock = threading.Lock()
         self._stamp = stamp_of(paths)
-        self._now = read()
+        self._now = _matched(read)
 
     @property
     def now(self) -> T:
@@ -75,3 +83,15 @@ class Reloaded(Generic[T]):
                 self._complain(error)
                 return False
             return True
+
+
+def _matched(read: Callable[[], T]) -> T:
+    """What is read, once the files match. Waits for that, for a while."""
+    end = time.monotonic() + REPLACED_SECONDS
+    while True:
+        try:
+            return read()
+        except Unmatched:
+            if time.monotonic() > end:
+                raise
+        time.sleep(PAUSE)

@@ -22,7 +22,7 @@ from jwt.exceptions import PyJWTError
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.foreign import one_line
-from embedding_service.security.certificates import covers, names_of, verify
+from embedding_service.security.certificates import covers, current_pair, names_of, verify
 
 # Seconds that a proof counts, and that two clocks may differ.
 LIFETIME, LEEWAY = 300, 60
@@ -127,6 +127,6 @@ class Signer:
     def sign(self, claims: dict[str, Any]) -> str:
         """See `sign`. Raises InvalidRequest naming the files."""
         try:
-            return sign(claims, self._certificate.read_bytes(), self._key.read_bytes())
-        except (OSError, ValueError) as error:
+            return sign(claims, *current_pair(self._certificate, self._key))
+        except ValueError as error:
             raise InvalidRequest(f"{self._certificate} and {self._key} cannot sign: {one_line(error)}") from None

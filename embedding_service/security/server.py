@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.foreign import one_line
 from embedding_service.security.access import Access
 from embedding_service.security.audit import Audit
-from embedding_service.security.files import Reloaded, read
+from embedding_service.security.certificates import read_pair
+from embedding_service.security.files import Reloaded, Unmatched, read
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 
@@ -82,7 +82,10 @@ class Security:
     def _make_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self.files.certificate, self.files.key)
+        try:
+            context.load_cert_chain(self.files.certificate, self.files.key)
+        except ssl.SSLError as error:
+            raise Unmatched(f"{self.files.certificate} and {self.files.key} do not count: {one_line(error)}") from None
         return context
 
     def admit(
@@ -137,14 +140,12 @@ class Security:
         self.audit.note("denied", who, method=path.decode(errors="replace")[1:], peer=peer, why=str(error))
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        certificate, key, ca = (read(path) for path in self.files[:3])
+        certificate, key = read_pair(self.files.certificate, self.files.key)
+        ca = read(self.files.ca)
         try:
-            private = serialization.load_pem_private_key(key, None)
-            if private.public_key() != x509.load_pem_x509_certificate(certificate).public_key():
-                raise ValueError("the key is not the certificate's")
             x509.load_pem_x509_certificates(ca)
-        except (ValueError, TypeError) as error:
-            raise InvalidRequest(f"{self.files.certificate} and its key do not count: {one_line(error)}") from None
+        except ValueError as error:
+            raise InvalidRequest(f"{self.files.ca} does not count: {one_line(error)}") from None
         return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
 
 
