@@ -1,6 +1,8 @@
 """Shards and controllers that come, go, die and hang in a seeded random order, under a load whose rows are checked.
 
 make chaos SECONDS=600 SEED=3
+
+With --secure all of them speak TLS. With --rotate certificates, keys, a token and the policy are replaced each second.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from embedding_service import EmbeddingClient
-from embedding_service.client.channels import CHANNEL_OPTIONS
+from embedding_service.client.channels import open_channel
+from embedding_service.security.access import Access
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from support.checkpoints import longcat_checkpoint, longcat_table
 from support.cluster import Cluster, Process, cluster, until
 from support.load import CheckedLoad, Load, ThinLoad
+from support.security import Rotation
 from support.tracing import SLOW, Trace
 
 COPIES = 2
@@ -54,9 +58,9 @@ def chaos_store(folder: Path) -> Path:
 class Watcher:
     """Follows the controller's routing over its restarts. `ages` are the (term, epoch) in the order seen."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access | None) -> None:
         self.ages: list[tuple[int, int]] = []
-        self._address = address
+        self._address, self._access = address, access
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -72,7 +76,7 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
-            with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+            with open_channel(self._address, self._access) as channel:
                 try:
                     routing = EmbeddingServiceStub(channel).GetRouting(wire.GetRoutingRequest(), timeout=1)
                 except grpc.RpcError:
@@ -100,6 +104,7 @@ class Outcome:
     events: Counter[str]
     loads: dict[str, CheckedLoad]
     watcher: Watcher
+    rotations: int
 
     @property
     def traced(self) -> dict[str, TracedLoad]:
@@ -123,6 +128,8 @@ class Outcome:
         happened = ", ".join(f"{count} {event}" for event, count in sorted(self.events.items()))
         first, last = self.watcher.ages[0], self.watcher.ages[-1]
         caption = f"{happened}; routing {first} to {last}, went back {len(self.watcher.went_back())} times"
+        if self.rotations:
+            caption += f"; all files were replaced {self.rotations} times"
         table = Table("lookups", "when", title=f"chaos, seed {self.seed}", caption=caption)
         for heading in ("answered", "p50 ms", "p99 ms", "longest ms", f"over {SLOW * 1000:.0f} ms", "failed", "wrong"):
             table.add_column(heading, justify="right")
@@ -157,8 +164,11 @@ class Chaos:
     and drain, and the controller is killed, at any time.
     """
 
-    def __init__(self, running: Cluster, seed: int, console: Console, sockets: Path) -> None:
+    def __init__(
+        self, running: Cluster, seed: int, console: Console, sockets: Path, rotation: Rotation | None = None
+    ) -> None:
         self._cluster = running
+        self._rotation = rotation
         self._sockets = sockets
         self._seed = seed
         self._random = random.Random(seed)
@@ -186,12 +196,14 @@ class Chaos:
             self._join()
         self._wait_whole()
         addresses = list(self._cluster.addresses.values())
-        watcher = Watcher(self._cluster.controller_address)
+        watcher = Watcher(self._cluster.controller_address, self._cluster.access)
+        rotation = self._rotation
+        own, token = (rotation.client, rotation.thin) if rotation else (self._cluster.access,) * 2
         loads: dict[str, CheckedLoad] = {
-            "python client": TracedLoad(addresses, self._began, threads=3, pause=0.01, near=False),
-            "thin client": ThinLoad(self._running_addresses, TABLE, longcat_table(), pause=0.02),
-            "near client 1": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS),
-            "near client 2": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS),
+            "python client": TracedLoad(addresses, self._began, threads=3, pause=0.01, near=False, tls=own),
+            "thin client": ThinLoad(self._running_addresses, TABLE, longcat_table(), pause=0.02, tls=token),
+            "near client 1": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS, tls=own),
+            "near client 2": TracedLoad(addresses, self._began, threads=1, pause=0.02, ids=NEAR_IDS, tls=own),
         }
         self._happened.clear()
         try:
@@ -200,13 +212,15 @@ class Chaos:
                     running.enter_context(load)
                 self._phase(loads, CALM)
                 self._rest(CALM_SECONDS)
+                if rotation:
+                    running.enter_context(rotation)
                 self._phase(loads, TROUBLE)
                 self._trouble(seconds)
                 self._phase(loads, CALM)
                 self._rest(CALM_SECONDS)
         finally:
             watcher.stop()
-        return Outcome(self._seed, self._happened, loads, watcher)
+        return Outcome(self._seed, self._happened, loads, watcher, rotation.rounds if rotation else 0)
 
     def _phase(self, loads: dict[str, CheckedLoad], phase: str) -> None:
         self._say(phase)
@@ -288,7 +302,8 @@ class Chaos:
     def _start(self, name: str) -> None:
         # A rate that makes the few bytes of this table move for a second or two.
         near = f"--near={self._sockets}/{name}"
-        self._cluster.start_shard(name, "--load-rate=1MiB", "--memory=64MiB", near)
+        with self._rotation.paused(name) if self._rotation else contextlib.nullcontext():
+            self._cluster.start_shard(name, "--load-rate=1MiB", "--memory=64MiB", near)
 
     def _pick(self) -> str:
         """A shard that came up and does not drain or hang. A drain begins only after a shard came up."""
@@ -341,12 +356,27 @@ def handed_over(output: str) -> bool:
     return "INFO drained" in output or "INFO draining: " not in output
 
 
-def run(folder: Path, store: Path, seed: int, seconds: float, console: Console) -> Outcome:
-    """One run over a store made by `chaos_store`. Its processes' output goes to `folder`."""
+def run(
+    folder: Path,
+    store: Path,
+    seed: int,
+    seconds: float,
+    console: Console,
+    secure: bool = False,
+    rotate: bool = False,
+) -> Outcome:
+    """One run over a store made by `chaos_store`. Its processes' output goes to `folder`.
+
+    With `secure` everybody speaks TLS, and with `rotate` what they show is replaced every second.
+    """
     options = (f"--replicas={COPIES}", f"--lost-after={LOST_AFTER}", "--grace=2")
     # The path of a socket may have 107 bytes, and that of a test's folder may be long.
-    with tempfile.TemporaryDirectory(prefix="near-") as sockets, cluster(folder, store, *options) as running:
-        return Chaos(running, seed, console, Path(sockets)).run(seconds)
+    with (
+        tempfile.TemporaryDirectory(prefix="near-") as sockets,
+        cluster(folder, store, *options, secure=folder / "secure" if secure or rotate else None) as running,
+    ):
+        rotation = Rotation(folder / "secure") if rotate else None
+        return Chaos(running, seed, console, Path(sockets), rotation).run(seconds)
 
 
 def unserved_seconds(folder: Path, store: Path) -> float:
@@ -372,18 +402,21 @@ def unserved_seconds(folder: Path, store: Path) -> float:
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="How long shards come and go.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the order and the choice of shards.")] = 1,
+    secure: Annotated[bool, typer.Option("--secure", help="Everybody speaks TLS.")] = False,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Certificates, keys and policy change each second.")] = False,
 ) -> None:
     """Run chaos for a while, show the figures, and end with code 1 if a lookup failed or a row was wrong."""
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
         store = chaos_store(folder)
-        outcome = run(folder, store, seed, seconds, console)
+        outcome = run(folder, store, seed, seconds, console, secure, rotate)
         console.print(outcome.table())
         for note in outcome.notes():
             console.print(note, markup=False, soft_wrap=True)
-        unserved = unserved_seconds(folder, store)
-        console.print(f"with one copy, a killed shard's rows were served by nobody for {unserved:.1f} s")
+        if not (secure or rotate):
+            unserved = unserved_seconds(folder, store)
+            console.print(f"with one copy, a killed shard's rows were served by nobody for {unserved:.1f} s")
     outcome.check()
 
 

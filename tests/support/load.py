@@ -16,6 +16,7 @@ import torch
 
 from embedding_service import EmbeddingClient
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.security.access import Access
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
@@ -102,7 +103,7 @@ class CheckedLoad(ABC):
 class Load(CheckedLoad):
     """Through the Python client, which asks the owners.
 
-    `near`: it may read rows in place.
+    `near`: it may read rows in place. `tls`: what it shows, None for plain text.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class Load(CheckedLoad):
         pause: float = 0.0,
         ids: int = IDS,
         near: bool = True,
+        tls: Access | None = None,
     ) -> None:
         super().__init__(*tables, threads=threads, pause=pause, ids=ids)
-        self.client = EmbeddingClient(address, timeout=DEADLINE, near=near)
+        self.client = EmbeddingClient(address, timeout=DEADLINE, near=near, tls=tls)
         self._name = name
 
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
@@ -131,11 +133,21 @@ class ThinLoad(CheckedLoad):
 
     Args:
         addresses: The shards that may be asked now.
+        tls: What it shows. None for plain text.
     """
 
-    def __init__(self, addresses: Callable[[], Sequence[str]], name: str, table: torch.Tensor, *, pause: float) -> None:
+    def __init__(
+        self,
+        addresses: Callable[[], Sequence[str]],
+        name: str,
+        table: torch.Tensor,
+        *,
+        pause: float,
+        tls: Access | None = None,
+    ) -> None:
         super().__init__(table, threads=1, pause=pause)
         self._addresses = addresses
+        self._credentials = tls.credentials() if tls else None
         self._model, _, self._table = name.partition("/")
         self._channels: dict[str, grpc.Channel] = {}
 
@@ -154,7 +166,9 @@ class ThinLoad(CheckedLoad):
     def _stub(self) -> EmbeddingServiceStub:
         address = random.choice(self._addresses())
         if address not in self._channels:
-            self._channels[address] = grpc.insecure_channel(address)
+            shown = self._credentials
+            channel = grpc.secure_channel(address, shown) if shown else grpc.insecure_channel(address)
+            self._channels[address] = channel
         return EmbeddingServiceStub(self._channels[address])
 
     def _close(self) -> None:

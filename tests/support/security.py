@@ -137,26 +137,33 @@ def message_of(path: str) -> bytes:
     return about.SerializeToString() if about else b""  # type: ignore[no-any-return]
 
 
+# Rounds after which a token of the policy is used, and after which it is in the policy no more. A shard that hung for
+# some seconds takes a moment until it has read the policy.
+USED_AFTER, GONE_AFTER = 10, 30
+
+
 class Rotation:
-    """Replaces certificates and policy every second, as somebody who renews them would.
+    """Replaces certificates with their keys, a token and the policy every second, as somebody who renews them would.
 
     Args:
         folder: Of `up --secure`.
 
     Attributes:
         client: What a client with a certificate of its own shows.
-        members: Shards whose certificates are replaced, besides the controller's.
+        thin: What a client with a token in a file shows.
         rounds: How often all were replaced.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.members: set[str] = set()
         self.rounds = 0
+        self._members: set[str] = set()
+        self._replacing = threading.Lock()
         self._folder = folder
         self._authority = Authority.load(folder)
         self._policy = (folder / "policy.toml").read_text()
         own = folder / "rotated"
         self.client = Access(own / "ca.crt", own / "tls.crt", own / "tls.key")
+        self.thin = Access(own / "ca.crt", token_file=own / "token")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rotation")
         self.replace_all()
@@ -169,19 +176,31 @@ class Rotation:
         self._over.set()
         self._thread.join()
 
+    @contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """A shard gets its files within the `with`, of somebody else. Its certificate is replaced from then on."""
+        with self._replacing:
+            yield
+            self._members.add(name)
+
     def replace_all(self) -> None:
-        """New certificates for everybody, and a policy with another token in it."""
-        names = {
-            "controller": "controller",
-            "rotated": "admin",
-            **{name: f"shard/{name}" for name in tuple(self.members)},
-        }
-        for folder, name in names.items():
-            self._authority.issue(self._folder / folder, [f"{URI}/{name}", *HOSTS])
-        guest = f'[identities.guest]\ntokens = ["sha256:{digest_of(str(self.rounds))}"]\n'
-        write_private(self._folder / "policy.toml", (self._policy + guest).encode())
-        self.rounds += 1
+        """New certificates for everybody, another token in the policy, and a known one in the token's file."""
+        with self._replacing:
+            names = {"controller": "controller", "rotated": "admin"}
+            names |= {name: f"shard/{name}" for name in self._members}
+            for folder, name in names.items():
+                self._authority.issue(self._folder / folder, [f"{URI}/{name}", *HOSTS])
+            newest = self.rounds
+            tokens = [f"sha256:{digest_of(_token(each))}" for each in range(max(0, newest - GONE_AFTER), newest + 1)]
+            thin = f'[identities.thin]\nread = ["*"]\ntokens = {json.dumps(tokens)}\n'
+            write_private(self._folder / "policy.toml", (self._policy + thin).encode())
+            write_private(self._folder / "rotated" / "token", _token(max(0, newest - USED_AFTER)).encode())
+            self.rounds += 1
 
     def _run(self) -> None:
         while not self._over.wait(1.0):
             self.replace_all()
+
+
+def _token(number: int) -> str:
+    return f"thin-{number}"
