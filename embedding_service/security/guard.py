@@ -30,6 +30,7 @@ MOST_TOKEN = 8 << 10
 
 HEADER, SCHEME = "authorization", "bearer "
 MISSING = "the call shows nobody's right: send a token in the metadata 'authorization', as 'Bearer TOKEN'"
+_UNSAID = "the process that passed the call on did not say whose it is"
 
 
 class Guard:
@@ -112,16 +113,20 @@ class Guard:
         Args:
             bearer: The metadata `authorization`.
             certificate: PEM, as TLS verified it.
-            passed_on: The identity that a process of this service found.
+            passed_on: The identity that a process of this service found. Empty if it named none.
 
         Raises:
             Unauthenticated: Nobody's. The message says what is missing, or does not count.
         """
         if passed_on is not None:
+            if not passed_on:
+                raise Unauthenticated(_UNSAID)
             return self._find(Credential(identity=passed_on))
         if certificate is not None:
             names = names_in(certificate) if certificate else ()
-            return self._find(Credential(names=names or ("",)))
+            if not names:
+                raise Unauthenticated("the connection shows no certificate with a name")
+            return self._find(Credential(names=names))
         if bearer is None:
             raise Unauthenticated(MISSING)
         return self._find(self._of_bearer(bearer))

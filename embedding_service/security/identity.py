@@ -39,7 +39,9 @@ class Credential:
             return self.identity if self.identity in policy.identities else None
         if self.digest:
             return policy.of_token(self.digest)
-        return policy.of_names(self.names) if self.names else policy.of_subject(self.subject)
+        if self.names:
+            return policy.of_names(self.names)
+        return policy.of_subject(self.subject) if self.subject else None
 
 
 @dataclass(eq=False)

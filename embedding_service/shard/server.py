@@ -32,6 +32,7 @@ from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn, TableRows
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
+from embedding_service.security.policy import Identity
 from embedding_service.security.server import Files, Security
 from embedding_service.serving import (
     RequestLimits,
@@ -240,7 +241,7 @@ def _near(
     if not can_seal():
         log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
         return None
-    rights_of = partial(_near_rights, security.guard) if security else all_parts
+    rights_of = partial(near_rights, security.guard) if security else all_parts
     near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
     if security:
         security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
@@ -271,20 +272,23 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
 
 
 @dataclass(frozen=True)
-class _NearRights:
-    """What a near client may read. Another policy makes another one of it."""
+class NearRights:
+    """What a near client may read. Equal where the policy gives the same rights."""
 
-    caller: Caller
+    who: str
+    rights: Identity
+    caller: Caller = field(compare=False)
 
     def __call__(self, key: PartKey) -> bool:
+        """Whether it may read a part."""
         return self.caller.may_read(key.model, key.version)
 
 
-def _near_rights(guard: Guard, authorization: str) -> _NearRights:
+def near_rights(guard: Guard, authorization: str) -> NearRights:
     """Whose a near client is. Raises Unauthenticated, PermissionDenied."""
     caller = guard.caller(authorization or None)
     caller.require(("read",), "read rows in place")
-    return _NearRights(caller)
+    return NearRights(caller.name, caller.rights, caller)
 
 
 def _age(router: Router) -> tuple[int, int]:

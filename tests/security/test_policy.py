@@ -23,7 +23,9 @@ from embedding_service.security import proofs
 from embedding_service.security.authority import Authority
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.guard import Guard
+from embedding_service.security.identity import Credential
 from embedding_service.security.policy import MODEL_RIGHTS, SERVICE_RIGHTS, Identity, Policy, digest_of, read_policy
+from embedding_service.shard.server import near_rights
 
 NAMES = st.text("ab@*?[]", max_size=6)
 
@@ -97,6 +99,31 @@ def test_s4_a_policy_that_changes_counts_and_one_that_is_broken_does_not(tmp_pat
     with pytest.raises(Unauthenticated):
         guard.caller("Bearer one")
     assert guard.caller("Bearer two").name == "b"
+
+
+def test_s4_patterns_for_everybody_are_not_for_nobody(tmp_path: Path) -> None:
+    """Neither a call that no process said whose it is, nor a certificate without a name, nor a token of nobody."""
+    everybody = {"all": {"subjects": ["*"], "certificates": ["*"], "rights": ["member"]}}
+    guard = Guard(write_policy(tmp_path, everybody), *_authority(tmp_path))
+    assert guard.caller(None, passed_on="all").name == "all"
+    nameless = Authority.create().pem  # an authority's own certificate has no name
+    for shown in ({"passed_on": ""}, {"passed_on": "*"}, {"certificate": b""}, {"certificate": nameless}):
+        with pytest.raises(Unauthenticated):
+            guard.caller(None, **shown)
+    for empty in (Credential(), Credential(subject="")):
+        assert empty.found_in(read_policy(tmp_path / "policy.toml")) is None
+
+
+def test_n5_a_policy_that_changes_for_others_leaves_a_near_client_where_it_is(tmp_path: Path) -> None:
+    one = {"tokens": ["one"], "read": ["m"]}
+    guard = Guard(write_policy(tmp_path, {"a": one}), *_authority(tmp_path))
+    before = near_rights(guard, "Bearer one")
+    write_policy(tmp_path, {"a": one, "b": {"tokens": ["two"]}})
+    guard.look()
+    assert near_rights(guard, "Bearer one") == before
+    write_policy(tmp_path, {"a": {**one, "read": ["n"]}})
+    guard.look()
+    assert near_rights(guard, "Bearer one") != before
 
 
 @pytest.mark.parametrize(

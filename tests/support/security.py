@@ -31,6 +31,8 @@ POLICY: dict[str, dict[str, Any]] = {
     "publisher": {"tokens": ["publisher"], "publish": ["*"]},
     "limited": {"tokens": ["limited"], "read": [SEEN], "calls": 3, "rows_per_second": 5000},
     "stranger": {"tokens": ["stranger"], "rights": ["metrics"]},
+    # Nobody, for no token of an issuer counts. A call without any identity must not be taken for it.
+    "subject": {"subjects": ["*"], "rights": ["admin", "member"], "read": ["*"], "train": ["*"]},
 }
 HOSTS = ("localhost", "127.0.0.1")
 # A member that is none of the service's shards.
