@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -25,8 +26,8 @@ _CANCEL = 8
 Fields = Sequence[tuple[bytes, bytes]]
 
 
-def dial(address: str) -> socket.socket:
-    """A bare TCP connection, or one to a socket of this machine (unix-abstract:NAME)."""
+def dial(address: str, tls: ssl.SSLContext | None = None) -> socket.socket:
+    """A bare connection, by TCP or to a socket of this machine (unix-abstract:NAME). `tls`: what TCP carries."""
     kind, _, name = address.partition(":")
     if kind == "unix-abstract":
         connection = socket.socket(socket.AF_UNIX)
@@ -34,17 +35,21 @@ def dial(address: str) -> socket.socket:
         connection.connect("\0" + name)
         return connection
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
+    bare = socket.create_connection((host, int(port)), timeout=60)
+    return tls.wrap_socket(bare, server_hostname="localhost") if tls else bare
 
 
 class Raw:
     """A connection that speaks HTTP/2 as far as it likes, and reads nothing.
 
     Frames are RFC 9113's, header fields RFC 7541's literals without indexing or Huffman code.
+
+    `shown`: header fields of every call.
     """
 
-    def __init__(self, address: str) -> None:
-        self.socket = dial(address)
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None, shown: Fields = ()) -> None:
+        self._shown = shown
+        self.socket = dial(address, tls)
         self.socket.settimeout(2)
         self._next = 1
         self.socket.sendall(PREFACE + _frame(_SETTINGS, 0, 0, b""))
@@ -53,7 +58,7 @@ class Raw:
         """Begin a call of a method, with one message or none. `end`: this was all. Returns its stream."""
         stream = self._next
         self._next += 2
-        sent = _headers(stream, path, extra)
+        sent = _headers(stream, path, (*self._shown, *extra))
         if message is not None:
             sent += _data(stream, b"\x00" + struct.pack(">I", len(message)) + message, end=end)
         self.socket.sendall(sent)
@@ -63,7 +68,7 @@ class Raw:
         """Begin a call with further header fields, in as many frames as they take."""
         stream = self._next
         self._next += 2
-        self.socket.sendall(_headers(stream, path, fields, end_headers=end_headers))
+        self.socket.sendall(_headers(stream, path, (*self._shown, *fields), end_headers=end_headers))
 
     def reset(self, stream: int) -> None:
         """Give a call up."""

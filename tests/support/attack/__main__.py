@@ -1,6 +1,8 @@
 """Start a service and its neighbours, attack it in every way, and judge. Everything is over within `seconds`.
 
 make attack SEED=3
+
+With --secure the service speaks TLS. The attacker then has a client's token, and the certificate of another shard.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from support.attack.attacker import ATTACKS, WORKER_ATTACKS
+from embedding_service.security.authority import URI, Authority, write_private
+from embedding_service.security.policy import digest_of
+from support.attack.attacker import ATTACKS, SECURED_ATTACKS, WORKER_ATTACKS
 from support.attack.child import start
 from support.attack.members import CONTROLLER, COPIES, Members
 from support.attack.neighbours import PYTHON, THIN, WORKER, Figures, Neighbour
 from support.attack.report import BEFORE, DURING, KEPT_BYTES, Outcome, Result
+from support.attack.window import ATTACKER
 from support.attack.worker_service import WorkerService
 from support.chaos import chaos_store
 from support.cluster import START_SECONDS, cluster
+from support.security import HOSTS
 
 SHARDS = ("a", "b", "c")
 # The limit of open files, of members and of a worker's processes, which a class of attack uses up.
@@ -105,6 +111,8 @@ class Attacks:
             "seconds": seconds,
             "shards": list(self._members.cluster.addresses.values()),
             "controller": self._members.cluster.controller_address,
+            "control": self._members.cluster.control_address,
+            "secure": str(self._members.cluster.secure or ""),
             "store": str(self._members.cluster.store),
             "worker": self._worker,
             "pids": self._members.pids(),
@@ -152,25 +160,43 @@ def _after(seconds: float, do: Callable[[], object]) -> threading.Timer:
     return timer
 
 
+def arm(secure: Path) -> None:
+    """Give the attacker what one has who got hold of a client's token, and of another shard's certificate."""
+    Authority.load(secure).issue(secure / ATTACKER, [f"{URI}/shard/{ATTACKER}", *HOSTS])
+    policy = (secure / "policy.toml").read_text()
+    theirs = f'[identities.{ATTACKER}]\ntokens = ["sha256:{digest_of(ATTACKER)}"]\nread = ["*"]\n'
+    write_private(secure / "policy.toml", (policy + theirs).encode())
+
+
 def run(
-    folder: Path, names: Sequence[str], seed: int, seconds: float, console: Console, longest: float = LONGEST
+    folder: Path,
+    names: Sequence[str],
+    seed: int,
+    seconds: float,
+    console: Console,
+    longest: float = LONGEST,
+    secured: bool = False,
 ) -> Outcome:
     """Attack a service that is started for it; `names`: of the classes, `longest`: seconds that one may take."""
     began = time.monotonic()
     store = chaos_store(folder)
+    secure = folder / "secure" if secured else None
     limited = ("prlimit", f"--nofile={FILES}:{FILES}")
     options = (f"--replicas={COPIES}", f"--expect-shards={len(SHARDS)}")
     with ExitStack() as stack:
         worker = None
         if any(name in WORKER_ATTACKS for name in names):
             worker = stack.enter_context(WorkerService(folder, limited))
-        members = Members(stack.enter_context(cluster(folder, store, *options, within=limited)))
+        members = Members(stack.enter_context(cluster(folder, store, *options, within=limited, secure=secure)))
+        if secure:
+            arm(secure)
         for name in SHARDS:
             members.start_shard(name)
         if not_whole := members.wait_whole(START_SECONDS):
             raise AssertionError(not_whole)
         addresses = list(members.cluster.addresses.values())
-        neighbours = {kind: Neighbour(kind, addresses) for kind in (PYTHON, THIN)}
+        credentials = secure / "client" if secure else None
+        neighbours = {kind: Neighbour(kind, addresses, credentials) for kind in (PYTHON, THIN)}
         if worker:
             worker.wait_until_ready()
             neighbours[WORKER] = Neighbour(WORKER, [worker.address])
@@ -196,17 +222,19 @@ def main(
         str,
         typer.Option(help="Names of classes, or worker: those on a model worker. Default: all others."),
     ] = "",
+    secure: Annotated[bool, typer.Option("--secure", help="The service speaks TLS and knows who is who.")] = False,
 ) -> None:
     """Attack a service, show the figures, and end with code 1 where it did not hold."""
-    known = [*ATTACKS, *WORKER_ATTACKS]
-    groups = {"": [*ATTACKS], "worker": [*WORKER_ATTACKS]}
+    usual = [*ATTACKS, *(SECURED_ATTACKS if secure else ())]
+    known = [*usual, *WORKER_ATTACKS]
+    groups = {"": usual, "worker": [*WORKER_ATTACKS]}
     names = groups.get(only) or [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"no class of attack {unknown}: there are {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
     console = Console(highlight=False, width=170)
     with tempfile.TemporaryDirectory(prefix="attack-") as name:
-        outcome = run(Path(name), names, seed, seconds, console)
+        outcome = run(Path(name), names, seed, seconds, console, secured=secure)
     console.print(outcome.table(), outcome.endings(), outcome.verdict(), sep="\n")
     raise SystemExit(1 if any(result.faults() for result in outcome.results) else 0)
 

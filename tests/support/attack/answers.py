@@ -6,7 +6,7 @@ import threading
 
 from embedding_service.wire import embedding_pb2 as wire
 from support.attack.window import Window
-from support.hostile import LOOKUP, Raw
+from support.hostile import LOOKUP
 
 CONNECTIONS, CALLS = 8, 250
 
@@ -27,7 +27,7 @@ def unread_answers(window: Window) -> None:
 def _ask(window: Window, address: str, message: bytes) -> None:
     connections = []
     with window.tried("connected"):
-        connections.append(raw := Raw(address))
+        connections.append(raw := window.raw(address))
         for _ in range(CALLS):
             if not window.open:
                 break

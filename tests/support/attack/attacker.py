@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.attack import accidents, answers, frames, idle, malformed, paths, reports, requests, worker
+from support.attack import accidents, answers, frames, idle, malformed, paths, reports, requests, strangers, worker
 from support.attack.window import Window
 
 ATTACKS: dict[str, Callable[[Window], None]] = {
@@ -38,6 +38,11 @@ ATTACKS: dict[str, Callable[[Window], None]] = {
     "shards come and go": reports.come_and_go,
     "accidents in the store": accidents.accidents,
     "store away": accidents.store_away,
+}
+SECURED_ATTACKS: dict[str, Callable[[Window], None]] = {
+    "half a handshake": strangers.half_handshakes,
+    "tokens of nobody": strangers.tokens_of_nobody,
+    "certificates of nobody": strangers.certificates_of_nobody,
 }
 WORKER_ATTACKS: dict[str, Callable[[Window], None]] = {
     "worker: half-sent requests": worker.half_sent_requests,
@@ -63,7 +68,7 @@ def main(given: dict[str, Any]) -> None:
         **given,
     )
     try:
-        (ATTACKS | WORKER_ATTACKS)[name](window)
+        (ATTACKS | SECURED_ATTACKS | WORKER_ATTACKS)[name](window)
     finally:
         print(json.dumps(window.ended), flush=True)
         os._exit(0)  # without waiting for what it left open

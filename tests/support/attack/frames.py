@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from embedding_service.wire import embedding_pb2 as wire
 from support.attack.window import Window, drained
-from support.hostile import LOOKUP, Raw, dial, further_references, pings
+from support.hostile import LOOKUP, dial, further_references, pings
 
 # Above a member's limit of open files, which `__main__` sets.
 CONNECTIONS = 1200
@@ -19,7 +19,7 @@ def calls_given_up(window: Window) -> None:
     while window.open:
         for address in window.members:
             with window.tried("connected"):
-                raw = Raw(address)
+                raw = window.raw(address)
                 for _ in range(window.values.randrange(100, 500)):
                     with window.tried("given up"):
                         raw.reset(raw.call(LOOKUP, message))
@@ -35,7 +35,7 @@ def header_floods(window: Window) -> None:
             kept = []
             for _ in range(4):
                 with window.tried("sent"):
-                    kept.append(raw := Raw(address))
+                    kept.append(raw := window.raw(address))
                     count, length = values.choice(((1, 4 << 20), (200_000, 1), (1000, 4000), (20, 100), (1, 16 << 10)))
                     fields = [(b"x-%d" % number, b"v" * length) for number in range(count)]
                     ends = values.random() < 0.5

@@ -39,7 +39,7 @@ def _open(window: Window, addresses: list[str], path: bytes, message: bytes | No
             return
         address = addresses[number % len(addresses)]
         with window.tried("connected"):
-            raw = Raw(address)
+            raw = window.raw(address)
             _KEPT.append(raw)
             for _ in range(CALLS):
                 with window.tried("open"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
 from embedding_service.wire import control_pb2, embedding_pb2
-from support.attack.window import OPTIONS, Window
+from support.attack.window import Window
 from support.hostile import PREFACE, dial
 
 _SERVICES = (
@@ -21,7 +20,8 @@ OTHERS = ("/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflec
 
 def malformed_messages(window: Window) -> None:
     """On every method of every member: random bytes, and right messages with bytes changed, cut and doubled."""
-    channels = [grpc.insecure_channel(address, OPTIONS) for address in window.members]
+    channels = [window.channel(address) for address in window.members]
+    channels.append(window.channel(window.control, window.member))
     names = [f"/{method.containing_service.full_name}/{method.name}" for method in METHODS] + list(OTHERS)
     while window.open:
         for channel in channels:
@@ -61,7 +61,7 @@ def random_bytes(window: Window) -> None:
         for address in window.members:
             noise = window.values.randbytes(window.values.choice((1, 9, 100, 4096, 60000)))
             with window.tried("sent"):
-                connection = dial(address)
+                connection = dial(address, window.values.choice((None, window.tls)))
                 kept.append(connection)
                 connection.sendall(window.values.choice((noise, PREFACE + noise, b"GET / HTTP/1.1\r\n\r\n" + noise)))
             if len(kept) > 50:

@@ -15,8 +15,8 @@ from embedding_service.client.status import get_status
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from support.attack.window import OPTIONS
 from support.cluster import Cluster, Process, until
+from support.security import channel_to
 
 CONTROLLER = "controller"
 SHARD_OPTIONS = ("--memory=64MiB",)
@@ -110,7 +110,7 @@ class Members:
             if name == CONTROLLER:
                 self._ask_controller()
                 return ""
-            with grpc.insecure_channel(self.cluster.addresses[name], OPTIONS) as channel:
+            with channel_to(self.cluster.addresses[name], self.cluster.access) as channel:
                 stub = EmbeddingServiceStub(channel)
                 request = wire.LookupRequest(model="m", table="ngram", ids=range(0, 19000, 997))
                 stub.Lookup(request, timeout=SECONDS_TO_ANSWER, wait_for_ready=True)
@@ -126,7 +126,7 @@ class Members:
         deadline = time.monotonic() + SECONDS_TO_ANSWER
         while True:
             try:
-                get_status(self.cluster.controller_address, timeout=SECONDS_TO_ANSWER)
+                get_status(self.cluster.controller_address, timeout=SECONDS_TO_ANSWER, tls=self.cluster.access)
                 return
             except EmbeddingServiceError:
                 if time.monotonic() > deadline:

@@ -11,8 +11,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from embedding_service.security.access import TLS_VARIABLE, access_of
 from support.attack.child import start
 
 PYTHON, THIN, WORKER = "python client", "thin client", "worker"
@@ -35,9 +37,11 @@ class Figures:
 class Neighbour:
     """One of those processes, as seen from outside."""
 
-    def __init__(self, kind: str, addresses: Sequence[str]) -> None:
+    def __init__(self, kind: str, addresses: Sequence[str], credentials: Path | None = None) -> None:
+        """`credentials`: a folder of what it shows. None: it speaks plain text."""
         self.kind = kind
-        self._popen = start("neighbours", kind, *addresses)
+        shown = {TLS_VARIABLE: str(credentials)} if credentials else {}
+        self._popen = start("neighbours", kind, *addresses, environment=shown)
 
     def wait_until_ready(self) -> None:
         """Until its first lookups were answered."""
@@ -105,9 +109,9 @@ def main(kind: str, addresses: list[str]) -> None:
 
     load: CheckedLoad
     if kind == PYTHON:
-        load = Load(addresses, TABLE, longcat_table(), threads=2, pause=0.01)
+        load = Load(addresses, TABLE, longcat_table(), threads=2, pause=0.01, tls=access_of(None, None))
     elif kind == THIN:
-        load = ThinLoad(lambda: addresses, TABLE, longcat_table(), pause=0.02)
+        load = ThinLoad(lambda: addresses, TABLE, longcat_table(), pause=0.02, tls=access_of(None, None))
     else:
         load = Completions(addresses[0])
     with load:

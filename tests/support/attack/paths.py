@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from support.attack.window import Window
-from support.hostile import Raw
 
 PATHS = (
     b"/\xff",
@@ -31,7 +30,7 @@ def odd_paths(window: Window) -> None:
         for address in addresses:
             for path in (*PATHS, *_drawn(window)):
                 with window.tried("sent"):
-                    raw = Raw(address)
+                    raw = window.raw(address)
                     raw.call(path, b"")
                     window.rest(0.01)
                     raw.close()

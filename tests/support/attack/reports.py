@@ -1,4 +1,4 @@
-"""Reports of shards that are none, as far as no right is needed: none claims rows that it has not, nor a high term."""
+"""Reports of shards that are none. In plain text none claims rows that it has not, nor a high term."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import grpc
-
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
-from support.attack.window import OPTIONS, Window
+from support.attack.window import ATTACKER, Window
 
 MOST = (1 << 64) - 1
 MIB = 1 << 20
+# Of the table, no more than it has.
+MOST_PARTS = 19
 # Nobody listens there.
 NOWHERE = "127.0.0.1:1"
 
@@ -32,7 +32,7 @@ def _forged(window: Window) -> list[control.ShardReport]:
     broken: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram")
     # The names that __main__ gives them.
     taken = values.choice([name for name in window.pids if name != "controller"])
-    return [
+    reports = [
         control.ShardReport(shard_id=taken, memory_limit=1, has_parts=True, **broken),
         control.ShardReport(shard_id="rich", memory_limit=MOST, has_parts=True, **broken),
         control.ShardReport(
@@ -49,6 +49,24 @@ def _forged(window: Window) -> list[control.ShardReport]:
         control.ShardReport(shard_id="drains", draining=True, has_parts=True, **broken),
         control.ShardReport(shard_id="\ud7ff" * values.randrange(1, 1000), topology="z" * 10000, **broken),
     ]
+    return [*reports, *_of_a_member(reports, values.choice(window.shards))] if window.secure else reports
+
+
+def _of_a_member(reports: list[control.ShardReport], taken: str) -> list[control.ShardReport]:
+    """The same of a shard that has a member's certificate, and claims that a secured service alone withstands."""
+    own = []
+    for report in reports:
+        own.append(control.ShardReport())
+        own[-1].CopyFrom(report)
+        own[-1].shard_id = ATTACKER
+    about: dict[str, Any] = dict(shard_id=ATTACKER, device="cpu", tier="ram", memory_limit=1 << 40, has_parts=True)
+    everything = [control.PartRef(model="m", version="1", table="ngram", part=part) for part in range(MOST_PARTS)]
+    claims = [
+        control.ShardReport(address=NOWHERE, parts=everything, **about),
+        control.ShardReport(address=taken, parts=everything, incarnation=1, **about),
+        *(control.ShardReport(address=NOWHERE, term=term, epoch=MOST, **about) for term in (MOST, 1 << 51)),
+    ]
+    return [*own, *claims]
 
 
 def huge_reports(window: Window) -> None:
@@ -59,8 +77,8 @@ def huge_reports(window: Window) -> None:
         failures = [control.PartFailure(part=parts[0], message=message)]
         failures += [control.PartFailure(part=part, message="broken") for part in parts[:20_000]]
         about: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1, has_parts=True)
-        _register(window, control.ShardReport(shard_id="long", parts=parts, **about), 0.5)
-        _register(window, control.ShardReport(shard_id="failing", failures=failures, **about), 1.0)
+        _register(window, control.ShardReport(shard_id=_name(window, "long"), parts=parts, **about), 0.5)
+        _register(window, control.ShardReport(shard_id=_name(window, "failing"), failures=failures, **about), 1.0)
 
 
 def come_and_go(window: Window) -> None:
@@ -69,8 +87,13 @@ def come_and_go(window: Window) -> None:
     while window.open:
         number += 1
         about: dict[str, Any] = dict(address=NOWHERE, device="cpu", tier="ram", memory_limit=1 << 20, has_parts=True)
-        _register(window, control.ShardReport(shard_id=f"guest-{number % 3}", **about), 0.25)
+        _register(window, control.ShardReport(shard_id=_name(window, f"guest-{number % 3}"), **about), 0.25)
         window.rest(0.25)
+
+
+def _name(window: Window, name: str) -> str:
+    """Of a shard that may report."""
+    return ATTACKER if window.secure else name
 
 
 def _register(window: Window, report: control.ShardReport, seconds: float) -> None:
@@ -84,7 +107,7 @@ def _register(window: Window, report: control.ShardReport, seconds: float) -> No
         while not over.wait(0.2):
             yield report
 
-    with grpc.insecure_channel(window.controller, OPTIONS) as channel:
+    with window.channel(window.control, window.member) as channel:
         with window.tried("answered"):
             answers = ControlServiceStub(channel).Register(reports(), timeout=seconds)
             for _ in answers:

@@ -6,7 +6,7 @@ import grpc
 
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
-from support.attack.window import OPTIONS, Window
+from support.attack.window import Window
 
 MIB = 1 << 20
 
@@ -16,7 +16,7 @@ def refused_requests(window: Window) -> None:
     values = window.values
     while window.open:
         address = values.choice(window.shards)
-        with grpc.insecure_channel(address, OPTIONS) as channel:
+        with window.channel(address) as channel:
             lookup = channel.unary_unary("/embedding.v1.EmbeddingService/Lookup")
             calls = [lookup.future(_long_list(window), timeout=20) for _ in range(12)]
             calls += [lookup.future(_small(window).SerializeToString(), timeout=20) for _ in range(20)]
@@ -67,7 +67,7 @@ def huge_ngram_lookups(window: Window) -> None:
     """Batches of up to 2^32 - 1 without a token, and token lists that are refused late."""
     values = window.values
     while window.open:
-        with grpc.insecure_channel(values.choice(window.shards), OPTIONS) as channel:
+        with window.channel(values.choice(window.shards)) as channel:
             stub = EmbeddingServiceStub(channel)
             asked = [
                 wire.LookupNgramsRequest(model="m", batch=values.choice((40_000_000, 1 << 30, (1 << 32) - 1))),
@@ -87,7 +87,7 @@ def gzip_bombs(window: Window) -> None:
     kinds = (grpc.Compression.Gzip, grpc.Compression.Deflate)
     while window.open:
         address, kind = window.values.choice(window.members), window.values.choice(kinds)
-        with grpc.insecure_channel(address, OPTIONS, kind) as channel:
+        with window.channel(address, compression=kind) as channel:
             for method in ("Lookup", "GetRouting"):
                 lookup = channel.unary_unary(f"/embedding.v1.EmbeddingService/{method}")
                 window.wait([lookup.future(message, timeout=20) for _ in range(8)])

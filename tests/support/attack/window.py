@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import grpc
 
+from embedding_service.security.access import Access
+from support.hostile import Raw
+
+# What an attacker of a secured service has: a client's token, and the certificate of a member that is none of its
+# shards.
+ATTACKER = "attacker"
 OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
     ("grpc.max_send_message_length", -1),
@@ -28,6 +36,8 @@ class Window:
     Attributes:
         shards: Their addresses.
         controller: Its address.
+        control: Where members register.
+        secure: The folder of a secured service's files, ATTACKER's among them. Empty for plain text.
         store: The folder that the service reads.
         worker: host:port of a model worker, if there is one.
         pids: Of the members, by name.
@@ -38,12 +48,48 @@ class Window:
 
     shards: list[str]
     controller: str
+    control: str
+    secure: str
     store: Path
     worker: str
     pids: dict[str, int]
     values: random.Random
     until: float
     ended: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def client(self) -> Access | None:
+        """What calls at clients' ports show."""
+        return Access(Path(self.secure, "ca.crt"), token=ATTACKER) if self.secure else None
+
+    @cached_property
+    def member(self) -> Access | None:
+        """What reports show."""
+        own = Path(self.secure, ATTACKER)
+        return Access(own / "ca.crt", own / "tls.crt", own / "tls.key") if self.secure else None
+
+    def channel(
+        self, address: str, access: Access | None = None, compression: grpc.Compression | None = None
+    ) -> grpc.Channel:
+        """A connection of its own. `access`: what it shows, that of a client by default."""
+        shown = access or self.client
+        if shown is None:
+            return grpc.insecure_channel(address, OPTIONS, compression)
+        return grpc.secure_channel(address, shown.credentials(), OPTIONS, compression)
+
+    def raw(self, address: str) -> Raw:
+        """A connection that speaks HTTP/2 as far as it likes, as a client's."""
+        shown = [(b"authorization", f"Bearer {ATTACKER}".encode())] if self.secure else []
+        return Raw(address, self.tls, shown)
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """Of bare connections."""
+        if not self.secure:
+            return None
+        context = ssl.create_default_context(cafile=Path(self.secure, "ca.crt"))
+        context.set_alpn_protocols(["h2"])
+        return context
 
     @property
     def members(self) -> list[str]:
