@@ -79,11 +79,13 @@ public-grpc: setup
 vllm: setup $(VLLM)/.set-up
 	EMBEDDING_SERVICE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
-# Shards and the controller come, go, die and hang for SECONDS, in the order of SEED.
+# Shards and the controller come, go, die and hang for SECONDS, in the order of SEED. SECURE=1: they speak TLS, and
+# certificates, keys, a token and the policy are replaced every second.
 SECONDS ?= 120
 SEED ?= 1
+SECURE ?=
 chaos: setup
-	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED)
+	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(SECURE),--secure --rotate)
 
 # Controller, shards, routers, network and store in one thread, each seed another run of 500 events: 1,000 take about a
 # minute of two cores. A failing seed is made short and told step by step.
@@ -93,10 +95,11 @@ simulate: setup
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST)
 
 # Every class of attack on a running service, with values drawn from SEED, in 5 minutes at most.
-# CLASSES="a,b": those alone; CLASSES=worker: those on a model worker, which takes a minute to start.
+# CLASSES="a,b": those alone; CLASSES=worker: those on a model worker, which takes a minute to start. SECURE=1: on a
+# service that speaks TLS, by who has a client's token and another shard's certificate.
 CLASSES ?=
 attack: setup
-	PYTHONPATH=tests $(BIN)/python -m support.attack --seed $(SEED) --only "$(CLASSES)"
+	PYTHONPATH=tests $(BIN)/python -m support.attack --seed $(SEED) --only "$(CLASSES)" $(if $(SECURE),--secure)
 
 # The Kubernetes overlay on podman containers, from the images' build on: 30 minutes at most. Needs root and a kubectl.
 PODMAN_PACKAGES := podman runc netavark aardvark-dns catatonit iptables debootstrap

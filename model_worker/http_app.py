@@ -20,14 +20,24 @@ from embedding_service.security.quotas import Quota
 from model_worker.engine import EngineBusy
 from model_worker.http_limits import RETRY_AFTER, WholeBodies, error_body
 from model_worker.keys import CALLER, Admission, NotAllowed, refusal, require, spend
+from model_worker.openapi import (
+    CreateChatCompletionResponse,
+    CreateCompletionResponse,
+    Health,
+    ListModelsResponse,
+    Model,
+    answers,
+    describe,
+    generates,
+)
 from model_worker.prompts import Prompts
 from model_worker.protocol import (
     BadRequest,
     ChatReply,
-    ChatRequest,
     Choice,
     CompletionReply,
-    CompletionRequest,
+    CreateChatCompletionRequest,
+    CreateCompletionRequest,
     GenerationRequest,
     Reply,
     clipped,
@@ -60,49 +70,50 @@ def build_app(worker: Worker) -> FastAPI:
     read = _Readers()
     prompts = Prompts(worker.name, worker.tokenizer, worker.vocab_size, worker.context_length)
 
-    def read_completion(raw: bytes, caller: Caller | None) -> tuple[CompletionRequest, list[_Sequence]]:
-        body = parse(CompletionRequest, raw)
+    def read_completion(raw: bytes, caller: Caller | None) -> tuple[CreateCompletionRequest, list[_Sequence]]:
+        body = parse(CreateCompletionRequest, raw)
         _check_places(worker, body, len(body.prompt), caller)
         several = len(body.prompt) > 1
         told = [f"prompt[{number}]" if several else "prompt" for number in range(len(body.prompt))]
         tokens = [prompts.tokens(prompt, where) for prompt, where in zip(body.prompt, told, strict=True)]
         return body, [_sequence(worker, body, *pair) for pair in zip(tokens, told, strict=True)]
 
-    def read_chat(raw: bytes, caller: Caller | None) -> tuple[ChatRequest, list[_Sequence]]:
-        body = parse(ChatRequest, raw)
+    def read_chat(raw: bytes, caller: Caller | None) -> tuple[CreateChatCompletionRequest, list[_Sequence]]:
+        body = parse(CreateChatCompletionRequest, raw)
         _check_places(worker, body, 1, caller)
         return body, [_sequence(worker, body, prompts.conversation(body.messages), "the prompt")]
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **generates(CreateCompletionRequest, CreateCompletionResponse))
     async def completions(request: Request) -> Response:
         body, sequences = await read(request, read_completion)
         return await _answer(worker, body, sequences, CompletionReply(body.model, worker.spelling), _caller(request))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **generates(CreateChatCompletionRequest, CreateChatCompletionResponse))
     async def chat_completions(request: Request) -> Response:
         body, sequences = await read(request, read_chat)
         return await _answer(worker, body, sequences, ChatReply(body.model, worker.spelling), _caller(request))
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=answers(ListModelsResponse))
     async def models(request: Request) -> dict[str, Any]:
         names = await asyncio.to_thread(_names, worker, _caller(request))
         return {"object": "list", "data": [_model_card(worker, name) for name in names]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=answers(Model, 404))
     async def model(name: str, request: Request) -> dict[str, Any]:
         await asyncio.to_thread(_check_name, worker, name, _caller(request))
         return _model_card(worker, name)
 
-    @app.get("/v1/worker")
+    @app.get("/v1/worker", responses=answers(None))
     async def info(request: Request) -> dict[str, Any]:
         require(_caller(request), ("admin", "metrics"), "see what this replica does")
         return await asyncio.to_thread(worker.info)
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=answers(Health, keyed=False))
     async def healthz() -> dict[str, str]:
         await asyncio.to_thread(worker.check)
         return {"status": "ok"}
 
+    describe(app, worker)
     return app
 
 
@@ -283,7 +294,8 @@ async def _as_response(request: Request, error: Exception) -> Response:
     if isinstance(error, NotAllowed):
         return refusal(error.why)
     status, body = _status_and_body(error)
-    return JSONResponse(body, status, headers=RETRY_AFTER if status in (429, 503) else None)
+    headers = getattr(error, "headers", None)  # as Allow of a method that a path does not have
+    return JSONResponse(body, status, headers=RETRY_AFTER if status in (429, 503) else headers)
 
 
 def _status_and_body(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from model_worker.protocol import BadRequest, Message, Prompt, clipped, shortened
+from model_worker.protocol import BadRequest, ChatCompletionRequestMessage, Prompt, clipped, shortened, whole
 
 # Characters of a token: more than the mean of almost any text.
 _CHARACTERS = 8
@@ -40,7 +40,11 @@ class Prompts:
             return self._encode(prompt, "prompt", where)
         if len(prompt) > self._context_length:
             raise self._too_long(f"{where} has {len(prompt)} tokens", "prompt")
-        if set(map(type, prompt)) <= {int} and (not prompt or 0 <= min(prompt) <= max(prompt) < self._vocab_size):
+        kinds = set(map(type, prompt))
+        if float in kinds:
+            prompt = [whole(token) for token in prompt]
+            kinds = set(map(type, prompt))
+        if kinds <= {int} and (not prompt or 0 <= min(prompt) <= max(prompt) < self._vocab_size):
             return prompt
         at, token = next(
             (at, token)
@@ -49,7 +53,7 @@ class Prompts:
         )
         raise BadRequest(f"{where}[{at}] is {clipped(token)}, not a token id in [0, {self._vocab_size})", "prompt")
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
+    def conversation(self, messages: Sequence[ChatCompletionRequestMessage]) -> list[int]:
         """The tokens of a conversation, up to where the model's turn begins."""
         if not self._tokenizer.chat_template:
             raise BadRequest(f"{self._name!r} has no chat template: use /v1/completions", "messages")

@@ -17,15 +17,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import from_json
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, from_json
 
 from model_worker.engine import Event, FinishReason
 from model_worker.sampling import SamplingParams, TokenLogprob
@@ -130,6 +134,33 @@ class _Body(BaseModel):
             if value is not None and not any(_same(value, neutral) for neutral in cls.neutral.get(name, ()))
         }
 
+    # What no field's own schema says.
+    rules: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For the OpenAPI document: with nulls, and with the values that change nothing."""
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        fields, required = schema["properties"], schema.get("required", ())
+        for name in fields:
+            if name not in required:
+                fields[name] = _either(fields[name], {"type": "null"})
+        for name, values in cls.neutral.items():
+            taken = {} if _ANYTHING in values else {"enum": [*values, None]}
+            fields[name] = _either(fields[name], taken) if name in fields else taken
+        schema |= {"maxProperties": _MOST_FIELDS, "additionalProperties": {"type": "null"}, **cls.rules}
+        return reference
+
+
+def _either(*schemas: dict[str, Any]) -> dict[str, Any]:
+    """Any of these. What is the default stays beside them."""
+    first, *others = schemas
+    about: dict[str, Any] = {name: first[name] for name in ("default", "title") if name in first}
+    alone = {name: value for name, value in first.items() if name not in about}
+    known = alone.get("anyOf", [alone]) if alone.keys() <= {"anyOf"} else [alone]
+    return {**about, "anyOf": [*known, *(each for each in others if each not in known)]}
+
 
 def _same(value: Any, neutral: Any) -> bool:
     return neutral is _ANYTHING or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
@@ -147,7 +178,15 @@ def clipped(value: object) -> str:
     return shortened(repr(value)) if isinstance(value, int | float) else _JSON[type(value)]
 
 
-class StreamOptions(_Body):
+def whole(number: Any) -> Any:
+    """1.0 is 1, as JSON Schema has it. Anything else stays what it is."""
+    return int(number) if type(number) is float and number.is_integer() else number
+
+
+_WHOLE = BeforeValidator(whole)
+
+
+class ChatCompletionStreamOptions(_Body):
     """What a stream tells beside the text."""
 
     neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
@@ -155,20 +194,39 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+_STOP = {"type": "string", "minLength": 1, "maxLength": _MOST_STOP_CHARACTERS}
+_MOST_STOPS = 4
+_STOPS = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MOST_STOPS}]}
+
+
+def _if_then(field: str, value: dict[str, Any], other: str) -> dict[str, Any]:
+    """A rule of JSON Schema: where a field is such, another one is true."""
+    condition = {"properties": {field: value}, "required": [field]}
+    return {"if": condition, "then": {"properties": {other: {"const": True}}, "required": [other]}}
+
+
+_USAGE_OF_STREAMS = _if_then(
+    "stream_options",
+    {"type": "object", "properties": {"include_usage": {"const": True}}, "required": ["include_usage"]},
+    "stream",
+)
+
+
 class GenerationRequest(_Body):
     """What completions and chat completions have in common."""
 
     neutral = _NEUTRAL
+    rules: ClassVar[dict[str, Any]] = {"allOf": [_USAGE_OF_STREAMS]}
 
     model: str
-    n: int = Field(1, ge=1)
+    n: Annotated[int, Field(ge=1), _WHOLE] = 1
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], FailFast()] = Field(default=[], max_length=4)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _WHOLE] | None = None
+    stop: Annotated[list[str], FailFast(), WithJsonSchema(_STOPS)] = Field(default=[], max_length=_MOST_STOPS)
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1)
+    stream_options: ChatCompletionStreamOptions = ChatCompletionStreamOptions()
+    max_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
     ignore_eos: bool = False
     """vLLM's, not OpenAI's. It makes answers of one length, for measuring."""
 
@@ -219,8 +277,10 @@ def _prompts(given: Any) -> list[Prompt]:
     kinds = set(map(type, given)) if isinstance(given, list) else {type(given)}
     if kinds == {str} or kinds == {list}:
         return [given] if isinstance(given, str) else given
-    if isinstance(given, list) and kinds <= {int}:
-        return [given]
+    if isinstance(given, list) and kinds <= {int, float}:
+        numbers = given if kinds <= {int} else [whole(each) for each in given]
+        if set(map(type, numbers)) <= {int}:
+            return [numbers]
     told = " and ".join(sorted({_JSON[kind] for kind in kinds}))
     raise ValueError(
         "give a text, a list of token ids, a list of texts, or a list of lists of token ids, "
@@ -228,15 +288,21 @@ def _prompts(given: Any) -> list[Prompt]:
     )
 
 
-class CompletionRequest(GenerationRequest):
+# Without the model's number of tokens, which a worker knows.
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+_PROMPTS = {"anyOf": [_TEXT, _TOKENS, *({"type": "array", "items": each, "minItems": 1} for each in (_TEXT, _TOKENS))]}
+
+
+class CreateCompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt_param = "prompt"
 
     neutral = {**_NEUTRAL, "logprobs": (False,)}
 
-    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
-    logprobs: int | None = Field(None, ge=0, le=_COMPLETION_LOGPROBS)
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    logprobs: Annotated[int, Field(ge=0, le=_COMPLETION_LOGPROBS), _WHOLE] | None = None
 
     def wanted_tokens(self, room: int) -> int:
         """See the base class. Without max_tokens it is 16, as OpenAI has it, or what fits."""
@@ -247,7 +313,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class TextPart(_Body):
+class ChatCompletionRequestMessageContentPartText(_Body):
     """A piece of a message."""
 
     neutral = {"annotations": ([],)}
@@ -263,13 +329,22 @@ class TextPart(_Body):
         return kind
 
 
-class Message(_Body):
+class _OrText:
+    """For the OpenAPI document: a text may stand in a list's place."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return _either(handler(core), {"type": "string"})
+
+
+class ChatCompletionRequestMessage(_Body):
     """One turn of a conversation."""
 
     neutral = {"annotations": ([],), "tool_calls": ([],), "refusal": ("",), "reasoning": ("",)}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), Field(max_length=_MOST_PARTS)]
+    content: Annotated[
+        list[ChatCompletionRequestMessageContentPartText], FailFast(), Field(max_length=_MOST_PARTS), _OrText()
+    ]
     name: str | None = None
     reasoning_content: str | None = None
 
@@ -288,18 +363,21 @@ class Message(_Body):
         return told | self.model_dump(include={"name", "reasoning_content"}, exclude_none=True)
 
 
-class ChatRequest(GenerationRequest):
+class CreateChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     prompt_param = "messages"
+    rules: ClassVar[dict[str, Any]] = {
+        "allOf": [_USAGE_OF_STREAMS, _if_then("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")]
+    }
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[ChatCompletionRequestMessage], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1), _WHOLE] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=_CHAT_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=_CHAT_LOGPROBS), _WHOLE] | None = None
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatRequest:
+    def _top_needs_logprobs(self) -> CreateChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self

@@ -1,0 +1,77 @@
+"""The worker's HTTP is what its OpenAPI document says, for requests that schemathesis draws from that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+
+from model_worker.http_app import build_app
+from model_worker.worker import Worker, WorkerConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.fuzz]
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+# What it answers is what the document says, whatever it was asked.
+ALWAYS = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+OF_BODIES = {
+    GenerationMode.POSITIVE: [*ALWAYS, checks.positive_data_acceptance],
+    GenerationMode.NEGATIVE: [*ALWAYS, checks.negative_data_rejection],
+}
+# Each asks the model, so `make fuzz` draws no more than this.
+EXAMPLES = min(int(os.environ.get("FUZZ_EXAMPLES", 20)), 2000)
+PLACES = 8
+
+
+@pytest.fixture(scope="module")
+def app(model_folder: Path, embeddings: str) -> Iterator[FastAPI]:
+    worker = Worker(WorkerConfig(str(model_folder), embeddings, "small", "1", 2, PLACES - 2))
+    yield build_app(worker)
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def schema(app: FastAPI) -> OpenApiSchema:
+    """The document, of requests for this model. Another one does not exist."""
+    for name in ("CreateCompletionRequest", "CreateChatCompletionRequest"):
+        app.openapi()["components"]["schemas"][name]["properties"]["model"] = {"const": "small"}
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.mark.parametrize("mode", OF_BODIES)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_s8_bodies_are_taken_where_the_document_says_so(
+    schema: OpenApiSchema, path: str, mode: GenerationMode, data: st.DataObject
+) -> None:
+    case = data.draw(schema[path]["POST"].as_strategy(mode))
+    if mode is GenerationMode.POSITIVE:  # a few tokens do
+        assert isinstance(case.body, dict)
+        for limit in ("max_tokens", "max_completion_tokens"):
+            if limit == "max_tokens" or case.body.get(limit) is not None:
+                case.body[limit] = min(case.body.get(limit) or 3, 3)
+        if isinstance(prompts := case.body.get("prompt"), list) and len(prompts) > 1:
+            case.body["n"] = 1  # there are places for all prompts, each once
+    case.validate_response(case.call(), checks=OF_BODIES[mode])
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{name}", "/v1/worker", "/healthz"])
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_s8_answers_are_as_the_document_says(schema: OpenApiSchema, path: str, data: st.DataObject) -> None:
+    case = data.draw(schema[path]["GET"].as_strategy())
+    case.validate_response(case.call(), checks=[*ALWAYS, checks.unsupported_method])
