@@ -21,7 +21,7 @@ from embedding_service.client.router import Router
 from embedding_service.client.steps import run_async
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.errors import InvalidRequest
-from embedding_service.front import Kind
+from embedding_service.front import Front, Kind
 from embedding_service.machine import check_free, spare_collections
 from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge
@@ -113,96 +113,149 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
-    tier = _tier(options)
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
-    # A network's filesystem may say that it has 8 EiB.
-    memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
-    tier.prepare(memory_limit)
-    store = Store(options.store)
-    holdings = Holdings(store, tier, memory_limit, options.cache, options.load_rate)
-    security = Security(options.security) if options.security else None
-    access = options.security.access if options.security else None
-    router, transport = Router([options.controller], topology=options.topology), GrpcTransport(access)
-    budget = Budget(memory_for_requests(memory_limit if tier.lies_in is LiesIn.HOST else 0, options.processes))
-    service = LookupService(holdings, router, transport, options.limits, budget)
-    if options.processes > 1:
-        check_free(options.listen)
-    server = Server(options.limits, budget, security)
-    server.add(LookupService.add_to, service, SERVICE)
-    training = _training(options, store, router, budget, security)
-    server.add(TrainingService.add_to, training, TRAINING)
-    fronts = [await server.listen(options.listen, shared=options.processes > 1)]
-    training.address = address = reachable_address(fronts[0].address, options.advertise)
-    if options.shared_listen:
-        fronts.append(await server.listen(options.shared_listen, shared=True))
-    if options.health_listen:
-        await server.listen(options.health_listen, kind=Kind(health_only=True))
-    about = control.ShardReport(
-        shard_id=options.shard_id,
-        address=address,
-        device=tier.device,
-        tier=options.tier,
-        memory_limit=holdings.memory_limit,
-        topology=options.topology,
-        incarnation=secrets.randbits(63),
-    )
-    near = _near(options, about.incarnation, router, holdings, security)
-    if near:
-        holdings.sharing.append(near)  # the first: what is dropped is near no more before others give it up
-        about.near.CopyFrom(near.place)
-    others, folder = Processes(options.processes - 1, holdings.add_accesses), None
-    if options.processes > 1:
-        holdings.sharing.append(others)
-        # Who may enter this folder may say whose a call is: nobody else.
-        folder = PrivateFolder()
-        back = await server.listen(f"unix:{folder.path}/main", private=True)
-        addresses = [front.address for front in fronts]
-        limits, threads = options.limits, options.threads
-        others.start(
-            Settings(options.shard_id, addresses, back.address, limits, threads, budget.most, options.security)
-        )
-
+    shard = _Shard(options)
+    await shard.listen()
     spare_collections()
-
-    def counters() -> Counters:
-        here = Counters(errors=server.refused, near_rows=near.rows if near else 0)
-        return service.counters + others.counters() + here
-
-    async def set_serving(serving: bool) -> None:
-        if near:
-            near.tell_age()  # before anybody is answered by the new routing
-        others.set_serving(serving)
-        await server.set_serving(serving)
-
-    log.info("listening on %s, %s bytes of %s", about.address, f"{about.memory_limit:,}", options.tier)
-    registration = Registration(options.controller, about, holdings, router, counters, set_serving, access)
-    metrics = MetricsServer(
-        options.listen.rpartition(":")[0],
-        options.metrics_port,
-        lambda: _metrics(counters(), holdings, router),
-        security,
-    )
-    registering, looking = asyncio.create_task(registration.run()), asyncio.create_task(_look_around(router, transport))
-    opening = asyncio.create_task(training.open_all())
     try:
-        told = told_to_end()
-        await first_of(told.wait(), registering, server.death())
-        told.clear()
-        await first_of(told.wait(), registration.drain(options.drain_seconds), registering, server.death())
+        await shard.run()
     finally:
         log.info("ending")
-        await asyncio.gather(asyncio.to_thread(others.stop), *(front.stop() for front in fronts))
-        await server.stop()  # calls that the others passed on ended before
-        if folder:
-            folder.close()
-        if near:
-            near.close()
-        await cancel([registering, looking, opening])
-        await training.close()
-        transport.close()
-        metrics.close()
-        await holdings.close()
+        await shard.close()
+
+
+class _Shard:
+    """What makes up a shard's main process, each made from those before it.
+
+    Raises InvalidRequest where this machine or the options do not go with the tier.
+    """
+
+    def __init__(self, options: ShardOptions) -> None:
+        self._options = options
+        self._tier = tier = _tier(options)
+        torch.set_num_threads(options.threads)
+        keep_freed_memory()
+        # A network's filesystem may say that it has 8 EiB.
+        memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
+        tier.prepare(memory_limit)
+        store = Store(options.store)
+        self._holdings = Holdings(store, tier, memory_limit, options.cache, options.load_rate)
+        self._security = Security(options.security) if options.security else None
+        self._access = options.security.access if options.security else None
+        self._router = Router([options.controller], topology=options.topology)
+        self._transport = GrpcTransport(self._access)
+        rows_here = memory_limit if tier.lies_in is LiesIn.HOST else 0
+        self._budget = Budget(memory_for_requests(rows_here, options.processes))
+        self._service = LookupService(self._holdings, self._router, self._transport, options.limits, self._budget)
+        self._training = _training(options, store, self._router, self._budget, self._security)
+        self._server = Server(options.limits, self._budget, self._security)
+        self._server.add(LookupService.add_to, self._service, SERVICE)
+        self._server.add(TrainingService.add_to, self._training, TRAINING)
+        self._fronts: list[Front] = []
+        self._others = Processes(options.processes - 1, self._holdings.add_accesses)
+        self._folder: PrivateFolder | None = None
+        self._near: NearServer | None = None
+        self._metrics: MetricsServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def listen(self) -> None:
+        """Answer at all addresses, with all processes. Raises InvalidRequest for one that cannot be had."""
+        options, several = self._options, self._options.processes > 1
+        if several:
+            check_free(options.listen)
+        self._fronts.append(await self._server.listen(options.listen, shared=several))
+        if options.shared_listen:
+            self._fronts.append(await self._server.listen(options.shared_listen, shared=True))
+        if options.health_listen:
+            await self._server.listen(options.health_listen, kind=Kind(health_only=True))
+        self._about = self._report()
+        self._training.address = self._about.address
+        self._near = _near(options, self._about.incarnation, self._router, self._holdings, self._security)
+        if self._near:
+            self._holdings.sharing.append(
+                self._near
+            )  # the first: what is dropped is near no more before it is given up
+            self._about.near.CopyFrom(self._near.place)
+        if several:
+            await self._start_others()
+        log.info("listening on %s, %s bytes of %s", self._about.address, f"{self._about.memory_limit:,}", options.tier)
+
+    async def _start_others(self) -> None:
+        options = self._options
+        self._holdings.sharing.append(self._others)
+        # Who may enter this folder may say whose a call is: nobody else.
+        self._folder = PrivateFolder()
+        back = await self._server.listen(f"unix:{self._folder.path}/main", private=True)
+        addresses, budget = [front.address for front in self._fronts], self._budget.most
+        self._others.start(
+            Settings(
+                options.shard_id, addresses, back.address, options.limits, options.threads, budget, options.security
+            )
+        )
+
+    def _report(self) -> control.ShardReport:
+        """What the controller is told of it."""
+        options = self._options
+        return control.ShardReport(
+            shard_id=options.shard_id,
+            address=reachable_address(self._fronts[0].address, options.advertise),
+            device=self._tier.device,
+            tier=options.tier,
+            memory_limit=self._holdings.memory_limit,
+            topology=options.topology,
+            incarnation=secrets.randbits(63),
+        )
+
+    async def run(self) -> None:
+        """Register and serve until told to end, then drain. Raises what ends a shard before that."""
+        options = self._options
+        registration = Registration(
+            options.controller,
+            self._about,
+            self._holdings,
+            self._router,
+            self._counters,
+            self._set_serving,
+            self._access,
+        )
+        self._metrics = MetricsServer(
+            options.listen.rpartition(":")[0],
+            options.metrics_port,
+            lambda: _metrics(self._counters(), self._holdings, self._router),
+            self._security,
+        )
+        doing = registration.run(), _look_around(self._router, self._transport), self._training.open_all()
+        self._tasks = [asyncio.create_task(each) for each in doing]
+        registering, told = self._tasks[0], told_to_end()
+        await first_of(told.wait(), registering, self._server.death())
+        told.clear()
+        draining = registration.drain(options.drain_seconds)
+        await first_of(told.wait(), draining, registering, self._server.death())
+
+    def _counters(self) -> Counters:
+        """Of all processes."""
+        here = Counters(errors=self._server.refused, near_rows=self._near.rows if self._near else 0)
+        return self._service.counters + self._others.counters() + here
+
+    async def _set_serving(self, serving: bool) -> None:
+        if self._near:
+            self._near.tell_age()  # before anybody is answered by the new routing
+        self._others.set_serving(serving)
+        await self._server.set_serving(serving)
+
+    async def close(self) -> None:
+        """Let calls under way end, those that other processes passed on too, and give everything back."""
+        await asyncio.gather(asyncio.to_thread(self._others.stop), *(front.stop() for front in self._fronts))
+        await self._server.stop()
+        if self._folder:
+            self._folder.close()
+        if self._near:
+            self._near.close()
+        await cancel(self._tasks)
+        await self._training.close()
+        self._transport.close()
+        if self._metrics:
+            self._metrics.close()
+        await self._holdings.close()
 
 
 def _tier(options: ShardOptions) -> type[TableRows]:
