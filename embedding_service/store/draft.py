@@ -20,7 +20,7 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from embedding_service.errors import CorruptPart, ImportRefused, StoreError
+from embedding_service.errors import CorruptPart, ImportRefused, RemoteStoreError, StoreError
 from embedding_service.machine import sync_folder, write_durably
 from embedding_service.store.manifest import ID_BYTES, Manifest, Overlay, Part, check_name
 from embedding_service.store.overlays import verify_overlay
@@ -147,7 +147,7 @@ class RemoteDraft(Draft):
         if isinstance(part, NoRows):
             return super().keep(part)
         location = self.store.location(self.model, self.version, part.file)
-        self.store.filesystem.makedirs(location.rpartition("/")[0], exist_ok=True)
+        self.store.filesystem.makedirs(location.rpartition("/")[0])
         self.store.filesystem.put_file(str(self.folder / part.file), location)
         super().keep(part)
         (self.folder / part.file).unlink()
@@ -205,6 +205,8 @@ def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
     """Begin or go on with a version. Raises ImportRefused: the name is taken, or another import of it is running."""
     check_name(model)
     check_name(version)
+    if not store.is_local:
+        store.versions(model)  # raises without a bucket, before any part is made
     _refuse_taken(store, model, version)
     draft = _draft(store, model, version)
     with _locked(draft.folder, f"{model}@{version}"):
@@ -296,6 +298,8 @@ def explained_write_errors(store: Store) -> Iterator[None]:
     """Say of a failure to write what it was, and what is kept."""
     try:
         yield
+    except RemoteStoreError as error:
+        raise StoreError(f"{error}. Finished parts are kept: run the same import again to go on") from error
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise StoreError(

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -25,6 +26,7 @@ from embedding_service.foreign import one_line, printable
 from embedding_service.store.manifest import Manifest, Overlay, Part, Table, check_name
 from embedding_service.store.overlays import read_overlay
 from embedding_service.store.parts import verify
+from embedding_service.store.remote import RemoteFiles, explained
 
 MANIFEST_FILE = "manifest.json"
 # A part takes about 200 bytes of it, and a tokenizer some 100 KiB.
@@ -57,13 +59,14 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
-        try:
-            filesystem, self.root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
-            raise StoreError(f"{self.url} is no store that can be opened: {error}") from error
+        with explained(self.url):
+            filesystem, self.root = _opened(self.url)
         self.is_local = isinstance(filesystem, LocalFileSystem)
         # Parts are cached here, whole or not at all. fsspec's own cache shows a file while it is written.
-        self.filesystem = filesystem.fs if isinstance(filesystem, CachingFileSystem) else filesystem
+        if isinstance(filesystem, CachingFileSystem):
+            filesystem = filesystem.fs
+        self.is_private = _in_this_process(filesystem)
+        self.filesystem = filesystem if self.is_local else RemoteFiles(filesystem, self.url)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -135,14 +138,6 @@ class Store:
         self._check_base(manifest)
         return manifest
 
-    @property
-    def is_private(self) -> bool:
-        """Whether it is in this process's memory, where no other process sees it."""
-        filesystem = self.filesystem
-        while inner := getattr(filesystem, "fs", None):
-            filesystem = inner
-        return isinstance(filesystem, MemoryFileSystem)
-
     def location(self, *names: str) -> str:
         """Where something lies, in the filesystem's own terms: a path for a local store."""
         return "/".join([self.root.rstrip("/"), *names])
@@ -191,7 +186,10 @@ class Store:
         os.close(descriptor)
         partial = Path(name)
         try:
-            self.filesystem.get_file(location, str(partial))
+            try:
+                self.filesystem.get_file(location, str(partial))
+            except FileNotFoundError as error:
+                raise StoreError(f"{location} is not there: the version has lost it, so import it again") from error
             check(partial)
             partial.rename(path)
         finally:
@@ -219,9 +217,34 @@ class Store:
 
     def _folders(self, location: str) -> list[str]:
         """Names of the folders in one, in natural order, without hidden ones."""
-        entries = self.filesystem.ls(location, detail=True)
+        try:
+            entries = self.filesystem.ls(location, detail=True)
+        except FileNotFoundError:
+            if not isinstance(self.filesystem, RemoteFiles):
+                raise
+            self.filesystem.check_bucket(self.root)
+            raise FileNotFoundError(f"nothing is at {location}: import into it, or correct the store's URL") from None
         names = [Path(entry["name"]).name for entry in entries if entry["type"] == "directory"]
         return sorted((name for name in names if not name.startswith(".")), key=natural_order)
+
+
+def _opened(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL, and the place there."""
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except ImportError as error:
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(url.partition(":")[0])
+        remedy = f": pip install 'embedding-service[{extra}]'" if extra else ""
+        raise StoreError(f"{url} is no store that can be opened: {one_line(error)}{remedy}") from error
+    except ValueError as error:  # an unknown scheme
+        raise StoreError(f"{url} is no store that can be opened: {one_line(error)}") from error
+
+
+def _in_this_process(filesystem: AbstractFileSystem) -> bool:
+    """Whether it is in this process's memory, where no other process sees it."""
+    while inner := getattr(filesystem, "fs", None):
+        filesystem = inner
+    return isinstance(filesystem, MemoryFileSystem)
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""The filesystem of a store that is elsewhere: fsspec's, with errors that name the store and the remedy.
+
+Libraries of object stores raise what they like. Those of botocore and of google-auth are no OSErrors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.dircache import DirCache
+
+from embedding_service.errors import RemoteStoreError, StoreError
+from embedding_service.foreign import one_line
+
+_AMAZON = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server that is not Amazon's"
+_GOOGLE = "set GOOGLE_APPLICATION_CREDENTIALS"
+_AZURE = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+# By scheme, how credentials are given. The schemes are of stores that have keys in place of folders.
+_CREDENTIALS = {
+    "s3": _AMAZON,
+    "s3a": _AMAZON,
+    "gs": _GOOGLE,
+    "gcs": _GOOGLE,
+    "az": _AZURE,
+    "abfs": _AZURE,
+}
+# Errors of botocore, google-auth and azure-core by their names, for none of these may be installed.
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "GoogleAuthError",
+    "ClientAuthenticationError",
+}
+_NO_ANSWER = {
+    "ConnectionError",  # botocore's and Python's
+    "HTTPClientError",
+    "TimeoutError",
+    "ClientConnectionError",
+    "ServiceRequestError",
+}
+
+
+class RemoteFiles:
+    """A filesystem of fsspec, with all its methods. What they raise is told as RemoteStoreError.
+
+    FileNotFoundError stays what it is, and so do errors of this machine's own files.
+    """
+
+    def __init__(self, filesystem: AbstractFileSystem, url: str) -> None:
+        self._filesystem, self._url = filesystem, url
+        # A listing that is remembered would hide versions that others publish.
+        listings = getattr(filesystem, "dircache", None)
+        if isinstance(listings, DirCache):
+            listings.use_listings_cache = False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._filesystem, name)
+        return self._explaining(found) if callable(found) else found
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something. fsspec's own says no if it cannot tell, and then a version could be replaced."""
+        try:
+            self.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def makedirs(self, path: str) -> None:
+        """Make a folder and those above it, where there are folders. s3fs would make a bucket of a mistyped name."""
+        if _scheme(self._url) not in _CREDENTIALS:
+            with explained(self._url):
+                self._filesystem.makedirs(path, exist_ok=True)
+
+    def check_bucket(self, root: str) -> None:
+        """Raise RemoteStoreError if the bucket of a store is not there."""
+        if _scheme(self._url) in ("gs", "gcs") and not self.exists(root.partition("/")[0]):
+            raise _no_bucket(self._url)
+
+    def _explaining(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def explained_method(*args: Any, **kwargs: Any) -> Any:
+            with explained(self._url):
+                return method(*args, **kwargs)
+
+        return explained_method
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Tell what a store's library raises as RemoteStoreError, but for what is not there and this machine's files."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _code(error) == "NoSuchBucket":
+            raise _no_bucket(url) from error
+        raise
+    except Exception as error:
+        if isinstance(error, StoreError) or (isinstance(error, OSError) and error.filename):
+            raise
+        raise RemoteStoreError(f"{url}: {_told(url, error)}") from error
+
+
+def _told(url: str, error: Exception) -> str:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    reason = one_line(error) or type(error).__name__
+    how = _CREDENTIALS.get(_scheme(url), "give those that its fsspec package asks for")
+    if names & _NO_CREDENTIALS:
+        return f"no credentials ({reason}): {how}, or run where the platform gives an identity"
+    if isinstance(error, PermissionError) or "Forbidden" in reason or getattr(error, "code", 0) in (401, 403):
+        rights = "check the credentials, and that they may list, read and, to import, write there"
+        return f"access is refused ({reason}): {rights}; {how}"
+    if names & _NO_ANSWER:
+        return f"no answer ({type(error).__name__}: {reason}): check the network and the address, and try again"
+    return f"{reason} ({type(error).__name__})"
+
+
+def _no_bucket(url: str) -> RemoteStoreError:
+    return RemoteStoreError(f"{url}: the bucket is not there: make it, or correct the store's URL")
+
+
+def _scheme(url: str) -> str:
+    """s3 of s3://..., and of simplecache::s3://..."""
+    return url.rpartition("::")[2].partition(":")[0]
+
+
+def _code(error: BaseException) -> str | None:
+    """The code that S3 answered with."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
