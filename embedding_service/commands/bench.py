@@ -13,7 +13,7 @@ import typer
 
 from embedding_service.commands.query import DEFAULT_ADDRESS
 from embedding_service.commands.secured import TlsOption, TokenOption
-from embedding_service.commands.text import check_address
+from embedding_service.commands.text import JsonOption, check_address, say_json
 from embedding_service.errors import InvalidRequest, NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="What rows become in the client: float32, float16, bfloat16.")] = "float32",
     tls: TlsOption = None,
     token_file: TokenOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Latency and throughput of lookups with random ids. Exit code 1 if some failed.
 
@@ -77,7 +78,10 @@ def bench(
             floor = health_p50(address)
             load = together([task.result() for task in [pool.submit(_load, work, seed) for seed in range(clients)]])
             loads.append((rows, floor, load))
-    _show(loads, dim * (4 if dtype == "float32" else 2), f"{table}, {clients} clients, {_loop(rate)}")
+    if as_json:
+        say_json({"table": table, "clients": clients, "rate": rate, "loads": [_plain(*each) for each in loads]})
+    else:
+        _show(loads, dim * (4 if dtype == "float32" else 2), f"{table}, {clients} clients, {_loop(rate)}")
     if any(load.errors for _, _, load in loads):
         raise typer.Exit(1)
 
@@ -152,6 +156,13 @@ def _load(work: Work, seed: int) -> Load:
 
 def _loop(rate: float | None) -> str:
     return "closed loop" if rate is None else f"open loop, {rate:g} lookups due a second"
+
+
+def _plain(rows: int, floor: float, load: Load) -> dict[str, Any]:
+    times = {f"p{share}_seconds": load.percentile(share) for share in (50, 90, 99)}
+    rate = len(load.latencies) * rows / load.seconds
+    lookups = {"rows": rows, "lookups": len(load.latencies), "rows_per_second": rate, "errors": dict(load.errors)}
+    return {**lookups, **times, "floor_seconds": floor}
 
 
 def _show(loads: list[tuple[int, float, Load]], row_bytes: int, title: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from embedding_service.commands.secured import AuditOption
 from embedding_service.commands.store import note_if_not_served, open_store
-from embedding_service.commands.text import format_bytes, say
+from embedding_service.commands.text import JsonOption, format_bytes, say, say_json
 from embedding_service.security.audit import Audit, this_user
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 StoreOption = Annotated[str, typer.Option(help="The store: a folder or an fsspec URL.")]
 VersionOption = Annotated[str | None, typer.Option(help="The new version. Default: one that sorts last.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def publish(
@@ -77,7 +75,7 @@ def diff(
 
     tables = compare(store, first, second)
     if as_json:
-        say(json.dumps({"tables": [asdict(table) for table in tables]}))
+        say_json({"tables": [asdict(table) for table in tables]})
         return
     for table in tables:
         say(_line(table))
@@ -89,7 +87,7 @@ def _tell(manifest: Manifest, as_json: bool, seconds: float) -> None:
     if as_json:
         about = {"model": manifest.model, "version": manifest.version, "base": base, "restores": restores}
         size = {"replaced_rows": manifest.replaced_rows, "rows": rows, "bytes": manifest.replaced_bytes}
-        say(json.dumps({**about, **size, "seconds": round(seconds, 3)}))
+        say_json({**about, **size, "seconds": round(seconds, 3)})
         return
     what = f" with the rows of version {restores}" if restores else ""
     replaced = f"{manifest.replaced_rows:,} of {rows:,} rows in place of {base}'s"

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from embedding_service.commands.cluster import ReplicasOption
-from embedding_service.commands.text import format_bytes, parse_bytes
+from embedding_service.commands.text import JsonOption, format_bytes, parse_bytes, say_json
 from embedding_service.errors import InvalidRequest, NotFound, PlacementError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def plan(
         list[str] | None, typer.Option(help="Show what coming from these nodes moves; equal MEMORY, same nodes.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it, too: a .png, .svg or .pdf file.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a set of nodes would hold, without servers. If it does not fit, show what is missing: exit code 1."""
     after = _parse_nodes(nodes)
@@ -52,10 +53,13 @@ def plan(
     from embedding_service.commands.console import wide_console
 
     outlook = _Outlook.of(parts, before, after, replicas)
-    console = wide_console()
-    console.print(outlook.table())
-    for line in outlook.summary():
-        console.print(line)
+    console = wide_console(stderr=as_json)
+    if as_json:
+        say_json({"nodes": outlook.plain()})
+    else:
+        console.print(outlook.table())
+        for line in outlook.summary():
+            console.print(line)
     if plot:
         _draw(outlook, plot)
         console.print(f"drawn to {plot}")
@@ -114,6 +118,21 @@ class _Outlook:
                 *moved,
             )
         return table
+
+    def plain(self) -> list[dict[str, Any]]:
+        """For JSON, an object for each node."""
+        moved = self.moved or [0] * len(self.nodes)
+        return [
+            {
+                "node": node.shard,
+                "device": node.device,
+                "parts": count,
+                "bytes": nbytes,
+                "limit": node.memory_limit,
+                "moved": new,
+            }
+            for node, (count, nbytes), new in zip(self.nodes, self.held, moved, strict=True)
+        ]
 
     def summary(self) -> list[str]:
         """The whole in a line or two."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedding_service.commands.secured import TlsOption, TokenOption
-from embedding_service.commands.text import check_address, format_bytes, say
+from embedding_service.commands.text import JsonOption, check_address, format_bytes, say, say_json
 from embedding_service.errors import OutOfRange
 
 if TYPE_CHECKING:
@@ -24,18 +24,27 @@ ID_BYTES = 8
 DEFAULT_ADDRESS = "localhost:7070"
 
 
-def status(address: AddressArgument = DEFAULT_ADDRESS, tls: TlsOption = None, token_file: TokenOption = None) -> None:
+def status(
+    address: AddressArgument = DEFAULT_ADDRESS,
+    tls: TlsOption = None,
+    token_file: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show shards, parts, memory, rates, models and what stands in the way. Exit code 1 if something does."""
     from embedding_service.client.status import get_status
     from embedding_service.commands.console import wide_console
+    from embedding_service.wire.plain import plain
 
     current = get_status(address)
-    console = wide_console()
-    for table in status_tables(current):
-        console.print(table)
-    console.print(f"routing: term {current.term}, epoch {current.epoch}")
-    for problem in current.problems:
-        console.print(f"problem: {problem.message}", style="red")
+    if as_json:
+        say_json(plain(current))
+    else:
+        console = wide_console()
+        for table in status_tables(current):
+            console.print(table)
+        console.print(f"routing: term {current.term}, epoch {current.epoch}")
+        for problem in current.problems:
+            console.print(f"problem: {problem.message}", style="red")
     if current.problems:
         raise typer.Exit(1)
 
@@ -94,11 +103,21 @@ def _state(model: control.ModelStatus) -> str:
     return "serving" if model.parts_ready == model.parts else "serving, parts lost"
 
 
-def models(address: AddressArgument = DEFAULT_ADDRESS, tls: TlsOption = None, token_file: TokenOption = None) -> None:
+def models(
+    address: AddressArgument = DEFAULT_ADDRESS,
+    tls: TlsOption = None,
+    token_file: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what is served now, a line for each table."""
     from embedding_service.client.thin import list_models
+    from embedding_service.wire.plain import plain
 
-    for model in list_models(address):
+    served = list_models(address)
+    if as_json:
+        say_json({"models": [plain(model) for model in served]})
+        return
+    for model in served:
         family = f" ({model.family})" if model.family else ""
         for table in model.tables:
             over = f", {table.replaced_rows:,} of them over {model.base}" if model.base else ""
@@ -113,6 +132,7 @@ def lookup(
     timeout: Annotated[float, typer.Option(help="Seconds in all.")] = 10.0,
     tls: TlsOption = None,
     token_file: TokenOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print rows, one on each line: the id, then the values."""
     for position, row_id in enumerate(ids):
@@ -120,5 +140,10 @@ def lookup(
             raise OutOfRange(f"ids[{position}] is {row_id}: no table has as many rows, ids are below {MOST_ID:,}")
     from embedding_service.client.thin import get_rows
 
-    for row_id, row in zip(ids, get_rows(address, table, ids, timeout).tolist(), strict=True):
+    rows = get_rows(address, table, ids, timeout).tolist()
+    if as_json:
+        found = [{"id": row_id, "values": row} for row_id, row in zip(ids, rows, strict=True)]
+        say_json({"table": table, "rows": found})
+        return
+    for row_id, row in zip(ids, rows, strict=True):
         say(f"{row_id}: " + " ".join(f"{value:.6g}" for value in row))

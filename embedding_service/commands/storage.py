@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedding_service.commands.overlays import JsonOption
 from embedding_service.commands.secured import AuditOption
 from embedding_service.commands.store import Progress, open_store
-from embedding_service.commands.text import format_bytes, say
+from embedding_service.commands.text import JsonOption, format_bytes, say, say_json
 from embedding_service.security.audit import Audit, this_user
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ def inspect(
     if verify:
         problems += _corrupt(source, manifests)
     if as_json:
-        say(json.dumps({"versions": [_about(manifest) for manifest in manifests], "problems": problems}))
+        say_json({"versions": [_about(manifest) for manifest in manifests], "problems": problems})
     else:
         for manifest in manifests:
             say(_line(manifest))
@@ -71,7 +69,7 @@ def gc(
         if not as_json:
             say(f"{'removed' if yes else 'would remove'} {garbage.kind} {garbage.name}: {format_bytes(garbage.bytes)}")
     if as_json:
-        say(json.dumps({"removed" if yes else "would_remove": [asdict(garbage) for garbage in found]}))
+        say_json({"removed" if yes else "would_remove": [asdict(garbage) for garbage in found]})
     elif not found:
         say("nothing can go")
     elif not yes:

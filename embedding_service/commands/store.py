@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding_service.commands.text import format_bytes, parse_bytes, say
+from embedding_service.commands.text import JsonOption, format_bytes, parse_bytes, say, say_json
 from embedding_service.errors import InvalidRequest
 from embedding_service.formats import FORMATS
 
@@ -52,6 +52,7 @@ def import_command(
             help="Take this matrix as a table that is looked up by row id, whatever model it is of; may be repeated.",
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Import a checkpoint's tables into a store. Run again to go on after an interruption."""
     part_bytes = parse_bytes(part_size) if part_size is not None else None
@@ -80,7 +81,24 @@ def import_command(
         rows = sum(table.rows for table in manifest.tables)
         out = f"{manifest.replaced_rows:,} of {rows:,} rows differ from {'@'.join(manifest.root)}"
         out += f", {format_bytes(manifest.replaced_bytes)} out"
-    say(f"{name}@{version}: {tables}; {format_bytes(progress.total)} in, {out}, {progress.seconds:.1f} s, to {store}")
+    if as_json:
+        keys = {"name", "rows", "dim", "dtype"}
+        say_json(
+            {
+                "model": name,
+                "version": version,
+                "store": store,
+                "base": "@".join(manifest.root) if manifest.base else None,
+                "tables": [table.model_dump(include=keys) for table in manifest.tables],
+                "parts": parts,
+                "bytes_in": progress.total,
+                "bytes": manifest.own_bytes,
+                "seconds": round(progress.seconds, 3),
+            }
+        )
+    else:
+        size_in = f"{format_bytes(progress.total)} in"
+        say(f"{name}@{version}: {tables}; {size_in}, {out}, {progress.seconds:.1f} s, to {store}")
     note_if_not_served(target, manifest)
 
 
@@ -110,12 +128,17 @@ def note_if_not_served(store: Store, manifest: Manifest) -> None:
 def split(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder.")],
     out: Annotated[Path, typer.Argument(help="New folder: OUT/dense for workers, OUT/tables for `import`.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Split a checkpoint, so that a worker's disk and memory never see the tables."""
     from embedding_service.store.split import split_checkpoint
 
     with Progress("splitting") as progress:
         split_checkpoint(checkpoint, out, progress=progress)
+    if as_json:
+        folders = {"dense": str(out / "dense"), "tables": str(out / "tables")}
+        say_json({**folders, "bytes": progress.total, "seconds": round(progress.seconds, 3)})
+        return
     say(f"{format_bytes(progress.total)} in {progress.seconds:.1f} s: {out}/dense for workers, {out}/tables for import")
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Annotated, Any
 
 import typer
 
 from embedding_service.foreign import printable
 from embedding_service.machine import split_address
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def say_json(answer: dict[str, Any]) -> None:
+    """Write one JSON object, in a line. Its escapes keep text of others harmless."""
+    typer.echo(json.dumps(answer))
 
 
 def say(text: str, err: bool = False) -> None:
