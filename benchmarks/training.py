@@ -301,10 +301,10 @@ def replay(url: Path) -> None:
     """Open a share again, by its log alone."""
     store = Store(url)
     branch = read_branch(store, "m@b")
-    [shard] = branch.shards
-    log = branch_folder(store, branch.model, branch.name) / "logs" / shard
+    [(name, shard)] = branch.homes.items()
+    log = branch_folder(store, branch.model, branch.name) / "logs" / name / shard
     begun = time.perf_counter()
-    share = Share(store, branch, shard, log, NEVER)
+    share = Share(store, branch, name, log, NEVER, shard=shard)
     seconds = time.perf_counter() - begun
     share.close()
     count = share.applied * TOUCHED

@@ -41,6 +41,7 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "embedding.v1.TrainingService/Read": ("train",),
     "embedding.v1.TrainingService/Checkpoint": ("train", "publish"),
     "embedding.v1.TrainingService/Publish": ("publish",),
+    "embedding.v1.TrainingService/Follow": ("member",),
     "embedding.v1.ControlService/Register": ("member",),
     "embedding.v1.ControlService/GetStatus": ("admin", "member"),
 }

@@ -365,6 +365,8 @@ class EmbeddingClient:
         staleness: int = 0,
         dtype: torch.dtype = torch.float32,
         checkpoint_every: int | None = None,
+        copies: int = 1,
+        shares: int | None = None,
         timeout: float = 120.0,
     ) -> Session:
         """Begin a session of a branch, which is made if it is not there (docs/training.md).
@@ -384,6 +386,8 @@ class EmbeddingClient:
             staleness: Steps that rows may be behind this worker's pushes.
             dtype: In which gradients travel: float32, float16 or bfloat16.
             checkpoint_every: Steps between checkpoints of a new branch. None: 1,000.
+            copies: Shards that have each share of a new branch. With 2, one may die at any time.
+            shares: In which a new branch lies; a share moves as a whole. None: one a shard.
             timeout: Seconds that a shard may be away before that is an error.
 
         Raises:
@@ -399,6 +403,8 @@ class EmbeddingClient:
             optimizer=optimizer.message() if optimizer else None,
             dequantize=dequantize,
             checkpoint_every=checkpoint_every or 0,
+            copies=copies,
+            shares=shares or 0,
         )
         session = self._session(
             name,

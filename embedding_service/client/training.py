@@ -82,9 +82,9 @@ class _Rows(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """A call under way. `request`: None for a push, whose pieces the shard keeps."""
+    """A call under way. `request`: None for a push, whose pieces the share keeps."""
 
-    shard: _Shard
+    share: _Share
     request: Any
     call: Any
 
@@ -105,20 +105,21 @@ class _Reading(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """A table of the branch. `shards`: int64 [parts], who has each."""
+    """A table of the branch. `shares`: int64 [parts], which one each is in."""
 
     name: str
     rows: int
     dim: int
     rows_per_part: int
-    shards: npt.NDArray[np.int64]
+    shares: npt.NDArray[np.int64]
 
 
 @dataclass
-class _Shard:
-    """One that has parts of the branch. `kept`: pushes that are not on its disk yet, as (step, pieces)."""
+class _Share:
+    """Parts of the branch that lie with one shard. `kept`: pushes that are not on its disk yet, as (step, pieces)."""
 
-    id: str
+    name: str
+    shard: str
     address: str
     kept: deque[tuple[int, list[bytes]]] = field(default_factory=deque)
     kept_bytes: int = 0
@@ -164,7 +165,7 @@ class Session:
         self._transport, self._seeds, self._timeout, self._on_end = transport, seeds, timeout, on_end
         self._workers, self._worker = workers, worker
         self._tables: dict[str, _Table] = {}
-        self._shards: list[_Shard] = []
+        self._shares: list[_Share] = []
         self._hasher: NgramHasher | None = None
         self._lock = threading.Lock()
         self._gradients: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
@@ -179,16 +180,16 @@ class Session:
         request.new_session = join is None
         about = self._describe(request)
         self.number = join if join is not None else about.session
-        begun = [self._ask(shard, self._beginning()) for shard in self._shards]
+        begun = [self._ask(share, self._beginning(share)) for share in self._shares]
         if join is not None:
             self.begun_at = self.steps = max((each.accepted_steps[self._worker] for each in begun), default=0)
             return
         step = min((each.applied_step for each in begun), default=0) if at_step is None else at_step
-        if short := [shard for shard, each in zip(self._shards, begun, strict=True) if each.applied_step < step]:
+        if short := [share for share, each in zip(self._shares, begun, strict=True) if each.applied_step < step]:
             had = max(each.applied_step for each in begun)
             raise self._lost(short[0], min(each.applied_step for each in begun) + 1, max(step, had))
-        for shard in self._shards:
-            self._ask(shard, self._beginning(rewind_to=step))
+        for share in self._shares:
+            self._ask(share, self._beginning(share, rewind_to=step))
         self.begun_at = self.steps = step
 
     def attend(self) -> None:
@@ -198,10 +199,10 @@ class Session:
     def _describe(self, request: wire.OpenRequest) -> wire.OpenResponse:
         about = self._open(request)
         self._tables = {
-            table.name: _Table(table.name, table.rows, table.dim, table.rows_per_part, np.array(table.shards, np.int64))
+            table.name: _Table(table.name, table.rows, table.dim, table.rows_per_part, np.array(table.shares, np.int64))
             for table in about.tables
         }
-        self._shards = [_Shard(shard.id, shard.address) for shard in about.shards]
+        self._shares = [_Share(each.name, each.shard, each.address) for each in about.shares]
         if about.family:
             self._hasher = NgramHasher.from_params(about.family, json.loads(about.hash_params))
         return about
@@ -216,13 +217,14 @@ class Session:
         """As `ModelDescription.tables`."""
         return {table.name: (table.rows, table.dim, "fp32") for table in self._tables.values()}
 
-    def _beginning(self, rewind_to: int | None = None) -> wire.BeginRequest:
+    def _beginning(self, share: _Share, rewind_to: int | None = None) -> wire.BeginRequest:
         return wire.BeginRequest(
             branch=self.name,
             session=self.number,
             workers=self._workers,
             at_step=rewind_to or 0,
             rewind=rewind_to is not None,
+            share=share.name,
         )
 
     def __enter__(self) -> Self:
@@ -289,8 +291,8 @@ class Session:
         check_ids(once, about.rows, f"{self.name}/{table}")
         asked, places = [], []
         most = min(max(1, PIECE_BYTES // (about.dim * dtype.itemsize)), MOST_IDS)
-        owner = about.shards[once // about.rows_per_part]
-        for index, shard in enumerate(self._shards):
+        owner = about.shares[once // about.rows_per_part]
+        for index, share in enumerate(self._shares):
             mine = np.flatnonzero(owner == index)
             for begin in range(0, len(mine), most):
                 some = mine[begin : begin + most]
@@ -303,8 +305,9 @@ class Session:
                     # A push that is under way may come after this. It is waited for there, not missed.
                     session=0 if self._pushing and step >= self.steps else self.number,
                     worker=self._worker,
+                    share=share.name,
                 )
-                asked.append((shard, request))
+                asked.append((share, request))
                 places.append(some)
         rows = torch.empty(len(once), about.dim, dtype=dtype)
         return _Reading(ids, step, rows, where, places, self._begin(asked))
@@ -429,16 +432,16 @@ class Session:
         self._end_push()
         number = self.steps + 1
         pushes = [
-            push_pieces(self._head(number), self._share_of(index, tables), self.lr)
-            for index in range(len(self._shards))
+            push_pieces(self._head(share, number), self._rows_of(index, tables), self.lr)
+            for index, share in enumerate(self._shares)
         ]
-        for shard, pieces in zip(self._shards, pushes, strict=True):
-            self._keep(shard, number, pieces)
+        for share, pieces in zip(self._shares, pushes, strict=True):
+            self._keep(share, number, pieces)
         self.zero_grad()
         self.steps = number
         self._pushing = [
-            _Begun(shard, None, self._begin_push(shard, pieces))
-            for shard, pieces in zip(self._shards, pushes, strict=True)
+            _Begun(share, None, self._begin_push(share, pieces))
+            for share, pieces in zip(self._shares, pushes, strict=True)
         ]
         if not self.staleness:
             self._end_push()
@@ -447,47 +450,52 @@ class Session:
     def _end_push(self) -> None:
         """Wait until all shards have the last step."""
         pushing, self._pushing = self._pushing, []
-        for (shard, _, _), answer in zip(pushing, self._end(pushing), strict=True):
+        for (share, _, _), answer in zip(pushing, self._end(pushing), strict=True):
             if answer is not None:
-                self._settle(shard, answer)
+                self._settle(share, answer)
 
-    def _head(self, step: int) -> wire.PushPiece:
-        return wire.PushPiece(branch=self.name, session=self.number, worker=self._worker, step=step)
+    def _head(self, share: _Share, step: int) -> wire.PushPiece:
+        return wire.PushPiece(branch=self.name, session=self.number, worker=self._worker, step=step, share=share.name)
 
-    def _share_of(self, shard: int, tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What a shard has of the rows."""
+    def _rows_of(self, share: int, tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a share has of the rows."""
         found = {}
         for name, table in self._tables.items():  # the order of the branch
             if name in tables:
                 ids, values = tables[name]
-                mine = torch.from_numpy(table.shards[ids.numpy() // table.rows_per_part] == shard)
+                mine = torch.from_numpy(table.shares[ids.numpy() // table.rows_per_part] == share)
                 if bool(mine.all()):
                     found[name] = ids, values
                 elif bool(mine.any()):
                     found[name] = ids[mine], values[mine]
         return found
 
-    def _keep(self, shard: _Shard, step: int, pieces: list[bytes]) -> None:
-        shard.kept.append((step, pieces))
-        shard.kept_bytes += sum(map(len, pieces))
+    def _keep(self, share: _Share, step: int, pieces: list[bytes]) -> None:
+        share.kept.append((step, pieces))
+        share.kept_bytes += sum(map(len, pieces))
         while (
-            shard.kept
-            and (shard.kept[0][0] <= shard.durable or shard.kept_bytes > _KEPT_BYTES)
-            and (len(shard.kept) > 1)
+            share.kept
+            and (share.kept[0][0] <= share.durable or share.kept_bytes > _KEPT_BYTES)
+            and (len(share.kept) > 1)
         ):
-            _, dropped = shard.kept.popleft()
-            shard.kept_bytes -= sum(map(len, dropped))
+            _, dropped = share.kept.popleft()
+            share.kept_bytes -= sum(map(len, dropped))
 
-    def _settle(self, shard: _Shard, answer: wire.PushResponse) -> None:
-        shard.durable = answer.durable_step
+    def _settle(self, share: _Share, answer: wire.PushResponse) -> None:
+        share.durable = answer.durable_step
 
     # Checkpoints
 
     def checkpoint(self) -> int:
         """Have a checkpoint written of the last step, by all shards. Returns the step once it is on disk."""
         self._end_push()
-        request = wire.CheckpointRequest(branch=self.name, step=self.steps, session=self.number, worker=self._worker)
-        self._ask_all([(shard, request) for shard in self._shards])
+
+        def request(share: _Share) -> wire.CheckpointRequest:
+            return wire.CheckpointRequest(
+                branch=self.name, step=self.steps, session=self.number, worker=self._worker, share=share.name
+            )
+
+        self._ask_all([(share, request(share)) for share in self._shares])
         return self.steps
 
     def publish(self, *, version: str | None, dtype: str | None, base: str | None) -> str:
@@ -496,13 +504,13 @@ class Session:
         request = wire.PublishRequest(
             branch=self.name, step=step, version=version or "", dtype=dtype or "", base=base or ""
         )
-        answer = self._ask(self._shards[0], request)
+        answer = self._ask(self._shares[0], request)
         return f"{self.model}@{answer.version}"
 
     def _checkpoint_now(self) -> int:
         """Have a checkpoint written while others push: of the step that the first shards have reached."""
         for _ in range(_TRIES):
-            answers = self._ask_all([(shard, self._nothing_of(shard)) for shard in self._shards])
+            answers = self._ask_all([(share, self._nothing_of(share)) for share in self._shares])
             self.steps = max(answer.step for answer in answers)
             try:
                 return self.checkpoint()
@@ -510,11 +518,11 @@ class Session:
                 continue
         raise Unavailable(f"{self.name} is trained faster than it can be told to stop: publish it from its trainer")
 
-    def _nothing_of(self, shard: _Shard) -> wire.ReadRequest:
+    def _nothing_of(self, share: _Share) -> wire.ReadRequest:
         """A request that only the step is wanted of."""
-        index = self._shards.index(shard)
-        table = next(each.name for each in self._tables.values() if index in each.shards)
-        return wire.ReadRequest(branch=self.name, table=table, encoding=ENCODINGS[torch.float32])
+        index = self._shares.index(share)
+        table = next(each.name for each in self._tables.values() if index in each.shares)
+        return wire.ReadRequest(branch=self.name, table=table, encoding=ENCODINGS[torch.float32], share=share.name)
 
     # Calls
 
@@ -527,7 +535,7 @@ class Session:
         """Ask the shards that are known, one after the other, until one answers."""
         deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
         while True:
-            addresses = dict.fromkeys([*(shard.address for shard in self._shards if shard.address), *self._seeds()])
+            addresses = dict.fromkeys([*(share.address for share in self._shares if share.address), *self._seeds()])
             for address in addresses:
                 try:
                     answer: wire.OpenResponse = self._call(address, request, _ATTEMPT).result()
@@ -541,27 +549,27 @@ class Session:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _ask(self, shard: _Shard, request: Any) -> Any:
-        return self._ask_all([(shard, request)])[0]
+    def _ask(self, share: _Share, request: Any) -> Any:
+        return self._ask_all([(share, request)])[0]
 
-    def _ask_all(self, asked: Sequence[tuple[_Shard, Any]]) -> list[Any]:
+    def _ask_all(self, asked: Sequence[tuple[_Share, Any]]) -> list[Any]:
         """Ask all at the same time. One that does not answer is waited for, and told what it may have lost."""
         return self._end(self._begin(asked))
 
-    def _begin(self, asked: Sequence[tuple[_Shard, Any]]) -> list[_Begun]:
-        return [_Begun(shard, request, self._call(shard.address, request, self._timeout)) for shard, request in asked]
+    def _begin(self, asked: Sequence[tuple[_Share, Any]]) -> list[_Begun]:
+        return [_Begun(share, request, self._call(share.address, request, self._timeout)) for share, request in asked]
 
     def _end(self, begun: Sequence[_Begun]) -> list[Any]:
         answers = []
-        for shard, request, call in begun:
+        for share, request, call in begun:
             try:
                 answers.append(call.result())
             except grpc.RpcError as error:
-                answers.append(self._recover(shard, error, request))
+                answers.append(self._recover(share, error, request))
         return answers
 
-    def _recover(self, shard: _Shard, error: grpc.RpcError, request: Any = None) -> Any:
-        """Find a shard that did not answer, send it what it does not have, and ask it again. Returns its answer."""
+    def _recover(self, share: _Share, error: grpc.RpcError, request: Any = None) -> Any:
+        """Find a share that did not answer, send it what it does not have, and ask it again. Returns its answer."""
         deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
         has_all = not self.number  # a session's shard may have lost what it was sent
         while True:
@@ -569,61 +577,61 @@ class Session:
                 raise _error(error) from None
             if time.monotonic() + pause > deadline:
                 raise Unavailable(
-                    f"shard {shard.id} of {self.name} did not come back within {self._timeout:g} s "
+                    f"shard {share.shard} of {self.name} did not come back within {self._timeout:g} s "
                     f"({error.details()}): start it again, with the disk that has its log, and begin a new session"
                 ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            self._find(shard)
+            self._find(share)
             try:
                 if not has_all and not isinstance(request, wire.BeginRequest):
-                    self._send_again(shard)
+                    self._send_again(share)
                 has_all = True
-                return self._call(shard.address, request, self._timeout).result() if request is not None else None
+                return self._call(share.address, request, self._timeout).result() if request is not None else None
             except grpc.RpcError as again:
                 has_all = has_all and again.code() not in _AGAIN
                 error = again
 
-    def _find(self, shard: _Shard) -> None:
-        """Learn where the shards are by now."""
+    def _find(self, share: _Share) -> None:
+        """Learn where a share is by now."""
         try:
             about = self._open(wire.OpenRequest(branch=self.name))
         except (Unavailable, DeadlineExceeded):
             return
-        for each in about.shards:
-            if each.id == shard.id and each.address:
-                shard.address = each.address
+        for each in about.shares:
+            if each.name == share.name:
+                share.shard, share.address = each.shard, each.address or share.address
 
-    def _send_again(self, shard: _Shard) -> None:
+    def _send_again(self, share: _Share) -> None:
         """Push what the shard does not have by now. Raises LostUpdates if that is not here any more."""
-        begun = self._call(shard.address, self._beginning(), _ATTEMPT).result()
+        begun = self._call(share.address, self._beginning(share), _ATTEMPT).result()
         accepted = begun.accepted_steps[self._worker]
-        missing = [(step, pieces) for step, pieces in shard.kept if step > accepted]
+        missing = [(step, pieces) for step, pieces in share.kept if step > accepted]
         if accepted < self.steps and (not missing or missing[0][0] > accepted + 1):
-            raise self._lost(shard, accepted + 1, missing[0][0] - 1 if missing else self.steps)
+            raise self._lost(share, accepted + 1, missing[0][0] - 1 if missing else self.steps)
         for _, pieces in missing:
-            self._settle(shard, self._begin_push(shard, pieces).result())
+            self._settle(share, self._begin_push(share, pieces).result())
 
-    def _lost(self, shard: _Shard, first: int, last: int) -> LostUpdates:
-        index = self._shards.index(shard)
+    def _lost(self, share: _Share, first: int, last: int) -> LostUpdates:
+        index = self._shares.index(share)
         parts = [
-            f"{table.name}/{part}" for table in self._tables.values() for part in np.flatnonzero(table.shards == index)
+            f"{table.name}/{part}" for table in self._tables.values() for part in np.flatnonzero(table.shares == index)
         ]
         return LostUpdates(
-            f"shard {shard.id} of {self.name} lost steps {first} to {last}, which it had accepted: begin a session at "
-            f"step {first - 1} with the model's own checkpoint of that step, or without at_step",
+            f"shard {share.shard} of {self.name} lost steps {first} to {last}, which it had accepted: begin a session "
+            f"at step {first - 1} with the model's own checkpoint of that step, or without at_step",
             parts,
             (first, last),
         )
 
-    def _begin_push(self, shard: _Shard, pieces: Sequence[bytes]) -> Any:
+    def _begin_push(self, share: _Share, pieces: Sequence[bytes]) -> Any:
         try:
-            method = self._transport.channel(shard.address).stream_unary(
+            method = self._transport.channel(share.address).stream_unary(
                 f"{_SERVICE}/Push", None, wire.PushResponse.FromString
             )
             return method.future(iter(pieces), timeout=self._timeout)
         except ValueError:  # the connection was dropped since we looked
-            return self._begin_push(shard, pieces)
+            return self._begin_push(share, pieces)
 
     def _call(self, address: str, request: Any, timeout: float) -> Any:
         name, read = _METHODS[type(request)]

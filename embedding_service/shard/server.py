@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ from embedding_service.placement.parts import PartKey
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn, TableRows
+from embedding_service.security.access import Access
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 from embedding_service.security.policy import Identity
@@ -49,6 +51,7 @@ from embedding_service.shard.near import NearServer, all_parts
 from embedding_service.shard.processes import Processes, Settings
 from embedding_service.shard.registration import Registration
 from embedding_service.shard.service import LookupService
+from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import SERVICE as TRAINING
 from embedding_service.shard.training import TrainingService
 from embedding_service.store.store import Store
@@ -146,10 +149,14 @@ class _Shard:
         rows_here = memory_limit if tier.lies_in is LiesIn.HOST else 0
         self._budget = Budget(memory_for_requests(rows_here, options.processes))
         self._service = LookupService(self._holdings, self._router, self._transport, options.limits, self._budget)
-        self._training = _training(options, store, self._router, self._budget, self._security)
+        self._shares = _shares(options, store, self._router, self._access)
+        audit = self._security.audit if self._security else None
+        training = TrainingService(
+            store, options.shard_id, self._router, options.limits, self._budget, self._shares, audit
+        )
         self._server = Server(options.limits, self._budget, self._security)
         self._server.add(LookupService.add_to, self._service, SERVICE)
-        self._server.add(TrainingService.add_to, self._training, TRAINING)
+        self._server.add(TrainingService.add_to, training, TRAINING)
         self._fronts: list[Front] = []
         self._others = Processes(options.processes - 1, self._holdings.add_accesses)
         self._folder: PrivateFolder | None = None
@@ -168,7 +175,7 @@ class _Shard:
         if options.health_listen:
             await self._server.listen(options.health_listen, kind=Kind(health_only=True))
         self._about = self._report()
-        self._training.address = self._about.address
+        self._shares.address = self._about.address
         self._near = _near(options, self._about.incarnation, self._router, self._holdings, self._security)
         if self._near:
             self._holdings.sharing.append(
@@ -223,13 +230,19 @@ class _Shard:
             lambda: _metrics(self._counters(), self._holdings, self._router),
             self._security,
         )
-        doing = registration.run(), _look_around(self._router, self._transport), self._training.open_all()
+        doing = registration.run(), _look_around(self._router, self._transport), self._shares.run()
         self._tasks = [asyncio.create_task(each) for each in doing]
         registering, told = self._tasks[0], told_to_end()
         await first_of(told.wait(), registering, self._server.death())
         told.clear()
-        draining = registration.drain(options.drain_seconds)
-        await first_of(told.wait(), draining, registering, self._server.death())
+        await first_of(told.wait(), self._drain(registration), registering, self._server.death())
+
+    async def _drain(self, registration: Registration) -> None:
+        """Have others take over branches, then parts."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._options.drain_seconds):
+                await self._shares.drain()
+        await registration.drain(self._options.drain_seconds)
 
     def _counters(self) -> Counters:
         """Of all processes."""
@@ -251,7 +264,7 @@ class _Shard:
         if self._near:
             self._near.close()
         await cancel(self._tasks)
-        await self._training.close()
+        await self._shares.close()
         self._transport.close()
         if self._metrics:
             self._metrics.close()
@@ -268,21 +281,10 @@ def _tier(options: ShardOptions) -> type[TableRows]:
     return tier
 
 
-def _training(
-    options: ShardOptions, store: Store, router: Router, budget: Budget, security: Security | None
-) -> TrainingService:
+def _shares(options: ShardOptions, store: Store, router: Router, access: Access | None) -> Shares:
     several = "a shard with several processes trains no branch: start it with --processes 1"
-    return TrainingService(
-        store,
-        options.shard_id,
-        router,
-        options.limits,
-        budget,
-        logs=options.logs,
-        sync=options.log_sync,
-        why_not=several if options.processes > 1 else "",
-        audit=security.audit if security else None,
-    )
+    why_not = several if options.processes > 1 else ""
+    return Shares(store, options.shard_id, router, options.logs, options.log_sync, why_not=why_not, access=access)
 
 
 def _near(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,18 +29,19 @@ from embedding_service.errors import (
 from embedding_service.methods import Context
 from embedding_service.security.audit import Audit
 from embedding_service.serving import RequestLimits, Server, abort
+from embedding_service.shard.shares import Shares
 from embedding_service.store.store import Store
 from embedding_service.training.branch import (
     Branch,
     branch_folder,
-    branches,
     create_branch,
     next_session,
+    read_address,
     read_branch,
-    read_place,
     split_name,
 )
 from embedding_service.training.publishing import publish_branch
+from embedding_service.training.seats import read_seats
 from embedding_service.training.share import Share
 from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
@@ -54,33 +54,12 @@ _PUSH_COPIES = 3
 T = TypeVar("T")
 
 
-@dataclass
-class _Opened:
-    """A share, with the thread that changes it and those who wait for its steps."""
-
-    share: Share
-    thread: ThreadPoolExecutor
-    waiting: set[asyncio.Future[None]] = field(default_factory=set)
-
-    def wake(self) -> None:
-        """On the event loop: let all look again."""
-        for each in self.waiting:
-            if not each.done():
-                each.set_result(None)
-
-
 class TrainingService:
-    """The shares of branches that this shard has. They are opened when it starts, and when somebody asks for them.
+    """What trainers ask of the shares that this shard leads.
 
     Args:
         shard: Its id.
-        logs: Folder for logs; None: the branch's own, in the store.
-        sync: See `training.log.Log`.
-        why_not: Why this process trains nothing; empty if it does.
         audit: Where to note who trains and publishes.
-
-    Attributes:
-        address: Where others reach this shard, to be set once it listens.
     """
 
     def __init__(
@@ -90,19 +69,12 @@ class TrainingService:
         router: Router,
         limits: RequestLimits,
         budget: Budget,
-        *,
-        logs: Path | None,
-        sync: float,
-        why_not: str = "",
+        shares: Shares,
         audit: Audit | None = None,
     ) -> None:
-        self._store, self._shard, self._router = store, shard, router
-        self.address = ""
+        self._store, self._shard, self._router, self._shares = store, shard, router, shares
         self._limits, self._budget = limits, budget
-        self._logs, self._sync, self._why_not = logs, sync, why_not
         self._audit = audit or Audit(None)
-        self._opening: dict[str, asyncio.Task[_Opened]] = {}
-        self._loop = asyncio.get_running_loop()
 
     def add_to(self, server: Server) -> None:
         """Offer the service. Pieces of pushes stay the bytes that they came in."""
@@ -118,28 +90,11 @@ class TrainingService:
                     self.Checkpoint, wire.CheckpointRequest.FromString, wire.CheckpointResponse.SerializeToString
                 ),
                 "Publish": unary(self.Publish, wire.PublishRequest.FromString, wire.PublishResponse.SerializeToString),
+                "Follow": grpc.stream_stream_rpc_method_handler(
+                    self.Follow, wire.FollowRequest.FromString, wire.Followed.SerializeToString
+                ),
             },
         )
-
-    async def open_all(self) -> None:
-        """Open the shares that this shard has, so that they are there before somebody asks for them."""
-        if self._why_not:
-            return
-        for name in await asyncio.to_thread(branches, self._store):
-            try:
-                if self._shard in (await asyncio.to_thread(read_branch, self._store, name)).shards:
-                    await self._opened(name)
-            except (EmbeddingServiceError, OSError) as error:
-                log.error("branch %s cannot be opened: %s", name, error)
-
-    async def close(self) -> None:
-        """Bring the logs to disk."""
-        for task in self._opening.values():
-            task.cancel()
-        for done in await asyncio.gather(*self._opening.values(), return_exceptions=True):
-            if isinstance(done, _Opened):
-                await asyncio.get_running_loop().run_in_executor(done.thread, done.share.close)
-                done.thread.shutdown()
 
     # Methods
 
@@ -166,6 +121,17 @@ class TrainingService:
     async def Publish(self, request: wire.PublishRequest, context: Context) -> wire.PublishResponse:
         """See the proto."""
         return await self._answered(context, self._publish(request, context))
+
+    async def Follow(
+        self, requests: AsyncIterator[wire.FollowRequest], context: Context
+    ) -> AsyncIterator[wire.Followed]:
+        """See the proto."""
+        try:
+            async with aclosing(self._shares.follow(requests)) as changes:
+                async for change in changes:
+                    yield change
+        except EmbeddingServiceError as error:
+            await abort(context, error)
 
     @staticmethod
     async def _answered(context: Context, answer: Awaitable[T]) -> T:
@@ -206,10 +172,11 @@ class TrainingService:
         return create_branch(self._store, request.branch, request, owners, sorted(routing.shard_ids))
 
     def _describe(self, branch: Branch, folder: Path, session: int) -> wire.OpenResponse:
-        place = {shard: index for index, shard in enumerate(branch.shards)}
+        index = {share: number for number, share in enumerate(branch.shares)}
         routing = self._router.current
         known = dict(zip(routing.shard_ids, routing.addresses, strict=True)) if routing else {}
-        known[self._shard] = self.address
+        known[self._shard] = self._shares.address
+        leads = {share: seat.primary for share, seat in read_seats(folder, branch).items()}
         return wire.OpenResponse(
             session=session,
             base=branch.base,
@@ -222,27 +189,28 @@ class TrainingService:
                     rows=table.rows,
                     dim=table.dim,
                     rows_per_part=table.rows_per_part,
-                    shards=[place[shard] for shard in table.shards],
+                    shares=[index[share] for share in table.shares],
                 )
                 for table in branch.tables
             ],
-            shards=[
-                wire.BranchShard(id=shard, address=read_place(folder, shard).address or known.get(shard, ""))
-                for shard in branch.shards
+            shares=[
+                wire.BranchShare(name=share, shard=shard, address=read_address(folder, shard) or known.get(shard, ""))
+                for share, shard in leads.items()
             ],
         )
 
     async def _begin(self, request: wire.BeginRequest, context: Context) -> wire.BeginResponse:
         self._check_right(context, "train", request.branch)
-        opened = await self._opened(request.branch)
+        opened = await self._shares.leading(request.branch, request.share)
         if not request.session:
             raise InvalidRequest("session must be 1 or more: Open gives numbers")
-        await self._on(opened, opened.share.begin, request.session, request.workers)
+        await opened.on(opened.share.begin, request.session, request.workers)
         if context.caller:
             self._audit.note("train", context.caller.name, model=request.branch, session=str(request.session))
         if request.rewind:
-            await self._on(opened, opened.share.rewind, request.at_step)
+            await opened.on(opened.share.rewind, request.at_step)
         opened.wake()
+        await self._shares.copied(opened)
         share = opened.share
         return wire.BeginResponse(
             applied_step=share.applied,
@@ -257,18 +225,19 @@ class TrainingService:
         try:
             async for piece in requests:
                 if not pieces:
-                    name = _branch_of(piece)
+                    name, share_name = _addressed(piece)
                     self._check_right(context, "train", name)
-                    opened = await self._opened(name)
+                    opened = await self._shares.leading(name, share_name)
                 self._budget.promise(_PUSH_COPIES * len(piece))
                 promised += _PUSH_COPIES * len(piece)
                 pieces.append(piece)
             if not pieces:
                 raise InvalidRequest("the push holds no piece")
             push = await asyncio.to_thread(opened.share.read, pieces)
-            await self._on(opened, opened.share.admit, push)
-            # The step is done while the answer travels. What comes on this thread later finds it done.
-            opened.thread.submit(_advance, opened.share)
+            await opened.on(opened.share.admit, push)
+            # The step is done while copies are sent the push, and the answer travels.
+            opened.later(_advance, opened.share)
+            await self._shares.copied(opened)
         finally:
             self._budget.give_back(promised)
         share = opened.share
@@ -276,7 +245,7 @@ class TrainingService:
 
     async def _read(self, request: wire.ReadRequest, context: Context) -> bytes:
         self._check_right(context, "train", request.branch)
-        opened = await self._opened(request.branch)
+        opened = await self._shares.leading(request.branch, request.share)
         dtype = DTYPES.get(request.encoding)
         if dtype is None:
             raise InvalidRequest(f"rows of a branch come as FLOAT32, FLOAT16 or BFLOAT16, not {request.encoding}")
@@ -287,18 +256,24 @@ class TrainingService:
         self._limits.check_response(len(ids), width)
 
         def reached() -> bool:
+            opened.check_leads()
             opened.share.check_has(request.session, request.worker, request.at_least_step)
             return opened.share.applied >= request.at_least_step
 
-        await self._until(opened, reached)
+        await opened.until(reached)
         return await asyncio.to_thread(_rows, opened.share, request.table, ids, dtype)
 
     async def _checkpoint(self, request: wire.CheckpointRequest, context: Context) -> wire.CheckpointResponse:
         self._check_right(context, "train", request.branch, "publish")
-        opened = await self._opened(request.branch)
+        opened = await self._shares.leading(request.branch, request.share)
         opened.share.check_has(request.session, request.worker, request.step)
-        await self._on(opened, opened.share.want_checkpoint, request.step)
-        await self._until(opened, lambda: opened.share.has_checkpoint(request.step))
+        await opened.on(opened.share.want_checkpoint, request.step)
+
+        def written() -> bool:
+            opened.check_leads()
+            return opened.share.has_checkpoint(request.step)
+
+        await opened.until(written)
         return wire.CheckpointResponse(step=request.step)
 
     async def _publish(self, request: wire.PublishRequest, context: Context) -> wire.PublishResponse:
@@ -327,59 +302,6 @@ class TrainingService:
             self._audit.note("denied", caller.name, model=name, peer=context.peer(), why=why)
             raise PermissionDenied(why)
 
-    # Shares
-
-    async def _opened(self, name: str) -> _Opened:
-        """A share by its branch's name. Raises NotFound, Redirect for a branch of other shards, Unavailable."""
-        if self._why_not:
-            raise Unavailable(self._why_not)
-        task = self._opening.get(name)
-        if task is None:
-            task = self._opening[name] = asyncio.create_task(self._open_share(name))
-        try:
-            return await asyncio.shield(task)
-        except (EmbeddingServiceError, OSError) as error:
-            if self._opening.get(name) is task:
-                del self._opening[name]  # the next one tries again
-            raise error if isinstance(error, EmbeddingServiceError) else Unavailable(f"{name}: {error}") from error
-
-    async def _open_share(self, name: str) -> _Opened:
-        branch = await asyncio.to_thread(read_branch, self._store, name)
-        if self._shard not in branch.shards:
-            raise InvalidRequest(f"shard {self._shard} has no part of {name}; these have: {', '.join(branch.shards)}")
-        folder = branch_folder(self._store, branch.model, branch.name)
-        place = (self._logs / branch.full_name if self._logs else folder / "logs") / self._shard
-        thread = ThreadPoolExecutor(1, f"train-{name}")
-        woken: list[_Opened] = []
-
-        def on_applied() -> None:
-            for each in woken:
-                self._loop.call_soon_threadsafe(each.wake)
-
-        make = partial(Share, self._store, branch, self._shard, place, self._sync, self.address, on_applied)
-        try:
-            share = await self._loop.run_in_executor(thread, make)
-        except BaseException:
-            thread.shutdown(wait=False)
-            raise
-        woken.append(_Opened(share, thread))
-        return woken[0]
-
-    async def _on(self, opened: _Opened, work: Callable[..., T], *arguments: Any) -> T:
-        """Do it on the share's own thread. It is done even if the caller has gone by then."""
-        return await asyncio.shield(self._loop.run_in_executor(opened.thread, partial(work, *arguments)))
-
-    async def _until(self, opened: _Opened, condition: Callable[[], bool]) -> None:
-        """Wait for a condition that steps and checkpoints fulfil, until the caller has gone."""
-        while not condition():
-            woken = self._loop.create_future()
-            opened.waiting.add(woken)
-            try:
-                if not condition():  # what came between looking and waiting woke nobody
-                    await woken
-            finally:
-                opened.waiting.discard(woken)
-
 
 def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> bytes:
     rows, step = share.rows(table, ids)
@@ -396,9 +318,11 @@ def _advance(share: Share) -> None:
         log.exception("%s cannot do step %d", share.branch.full_name, share.applied + 1)
 
 
-def _branch_of(piece: bytes) -> str:
+def _addressed(piece: bytes) -> tuple[str, str]:
+    """The branch and the share that a push is for."""
     try:
-        return large.read(wire.PushPiece, piece, IDS, GRADIENTS)[0].branch
+        first, _ = large.read(wire.PushPiece, piece, IDS, GRADIENTS)
+        return first.branch, first.share
     except DecodeError:
         raise InvalidRequest("a piece of the push is malformed: it is no PushPiece") from None
 

@@ -1,20 +1,20 @@
 """What a branch is, and its folder in the store: STORE/MODEL/.BRANCH.branch/.
 
 branch.json says what the branch is and never changes. Whoever writes it first has made the branch. Beside it are a file
-for each shard that says where it runs, checkpoints, and shards' logs unless they lie elsewhere.
+for each shard that says where it runs, one for each share that says who has it (`seats`), checkpoints, and shards' logs
+unless they lie elsewhere.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,26 +36,26 @@ class _Frozen(BaseModel):
 
 
 class BranchTable(_Frozen):
-    """A table, and the shard that has each part."""
+    """A table, and the share that each part is in."""
 
     name: str
     rows: int
     dim: int
     rows_per_part: int
-    shards: tuple[str, ...]
+    shares: tuple[str, ...]
 
     @property
     def parts(self) -> int:
         """How many."""
-        return len(self.shards)
+        return len(self.shares)
 
     def part_rows(self, part: int) -> int:
         """Rows of a part."""
         return min(self.rows_per_part, self.rows - part * self.rows_per_part)
 
-    def parts_of(self, shard: str) -> list[int]:
-        """The parts that a shard has."""
-        return [part for part, each in enumerate(self.shards) if each == shard]
+    def parts_of(self, share: str) -> list[int]:
+        """The parts that are in a share."""
+        return [part for part, each in enumerate(self.shares) if each == share]
 
 
 class OptimizerNumbers(_Frozen):
@@ -73,7 +73,12 @@ class OptimizerNumbers(_Frozen):
 
 
 class Branch(_Frozen):
-    """A branch of a model, which began from a version of it."""
+    """A branch of a model, which began from a version of it.
+
+    Attributes:
+        homes: The shard that has each share at first.
+        copies: How many shards are to have each share.
+    """
 
     format_version: Literal[1] = 1
     model: str
@@ -84,6 +89,8 @@ class Branch(_Frozen):
     tables: tuple[BranchTable, ...]
     optimizer: OptimizerNumbers
     checkpoint_every: int = Field(ge=1)
+    homes: dict[str, str]
+    copies: int = Field(default=1, ge=1)
 
     @property
     def full_name(self) -> str:
@@ -91,9 +98,9 @@ class Branch(_Frozen):
         return f"{self.model}@{self.name}"
 
     @cached_property
-    def shards(self) -> list[str]:
-        """The shards that have parts, by their ids."""
-        return sorted({shard for table in self.tables for shard in table.shards})
+    def shares(self) -> list[str]:
+        """The names of the shares."""
+        return sorted(self.homes)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -139,7 +146,7 @@ def create_branch(
 ) -> Branch:
     """Make a branch of a version, unless somebody else did by now. Returns what is there.
 
-    owners: of each table the shard that is to have each part; `shards` take turns where there is none.
+    owners: of each table the shard that is to have each part at first; `shards` take turns where there is none.
     """
     model, branch = split_name(name)
     if not request.HasField("optimizer"):
@@ -152,6 +159,7 @@ def create_branch(
     if branch in store.versions(model):
         raise InvalidRequest(f"{name} is a version, which never changes: choose another name for the branch")
     _check_trainable(manifest, request.dequantize)
+    homes: dict[str, str] = {}
     about = Branch(
         model=model,
         name=branch,
@@ -164,13 +172,12 @@ def create_branch(
                 rows=table.rows,
                 dim=table.dim,
                 rows_per_part=table.rows_per_part,
-                shards=tuple(
-                    owner or shards[part % len(shards)]
-                    for part, owner in enumerate(owners.get(table.name) or [""] * len(table.parts))
-                ),
+                shares=_shares(owners.get(table.name) or [""] * len(table.parts), shards, request.shares, homes),
             )
             for table in manifest.tables
         ),
+        homes=homes,
+        copies=request.copies or 1,
         optimizer=OptimizerNumbers(
             kind=request.optimizer.kind,
             eps=request.optimizer.eps,
@@ -183,6 +190,18 @@ def create_branch(
     folder.mkdir(parents=True, exist_ok=True)
     _write_first(folder / "branch.json", about.model_dump_json(indent=1))
     return read_branch(store, name)
+
+
+def _shares(owners: Sequence[str], shards: Sequence[str], wanted: int, homes: dict[str, str]) -> tuple[str, ...]:
+    """The share of each part. Each shard has one, which bears its name, or as many as `wanted` takes."""
+    of_a_shard, counts = max(1, -(-wanted // len(shards))), dict.fromkeys(shards, 0)
+    named = []
+    for part, owner in enumerate(owners):
+        shard = owner or shards[part % len(shards)]
+        number = counts[shard] = counts.get(shard, 0) + 1
+        named.append(f"{shard}.{number % of_a_shard}" if of_a_shard > 1 else shard)
+        homes[named[-1]] = shard
+    return tuple(named)
 
 
 def _check_trainable(manifest: Manifest, dequantize: bool) -> None:
@@ -208,39 +227,38 @@ def _write_first(path: Path, text: str) -> None:
 
 def next_session(folder: Path) -> int:
     """A number that no session of the branch had. The first one is 1."""
-    with _locked(folder / "sessions.lock"):
+    with locked(folder / "sessions.lock"):
         path = folder / "sessions"
         number = int(path.read_text()) + 1 if path.exists() else 1
         replace(path, f"{number}\n".encode())
     return number
 
 
-class Place(NamedTuple):
-    """Where a shard has its share of a branch, as it said itself.
-
-    Attributes:
-        address: Where it is reached.
-        log: The log's identity.
-        timeline: How often its log was lost.
-    """
-
-    address: str = ""
-    log: str = ""
-    timeline: int = 0
-
-
-def write_place(folder: Path, shard: str, place: Place) -> None:
-    """Say where a shard has its share."""
+def write_address(folder: Path, shard: str, address: str) -> None:
+    """Say where a shard of the branch is reached."""
     (folder / "shards").mkdir(exist_ok=True)
-    replace(folder / "shards" / f"{shard}.json", json.dumps(place._asdict()).encode())
+    replace(folder / "shards" / shard, address.encode())
 
 
-def read_place(folder: Path, shard: str) -> Place:
-    """What a shard said last. Nothing yet: all empty."""
-    try:
-        return Place(**json.loads((folder / "shards" / f"{shard}.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return Place()
+def read_address(folder: Path, shard: str) -> str:
+    """What a shard said last. Nothing yet: empty."""
+    path = folder / "shards" / shard
+    return path.read_text() if path.exists() else ""
+
+
+def say_leaving(folder: Path, shard: str, leaving: bool) -> None:
+    """Say whether a shard wants to end, so that others give it nothing and take what it has."""
+    mark = folder / "shards" / f"{shard}.leaving"
+    if leaving:
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def leaving_shards(folder: Path) -> set[str]:
+    """The shards that want to end."""
+    return {path.stem for path in (folder / "shards").glob("*.leaving")}
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -249,7 +267,8 @@ def replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else is in here with the same file, on any machine that sees the folder."""
     with path.open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,8 @@
 """Checkpoints of one share: its rows and their state at one step, as files in the branch's folder.
 
-checkpoint-STEP/SHARD/ has a file for each tensor, and SHARD.json beside it is written last. A checkpoint of the branch
-is whole when all of its shards have written theirs. Steps are done while one is written: rows that a step is about to
-change are put aside first, if they were not written yet.
+checkpoint-STEP/SHARE/ has a file for each tensor, and SHARE.json beside it is written last. A checkpoint of the branch
+is whole when those of all shares are there. A share's primary writes them. Steps are done while one is written: rows
+that a step is about to change are put aside first, if they were not written yet.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Snapshot:
 
 
 class Saved(NamedTuple):
-    """What SHARD.json says. `files`: by table and tensor, the file's checksum."""
+    """What SHARE.json says. `files`: by table and tensor, the file's checksum."""
 
     step: int
     parts: dict[str, list[int]]
@@ -96,17 +96,21 @@ def checkpoint_folder(branch_folder: Path, step: int) -> Path:
 
 def write_checkpoint(
     branch_folder: Path,
-    shard: str,
+    share: str,
     step: int,
     tables: Mapping[str, TrainedTable],
     snapshot: Snapshot,
     lock: AbstractContextManager[Any],
+    leading: AbstractContextManager[Any],
 ) -> None:
-    """Write a share's checkpoint. It holds the lock for one chunk at a time. Raises OSError."""
+    """Write a share's checkpoint. It holds the lock for one chunk at a time. Raises OSError.
+
+    leading: Entered when it is to count. Raises if somebody else is the share's primary by then.
+    """
     folder = checkpoint_folder(branch_folder, step)
     files: dict[str, dict[str, str]] = {}
     for (table, name), item in snapshot.items.items():
-        path = _file(folder, shard, table, name)
+        path = _file(folder, share, table, name)
         row_bytes = max(1, item.tensor[:1].numel() * 4)
         with RowsWriter(path, header_bytes({name: ("F32", tuple(item.tensor.shape))})) as writer:
             while item.rows_left:
@@ -115,27 +119,28 @@ def write_checkpoint(
                 writer.write(chunk)
             files.setdefault(table, {})[name] = writer.close()
     parts = {name: table.parts for name, table in tables.items()}
-    replace(folder / f"{shard}.json", json.dumps(Saved(step, parts, files)._asdict()).encode())
+    with leading:
+        replace(folder / f"{share}.json", json.dumps(Saved(step, parts, files)._asdict()).encode())
 
 
-def saved_steps(branch_folder: Path, shard: str) -> list[int]:
-    """The steps of which a shard's part of a checkpoint is there, oldest first."""
-    found = [(_NAME.fullmatch(path.parent.name), path) for path in branch_folder.glob(f"checkpoint-*/{shard}.json")]
+def saved_steps(branch_folder: Path, share: str) -> list[int]:
+    """The steps of which a share's part of a checkpoint is there, oldest first."""
+    found = [(_NAME.fullmatch(path.parent.name), path) for path in branch_folder.glob(f"checkpoint-*/{share}.json")]
     return sorted(int(match[1]) for match, _ in found if match)
 
 
 def whole_steps(branch_folder: Path, branch: Branch) -> list[int]:
     """The steps of which the checkpoint is whole, oldest first."""
-    each = [set(saved_steps(branch_folder, shard)) for shard in branch.shards]
+    each = [set(saved_steps(branch_folder, share)) for share in branch.shares]
     return sorted(set.intersection(*each))
 
 
-def load_checkpoint(branch_folder: Path, shard: str, step: int, tables: Mapping[str, TrainedTable]) -> None:
+def load_checkpoint(branch_folder: Path, share: str, step: int, tables: Mapping[str, TrainedTable]) -> None:
     """Fill the tables from a share's checkpoint. Raises CorruptPart."""
     folder = checkpoint_folder(branch_folder, step)
-    saved = read_saved(folder, shard)
+    saved = read_saved(folder, share)
     for table, name, tensor in all_tensors(tables):
-        path = _file(folder, shard, table, name)
+        path = _file(folder, share, table, name)
         [span] = read_spans(path).values()
         view = byte_view(tensor)
         if span.bytes != len(view):
@@ -149,27 +154,27 @@ def load_checkpoint(branch_folder: Path, shard: str, step: int, tables: Mapping[
             raise CorruptPart(f"{path} is corrupt: expected {saved.files[table][name]}, got {got}")
 
 
-def read_saved(folder: Path, shard: str) -> Saved:
-    """What a shard's part of a checkpoint is. Raises StoreError."""
+def read_saved(folder: Path, share: str) -> Saved:
+    """What a share's part of a checkpoint is. Raises StoreError."""
     try:
-        return Saved(**json.loads((folder / f"{shard}.json").read_bytes()))
+        return Saved(**json.loads((folder / f"{share}.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"{folder / shard}.json cannot be read: {error}") from error
+        raise StoreError(f"{folder / share}.json cannot be read: {error}") from error
 
 
-def saved_rows(folder: Path, shard: str, table: str) -> npt.NDArray[np.float32]:
-    """The rows that a shard's checkpoint has of a table, float32 [rows, dim], read when they are looked at."""
-    path = _file(folder, shard, table, "rows")
+def saved_rows(folder: Path, share: str, table: str) -> npt.NDArray[np.float32]:
+    """The rows that a share's checkpoint has of a table, float32 [rows, dim], read when they are looked at."""
+    path = _file(folder, share, table, "rows")
     [span] = read_spans(path).values()
     return np.memmap(path, np.float32, "r", span.offset, span.shape)
 
 
-def forget_checkpoints(branch_folder: Path, branch: Branch, shard: str, *, after: int | None = None) -> int:
-    """Remove a shard's part of old checkpoints, or of those after a step.
+def forget_checkpoints(branch_folder: Path, branch: Branch, share: str, *, after: int | None = None) -> int:
+    """Remove a share's part of old checkpoints, or of those after a step.
 
     The last whole one is kept, and what is newer. Returns the step of the oldest one that is kept, or 0.
     """
-    mine = saved_steps(branch_folder, shard)
+    mine = saved_steps(branch_folder, share)
     if after is None:
         whole = whole_steps(branch_folder, branch)
         oldest = min(whole[-1:] + mine[-KEPT:], default=0)
@@ -178,14 +183,14 @@ def forget_checkpoints(branch_folder: Path, branch: Branch, shard: str, *, after
         gone = [step for step in mine if step > after]
     for step in gone:
         folder = checkpoint_folder(branch_folder, step)
-        (folder / f"{shard}.json").unlink(missing_ok=True)  # first: without it nothing of it counts
-        shutil.rmtree(folder / shard, ignore_errors=True)
+        (folder / f"{share}.json").unlink(missing_ok=True)  # first: without it nothing of it counts
+        shutil.rmtree(folder / share, ignore_errors=True)
         try:
             folder.rmdir()
-        except OSError:  # other shards have theirs there
+        except OSError:  # other shares have theirs there
             continue
     return min((step for step in mine if step not in gone), default=0)
 
 
-def _file(folder: Path, shard: str, table: str, name: str) -> Path:
-    return folder / shard / table / f"{name}.safetensors"
+def _file(folder: Path, share: str, table: str, name: str) -> Path:
+    return folder / share / table / f"{name}.safetensors"

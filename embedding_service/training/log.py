@@ -86,6 +86,18 @@ class Log:
                     later.unlink()
                 return
 
+    def snapshot(self) -> Iterator[Record]:
+        """All records as they are now, read when they are asked for, though the log goes on."""
+        data = [_mapped(path) for path in self._files()]
+        return (record for each in data for record, _ in _records(each))
+
+    def clear(self, step: int) -> None:
+        """Forget all, and go on after `step`."""
+        self._close_file()
+        for path in reversed(self._files()):
+            path.unlink()
+        self._open(self._path(step))
+
     def append(self, record: Record) -> None:
         """Write a record. Raises Overloaded if the disk does not take it: then nothing of it is there."""
         assert self._file is not None

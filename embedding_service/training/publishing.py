@@ -82,7 +82,7 @@ def publish_branch(
 
 
 class _Rows:
-    """The rows of a checkpoint by their ids, whichever shard wrote them."""
+    """The rows of a checkpoint by their ids, whichever share they are of."""
 
     def __init__(self, store: Store, branch: Branch, step: int) -> None:
         folder = branch_folder(store, branch.model, branch.name)
@@ -90,16 +90,16 @@ class _Rows:
             known = ", ".join(map(str, whole_steps(folder, branch))) or "none"
             raise NotFound(f"{branch.full_name} has no checkpoint of step {step}; whole ones: {known}")
         self._folder = checkpoint_folder(folder, step)
-        saved = {shard: read_saved(self._folder, shard) for shard in branch.shards}
-        self.checksums = {shard: each.files for shard, each in saved.items()}
+        saved = {share: read_saved(self._folder, share) for share in branch.shares}
+        self.checksums = {share: each.files for share, each in saved.items()}
         self._tables = {table.name: table for table in branch.tables}
         self._parts: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
-        for shard, each in saved.items():
+        for share, each in saved.items():
             for table, parts in each.parts.items():
-                self._open(self._folder, shard, self._tables[table], parts)
+                self._open(self._folder, share, self._tables[table], parts)
 
-    def _open(self, folder: Path, shard: str, table: BranchTable, parts: list[int]) -> None:
-        rows, first = saved_rows(folder, shard, table.name), 0
+    def _open(self, folder: Path, share: str, table: BranchTable, parts: list[int]) -> None:
+        rows, first = saved_rows(folder, share, table.name), 0
         for part in parts:
             end = first + table.part_rows(part)
             self._parts[table.name, part] = rows[first:end]

@@ -1,17 +1,19 @@
-"""A share: the parts of a branch that one shard has. What it does on its own, without a network.
+"""A share: parts of a branch that lie together. What a shard does with one on its own, without a network.
 
 Rows after step s are a function of the branch's start and of pushes 1 to s. A step is done when the pushes of all
-workers are there: their gradients are summed in the order of the workers, and the optimizer runs once.
+workers are there: their gradients are summed in the order of the workers, and the optimizer runs once. So a copy that
+does what the primary did has the same bits.
 
-`accept`, `begin` and `checkpoint` are called on one thread, the others on any.
+`accept`, `begin`, `rewind`, `want_checkpoint` and what copies do are called on one thread, the others on any.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +27,17 @@ from embedding_service.errors import (
     Overloaded,
     SessionEnded,
     StoreError,
+    Unavailable,
 )
 from embedding_service.formats import get_format
 from embedding_service.store.reading import part_rows, replaced_rows
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
-from embedding_service.training.branch import Branch, Place, branch_folder, read_place, write_place
+from embedding_service.training.branch import Branch, branch_folder
 from embedding_service.training.log import PUSH, SESSION, Log, Record
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.training.push import Push, read_push
+from embedding_service.training.seats import change_seat, leading, read_seat
 from embedding_service.training.tables import Ids, TrainedTable
 
 log = logging.getLogger(__name__)
@@ -41,15 +45,25 @@ log = logging.getLogger(__name__)
 MOST_WORKERS = 10_000
 
 
+class Change(NamedTuple):
+    """What changes a share, for its copies to do the same. `step`: of a session its number. `pieces`: see `Record`."""
+
+    kind: Literal["session", "push", "rewind", "checkpoint"]
+    step: int
+    pieces: Sequence[bytes | memoryview] = ()
+
+
 class Share:
-    """The parts of a branch that a shard has.
+    """A share as a shard has it.
 
     Args:
-        shard: Its id.
-        log_folder: Of this share alone.
+        name: Of the share.
+        log_folder: Of this share at this shard alone.
         sync: See `Log`.
-        address: Where the shard is reached, for others to read.
+        shard: Who has it. None: the shard that the share is named after.
+        copy: It is no primary. Then it is empty until `restart`, and writes no checkpoints.
         on_applied: Called when a step was done or a checkpoint written, on any thread.
+        on_change: Called with each change in turn, for copies to do the same.
 
     Attributes:
         session: The newest one. Older ones are refused.
@@ -63,20 +77,23 @@ class Share:
         self,
         store: Store,
         branch: Branch,
-        shard: str,
+        name: str,
         log_folder: Path,
         sync: float,
-        address: str = "",
+        *,
+        shard: str | None = None,
+        copy: bool = False,
         on_applied: Callable[[], object] = lambda: None,
+        on_change: Callable[[Change], object] = lambda change: None,
     ) -> None:
-        self.branch, self.shard = branch, shard
+        self.branch, self.name, self.shard = branch, name, shard or name
         self.folder = branch_folder(store, branch.model, branch.name)
-        self._store, self._on_applied = store, on_applied
+        self._store, self._copy, self._on_applied, self._on_change = store, copy, on_applied, on_change
         optimizer = optimizer_of(branch.optimizer.message)
         self.tables = {
             table.name: TrainedTable(table, parts, optimizer)
             for table in branch.tables
-            if (parts := table.parts_of(shard))
+            if (parts := table.parts_of(name))
         }
         self.session, self.workers, self.timeline = 0, 1, 0
         self.applied, self.accepted = 0, [0]
@@ -88,35 +105,38 @@ class Share:
         self._writer: threading.Thread | None = None
         self._log = Log(log_folder, sync)
         try:
-            self.timeline = self._find_timeline(address)
-            self._recover()
+            if not copy:
+                self.timeline = self._find_timeline()
+                self._recover()
         except BaseException:
             self._log.close()
             raise
 
     # Coming back
 
-    def _find_timeline(self, address: str) -> int:
-        """How often this share's log was lost. It was lost if the shard had another one."""
-        before = read_place(self.folder, self.shard)
-        lost = bool(before.log) and before.log != self._log.identity
-        if lost:
+    def _find_timeline(self) -> int:
+        """How often this share's log was lost. It was lost if the primary had another one."""
+        seat, own = read_seat(self.folder, self.branch, self.name), self._log.identity
+        before = seat.in_sync.get(self.shard, "")
+        if before == own:
+            return seat.timeline
+        others = [shard for shard in seat.in_sync if shard != self.shard]
+        if before and others:
+            raise Unavailable(
+                f"share {self.name} of {self.branch.full_name} has lost its log here, and shard {others[0]} has all: "
+                "start that one"
+            )
+        if before:
             log.warning(
                 "the log that %s had here is gone: updates since the last checkpoint are", self.branch.full_name
             )
-        place = Place(address, self._log.identity, before.timeline + lost)
-        write_place(self.folder, self.shard, place)
-        return place.timeline
+        changes = {"in_sync": {**seat.in_sync, self.shard: own}, "timeline": seat.timeline + bool(before)}
+        return change_seat(self.folder, self.branch, self.name, seat, **changes).timeline
 
     def _recover(self, to: int | None = None) -> None:
         """Load the last checkpoint, and do the steps that the log has after it, up to `to`."""
-        steps = [step for step in checkpoints.saved_steps(self.folder, self.shard) if to is None or step <= to]
-        if steps:
-            checkpoints.load_checkpoint(self.folder, self.shard, steps[-1], self.tables)
-            self.applied = steps[-1]
-        else:
-            self._load_base()
-            self.applied = 0
+        steps = [step for step in checkpoints.saved_steps(self.folder, self.name) if to is None or step <= to]
+        self._load(steps[-1] if steps else 0)
         self._pending, self.accepted = {}, [self.applied] * self.workers
         for record in self._log.read():
             if record.kind == SESSION:
@@ -125,6 +145,14 @@ class Share:
                 self._replay(record)
         self._log.ready(self.applied)
         log.info("%s is at step %d here", self.branch.full_name, self.applied)
+
+    def _load(self, step: int) -> None:
+        """Have the rows of a checkpoint; step 0: those that the branch began from."""
+        if step:
+            checkpoints.load_checkpoint(self.folder, self.name, step, self.tables)
+        else:
+            self._load_base()
+        self.applied = step
 
     def _replay(self, record: Record) -> None:
         if record.step <= self.applied:
@@ -159,12 +187,15 @@ class Share:
         if not 1 <= workers <= MOST_WORKERS:
             raise InvalidRequest(f"workers must be from 1 to {MOST_WORKERS:,}, got {workers}")
         self.check_session(session)
+        self.advance()  # what was admitted counts
         if session == self.session:
             if workers != self.workers:
                 raise InvalidRequest(f"session {session} has {self.workers} workers, not {workers}")
             return
-        self._log.append(self._session_record(session, workers))
+        record = self._session_record(session, workers)
+        self._log.append(record)
         self._enter(session, workers)
+        self._on_change(Change("session", session, record.pieces))
 
     def check_session(self, session: int) -> None:
         """Raise SessionEnded unless it is this session or a later one."""
@@ -176,6 +207,7 @@ class Share:
 
     def rewind(self, step: int) -> None:
         """Go back to a step: have the rows and state that were there after it. What came later is lost."""
+        self.advance()
         if step > self.applied:
             raise InvalidRequest(f"{self.branch.full_name} is at step {self.applied} and cannot begin at step {step}")
         if step == self.applied and not self._pending:
@@ -186,7 +218,8 @@ class Share:
             raise InvalidRequest(
                 f"{self.branch.full_name} can go back to step {first} and no further: older checkpoints were removed"
             )
-        checkpoints.forget_checkpoints(self.folder, self.branch, self.shard, after=step)
+        if not self._copy:
+            checkpoints.forget_checkpoints(self.folder, self.branch, self.name, after=step)
         session, workers = self.session, self.workers
         kept = [each for each in self._log.read() if each.kind == SESSION or each.step <= step]
         self._log.rewrite(kept)
@@ -196,9 +229,10 @@ class Share:
             if self.applied != step:
                 raise StoreError(f"the log of {self.branch.full_name} ends at step {self.applied}, before step {step}")
         self._enter(session, workers)
+        self._on_change(Change("rewind", step))
 
     def _oldest_step(self) -> int:
-        saved = checkpoints.saved_steps(self.folder, self.shard)
+        saved = checkpoints.saved_steps(self.folder, self.name)
         return min(saved, default=0) if self._log.first_step else 0
 
     def _enter(self, session: int, workers: int) -> None:
@@ -207,7 +241,7 @@ class Share:
 
     # Pushes
 
-    def read(self, pieces: list[bytes]) -> Push:
+    def read(self, pieces: Sequence[bytes | memoryview]) -> Push:
         """A push with all of it checked that does not depend on its turn. On any thread."""
         push = read_push(self.branch, pieces)
         for name, rows in push.tables.items():
@@ -241,14 +275,16 @@ class Share:
             )
         self._log.append(Record(PUSH, push.step, push.pieces))
         self._take(push)
+        self._on_change(Change("push", push.step, push.pieces))
 
-    def advance(self) -> None:
-        """Do the steps of which all pushes are here."""
+    def advance(self, to: int | None = None) -> None:
+        """Do the steps of which all pushes are here, up to `to`."""
         before = self.applied
-        while pushes := self._next():
+        while (to is None or self.applied < to) and (pushes := self._next()):
             self._apply(pushes)
             self._log.applied(self.applied)
-            self._checkpoint_if_due()
+            if not self._copy:
+                self._checkpoint_if_due()
         if self.applied > before:
             self._on_applied()
 
@@ -299,7 +335,7 @@ class Share:
     def _table(self, name: str) -> TrainedTable:
         if name not in self.tables:
             raise InvalidRequest(
-                f"shard {self.shard} has no part of table {name!r} of {self.branch.full_name}; it has parts of "
+                f"share {self.name} has no part of table {name!r} of {self.branch.full_name}; it has parts of "
                 f"{', '.join(self.tables) or 'none'}"
             )
         return self.tables[name]
@@ -324,7 +360,7 @@ class Share:
         """Whether it is on disk. Raises Overloaded if the disk did not take it."""
         if step in self._failures:
             raise self._failures.pop(step)
-        return step in checkpoints.saved_steps(self.folder, self.shard)
+        return step in checkpoints.saved_steps(self.folder, self.name)
 
     def _checkpoint_if_due(self) -> None:
         due = self.applied in self._wanted or (self.applied and self.applied % self.branch.checkpoint_every == 0)
@@ -334,6 +370,7 @@ class Share:
         step = self.applied
         self._wanted.discard(step)
         self._begin_log_file(step)
+        self._on_change(Change("checkpoint", step))
         with self._lock:
             snapshot = self._snapshot = checkpoints.Snapshot(self.tables)
         self._writer = threading.Thread(target=self._write, args=(step, snapshot), name="checkpoint", daemon=True)
@@ -353,8 +390,9 @@ class Share:
 
     def _write(self, step: int, snapshot: checkpoints.Snapshot) -> None:
         try:
-            checkpoints.write_checkpoint(self.folder, self.shard, step, self.tables, snapshot, self._lock)
-            oldest = checkpoints.forget_checkpoints(self.folder, self.branch, self.shard)
+            alone = leading(self.folder, self.branch, self.name, self.shard)
+            checkpoints.write_checkpoint(self.folder, self.name, step, self.tables, snapshot, self._lock, alone)
+            oldest = checkpoints.forget_checkpoints(self.folder, self.branch, self.name)
             self._log.forget_before(oldest)
         except (OSError, EmbeddingServiceError) as error:
             said = error.strerror if isinstance(error, OSError) else error
@@ -371,6 +409,62 @@ class Share:
         if self._writer:
             self._writer.join()
             self._writer = None
+
+    # Copies
+
+    @property
+    def log_identity(self) -> str:
+        """See `Log`."""
+        return self._log.identity
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def source(self) -> tuple[int, Iterator[Change]]:
+        """What a copy begins from: the step of a checkpoint or 0, and the changes since. They are read when asked for.
+
+        Changes after those come by `on_change`.
+        """
+        steps = checkpoints.saved_steps(self.folder, self.name)
+        first = steps[-1] if steps else 0
+        kinds: dict[int, Literal["session", "push"]] = {SESSION: "session", PUSH: "push"}
+        records = (each for each in self._log.snapshot() if each.kind == SESSION or each.step > first)
+        return first, (Change(kinds[each.kind], each.step, each.pieces) for each in records)
+
+    def restart(self, step: int) -> None:
+        """A copy that begins again, from a checkpoint or with step 0 from what the branch began from."""
+        with self._lock:
+            self._load(step)
+        self.session, self.workers = 0, 1
+        self._enter(0, 1)
+        self._log.clear(step)
+        self._log.applied(step)
+
+    def do(self, change: Change) -> None:
+        """A copy does what the primary did. Raises what shows that it cannot have the same rows."""
+        if change.kind == "push":
+            push = self.read(change.pieces)
+            if push.step > self.applied:
+                self.admit(push)
+                # A primary may admit a push before it has done the step before, and write a checkpoint in between.
+                self.advance(push.step - 1)
+        elif change.kind == "session":
+            self.begin(change.step, int.from_bytes(change.pieces[0], "little"))
+        elif change.kind == "rewind":
+            self.rewind(change.step)
+        else:
+            self.advance(change.step)
+            if change.step != self.applied:
+                raise StoreError(f"the primary is at step {change.step}, its copy at step {self.applied}")
+            self._begin_log_file(change.step)
+            self._log.forget_before(min(checkpoints.saved_steps(self.folder, self.name), default=0))
+
+    def lead(self, timeline: int) -> None:
+        """A copy becomes the primary."""
+        self._copy, self.timeline = False, timeline
+        self.advance()
 
     def close(self) -> None:
         """Let go of the log, once what is written is."""

@@ -64,6 +64,11 @@ class TrainingServiceStub(object):
                 request_serializer=embedding_dot_v1_dot_training__pb2.PublishRequest.SerializeToString,
                 response_deserializer=embedding_dot_v1_dot_training__pb2.PublishResponse.FromString,
                 _registered_method=True)
+        self.Follow = channel.stream_stream(
+                '/embedding.v1.TrainingService/Follow',
+                request_serializer=embedding_dot_v1_dot_training__pb2.FollowRequest.SerializeToString,
+                response_deserializer=embedding_dot_v1_dot_training__pb2.Followed.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer(object):
@@ -111,6 +116,13 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Follow(self, request_iterator, context):
+        """Asked by a shard that is to have a copy of a share: what its log holds, and what comes. It says what it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=embedding_dot_v1_dot_training__pb2.PublishRequest.FromString,
                     response_serializer=embedding_dot_v1_dot_training__pb2.PublishResponse.SerializeToString,
+            ),
+            'Follow': grpc.stream_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=embedding_dot_v1_dot_training__pb2.FollowRequest.FromString,
+                    response_serializer=embedding_dot_v1_dot_training__pb2.Followed.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class TrainingService(object):
             '/embedding.v1.TrainingService/Publish',
             embedding_dot_v1_dot_training__pb2.PublishRequest.SerializeToString,
             embedding_dot_v1_dot_training__pb2.PublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/embedding.v1.TrainingService/Follow',
+            embedding_dot_v1_dot_training__pb2.FollowRequest.SerializeToString,
+            embedding_dot_v1_dot_training__pb2.Followed.FromString,
             options,
             channel_credentials,
             insecure,

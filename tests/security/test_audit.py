@@ -25,6 +25,7 @@ from embedding_service.security.identity import Caller, Credential
 from embedding_service.security.policy import Identity
 from embedding_service.security.server import Files, Security
 from embedding_service.serving import RequestLimits
+from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import TrainingService
 from embedding_service.store.store import Store
 from embedding_service.wire import training_pb2 as training
@@ -107,16 +108,9 @@ def test_s9_who_may_not_train_a_branch_is_noted(tmp_path: Path) -> None:
     caller = Caller("reader", Identity(read=("m",), train=("other@*",)), Credential())
 
     async def begin() -> None:
-        service = TrainingService(
-            Store(tmp_path),
-            "shard-0",
-            Router(["127.0.0.1:1"]),
-            RequestLimits(),
-            Budget(1 << 20),
-            logs=None,
-            sync=0.1,
-            audit=Audit(path),
-        )
+        store, router = Store(tmp_path), Router(["127.0.0.1:1"])
+        shares = Shares(store, "shard-0", router, None, 0.1)
+        service = TrainingService(store, "shard-0", router, RequestLimits(), Budget(1 << 20), shares, audit=Audit(path))
         with pytest.raises(Aborted) as raised:
             await service.Begin(training.BeginRequest(branch="m@b"), Context("a peer", math.inf, caller))
         assert raised.value.code is grpc.StatusCode.PERMISSION_DENIED

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,8 @@ from embedding_service.budget import Budget
 from embedding_service.client.gradients import push_pieces, summed
 from embedding_service.client.router import Router
 from embedding_service.placement.routing import Routing
-from embedding_service.serving import RequestLimits, Server
+from embedding_service.serving import RequestLimits, Server, cancel
+from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import SERVICE, TrainingService
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
@@ -28,6 +29,7 @@ from embedding_service.wire import training_pb2 as wire
 
 MODEL, TABLE, ROWS, DIM = "m", "t", 4096, 16
 LR = 0.05
+T = TypeVar("T")
 
 
 def start_rows() -> Tensor:
@@ -54,9 +56,11 @@ def numbers(kind: str) -> wire.Optimizer:
     return wire.Optimizer(kind=kind, eps=0.0 if kind == "sgd" else 1e-8, beta1=beta1, beta2=beta2)
 
 
-def new_branch(store: Path, kind: str, shards: list[str], every: int = 1000, name: str = "b") -> Branch:
+def new_branch(
+    store: Path, kind: str, shards: list[str], every: int = 1000, name: str = "b", copies: int = 1
+) -> Branch:
     """A branch whose parts are with the shards in turn."""
-    request = wire.OpenRequest(optimizer=numbers(kind), checkpoint_every=every)
+    request = wire.OpenRequest(optimizer=numbers(kind), checkpoint_every=every, copies=copies)
     return create_branch(Store(store), f"{MODEL}@{name}", request, {}, shards)
 
 
@@ -68,8 +72,11 @@ def changes(step: int, worker: int = 0, most: int = 200) -> tuple[Tensor, Tensor
 
 
 def pieces_of(branch: Branch, session: int, step: int, ids: Tensor, gradients: Tensor, worker: int = 0) -> list[bytes]:
-    """A push of one table."""
-    head = wire.PushPiece(branch=branch.full_name, session=session, worker=worker, step=step)
+    """A push of one table, to the share of the first id."""
+    [table] = branch.tables
+    first = max(0, min(int(ids[0]), ROWS - 1)) if len(ids) else 0
+    share = table.shares[first // table.rows_per_part]
+    head = wire.PushPiece(branch=branch.full_name, session=session, worker=worker, step=step, share=share)
     return push_pieces(head, {TABLE: (ids, gradients)}, LR)
 
 
@@ -96,62 +103,84 @@ class InProcess:
 
 
 def spread(branch: Branch, ids: Tensor, gradients: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(shard, ids, gradients) of what each shard of a branch has."""
+    """(share, ids, gradients) of what is in each share of a branch."""
     [table] = branch.tables
-    for shard in branch.shards:
-        mine = torch.tensor([table.shards[id // table.rows_per_part] == shard for id in ids.tolist()], dtype=torch.bool)
-        yield shard, ids[mine], gradients[mine]
+    for share in branch.shares:
+        mine = torch.tensor([table.shares[id // table.rows_per_part] == share for id in ids.tolist()], dtype=torch.bool)
+        yield share, ids[mine], gradients[mine]
 
 
 class InThread:
     """Servers that train branches of a store, each as a shard of its own, on one thread of this process."""
 
-    def __init__(self, store: Path, logs: Path, shards: Sequence[str], sync: float = NEVER) -> None:
-        self._store, self._logs, self._sync = Store(store), logs, sync
+    def __init__(
+        self, store: Path, logs: Path, shards: Sequence[str], sync: float = NEVER, patience: float = 60
+    ) -> None:
+        self._store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
         self.addresses: dict[str, str] = {}
-        self.services: dict[str, TrainingService] = {}
+        self.shares: dict[str, Shares] = {}
         self._servers: dict[str, Server] = {}
+        self._looking: dict[str, asyncio.Task[None]] = {}
+        self._routers: dict[str, Router] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
         for shard in shards:
             self._do(self._start(shard))
-        self._route()
+        self.route(shards)
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
     async def _start(self, shard: str) -> None:
         limits, budget = RequestLimits(), Budget(1 << 30)
-        router = Router(["127.0.0.1:1"])
-        service = TrainingService(self._store, shard, router, limits, budget, logs=self._logs, sync=self._sync)
-        server = Server(limits, budget)
-        server.add(TrainingService.add_to, service, SERVICE)
+        router = self._routers[shard] = Router(["127.0.0.1:1"])
+        shares = self.shares[shard] = Shares(
+            self._store, shard, router, self._logs, self._sync, patience=self._patience, look_seconds=0.1
+        )
+        server = self._servers[shard] = Server(limits, budget)
+        server.add(TrainingService.add_to, TrainingService(self._store, shard, router, limits, budget, shares), SERVICE)
         front = await server.listen(self.addresses.get(shard, "127.0.0.1:0"))
-        service.address = self.addresses[shard] = front.address
-        self.services[shard], self._servers[shard] = service, server
+        shares.address = self.addresses[shard] = front.address
 
-    def _route(self) -> None:
-        shards = [base_wire.ShardAddress(id=shard, address=address) for shard, address in self.addresses.items()]
-        for service in self.services.values():
-            service._router.adopt(Routing(base_wire.Routing(term=1, epoch=1, shards=shards)))
+    def route(self, shards: Sequence[str], told: Sequence[str] | None = None) -> None:
+        """Say to all, or to some, which shards are there."""
+        about = [base_wire.ShardAddress(id=shard, address=self.addresses[shard]) for shard in shards]
+        self._epoch = getattr(self, "_epoch", 0) + 1
+
+        async def tell() -> None:
+            for shard in self.shares if told is None else told:
+                self._routers[shard].adopt(Routing(base_wire.Routing(term=1, epoch=self._epoch, shards=about)))
+                if shard not in self._looking:
+                    self._looking[shard] = asyncio.create_task(self.shares[shard].run())
+
+        self._do(tell())
 
     async def _stop(self, shard: str) -> None:
+        await cancel([self._looking.pop(shard)])
         await self._servers.pop(shard).stop()
-        await self.services.pop(shard).close()
+        await self.shares.pop(shard).close()
 
     def stop(self, shard: str) -> None:
         """It ends."""
         self._do(self._stop(shard))
 
     def start(self, shard: str) -> None:
-        """It starts again, at its address."""
+        """It starts, again at its address if it had one."""
         self._do(self._start(shard))
-        self._route()
+        self.route([*self.shares])
 
-    def logs_of(self, branch: str, shard: str) -> Path:
-        """The folder of a shard's log of a branch."""
-        return self._logs / branch / shard
+    def look_away(self, shard: str) -> None:
+        """It does not look at the seats any more."""
+        self._do(cancel([self._looking[shard]]))
+
+    def drain(self, shard: str) -> None:
+        """It hands over what it has."""
+        self._do(self.shares[shard].drain())
+
+    def logs_of(self, branch: str, share: str, shard: str | None = None) -> Path:
+        """The folder of a share's log at a shard, or at the one that it is named after."""
+        return self._logs / branch / share / (shard or share)
 
     def close(self) -> None:
         """All end."""

@@ -47,7 +47,7 @@ class Shares:
     def __init__(self, store: Path, branch: Branch, logs: Path) -> None:
         self.branch, self._store, self._logs = branch, Store(store), logs
         self.open: dict[str, Share] = {}
-        for shard in branch.shards:
+        for shard in branch.shares:
             self.start(shard)
 
     def start(self, shard: str) -> Share:
@@ -194,7 +194,7 @@ def test_t2_everything_about_a_push_is_checked_before_anything_is_done(make: Mak
     assert share.applied == 0 and torch.equal(shares.rows(), start_rows())
     shares.push(1, 1)
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(1))
-    for shard in shares.branch.shards:  # nor is any of it in the log
+    for shard in shares.branch.shares:  # nor is any of it in the log
         shares.crash(shard)
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(1))
 

@@ -1,0 +1,167 @@
+"""Shares that move and have copies while a trainer goes on: T10."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from support.cluster import until
+from support.training import DIM, LR, MODEL, ROWS, TABLE, InProcess, InThread, changes, pieces_of, store_to_train
+
+from embedding_service import EmbeddingClient, RowwiseAdagrad
+from embedding_service.client.training import Session
+from embedding_service.shard.training import SERVICE
+from embedding_service.store.store import Store
+from embedding_service.training.branch import branch_folder, read_branch
+from embedding_service.training.seats import Seat, read_seats
+from embedding_service.wire import training_pb2 as wire
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which each test makes a branch of another name."""
+    return store_to_train(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def shards(store: Path, tmp_path: Path) -> Iterator[InThread]:
+    """Two shards that train."""
+    running = InThread(store, tmp_path / "logs", ["s0", "s1"])
+    yield running
+    running.close()
+
+
+class Trainer:
+    """Steps of `changes`, one after the other, on a thread of its own."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.failure: BaseException | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                push(self.session)
+        except BaseException as error:
+            self.failure = error
+
+    def goes_on(self) -> None:
+        """It does ten more steps."""
+        target = self.session.steps + 10
+        until(lambda: self.failure or self.session.steps >= target, "ten more steps")
+
+    def end(self) -> None:
+        """No more steps. What came of all of them is what training in this process gives."""
+        self._end.set()
+        self._thread.join()
+        if self.failure:
+            raise self.failure
+        check(self.session)
+
+
+def push(session: Session) -> None:
+    session.add_gradients(TABLE, *changes(session.steps + 1))
+    session.step()
+
+
+def check(session: Session) -> None:
+    rows = session.lookup(TABLE, torch.arange(ROWS))
+    assert torch.equal(rows, InProcess("rowwise_adagrad").until(session.steps))
+
+
+@contextmanager
+def training(shards: InThread, name: str, copies: int = 1) -> Iterator[Session]:
+    with (
+        EmbeddingClient(list(shards.addresses.values()), timeout=60) as client,
+        client.train(
+            f"{MODEL}@{name}", optimizer=RowwiseAdagrad(lr=LR), timeout=170, checkpoint_every=20, copies=copies
+        ) as session,
+    ):
+        yield session
+
+
+def seats_of(store: Path, name: str) -> dict[str, Seat]:
+    branch = read_branch(Store(store), f"{MODEL}@{name}")
+    return read_seats(branch_folder(Store(store), MODEL, name), branch)
+
+
+def wait_for(store: Path, name: str, condition: Callable[[dict[str, Seat]], bool]) -> dict[str, Seat]:
+    def found() -> dict[str, Seat] | None:
+        seats = seats_of(store, name)
+        return seats if condition(seats) else None
+
+    return until(found, f"the seats of {name}")
+
+
+def led_by(*shards: str) -> Callable[[dict[str, Seat]], bool]:
+    return lambda seats: sorted(seat.primary for seat in seats.values()) == sorted(shards)
+
+
+def all_in_sync(seats: dict[str, Seat]) -> bool:
+    return all(len(seat.in_sync) == 2 for seat in seats.values())
+
+
+def test_t10_shares_move_to_shards_that_join_and_from_those_that_leave(store: Path, shards: InThread) -> None:
+    with training(shards, "moves") as session:
+        trainer = Trainer(session)
+        trainer.goes_on()
+        shards.drain("s1")
+        assert led_by("s0", "s0")(seats_of(store, "moves"))
+        shards.stop("s1")
+        shards.route(["s0"])
+        trainer.goes_on()
+        shards.start("s2")
+        wait_for(store, "moves", led_by("s0", "s2"))
+        trainer.goes_on()
+        trainer.end()
+        assert not shards.logs_of(f"{MODEL}@moves", "s1").exists()
+
+
+def test_t10_a_copy_in_sync_leads_when_the_primary_dies_and_one_that_fell_out_is_caught_up(
+    store: Path, shards: InThread
+) -> None:
+    with training(shards, "copied", 2) as session:
+        trainer = Trainer(session)
+        for dead, alive in (("s1", "s0"), ("s0", "s1")):
+            wait_for(store, "copied", all_in_sync)
+            trainer.goes_on()
+            shards.stop(dead)
+            shards.route([alive])
+            wait_for(store, "copied", led_by(alive, alive))
+            trainer.goes_on()
+            shards.start(dead)
+        wait_for(store, "copied", all_in_sync)
+        wait_for(store, "copied", led_by("s0", "s1"))
+        trainer.end()
+
+
+def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> None:
+    """It is cut off from all but the trainer, and does not know that its copy leads."""
+    shards = InThread(store, tmp_path / "logs", ["s0", "s1"], patience=0.5)
+    with contextlib.closing(shards), training(shards, "fenced", 2) as session:
+        wait_for(store, "fenced", all_in_sync)
+        for _ in range(3):
+            push(session)
+        shards.look_away("s0")
+        shards.route(["s1"], told=["s1"])
+        wait_for(store, "fenced", led_by("s1", "s1"))
+        opened = shards.shares["s0"]._open[f"{MODEL}@fenced", "s0"]
+        ids, gradients = torch.tensor([0, 1]), torch.ones(2, DIM)  # of a part of s0
+        pieces = pieces_of(opened.branch, session.number, 4, ids, gradients)
+        with grpc.insecure_channel(shards.addresses["s0"]) as channel:
+            push_to = channel.stream_unary(f"/{SERVICE}/Push", None, wire.PushResponse.FromString)
+            with pytest.raises(grpc.RpcError, match="share s0 of m@fenced is at shard s1"):
+                push_to(iter(pieces), timeout=170)
+        for _ in range(3):
+            push(session)
+        check(session)
+        assert session.steps == 6
