@@ -1,8 +1,8 @@
-"""Tables of real size on this machine: `python -m benchmarks.full_size longcat` or `qwen4`.
+"""Tables of real size on this machine: `python -m benchmarks.full_size longcat`, `qwen4` or `longcat2`.
 
 It first writes a store with the model's real geometry, in int4 rows whose codes name the row. (--folder says where. It
-takes 16.2 or 26.9 GB, and --keep keeps it for the next run.) Then `up` serves it, from a cold page cache and from a
-warm one. A client asks for rows and checks each of them.
+takes 16.2, 26.9 or 68.5 GB, and --keep keeps it for the next run. --fraction writes a part of the rows.) Then `up`
+serves it, from a cold page cache and from a warm one. A client asks for rows and checks each of them.
 """
 
 from __future__ import annotations
@@ -65,6 +65,20 @@ GEOMETRIES = {
         },
         256,
         "ram",
+    ),
+    # LongCat-2.0
+    "longcat2": Geometry(
+        {
+            "architectures": ["LongcatCausalLM"],
+            "vocab_size": 163840,
+            "hidden_size": 8192,
+            "oe_vocab_size_ratio": 100.567,
+            "oe_neighbor_num": 5,
+            "oe_split_num": 4,
+            "eos_token_id": 2,
+        },
+        512,
+        "mmap",
     ),
     # Qwen3.8-Flash-Next
     "qwen4": Geometry(
@@ -205,7 +219,7 @@ def main() -> None:
     parser.add_argument("model", choices=GEOMETRIES)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the rows")
     parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--tier", help="default: ram for longcat, mmap for qwen4")
+    parser.add_argument("--tier", help="default: ram for longcat, mmap for the others")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     parser.add_argument("--folder", type=Path, default=Path("build/full_size"))
     parser.add_argument("--keep", action="store_true", help="leave the store where it is")

@@ -5,8 +5,9 @@
 
 The first imports the checkpoint's tables as int8, runs two shards and a worker of one replica, measures and ends them.
 (`python examples/demo/make_checkpoint.py FOLDER` makes a checkpoint.) The second asks a worker that runs already. Each
-user streams answers of a fixed number of tokens, one after the other, each to another prompt. Clients, worker and
-shards share this machine. Leaves worker_load.json and worker_load.png in --out.
+user streams answers, one after the other, each to another prompt. Prompts and answers have fixed lengths, or with
+`--lengths sharegpt` those of people's chats: log-normal, with a few long ones. Clients, worker and shards share this
+machine. Leaves worker_load.json and worker_load.png in --out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import tempfile
@@ -36,6 +38,8 @@ from benchmarks.peers.base import command, free_port, says, service
 
 USERS = (1, 2, 4, 8, 16, 32)
 PROMPT_WORDS = 30
+# Chats of ShareGPT: half of the prompts have fewer than 40 words, and half of the answers fewer than 110 tokens.
+CHAT_PROMPT, CHAT_ANSWER = (40, 1.3, 600), (110, 0.8, 400)
 SHARDS = 2
 WORDS = " ".join(topics.topics.values()).split()
 
@@ -55,15 +59,17 @@ class Level:
 class Users:
     """Asks a worker, and keeps what it saw."""
 
-    def __init__(self, url: str, model: str, tokens: int) -> None:
-        self._url, self._model, self._tokens = url, model, tokens
+    def __init__(self, url: str, model: str, tokens: int, chats: bool) -> None:
+        self._url, self._model, self._tokens, self._chats = url, model, tokens, chats
         self._chance = random.Random(1)
+        self._told = 0
         self.first_tokens: list[float] = []
         self.refused = 0
 
     async def level(self, users: int, seconds: float) -> Level:
         """Run `users` users. Each asks again and again until the time is over."""
-        self.first_tokens, self.refused = [], 0
+        self.first_tokens, self.refused, self._told = [], 0, 0
+        self._chance.seed(users)
         begun = perf_counter()
         limits = httpx.Limits(max_connections=users)
         async with httpx.AsyncClient(base_url=self._url, timeout=300, limits=limits) as client:
@@ -71,18 +77,21 @@ class Users:
         took = perf_counter() - begun
         p50, p95 = np.percentile(self.first_tokens, (50, 95))
         answers = len(self.first_tokens)
-        return Level(users, answers, answers * self._tokens / took, float(p50), float(p95), self.refused)
+        return Level(users, answers, self._told / took, float(p50), float(p95), self.refused)
 
     async def _user(self, client: httpx.AsyncClient, until: float) -> None:
         while perf_counter() < until:
             await self._ask(client)
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
-        start = self._chance.randrange(len(WORDS) - PROMPT_WORDS)
+        words, tokens = PROMPT_WORDS, self._tokens
+        if self._chats:
+            words, tokens = self._length(*CHAT_PROMPT), self._length(*CHAT_ANSWER)
+        start = self._chance.randrange(len(WORDS) - words)
         body = {
             "model": self._model,
-            "prompt": " ".join(WORDS[start : start + PROMPT_WORDS]),
-            "max_tokens": self._tokens,
+            "prompt": " ".join(WORDS[start : start + words]),
+            "max_tokens": tokens,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -100,9 +109,13 @@ class Users:
                 first = first or perf_counter() - sent
                 chunk = json.loads(line.removeprefix("data: "))
                 told = (chunk.get("usage") or {}).get("completion_tokens", told)
-        if first is None or told != self._tokens:
-            raise RuntimeError(f"the answer has {told} tokens, not {self._tokens}; its last line: {chunk}")
+        if first is None or told != tokens:
+            raise RuntimeError(f"the answer has {told} tokens, not {tokens}; its last line: {chunk}")
         self.first_tokens.append(first)
+        self._told += told
+
+    def _length(self, median: int, spread: float, most: int) -> int:
+        return min(most, max(4, round(self._chance.lognormvariate(math.log(median), spread))))
 
 
 @contextmanager
@@ -121,12 +134,12 @@ def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
             yield f"http://127.0.0.1:{web}"
 
 
-def measure(url: str, tokens: int, seconds: float) -> list[Level]:
+def measure(url: str, tokens: int, chats: bool, seconds: float, users_of: list[int]) -> list[Level]:
     """Measure every number of users, after a few answers to warm up."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-    users = Users(url, model, tokens)
+    users = Users(url, model, tokens, chats)
     asyncio.run(users.level(2, 2))
-    return [asyncio.run(users.level(number, seconds)) for number in USERS]
+    return [asyncio.run(users.level(number, seconds)) for number in users_of]
 
 
 def show(levels: list[Level]) -> None:
@@ -161,19 +174,22 @@ def main() -> None:
     where.add_argument("--url", help="a worker that runs already")
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and the plot")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--lengths", choices=("fixed", "sharegpt"), default="fixed", help="of prompts and answers")
+    parser.add_argument("--users", type=int, nargs="+", default=USERS, help="numbers of them, one after the other")
     parser.add_argument("--seconds", type=float, default=15, help="for each number of users")
-    parser.add_argument("--max-batch", type=int, default=16, help="of the worker, with --checkpoint")
+    parser.add_argument("--max-batch", type=int, default=32, help="of the worker, with --checkpoint")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    chats = given.lengths == "sharegpt"
     if given.url:
-        levels = measure(given.url.rstrip("/"), given.tokens, given.seconds)
+        levels = measure(given.url.rstrip("/"), given.tokens, chats, given.seconds, given.users)
         batch = ""
     else:
         with served(given.checkpoint, given.max_batch) as url:
-            levels = measure(url, given.tokens, given.seconds)
+            levels = measure(url, given.tokens, chats, given.seconds, given.users)
         batch = f", one replica, batch of {given.max_batch}"
     show(levels)
-    about = f"answers of {given.tokens} tokens{batch}"
+    about = f"{'chats' if chats else f'answers of {given.tokens} tokens'}{batch}"
     found: dict[str, Any] = {"about": about, "levels": [asdict(each) for each in levels]}
     (given.out / "worker_load.json").write_text(json.dumps(found, indent=2) + "\n")
     plot(levels, about, given.out / "worker_load.png")

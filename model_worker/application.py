@@ -27,9 +27,10 @@ class Arguments(BaseModel):
     checkpoint: Path
     embeddings: str
     name: str | None = None
-    max_batch: int = 8
+    max_batch: int = 32
     max_queue: int = 64
     cache_bytes: str = "0"
+    prefix_bytes: str = "256MiB"
     near: bool = True
     topology: str | None = None
     policy: Path | None = None
@@ -49,7 +50,8 @@ def build(args: dict[str, Any]) -> Application:
         given.embeddings,
         given.name,
         cache_bytes=parse_bytes(given.cache_bytes),
-        **given.model_dump(exclude={"checkpoint", "embeddings", "name", "cache_bytes"}),
+        prefix_bytes=parse_bytes(given.prefix_bytes),
+        **given.model_dump(exclude={"checkpoint", "embeddings", "name", "cache_bytes", "prefix_bytes"}),
     )
     deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
     return deployment.bind(config)

@@ -63,11 +63,14 @@ def serve(
     max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale with the load, up to this many.")] = None,
     num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica (also its threads).")] = 1,
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 32,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait at a replica; more get 429.")] = 64,
     cache_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
     ] = "0",
+    prefix_bytes: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for beginnings of prompts, so that common ones are run once.")
+    ] = "256MiB",
     speculate: Annotated[
         Speculate,
         typer.Option(help="Draft tokens and check them in one pass. prompt: as the text went on before."),
@@ -131,6 +134,7 @@ def serve(
             max_batch=max_batch,
             max_queue=max_queue,
             cache_bytes=rows,
+            prefix_bytes=parse_bytes(prefix_bytes),
             near=near,
             topology=topology,
             policy=policy,

@@ -1,13 +1,15 @@
 """The generation engine: many requests, one batch, one step for all.
 
 Rules
-- A request joins and leaves the batch between two steps. It is prefilled alone, without padding. Then its cache is
+- A request joins and leaves the batch between two steps. Its prompt is run alone, without padding. Then its cache is
   joined to the batch's. What is not its own is masked there, so a request's logits do not depend on the other requests
   in its batch, but for float rounding.
 - A step gives each request one token. Where tokens are drafted, the pass runs the drafts too, and the request has all
   that it would have chosen itself, and one more. Each token is chosen from the model's own logits by the request's own
   chance. So drafts change no distribution, and with a seed no token.
-- At most one request joins in a step. So running requests never wait for more than one prompt.
+- Prompts are run in chunks, so many of their tokens between two steps, in turns. So running requests never wait long
+  for prompts, and short prompts do not wait for long ones.
+- What a prompt has in common with earlier ones is not run again (`prefixes`).
 - The choices of one HTTP request are requests of their own, taken all or none.
 - A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
 - Each request has its rows from the tables that it names. Where those are served no more, it ends alone.
@@ -39,12 +41,15 @@ from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailabl
 from model_worker.batch_cache import BatchCache, PaddedCache, new_cache
 from model_worker.drafts import PromptDrafts, Speculate, same_width
 from model_worker.ends import end_tokens
+from model_worker.prefixes import Prefixes
 from model_worker.rows import Tables
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
 from model_worker.slot_cache import SlotCache
 from model_worker.text import Spelling, TextStream
 
 FinishReason = Literal["stop", "length"]
+# Tokens of prompts that are run between two steps.
+PREFILL_TOKENS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -150,6 +155,16 @@ class Request:
         return text, None
 
 
+@dataclass
+class _Prompt:
+    """A request whose prompt is being run: the cache of its first `done` tokens. Its rows are of `tables`."""
+
+    request: Request
+    tables: str
+    cache: DynamicCache
+    done: int
+
+
 class Engine:
     """Runs a causal language model on its own thread.
 
@@ -161,6 +176,7 @@ class Engine:
     tables: what `attach` gave the model, where requests name their tables. None: all have the model's own.
     speculate: how tokens are drafted. prompt: as the sequence went on when its last tokens came before.
     draft_tokens: the most that are drafted for a request in a step.
+    prefix_bytes: of beginnings of prompts that are kept. A model whose cache cannot step back keeps none.
     Raises StoreError: the end of a sequence is no token of the model.
     InvalidRequest: the model's cache cannot step back, so drafts cannot be checked.
     """
@@ -176,12 +192,15 @@ class Engine:
         tables: Tables | None = None,
         speculate: Speculate = "off",
         draft_tokens: int = 4,
+        prefix_bytes: int = 0,
     ) -> None:
         self._model = model
         self._tables = tables
         self._draft_tokens = 0 if speculate == "off" else draft_tokens
         if self._draft_tokens:
             SlotCache.check_fits(model.config)
+        keeps = prefix_bytes and SlotCache.fits(model.config)
+        self._prefixes = Prefixes(model.config, prefix_bytes) if keeps else None
         self.spelling = Spelling(tokenizer)
         """What its tokens are as text."""
         self._max_batch = max_batch
@@ -191,7 +210,7 @@ class Engine:
         self._ends = end_tokens(model.config, model.generation_config, tokenizer)
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
-        self._joining = 0
+        self._joining: deque[_Prompt] = deque()
         self._running: list[Request] = []
         # Row i is the sequence of self._running[i]. None while no request runs.
         self._cache: BatchCache | None = None
@@ -202,6 +221,8 @@ class Engine:
         """Requests refused since the start."""
         self.prompt_tokens = 0
         """Tokens prefilled since the start."""
+        self.prefix_tokens = 0
+        """Tokens of prompts that were kept from others."""
         self.tokens = 0
         """Tokens generated since the start."""
         self.drafted = 0
@@ -263,7 +284,7 @@ class Engine:
 
     @property
     def _taken(self) -> int:
-        return len(self._waiting) + self._joining + len(self._running)
+        return len(self._waiting) + len(self._joining) + len(self._running)
 
     def close(self) -> None:
         """Stop after the current step. Requests that run or wait get an error. Returns when the thread has ended."""
@@ -278,43 +299,72 @@ class Engine:
                 try:
                     self._drop([request for request in self._running if request.cancelled])
                     self._admit()
+                    self._prefill()
                     self._step()
                 except Exception as error:
                     self._fail(self._running, error)
                     self._running, self._cache = [], None
-        self._fail([*self._running, *self._waiting], Unavailable("the worker is shutting down"))
+        joining = [prompt.request for prompt in self._joining]
+        self._fail([*self._running, *joining, *self._waiting], Unavailable("the worker is shutting down"))
 
     def _work_comes(self) -> bool:
         """Wait until there is something to do. False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._running)
+            self._changed.wait_for(lambda: self._stopping or self._taken)
             return not self._stopping
 
     def _admit(self) -> None:
-        """Prefill the next waiting request and take it into the batch, if there is one and a place for it."""
+        """Give places in the batch to requests that wait."""
         with self._changed:
-            if not self._waiting or len(self._running) >= self._max_batch:
-                return
-            request = self._waiting.popleft()
-            self._joining = 1
-        try:
-            if not request.cancelled:
-                self._prefill(request)
-        finally:
-            self._joining = 0
+            while self._waiting and len(self._joining) + len(self._running) < self._max_batch:
+                request = self._waiting.popleft()
+                self._joining.append(_Prompt(request, "", new_cache(self._model.config), 0))
 
-    def _prefill(self, request: Request) -> None:
-        cache = new_cache(self._model.config)
-        try:
-            logits = self._forward([request], [request.prompt], [0], PaddedCache(cache, self._model.device), 1)
-        except Exception as error:
-            self._fail([request], error)
-            return
-        self.prompt_tokens += len(request.prompt)
-        self._on_first_token(time.perf_counter() - request.submitted)
-        if self._check(request, [], logits[0]):
-            self._running.append(request)
-            self._join(cache)
+    def _prefill(self) -> None:
+        """Run the next tokens of prompts, PREFILL_TOKENS of them, and take requests into the batch that have theirs."""
+        room = PREFILL_TOKENS
+        while room > 0 and self._joining:
+            prompt = self._joining[0]
+            if prompt.request.cancelled:
+                self._joining.popleft()
+                continue
+            try:
+                logits, ran = self._run_prompt(prompt, room)
+            except Exception as error:
+                self._joining.popleft()
+                self._fail([prompt.request], error)
+                continue
+            room -= ran
+            if prompt.done < len(prompt.request.prompt):
+                self._joining.rotate(-1)
+                continue
+            self._on_first_token(time.perf_counter() - prompt.request.submitted)
+            goes_on = self._check(prompt.request, [], logits[0])
+            if goes_on:
+                self._running.append(prompt.request)
+                self._join(prompt.cache)
+            self._joining.popleft()
+
+    def _run_prompt(self, prompt: _Prompt, most: int) -> tuple[Tensor, int]:
+        """Run at most so many of a prompt's next tokens. Returns the last one's logits, and how many were run."""
+        request = prompt.request
+        if self._prefixes and not prompt.done:
+            prompt.tables = self._version(request)
+            prompt.cache, prompt.done = self._prefixes.find(prompt.tables, request.prompt)
+            self.prefix_tokens += prompt.done
+        tokens = request.prompt[prompt.done : prompt.done + most]
+        cache = PaddedCache(prompt.cache, self._model.device)
+        logits = self._forward([request], [tokens], [prompt.done], cache, 1)
+        prompt.done += len(tokens)
+        self.prompt_tokens += len(tokens)
+        # If the tables were replaced while it ran, it has rows of both versions.
+        if self._prefixes and prompt.done == len(request.prompt) and prompt.tables == self._version(request):
+            self._prefixes.put(prompt.tables, request.prompt, prompt.cache)
+        return logits, len(tokens)
+
+    def _version(self, request: Request) -> str:
+        """NAME@VERSION of the tables that a request's rows come from now. Raises NotFound: it has none any more."""
+        return self._tables.resolve(request.tables or self._tables.name) if self._tables else ""
 
     def _join(self, cache: DynamicCache) -> None:
         config, device = self._model.config, self._model.device

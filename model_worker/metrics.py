@@ -22,6 +22,7 @@ _COUNTERS = {
     "requests": ("model_worker_requests", "Choices taken."),
     "refused": ("model_worker_refused_requests", "Choices refused for want of room (429)."),
     "prompt_tokens": ("model_worker_prompt_tokens", "Tokens prefilled."),
+    "prefix_tokens": ("model_worker_prefix_tokens", "Tokens of prompts that were kept from others."),
     "generated_tokens": ("model_worker_generated_tokens", "Tokens generated."),
     "drafted_tokens": ("model_worker_drafted_tokens", "Tokens guessed, with --speculate."),
     "accepted_tokens": ("model_worker_accepted_tokens", "Guesses that were right."),

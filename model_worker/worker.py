@@ -46,7 +46,7 @@ class WorkerConfig:
     embeddings: host:port of the embedding service.
     name: the served model id.
     version: of the model in the service, as it was when the worker was started.
-    max_batch, max_queue, speculate, draft_tokens: see `Engine`.
+    max_batch, max_queue, speculate, draft_tokens, prefix_bytes: see `Engine`.
     cache_bytes, near, topology: see `EmbeddingClient`.
     policy: file of the keys that HTTP requests have to show, on the replica's machine. None: everybody may ask.
     imported_as: NAME@VERSION that the checkpoint was imported as. Other tables do not belong to its dense half.
@@ -68,6 +68,7 @@ class WorkerConfig:
     pinned: bool = False
     speculate: Speculate = "off"
     draft_tokens: int = 4
+    prefix_bytes: int = 0
 
 
 class Generation:
@@ -191,6 +192,7 @@ class Worker:
             tables=tables,
             speculate=config.speculate,
             draft_tokens=config.draft_tokens,
+            prefix_bytes=config.prefix_bytes,
         )
 
     @property
@@ -267,6 +269,7 @@ class Worker:
             "running": self._engine.running,
             "waiting": self._engine.waiting,
             "prompt_tokens": self._engine.prompt_tokens,
+            "prefix_tokens": self._engine.prefix_tokens,
             "generated_tokens": self._engine.tokens,
             "drafted_tokens": self._engine.drafted,
             "accepted_tokens": self._engine.accepted,

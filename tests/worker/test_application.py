@@ -20,7 +20,7 @@ def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embedd
     where = {"near": False, "topology": "zone-a"}
     for more in ({}, where):
         bound = build_as_ray_does(build, arguments | more)._bound_deployment  # type: ignore[arg-type]
-        expected: Any = {"imported_as": "small@1", **more}
+        expected: Any = {"imported_as": "small@1", "prefix_bytes": 256 << 20, **more}
         config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **expected)
         assert bound.init_args == (config,)
 

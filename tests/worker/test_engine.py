@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from embedding_service.errors import StoreError, Unavailable
-from model_worker import attach
+from model_worker import attach, families
 from model_worker.ends import end_tokens
-from model_worker.engine import Engine, EngineBusy, Event, Request
+from model_worker.engine import PREFILL_TOKENS, Engine, EngineBusy, Event, Request
 from model_worker.longcat import LocalTables, load_model
+from model_worker.prefixes import BLOCK
 from model_worker.sampling import SamplingParams
 from model_worker.worker import Generation
 
@@ -338,3 +339,66 @@ def test_what_comes_while_a_stream_pauses_goes_out_together_and_an_end_does_not_
         assert [each async for each in events] == []
 
     asyncio.run(use())
+
+
+def test_a_long_prompt_holds_nobody_up(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Requests that came after it have their answers while it is still being run, chunk by chunk."""
+    loaded, tables = load_model(model_folder), Gate(model_folder)
+    attach(loaded, tables, "local")
+    engine = Engine(loaded, tokenizer, max_batch=4)
+    try:
+        [short, long] = prompts(2)
+        expected = Job(engine, short, greedy(3, ignore_eos=True)).tokens()
+        ended: list[str] = []
+
+        def ask(name: str, prompt: list[int], tokens: int) -> Request:
+            # The engine's thread tells, so the order is that of the answers.
+            return engine.submit(prompt, greedy(tokens, ignore_eos=True), lambda event: told(name, event))
+
+        def told(name: str, event: Event) -> None:
+            if event.finish_reason:
+                ended.append(name)
+
+        tables.open.clear()
+        held = ask("long", (long * 1000)[: 4 * PREFILL_TOKENS], 2)
+        until(lambda: not engine.waiting, "the long prompt to be taken up")
+        begun = engine.prompt_tokens
+        others = [ask("short", short, 3) for _ in range(2)]
+        tables.open.set()
+        until(lambda: len(ended) == 3, "all answers")
+        assert ended == ["short", "short", "long"]
+        assert engine.prompt_tokens - begun == 4 * PREFILL_TOKENS + 2 * len(short)
+        assert [each.completion for each in others] == [expected] * 2
+        assert held.completion == without_a_cache(loaded, held.prompt, 2)
+    finally:
+        tables.open.set()
+        engine.close()
+
+
+def test_a_common_beginning_is_run_once(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model: Any = load_model(model_folder)
+    tables = families.attach(model, LocalTables(model_folder), "local").tables
+    # Room for four blocks or so: of each token two layers' latents, 24 values each, and its id.
+    engine = Engine(model, tokenizer, max_batch=4, tables=tables, prefix_bytes=4 * BLOCK * (4 * 24 * 4 + 8) + 100)
+    try:
+        system = torch.randint(3, VOCAB, (2 * BLOCK + 7,), generator=torch.Generator().manual_seed(2)).tolist()
+        asked = [[*system, *prompt] for prompt in prompts(4)]
+        found = [Job(engine, prompt, greedy(6, ignore_eos=True)).tokens() for prompt in asked]
+        # n-grams after a beginning look back into it.
+        assert found == [without_a_cache(model, prompt, 6) for prompt in asked]
+        assert engine.prefix_tokens == 3 * 2 * BLOCK
+        assert engine.prompt_tokens == sum(map(len, asked)) - engine.prefix_tokens
+        # A prompt that is all kept still has a last token to run.
+        Job(engine, system[: 2 * BLOCK], greedy(2)).tokens()
+        assert engine.prefix_tokens == 3 * 2 * BLOCK + BLOCK
+        # Rows of other tables make other keys and values.
+        Job(engine, asked[0], greedy(2), "other").tokens()
+        assert engine.prefix_tokens == 3 * 2 * BLOCK + BLOCK
+        # What was used least lately is forgotten: here the first tables' later block.
+        Job(engine, asked[1], greedy(2), "third").tokens()
+        Job(engine, asked[1], greedy(2), "third").tokens()
+        assert engine.prefix_tokens == 4 * 2 * BLOCK + BLOCK
+        Job(engine, asked[1], greedy(2)).tokens()
+        assert engine.prefix_tokens == 4 * 2 * BLOCK + BLOCK
+    finally:
+        engine.close()
