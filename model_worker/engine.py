@@ -7,8 +7,8 @@ Rules
 - A step gives each request one token. Where tokens are drafted, the pass runs the drafts too, and the request has all
   that it would have chosen itself, and one more. Each token is chosen from the model's own logits by the request's own
   chance. So drafts change no distribution, and with a seed no token.
-- Prompts are run in chunks, so many of their tokens between two steps, in turns. So running requests never wait long
-  for prompts, and short prompts do not wait for long ones.
+- Prompts are run in chunks and in turns, a bounded number of tokens between two steps. So running requests never wait
+  long for prompts, and short prompts do not wait for long ones.
 - What a prompt has in common with earlier ones is not run again (`prefixes`).
 - The choices of one HTTP request are requests of their own, taken all or none.
 - A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
