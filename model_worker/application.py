@@ -6,17 +6,24 @@ args: {checkpoint: /checkpoint, embeddings: embedding:7070, name: model}
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from embedding_service.commands.text import parse_bytes
-from model_worker.cli import resolve_model
+from model_worker.cli import POLICY_VARIABLE, resolve_model
 from model_worker.drafts import Speculate
 from model_worker.serving import APP, Scaling, WorkerReplica
+
+
+def _policy_of_environment() -> Path | None:
+    """Where pods have it mounted. A component of the manifests cannot change a Serve config, which is one string."""
+    given = os.environ.get(POLICY_VARIABLE)
+    return Path(given) if given else None
 
 
 class Arguments(BaseModel):
@@ -33,7 +40,7 @@ class Arguments(BaseModel):
     prefix_bytes: str = "256MiB"
     near: bool = True
     topology: str | None = None
-    policy: Path | None = None
+    policy: Path | None = Field(default_factory=_policy_of_environment)
     speculate: Speculate = "off"
     draft_tokens: int = 4
 

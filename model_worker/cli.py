@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # of each write, which takes the proxy nearly twice the processor time.
 _SERVE_OVER_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 
+# Names the policy of API keys where no option does.
+POLICY_VARIABLE = "MODEL_WORKER_POLICY"
+
 app = typer.Typer(
     help="Serve a language model whose n-gram tables live elsewhere.",
     no_args_is_help=True,
@@ -88,7 +91,10 @@ def serve(
     ] = None,
     policy: Annotated[
         Path | None,
-        typer.Option(help="Whose API keys count, and for what (docs/security.md). Default: everybody may ask."),
+        typer.Option(
+            envvar=POLICY_VARIABLE,
+            help="Whose API keys count, and for what (docs/security.md). Default: everybody may ask.",
+        ),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Speak HTTPS with this certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,

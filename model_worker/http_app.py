@@ -95,6 +95,7 @@ def build_app(worker: Worker) -> FastAPI:
 
     @app.get("/v1/models", responses=answers(ListModelsResponse))
     async def models(request: Request) -> dict[str, Any]:
+        require(_caller(request), ("read",), "use models")
         names = await asyncio.to_thread(_names, worker, _caller(request))
         return {"object": "list", "data": [_model_card(worker, name) for name in names]}
 

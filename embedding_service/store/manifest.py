@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from embedding_service.errors import InvalidRequest, NotFound, StoreError
+from embedding_service.foreign import printable
 from embedding_service.formats import get_format
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -41,6 +43,15 @@ def part_file(table: str, index: int) -> str:
 def overlay_file(table: str, index: int) -> str:
     """Where the rows lie that replace some of a part of the base, within the version's folder."""
     return f"{table}/overlay-{index:05d}.safetensors"
+
+
+def _without_infinities(value: Any) -> Any:
+    """Refuse what Python reads and JSON cannot say: it would be written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number of JSON")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _without_infinities(each)
+    return value
 
 
 Json = str | bytes
@@ -155,7 +166,7 @@ class Manifest(_Frozen):
     # "longcat", for example. Empty for tables that are addressed by row id only.
     family: str
     # What NgramHasher.from_params takes.
-    hash_params: dict[str, Any]
+    hash_params: Annotated[dict[str, Any], AfterValidator(_without_infinities)]
     # With a base, these are the base's: its parts, to be found in its folder.
     tables: tuple[Table, ...] = Field(min_length=1)
     dense: Dense | None = None
@@ -266,4 +277,4 @@ def _check_overlays(table: Table, overlays: tuple[Overlay, ...]) -> None:
 
 def _in_one_line(error: ErrorDetails) -> str:
     where = ".".join(map(str, error["loc"]))
-    return " ".join(f"{where}: {error['msg']}".removeprefix(": ").split())[:500]
+    return printable(" ".join(f"{where}: {error['msg']}".removeprefix(": ").split())[:500])

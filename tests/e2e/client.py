@@ -9,6 +9,7 @@ asked at temperature 0, so each must be the same text. Rows of a shard on the sa
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -59,9 +60,10 @@ def look_up(client: EmbeddingClient, table_name: str, counts: Counts, ended: thr
 def complete(url: str, counts: Counts, ended: threading.Event) -> None:
     """The same prompt, again and again."""
     expected = None
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
     while not ended.wait(COMPLETION_PAUSE):
         began = time.monotonic()
-        request = urllib.request.Request(url, json.dumps(PROMPT).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, json.dumps(PROMPT).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=COMPLETION_SECONDS) as answer:
                 text = json.load(answer)["choices"][0]["text"]

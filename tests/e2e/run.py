@@ -182,7 +182,11 @@ class Scenario:
                         "command": ["python3.11", f"{code}/e2e/client.py"],
                         "args": ["embedding:7070", f"{ROWS}/ngram", "http://model-worker-serve-svc:8000/v1/completions",
                                  "/report/report.json"],
-                        "env": [{"name": "PYTHONPATH", "value": code}, *_of_service(worker["containers"][0]["env"])],
+                        "env": [
+                            {"name": "PYTHONPATH", "value": code},
+                            {"name": "OPENAI_API_KEY", "value": API_KEY},
+                            *_of_service(worker["containers"][0]["env"]),
+                        ],
                         "ports": [],
                         "resources": {"limits": {"memory": "2Gi"}},
                         "securityContext": shard["spec"]["containers"][0]["securityContext"],
@@ -374,6 +378,11 @@ class Scenario:
         return good
 
 
+# Of the client's completions, where the worker asks for a key.
+API_KEY = "a-key-of-the-client"
+_KEYS = '[identities.client]\ntokens = ["sha256:{digest}"]\nread = ["*"]\n'
+
+
 class Secured(Scenario):
     """With TLS, certificates, service-account tokens and a policy, all of which change under load."""
 
@@ -413,6 +422,7 @@ class Secured(Scenario):
         self.cluster.set_secrets(
             {each["spec"]["secretName"]: self.cert_manager.issue(each) for each in certificates}
             | {"embedding-policy": {"policy.toml": policy.encode(), "jwks.json": self.cluster.tokens.jwks()}}
+            | {"model-worker-policy": {"policy.toml": _KEYS.format(digest=digest_of(API_KEY)).encode()}}
         )
 
     def rotate(self) -> None:

@@ -30,6 +30,7 @@ from embedding_service.security.policy import read_policy
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import check_routing, sign_routing
 from embedding_service.wire import embedding_pb2 as wire
+from model_worker.cli import POLICY_VARIABLE
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
 
@@ -478,6 +479,25 @@ def test_members_and_workers_show_what_the_policy_knows_them_by(
         container = pod["containers"][0]
         folder = named(container["volumeMounts"], "credentials")["mountPath"]
         assert environment(container, ray)[TLS_VARIABLE] == folder
+
+
+def test_s8_a_secured_worker_knows_whose_keys_count(tmp_path: Path) -> None:
+    """Its policy is another one than the service's. The head, which builds the application, and replicas have it."""
+    ray = on_top(tmp_path / "worker", "cpu-production/worker", "secure/worker")
+    cluster = find(ray, "RayService")["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        secret = named(pod["volumes"], "keys")["secret"]["secretName"]
+        assert secret != "embedding-policy"
+        mount = named(pod["containers"][0]["volumeMounts"], "keys")
+        assert mount["readOnly"] and "subPath" not in mount  # which would not follow the Secret
+        assert environment(pod["containers"][0], ray)[POLICY_VARIABLE] == f"{mount['mountPath']}/policy.toml"
+    example = (K8S / "components/secure/head/policy.toml").read_text()
+    assert f"secret generic {secret} --from-file=policy.toml" in example
+    assert not read_policy(K8S / "components/secure/head/policy.toml").identities  # nobody is let in as it comes
+    filled = re.sub(r"(?m)^# (?=\[|\w+ = )", "", example).replace("sha256:...", f"sha256:{'0' * 64}")
+    (tmp_path / "policy.toml").write_text(filled)
+    assert read_policy(tmp_path / "policy.toml").identities["team-a"].may("read", "longcat-flash-lite+legal@1")
 
 
 def test_certificates_speak_for_the_names_that_shards_and_clients_use() -> None:

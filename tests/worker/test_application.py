@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_ray_does
+from support.security import write_policy
 
+from embedding_service.errors import InvalidRequest
 from model_worker.application import build
+from model_worker.cli import POLICY_VARIABLE
 from model_worker.worker import WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -23,6 +26,18 @@ def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embedd
         expected: Any = {"imported_as": "small@1", "prefix_bytes": 256 << 20, **more}
         config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **expected)
         assert bound.init_args == (config,)
+
+
+def test_s8_the_policy_is_where_the_pod_says_it_is(
+    model_folder: Path, embeddings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(POLICY_VARIABLE, str(tmp_path / "policy.toml"))
+    arguments = {"checkpoint": str(model_folder), "embeddings": embeddings}
+    with pytest.raises(InvalidRequest, match=r"the policy .*policy.toml cannot be read"):  # nobody serves without it
+        build_as_ray_does(build, arguments)  # type: ignore[arg-type]
+    policy = write_policy(tmp_path, {"user": {"tokens": ["user"], "read": ["small"]}})
+    [config] = build_as_ray_does(build, arguments)._bound_deployment.init_args  # type: ignore[arg-type]
+    assert config.policy == str(policy)
 
 
 def test_an_argument_that_is_wrong_is_named() -> None:

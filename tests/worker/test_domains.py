@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from small_model import VOCAB, write_tokenizer
 from starlette.testclient import TestClient
 from support.cluster import Up, serving, until
+from support.security import write_policy
 from test_engine import Job, greedy
 from test_qwen4_exp import TEXT
 from transformers import PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
@@ -113,9 +114,55 @@ def test_sequences_of_one_batch_have_the_rows_of_their_own_domains(
         torch.testing.assert_close(together[0], together[3])
 
 
-def complete(http: TestClient, model: str) -> Any:
+def complete(http: TestClient, model: str, key: str = "") -> Any:
     body = {"model": model, "prompt": "The import statement", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    return http.post("/v1/completions", json=body)
+    return http.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
+# Whose keys may use which tables. A version counts as the one that lookups get now.
+READ = {
+    "all": (["longcat*"], {"longcat", "longcat+code", "longcat+legal"}),
+    "own": (["longcat"], {"longcat"}),
+    "lawyer": (["longcat+legal"], {"longcat+legal"}),
+    "domains": (["longcat+*"], {"longcat+code", "longcat+legal"}),
+    "pinned": (["longcat+code@1"], {"longcat+code"}),
+    "bygone": (["longcat+code@0", "longcat@2"], set[str]()),
+    "elsewhere": (["qwen4_exp+legal"], set[str]()),
+}
+
+
+def test_s8_a_key_uses_the_tables_of_the_domains_that_it_may_read(
+    checkpoints: dict[str, Path], families: Up, tmp_path: Path
+) -> None:
+    """The other ones look as if they were not there, in lists and errors too, and quotas are of the identity."""
+    identities: dict[str, Any] = {who: {"tokens": [who], "read": patterns} for who, (patterns, _) in READ.items()}
+    identities["thrifty"] = {"tokens": ["thrifty"], "read": ["longcat*"], "tokens_per_second": 1}
+    policy = write_policy(tmp_path, identities)
+    config = WorkerConfig(str(checkpoints["longcat"]), families.address, "longcat", "1", 4, 4, policy=str(policy))
+    worker = Worker(config)
+    names = READ["all"][1]
+    try:
+        with TestClient(build_app(worker), raise_server_exceptions=False) as http:
+            texts = {name: complete(http, name, "all").json()["choices"][0]["text"] for name in names}
+            assert len(set(texts.values())) == len(names)
+            for who, (_, may) in READ.items():
+                shown = {"Authorization": f"Bearer {who}"}
+                listed = http.get("/v1/models", headers=shown)
+                assert {card["id"] for card in listed.json()["data"]} == may
+                for name in (*names, "longcat+none"):
+                    answer, card = complete(http, name, who), http.get(f"/v1/models/{name}", headers=shown)
+                    if name in may:
+                        assert answer.json()["choices"][0]["text"] == texts[name] and card.json()["id"] == name
+                        continue
+                    absent = complete(http, "longcat+none", who).json()["error"]["message"]
+                    assert (answer.status_code, card.status_code) == (404, 404)
+                    assert answer.json()["error"]["message"] == absent.replace("longcat+none", name)
+                    told = absent.replace("longcat+none", "")
+                    assert not any(other in told for other in names - may), told
+            assert complete(http, "longcat+legal", "thrifty").status_code == 200
+            assert complete(http, "longcat+code", "thrifty").status_code == 429
+    finally:
+        worker.close()
 
 
 def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path], families: Up, store: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jwt
 import openai
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import CONTEXT, VOCAB
@@ -17,6 +21,9 @@ from starlette.testclient import TestClient
 from support.security import write_policy
 from transformers import PreTrainedTokenizerFast
 
+from embedding_service.security.authority import Authority
+from embedding_service.security.policy import digest_of
+from embedding_service.security.proofs import prove
 from model_worker.http_app import build_app
 from model_worker.keys import Keys
 from model_worker.worker import Worker, WorkerConfig
@@ -430,7 +437,7 @@ def test_a_temperature_next_to_nothing_takes_the_likeliest(http: TestClient, tin
 
 
 @pytest.fixture(scope="module")
-def guarded(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+def guarded(http: TestClient, worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The same worker with a policy."""
     identities: dict[str, Any] = {
         "user": {"tokens": ["user"], "read": ["small"]},
@@ -503,3 +510,158 @@ def test_s8_what_is_over_a_quota_is_429_and_says_for_how_long(guarded: TestClien
 def test_s8_json_has_a_bounded_depth(http: TestClient) -> None:
     deep = b'{"model": "small", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     assert "recursion limit" in refusal(http.post(COMPLETIONS, content=deep, headers=JSON))[1]
+
+
+# The red team's table: what each of these may do, by the rights that it needs one of. None: whoever asks.
+ROUTES: dict[tuple[str, str], tuple[str, ...] | None] = {
+    ("GET", "/healthz"): None,
+    ("GET", "/openapi.json"): (),
+    ("POST", COMPLETIONS): ("read",),
+    ("POST", CHAT): ("read",),
+    ("GET", "/v1/models"): ("read",),
+    ("GET", "/v1/models/small"): ("read",),
+    ("GET", "/v1/worker"): ("admin", "metrics"),
+    # What there is not is no secret, but is told to those alone who have a key.
+    ("GET", "/v1/nothing"): (),
+    ("GET", "/"): (),
+    ("GET", "/docs"): (),
+    ("DELETE", "/v1/models/small"): (),
+    ("OPTIONS", COMPLETIONS): (),
+    ("GET", "//healthz"): (),
+    ("GET", "/healthz/"): (),
+    ("GET", "/healthz%2F..%2Fv1/worker"): (),
+}
+# The answer to who has the right: what is not there is told as that.
+LET_IN = dict.fromkeys(ROUTES, 200) | dict.fromkeys(list(ROUTES)[7:], 404)
+LET_IN |= {("DELETE", "/v1/models/small"): 405, ("OPTIONS", COMPLETIONS): 405, ("GET", "/healthz/"): 307}
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"model": "small", "prompt": [5], "max_tokens": 1},
+    CHAT: {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+}
+
+
+@dataclass
+class Asking:
+    """Somebody who asks: what he shows, and his rights. None: nobody's."""
+
+    shown: dict[str, str]
+    rights: tuple[str, ...] | None = None
+    model: str = "small"
+
+
+Siege = tuple[TestClient, dict[str, Asking]]
+
+
+@pytest.fixture(scope="module")
+def besieged(http: TestClient, worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
+    """The same worker with a policy for all kinds of keys, and everybody who asks."""
+    folder = tmp_path_factory.mktemp("besieged")
+    ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    public = jwt.algorithms.ECAlgorithm.to_jwk(ours.public_key(), as_dict=True)
+    (folder / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "k", "alg": "ES256"}]}))
+    identities: dict[str, Any] = {
+        "user": {"tokens": ["user"], "read": ["small"], "subjects": ["user"], "certificates": ["*"]},
+        "other": {"tokens": ["other"], "read": ["large"]},
+        "version": {"tokens": ["version"], "read": ["small@2"]},
+        "watcher": {"tokens": ["watcher"], "rights": ["metrics"]},
+        "admin": {"tokens": ["admin"], "rights": ["admin"]},
+        "trainer": {"tokens": ["trainer"], "train": ["*"], "publish": ["*"]},
+        "member": {"tokens": ["member"], "rights": ["member"]},
+    }
+    about = {"jwks": "jwks.json", "issuer": "https://i", "audience": "us"}
+    now = int(time.time())
+
+    def token(key: Any = ours, **other: Any) -> dict[str, str]:
+        claims = {"iss": "https://i", "aud": "us", "sub": "user", "exp": now + 3600, **other}
+        return bearer(jwt.encode(claims, key, "ES256", headers={"kid": "k"}))
+
+    Authority.create().issue(folder / "own", ["spiffe://us/user"])
+    proof = prove("testserver", (folder / "own/tls.crt").read_bytes(), (folder / "own/tls.key").read_bytes())
+    asking = {
+        "nothing": Asking({}),
+        "a guess": Asking(bearer("guess")),
+        "an empty key": Asking(bearer("")),
+        "a digest of the policy": Asking(bearer(f"sha256:{digest_of('user')}")),
+        "a key by another scheme": Asking({"Authorization": "Basic user"}),
+        "a key without a scheme": Asking({"Authorization": "user"}),
+        "a key where none is read": Asking({"X-API-Key": "user", "Cookie": "Authorization=Bearer user"}),
+        "the words of a process of the service": Asking({"embedding-caller": "user"}),
+        "a proof, which counts at the service": Asking(bearer(proof)),
+        "a web token of another key": Asking(token(theirs)),
+        "an expired web token": Asking(token(exp=now - 3600)),
+        "a web token for others": Asking(token(aud="them")),
+        "a web token": Asking(token(), ("read",)),
+        "a key of user": Asking(bearer("user"), ("read",)),
+        "a key by a small scheme": Asking({"Authorization": "bearer user"}, ("read",)),
+        "a key of other": Asking(bearer("other"), ("read",), "large"),
+        "a key of version": Asking(bearer("version"), ("read",), "small@2"),
+        "a key of watcher": Asking(bearer("watcher"), ("metrics",)),
+        "a key of admin": Asking(bearer("admin"), ("admin",)),
+        "a key of trainer": Asking(bearer("trainer"), ("train", "publish")),
+        "a key of member": Asking(bearer("member"), ("member", "read")),
+    }
+    keys = worker.keys
+    worker.keys = Keys(write_policy(folder, identities, about))
+    with TestClient(build_app(worker), raise_server_exceptions=False, follow_redirects=False) as client:
+        yield client, asking
+    worker.keys.close()
+    worker.keys = keys
+
+
+def expected(route: tuple[str, str], asking: Asking) -> int:
+    """The status of an answer, by the table."""
+    needed = ROUTES[route]
+    if needed is None:
+        return 200
+    if asking.rights is None:
+        return 401
+    if needed and not set(needed) & set(asking.rights):
+        return 403
+    of_the_model = needed and route[1] in (*BODIES, "/v1/models/small")
+    return 404 if of_the_model and asking.model != "small" else LET_IN[route]
+
+
+def test_s8_every_route_is_answered_to_whom_the_table_says_and_to_nobody_else(
+    besieged: Siege,
+) -> None:
+    client, everybody = besieged
+    application: Any = client.app
+    paths = {
+        (method, route.path.replace("{name:path}", "small"))
+        for route in application.routes
+        for method in route.methods - {"HEAD"}
+    }
+    assert paths <= ROUTES.keys()  # none was forgotten
+    cells, wrong = 0, []
+    for route in ROUTES:
+        method, path = route
+        body = json.dumps(BODIES[path]).encode() if method == "POST" else None
+        for name, asking in everybody.items():
+            headers = {**asking.shown, **(JSON if body else {})}
+            answer = client.request(method, f"http://testserver{path}", content=body, headers=headers)
+            cells += 1
+            if answer.status_code != expected(route, asking):
+                wrong.append((route, name, answer.status_code, expected(route, asking)))
+            if answer.status_code in (401, 403):
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+                assert "small" not in answer.text, (route, name)
+    assert cells == len(ROUTES) * len(everybody) and not wrong, wrong
+
+
+def test_s8_a_key_that_is_taken_back_counts_no_more(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = {"tokens": ["one"], "read": ["*"]}, {"tokens": ["other"], "read": ["*"]}
+    monkeypatch.setattr(worker, "keys", Keys(write_policy(tmp_path, {"one": one, "other": other})))
+    assert worker.keys
+    with TestClient(build_app(worker), raise_server_exceptions=False) as client:
+        for key in ("one", "other"):
+            assert client.get("/v1/models", headers=bearer(key)).status_code == 200
+        write_policy(tmp_path, {"other": other})
+        worker.keys._guard.look()
+        assert client.get("/v1/models", headers=bearer("one")).status_code == 401
+        assert client.get("/v1/models", headers=bearer("other")).status_code == 200
+        write_policy(tmp_path, {"other": {**other, "read": []}})
+        worker.keys._guard.look()
+        assert client.get("/v1/models", headers=bearer("other")).status_code == 403
+    worker.keys.close()
