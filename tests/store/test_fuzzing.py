@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,13 +91,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return longcat_checkpoint(tmp_path_factory.mktemp("fuzzed") / "checkpoint")
 
 
+# Each writes a store.
+IMPORTS = max(20, int(os.environ.get("FUZZ_EXAMPLES", 0)) // 50)
 CONFIG = {
     "architectures": ["LongcatFlashNgramForCausalLM"], "model_type": "longcat_flash_ngram", "vocab_size": 997,
     "hidden_size": 96, "eos_token_id": 2, "ngram_vocab_size_ratio": 3.25, "emb_neighbor_num": 4, "emb_split_num": 2,
 }  # fmt: skip
 
 
-@settings(max_examples=max(20, settings.default.max_examples // 50))
+@settings(max_examples=IMPORTS)
 @given(config=changed(CONFIG))
 def test_s10_an_import_brings_the_whole_version_or_nothing(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, config: Any
