@@ -76,7 +76,9 @@ def serve(
     ] = "256MiB",
     speculate: Annotated[
         Speculate,
-        typer.Option(help="Draft tokens and check them in one pass. prompt: as the text went on before."),
+        typer.Option(
+            help="Draft tokens and check them in one pass: as the text went on before, or by LongCat's draft layer."
+        ),
     ] = "off",
     draft_tokens: Annotated[int, typer.Option(min=1, help="With --speculate: the most that a step drafts.")] = 4,
     near: Annotated[

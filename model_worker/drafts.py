@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-# How tokens are drafted. prompt: `PromptDrafts`.
-Speculate = Literal["prompt", "off"]
+# How tokens are drafted. mtp: by the model's own draft layer. prompt: `PromptDrafts`.
+Speculate = Literal["mtp", "prompt", "off"]
 
 # Token sequences that are looked for, the longest first.
 _LENGTHS = (4, 3, 2)

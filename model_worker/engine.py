@@ -30,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailable
+from model_worker import families
 from model_worker.batch_cache import BatchCache, PaddedCache, new_cache
 from model_worker.drafts import PromptDrafts, Speculate, same_width
 from model_worker.ends import end_tokens
@@ -106,12 +107,16 @@ class Request:
         """Nobody waits for it any more, so it leaves before the next step. Call from any thread."""
         self.cancelled = True
 
+    @property
+    def room(self) -> int:
+        """Tokens that it may have beside the next one, which needs no guess."""
+        return self.params.max_tokens - len(self.completion) - 1
+
     def draft(self, most: int) -> list[int]:
-        """Guess at most so many of the tokens after the newest. The last token that it may have needs no guess."""
+        """Guess at most so many of the tokens after the newest."""
         if self._drafts is None:
             self._drafts = PromptDrafts([*self.prompt, *self.completion])
-        most = min(most, self._hopeful, self.params.max_tokens - len(self.completion) - 1)
-        return self._drafts.guess(most)
+        return self._drafts.guess(min(most, self._hopeful, self.room))
 
     def check(self, draft: list[int], logits: Tensor, ends: frozenset[int]) -> tuple[bool, int]:
         """Choose tokens from float [1 + drafted, V] logits, the next one as long as the draft has the same.
@@ -163,6 +168,8 @@ class _Prompt:
     tables: str
     cache: DynamicCache
     done: int
+    hidden: list[Tensor] = field(default_factory=list)
+    """With a draft layer: the model's last states [n, hidden] of each chunk."""
 
 
 class Engine:
@@ -174,11 +181,12 @@ class Engine:
     max_queue: requests that may wait beside those.
     on_first_token: called on the engine's thread with the seconds from a request's submission to its first token.
     tables: what `attach` gave the model, where requests name their tables. None: all have the model's own.
-    speculate: how tokens are drafted. prompt: as the sequence went on when its last tokens came before.
+    speculate: how tokens are drafted. prompt: as the sequence went on when its last tokens came before. mtp: by the
+        model's own draft layer, and then no beginnings of prompts are kept.
     draft_tokens: the most that are drafted for a request in a step.
     prefix_bytes: of beginnings of prompts that are kept. A model whose cache cannot step back keeps none.
     Raises StoreError: the end of a sequence is no token of the model.
-    InvalidRequest: the model's cache cannot step back, so drafts cannot be checked.
+    InvalidRequest: the model's cache cannot step back, so drafts cannot be checked. Or it has no draft layer.
     """
 
     def __init__(
@@ -199,7 +207,9 @@ class Engine:
         self._draft_tokens = 0 if speculate == "off" else draft_tokens
         if self._draft_tokens:
             SlotCache.check_fits(model.config)
-        keeps = prefix_bytes and SlotCache.fits(model.config)
+        self._drafter = families.drafter(model) if speculate == "mtp" else None
+        # The draft layer needs the main model's states of the whole prompt.
+        keeps = prefix_bytes and SlotCache.fits(model.config) and not self._drafter
         self._prefixes = Prefixes(model.config, prefix_bytes) if keeps else None
         self.spelling = Spelling(tokenizer)
         """What its tokens are as text."""
@@ -303,7 +313,7 @@ class Engine:
                     self._step()
                 except Exception as error:
                     self._fail(self._running, error)
-                    self._running, self._cache = [], None
+                    self._forget()
         joining = [prompt.request for prompt in self._joining]
         self._fail([*self._running, *joining, *self._waiting], Unavailable("the worker is shutting down"))
 
@@ -342,8 +352,9 @@ class Engine:
             goes_on = self._check(prompt.request, [], logits[0])
             if goes_on:
                 self._running.append(prompt.request)
-                self._join(prompt.cache)
             self._joining.popleft()
+            if goes_on:
+                self._join(prompt)
 
     def _run_prompt(self, prompt: _Prompt, most: int) -> tuple[Tensor, int]:
         """Run at most so many of a prompt's next tokens. Returns the last one's logits, and how many were run."""
@@ -357,6 +368,8 @@ class Engine:
         logits = self._forward([request], [tokens], [prompt.done], cache, 1)
         prompt.done += len(tokens)
         self.prompt_tokens += len(tokens)
+        if self._drafter:
+            prompt.hidden.append(self._drafter.hidden[0])
         # If the tables were replaced while it ran, it has rows of both versions.
         if self._prefixes and prompt.done == len(request.prompt) and prompt.tables == self._version(request):
             self._prefixes.put(prompt.tables, request.prompt, prompt.cache)
@@ -366,22 +379,23 @@ class Engine:
         """NAME@VERSION of the tables that a request's rows come from now. Raises NotFound: it has none any more."""
         return self._tables.resolve(request.tables or self._tables.name) if self._tables else ""
 
-    def _join(self, cache: DynamicCache) -> None:
+    def _join(self, prompt: _Prompt) -> None:
         config, device = self._model.config, self._model.device
+        if self._drafter:
+            self._drafter.join(prompt.request.prompt, torch.cat(prompt.hidden))
         if self._cache is None and not SlotCache.fits(config):
-            self._cache = PaddedCache(cache, device)
+            self._cache = PaddedCache(prompt.cache, device)
             return
         if self._cache is None:
             self._cache = SlotCache(config, self._model.dtype, device)
-        self._cache.join(cache)
+        self._cache.join(prompt.cache)
 
     def _step(self) -> None:
         """Generate tokens for every running request: one, and those that were guessed right."""
         self._end_those_without_tables()
         if self._cache is None:
             return
-        drafts = [request.draft(self._draft_tokens) if self._draft_tokens else [] for request in self._running]
-        drafts = same_width(drafts)
+        drafts = self._drafts()
         tokens = [[request.completion[-1], *draft] for request, draft in zip(self._running, drafts, strict=True)]
         cached = [request.cached for request in self._running]
         try:
@@ -392,7 +406,22 @@ class Engine:
                 return
             raise
         checked = zip(self._running, drafts, logits, strict=True)
-        self._drop([request for request, draft, rows in checked if not self._check(request, draft, rows)])
+        over = [request for request, draft, rows in checked if not self._check(request, draft, rows)]
+        if self._drafter:
+            pairs = zip(self._running, cached, strict=True)
+            self._drafter.checked([request.cached - before for request, before in pairs])
+        self._drop(over)
+
+    def _drafts(self) -> list[list[int]]:
+        """Guesses of the tokens after each request's newest."""
+        if self._drafter:
+            completions = [request.completion for request in self._running]
+            cached = [request.cached for request in self._running]
+            guesses = self._drafter.guess(completions, cached, self._draft_tokens)
+            return [guess[: request.room] for guess, request in zip(guesses, self._running, strict=True)]
+        if self._draft_tokens:
+            return same_width([request.draft(self._draft_tokens) for request in self._running])
+        return [[] for _ in self._running]
 
     def _check(self, request: Request, draft: list[int], logits: Tensor) -> bool:
         """Give a request its tokens from float [1 + drafted, V] logits. False when it is over."""
@@ -431,10 +460,19 @@ class Engine:
                 rows[hole] = rows[-1]
                 rows.pop()
         self._running = [self._running[row] for row in rows]
-        if rows:
-            self._cache.keep(rows, max(request.cached for request in self._running))
-        else:
-            self._cache = None
+        if not rows:
+            self._forget()
+            return
+        longest = max(request.cached for request in self._running)
+        self._cache.keep(rows, longest)
+        if self._drafter:
+            self._drafter.keep(rows, longest)
+
+    def _forget(self) -> None:
+        """No request runs any more."""
+        self._running, self._cache = [], None
+        if self._drafter:
+            self._drafter.forget()
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         if not isinstance(error, EmbeddingServiceError):

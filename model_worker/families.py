@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -18,6 +18,9 @@ from model_worker.family import WorkerFamily
 from model_worker.rows import Lookups
 from model_worker.slot_cache import SlotCache
 from model_worker.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from model_worker.longcat_mtp import LongcatDrafter
 
 FAMILIES: Registry[WorkerFamily] = Registry(
     "worker family",
@@ -44,6 +47,11 @@ def check(checkpoint: str | Path, speculate: Speculate = "off") -> None:
     end_tokens(config, generation, load_tokenizer(files.folder))
     if speculate != "off":
         SlotCache.check_fits(config)
+    layer = family.draft_tensors
+    if speculate == "mtp" and not (layer and any(name.startswith(layer) for name in files.names)):
+        raise InvalidRequest(
+            f"{files.folder} has no draft layer that this worker knows: use --speculate prompt, or off"
+        )
 
 
 def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -55,6 +63,15 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype | None = None) -> PreT
 def attach(hf_model: PreTrainedModel, client: Any, name: str) -> Lookups:
     """See `model_worker.attach`. Returns the counters of the model's lookups."""
     return _family_of(hf_model).attach(hf_model, client, name)
+
+
+def drafter(hf_model: PreTrainedModel) -> LongcatDrafter:
+    """What drafts with the draft layer of an attached model.
+
+    Raises InvalidRequest: it has none. StoreError: that is not whole.
+    """
+    check(str(hf_model.config.name_or_path), "mtp")
+    return _family_of(hf_model).drafter(hf_model)
 
 
 def table_bytes(hf_model: PreTrainedModel) -> int:

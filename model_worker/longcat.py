@@ -25,6 +25,7 @@ from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
+from model_worker.longcat_mtp import DRAFT_TENSORS, LongcatDrafter
 from model_worker.rows import Lookups, RowSource, Tables, check_same_hash
 from model_worker.slot_cache import SlotCache
 from model_worker.token_cache import TokenLayer, token_layer
@@ -35,8 +36,6 @@ TABLE = "model.ngram_embeddings.embedders.{}.weight"
 PROJECTION = "model.ngram_embeddings.post_projs.{}.weight"
 
 _NGRAM_TENSORS = "model.ngram_embeddings."
-# The published model's draft layers for speculative decoding, which transformers' class leaves out too.
-_DRAFT_TENSORS = "model.mtp."
 # An expert's projection. A checkpoint may hold it for the zero experts too, which compute nothing.
 _EXPERT_GATE_OR_UP = re.compile(r"\.mlp\.experts\.(\d+)\.(?:gate|up)_proj\.weight$")
 # Keys of a published config that say what this file settles itself.
@@ -237,6 +236,12 @@ class LongcatFamily(WorkerFamily):
     dense_tensors = staticmethod(dense_tensors)
     load_model = staticmethod(load_model)
     attach = staticmethod(attach)
+    draft_tensors = DRAFT_TENSORS
+
+    @staticmethod
+    def drafter(hf_model: PreTrainedModel) -> LongcatDrafter:
+        """See `WorkerFamily`."""
+        return LongcatDrafter(hf_model)
 
 
 def _fuse_input(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -302,7 +307,7 @@ def _transformer_names(files: CheckpointTensors, config: LongcatFlashConfig) -> 
     def needed(name: str) -> bool:
         expert = _EXPERT_GATE_OR_UP.search(name)
         return not (
-            name.startswith((_NGRAM_TENSORS, _DRAFT_TENSORS))
+            name.startswith((_NGRAM_TENSORS, DRAFT_TENSORS))
             or name in WORDS
             or (expert and int(expert[1]) >= config.n_routed_experts)
         )

@@ -96,6 +96,39 @@ def write_shards(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def add_draft_layer(folder: Path, config: dict[str, Any] = CONFIG) -> None:
+    """Give a checkpoint the published draft layer (MTP), of random values: 17 tensors in a file of their own."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    query, latent, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value, ffn = config["qk_nope_head_dim"], config["v_head_dim"], config["ffn_hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (config["vocab_size"], hidden),
+        "layers.0.enorm.m": (hidden,),
+        "layers.0.hnorm.m": (hidden,),
+        "layers.0.eh_proj": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_a_proj": (query, hidden),
+        "layers.0.self_attn.q_a_layernorm": (query,),
+        "layers.0.self_attn.q_b_proj": (heads * (nope + rope), query),
+        "layers.0.self_attn.kv_a_proj_with_mqa": (latent + rope, hidden),
+        "layers.0.self_attn.kv_a_layernorm": (latent,),
+        "layers.0.self_attn.kv_b_proj": (heads * (nope + value), latent),
+        "layers.0.self_attn.o_proj": (hidden, heads * value),
+        "layers.0.transformer_layer.mlp.gate_proj": (ffn, hidden),
+        "layers.0.transformer_layer.mlp.up_proj": (ffn, hidden),
+        "layers.0.transformer_layer.mlp.down_proj": (hidden, ffn),
+        "layers.0.input_layernorm": (hidden,),
+        "layers.0.post_attention_layernorm": (hidden,),
+        "norm": (hidden,),
+    }
+    generator = torch.Generator().manual_seed(9)
+    made = {f"model.mtp.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(made, folder / "draft.safetensors", {"format": "pt"})
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] |= dict.fromkeys(made, "draft.safetensors")
+    file.write_text(json.dumps(index))
+
+
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint written in one file or several."""
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

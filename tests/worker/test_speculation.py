@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import VOCAB
+from safetensors.torch import load_file, save_file
+from small_model import CONFIG, VOCAB, add_draft_layer
 from test_engine import Job, greedy, prompts
 from test_qwen4_exp import TEXT
 from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, StoreError
+from model_worker.checkpoint import CheckpointTensors
 from model_worker.drafts import PromptDrafts, same_width
 from model_worker.engine import Engine, Request
 from model_worker.families import attach as attach_tables
+from model_worker.families import check
 from model_worker.longcat import LocalTables, load_model
+from model_worker.longcat_mtp import load_draft_layer
+from model_worker.rows import Lookups
 from model_worker.sampling import SamplingParams
 from model_worker.text import Spelling
 
@@ -157,3 +163,109 @@ def test_a_cache_that_cannot_step_back_is_refused(tokenizer: PreTrainedTokenizer
     model = Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**TEXT))
     with pytest.raises(InvalidRequest, match="cannot step back over wrong drafts: use --speculate off"):
         Engine(model, tokenizer, speculate="prompt")
+
+
+@pytest.fixture(scope="module")
+def with_draft_layer(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint, and a draft layer of random values."""
+    folder = Path(shutil.copytree(model_folder, tmp_path_factory.mktemp("mtp") / "model"))
+    add_draft_layer(folder)
+    return folder
+
+
+def attached(folder: Path) -> tuple[Any, Lookups]:
+    model: Any = load_model(folder)
+    return model, attach_tables(model, LocalTables(folder), "local")
+
+
+def guesses_of(model: Any, layer: Any, sequence: list[int], most: int) -> list[int]:
+    """What the draft layer says by definition: from whole sequences, without a cache."""
+    states = model.model(torch.tensor([sequence]), use_cache=False).last_hidden_state[:, :-1]
+    tokens = sequence[1:]
+    for _ in range(most):
+        length = len(tokens)
+        rotary = model.model.rotary_emb(states, torch.arange(length)[None])
+        found = layer(torch.tensor([tokens]), states, rotary, None, None)
+        states = torch.cat([states, found[:, -1:]], 1)
+        tokens = [*tokens, int(model.lm_head(found[0, -1]).argmax())]
+    return tokens[-most:]
+
+
+def test_the_draft_layer_guesses_what_it_says_by_definition(
+    with_draft_layer: Path, tokenizer: PreTrainedTokenizerFast, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch whose requests join, leave, and accept various numbers of guesses. Answers are as without it."""
+    asked = [*prompts(4), prompts(1)[0] * 20, [7]]
+    params = [greedy(8 + 2 * (i % 3), ignore_eos=True) for i in range(len(asked))]
+    expected = [job.tokens() for job in [Job(plain, *each) for each in zip(asked, params, strict=True)]]
+    model, _ = attached(with_draft_layer)
+    said: list[tuple[list[int], list[int]]] = []
+    chance, drafts = random.Random(3), Engine._drafts
+
+    def partly_right(engine: Engine) -> list[list[int]]:
+        """What the layer guesses is noted. Random values would seldom be right, so other guesses are checked."""
+        guesses = drafts(engine)
+        instead = []
+        for request, guess in zip(engine._running, guesses, strict=True):
+            begin, answer = len(request.completion), expected[asked.index(request.prompt)]
+            said.append(([*request.prompt, *request.completion], guess))
+            wanted = answer[begin : begin + len(guess)]
+            instead.append([token if chance.random() < 0.7 else 5 for token in wanted])
+        return instead
+
+    monkeypatch.setattr(Engine, "_drafts", partly_right)
+    engine = Engine(model, tokenizer, max_batch=3, speculate="mtp", draft_tokens=3)
+    try:
+        jobs = [Job(engine, *each) for each in zip(asked, params, strict=True)]
+        assert [job.tokens() for job in jobs] == expected
+    finally:
+        engine.close()
+    assert 0 < engine.accepted < engine.drafted
+    layer: Any = load_draft_layer(CheckpointTensors(with_draft_layer), model.config)
+    for sequence, guess in said:
+        assert guess == guesses_of(model, layer, sequence, 3)[: len(guess)]
+
+
+def test_a_draft_layer_that_knows_is_right(
+    with_draft_layer: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Both models are made to say no more than which token came last. So each guess of the layer's is right."""
+    folder = Path(shutil.copytree(with_draft_layer, tmp_path / "model"))
+    hidden, tensors = CONFIG["hidden_size"], load_file(folder / "draft.safetensors")
+    dense = load_file(folder / "model-00001-of-00002.safetensors")
+    for name, tensor in {**tensors, **dense}.items():
+        if any(part in name for part in ("o_proj", "down_proj", "post_projs")):
+            tensor.zero_()
+        if name.endswith("norm.weight") or name.endswith(".m.weight"):
+            tensor.fill_(1)
+    tensors["model.mtp.embed_tokens.weight"] = dense["model.embed_tokens.weight"].clone()
+    tensors["model.mtp.layers.0.eh_proj.weight"] = torch.eye(hidden, 2 * hidden)
+    save_file(tensors, folder / "draft.safetensors", {"format": "pt"})
+    save_file(dense, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    found, passes = [], []
+    for speculate in ("off", "mtp"):
+        model, lookups = attached(folder)
+        engine, before = Engine(model, tokenizer, max_batch=4, speculate=speculate, draft_tokens=3), lookups.count
+        try:
+            jobs = [Job(engine, prompt, greedy(33, ignore_eos=True)) for prompt in prompts(3)]
+            found.append([job.tokens() for job in jobs])
+        finally:
+            engine.close()
+        passes.append(lookups.count - before)
+    assert found[0] == found[1]
+    assert engine.accepted == engine.drafted > 0
+    assert passes[1] <= 3 + 3 + 8  # prompts, joins at three different steps, and four tokens a step
+
+
+def test_a_draft_layer_that_is_not_there_or_not_whole_is_refused(
+    model: LongcatFlashForCausalLM, model_folder: Path, with_draft_layer: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match="has no draft layer that this worker knows: use --speculate prompt"):
+        Engine(model, tokenizer, speculate="mtp")
+    folder = Path(shutil.copytree(with_draft_layer, tmp_path / "model"))
+    check(folder, "mtp")
+    tensors = load_file(folder / "draft.safetensors")
+    tensors["model.mtp.norm.weight"] = torch.ones(3)
+    save_file(tensors, folder / "draft.safetensors", {"format": "pt"})
+    with pytest.raises(StoreError, match=r"1 mismatched tensors: model\.mtp\.norm\.weight"):
+        Engine(attached(folder)[0], tokenizer, speculate="mtp")
