@@ -21,15 +21,15 @@ demo: setup
 
 # What the C++ example is built with. Where they cannot be installed, its test says so and is skipped.
 CPP_PACKAGES := g++ libgrpc++-dev libprotobuf-dev pkgconf protobuf-compiler-grpc
-# What looks at the page. Where it cannot be installed, its tests are skipped too.
-SEEING_PACKAGES := chromium
+# What looks at the page and at metrics. Where it cannot be installed, its tests are skipped too.
+SEEING_PACKAGES := chromium prometheus
 test-packages:
 	@dpkg --status $(CPP_PACKAGES) >/dev/null 2>&1 || test "$$(id -u)" -ne 0 \
 	    || { apt-get update && apt-get install --yes --no-install-recommends $(CPP_PACKAGES); } \
 	    || echo "no packages for the C++ example: $(CPP_PACKAGES)"
 	@dpkg --status $(SEEING_PACKAGES) >/dev/null 2>&1 || test "$$(id -u)" -ne 0 \
 	    || { apt-get update && apt-get install --yes --no-install-recommends $(SEEING_PACKAGES); } \
-	    || echo "no packages for the page's tests: $(SEEING_PACKAGES)"
+	    || echo "no packages for the tests of the page and of boards: $(SEEING_PACKAGES)"
 
 # Workers of pytest-xdist: many tests wait more than they compute.
 TEST_WORKERS ?= 2

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from embedding_service.errors import PermissionDenied, Unauthenticated
@@ -70,6 +70,11 @@ class _Collect(Collector):
 def counter(name: str, text: str, value: float) -> Metric:
     """A number that only grows."""
     return CounterMetricFamily(f"embedding_{name}", text, value=value)
+
+
+def info(name: str, text: str, **labels: str) -> Metric:
+    """What a process is: labels to join its other metrics with."""
+    return InfoMetricFamily(f"embedding_{name}", text, value=labels)
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

@@ -95,6 +95,12 @@ def up(
         typer.Option(min=0, max=65535, help="Port of the cluster's page for a browser; 0: none. Default: a free one."),
     ] = None,
     http_host: HttpHostOption = LOOPBACK,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=60000, help="Port of the controller's Prometheus metrics, with each shard's after it; 0: none."
+        ),
+    ] = 0,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +128,7 @@ def up(
         audit=audit.absolute() if audit else None,
         http_port=http_port,
         http_host=http_host,
+        metrics_port=metrics_port,
     )
     if audit and not secure:
         raise typer.BadParameter("--audit comes with --secure: without it nobody is known or denied")

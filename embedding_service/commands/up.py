@@ -49,7 +49,7 @@ class UpOptions:
 
     `processes` are those of one shard. `secure`: the folder with certificates. None: plain text, which `insecure`
     allows beyond loopback. `audit`: a file that all of them write to. `http_port`: of the cluster's page on
-    `http_host`, 0 for none, None for a free one.
+    `http_host`, 0 for none, None for a free one. `metrics_port`: of the controller; each shard has the next one.
     """
 
     store: str
@@ -66,6 +66,7 @@ class UpOptions:
     audit: Path | None = None
     http_port: int | None = None
     http_host: str = "127.0.0.1"
+    metrics_port: int = 0
 
     def with_page(self) -> UpOptions:
         """With the page's port. Raises InvalidRequest if it is taken."""
@@ -103,7 +104,7 @@ def run(options: UpOptions) -> None:
     sockets = PrivateFolder()
     try:
         controller, control = two_addresses(options.host)
-        names = [f"shard-{index}" for index in range(options.shards)]
+        names = [shard_name(index) for index in range(options.shards)]
         access = prepare(options.secure, options.host, names) if options.secure else None
         members.append(_Member("controller", controller_command(options, controller, control)))
         for name in names:
@@ -184,6 +185,7 @@ def controller_command(options: UpOptions, controller: str, control: str = "") -
         f"--expect-shards={options.shards}",
         *_secured(options, "controller"),
         *([f"--control-listen={control}"] if options.secure else []),
+        *([f"--metrics-port={options.metrics_port}"] if options.metrics_port else []),
         *([f"--http-port={options.http_port}", f"--http-host={options.http_host}"] if options.http_port else []),
     ]
 
@@ -202,6 +204,8 @@ def shard_command(options: UpOptions, controller: str, name: str, folder: str) -
         "--drain-seconds=0",  # all of them end together
         *_secured(options, name),
     ]
+    if options.metrics_port:
+        command.append(f"--metrics-port={options.metrics_port + 1 + shard_number(name)}")
     memory, tier = options.memory, TIERS[options.tier]
     if tier.shareable:
         command.append(f"--near={folder}/{name}")
@@ -212,6 +216,16 @@ def shard_command(options: UpOptions, controller: str, name: str, folder: str) -
     if options.cache:
         command.append(f"--cache={options.cache}")
     return command
+
+
+def shard_name(index: int) -> str:
+    """Of the shard that `up` starts as this one, from 0 on."""
+    return f"shard-{index}"
+
+
+def shard_number(name: str) -> int:
+    """The index of `shard_name`."""
+    return int(name.rpartition("-")[2])
 
 
 def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -307,7 +321,7 @@ def awaited(status: control.Status, shards: int) -> str:
     if not status.shards:
         return f"waiting for the controller and {shards} shards to start"
     here = {shard.shard_id for shard in status.shards}
-    missing = [name for name in (f"shard-{index}" for index in range(shards)) if name not in here]
+    missing = [name for name in map(shard_name, range(shards)) if name not in here]
     line = f"waiting: {len(here)} of {shards} shards registered"
     if missing:
         return f"{line}, not yet {', '.join(missing[:NAMED])}{' and others' if len(missing) > NAMED else ''}"

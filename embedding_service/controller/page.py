@@ -38,6 +38,7 @@ from embedding_service.placement.parts import PartKey
 from embedding_service.placement.routing import Model
 from embedding_service.security.access import Access
 from embedding_service.store.manifest import Manifest, Table
+from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from embedding_service.wire.plain import plain
@@ -226,6 +227,7 @@ class Page:
             shard["connected"] = shard["shard_id"] in connected
         for problem, message in zip(answer["problems"], status.problems, strict=True):
             problem["remedy"] = REMEDIES.get(message.kind, "")
+        answer["branches"] = _branches(status)
         answer["store"], answer["copies"] = self._store, self._state.placing.copies
         answer["secured"] = self._ca is not None
         return answer, [_checkpoint_of(manifest, self._state) for manifest in self._state.wanted]
@@ -292,6 +294,27 @@ class _Fresh:
                 ended = time.monotonic()
                 self._until = ended + max(FRESH_SECONDS, FRESH_TIMES * (ended - began))
             return self._answer
+
+
+def _branches(status: control.Status) -> list[Answer]:
+    """Each branch once, as far as all of its shares are that somebody leads."""
+    by_name: dict[str, dict[str, control.BranchStatus]] = {}
+    for shard in status.shards:
+        for each in shard.stats.branches:
+            by_name.setdefault(each.branch, {})[each.share] = each
+    return [
+        {
+            "name": name,
+            "base": next(iter(shares.values())).base,
+            "applied": min(each.applied_step for each in shares.values()),
+            "durable": min(each.durable_step for each in shares.values()),
+            "losses": sum(each.losses for each in shares.values()),
+            "copies": min(each.in_sync for each in shares.values()),
+            "led": len(shares),
+            "shares": next(iter(shares.values())).shares,
+        }
+        for name, shares in sorted(by_name.items())
+    ]
 
 
 def _read_tokenizer(file: Path) -> Tokenizer | None:

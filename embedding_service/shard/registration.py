@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import grpc
 
@@ -54,6 +54,7 @@ class Registration:
         about: The report's constant fields: shard id, address, device, tier, memory limit.
         set_serving: Called when there is a routing to serve by.
         access: What it shows the controller. None: plain text.
+        branches: How far the branches are that this shard trains.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class Registration:
         counters: Callable[[], Counters],
         set_serving: Callable[[bool], Awaitable[None]],
         access: Access | None = None,
+        branches: Callable[[], Iterable[control.BranchStatus]] = tuple,
     ) -> None:
         self._controller = controller
         self._access = access
         self._duties = Duties(about, holdings, router, time.monotonic)
         self._holdings = holdings
         self._set_serving = set_serving
-        self._stats = _Stats(counters, holdings)
+        self._stats = _Stats(counters, holdings, branches)
         self._connected = False
         self._refused = ""
         self._router = router
@@ -162,8 +164,14 @@ class Registration:
 class _Stats:
     """Counters with rates over the time since they were last taken."""
 
-    def __init__(self, counters: Callable[[], Counters], holdings: Holdings) -> None:
+    def __init__(
+        self,
+        counters: Callable[[], Counters],
+        holdings: Holdings,
+        branches: Callable[[], Iterable[control.BranchStatus]],
+    ) -> None:
         self._counters = counters
+        self._branches = branches
         self._holdings = holdings
         self._started = self._taken = time.monotonic()
         self._last = deque([Counters()], maxlen=LATENCY_BEATS)
@@ -193,4 +201,5 @@ class _Stats:
             held_bytes=self._holdings.held_bytes,
             anonymous_bytes=anonymous,
             file_bytes=file,
+            branches=self._branches(),
         )

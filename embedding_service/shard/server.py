@@ -8,13 +8,13 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from embedding_service.address_space import can_seal
 from embedding_service.budget import Budget
@@ -25,7 +25,7 @@ from embedding_service.errors import InvalidRequest
 from embedding_service.front import Front, Kind
 from embedding_service.machine import check_free, spare_collections
 from embedding_service.memory import keep_freed_memory, memory_for_requests
-from embedding_service.metrics import MetricsServer, counter, gauge
+from embedding_service.metrics import MetricsServer, counter, gauge, info
 from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.placement.parts import PartKey
 from embedding_service.private_folder import PrivateFolder
@@ -223,11 +223,12 @@ class _Shard:
             self._counters,
             self._set_serving,
             self._access,
+            self._shares.statuses,
         )
         self._metrics = MetricsServer(
             options.listen.rpartition(":")[0],
             options.metrics_port,
-            lambda: _metrics(self._counters(), self._holdings, self._router),
+            self._collect,
             self._security,
         )
         doing = registration.run(), _look_around(self._router, self._transport), self._shares.run()
@@ -243,6 +244,20 @@ class _Shard:
             async with asyncio.timeout(self._options.drain_seconds):
                 await self._shares.drain()
         await registration.drain(self._options.drain_seconds)
+
+    def _collect(self) -> Iterator[Metric]:
+        """For Prometheus, on its thread."""
+        about = self._about
+        yield info(
+            "shard",
+            "Which shard a process is.",
+            shard_id=about.shard_id,
+            device=about.device,
+            tier=about.tier,
+            topology=about.topology,
+        )
+        yield from _metrics(self._counters(), self._holdings, self._router)
+        yield from branch_metrics(self._shares.statuses())
 
     def _counters(self) -> Counters:
         """Of all processes."""
@@ -324,6 +339,22 @@ def _metrics(counters: Counters, holdings: Holdings, router: Router) -> Iterator
     term, epoch = _age(router)
     yield gauge("routing_term", "Term of the newest routing seen.", term)
     yield gauge("routing_epoch", "Epoch of the newest routing seen.", epoch)
+
+
+def branch_metrics(shares: Iterable[control.BranchStatus]) -> Iterator[Metric]:
+    """How far the shares of branches are that a shard leads."""
+    labels = ("branch", "share")
+    step = GaugeMetricFamily("embedding_branch_step", "Step that a share's rows are of.", labels=labels)
+    durable = GaugeMetricFamily("embedding_branch_durable_step", "Step that is on disk.", labels=labels)
+    copies = GaugeMetricFamily("embedding_branch_copies", "Shards that have all that was accepted.", labels=labels)
+    losses = CounterMetricFamily(
+        "embedding_branch_losses", "How often updates that were accepted were lost.", labels=labels
+    )
+    for each in shares:
+        values = (each.applied_step, each.durable_step, each.in_sync, each.losses)
+        for family, value in zip((step, durable, copies, losses), values, strict=True):
+            family.add_metric((each.branch, each.share), value)
+    yield from (step, durable, copies, losses)
 
 
 @dataclass(frozen=True)

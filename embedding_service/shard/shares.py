@@ -40,6 +40,7 @@ from embedding_service.training.branch import (
 )
 from embedding_service.training.seats import Seat, change_seat, duty_of, read_seat, read_seats
 from embedding_service.training.share import Change, Share
+from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import training_pb2 as wire
 from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
 
@@ -192,6 +193,23 @@ class Shares:
         self._loop = asyncio.get_running_loop()
 
     # What is asked
+
+    def statuses(self) -> list[control.BranchStatus]:
+        """How far the shares are that this shard leads, in the order of their names. May be called on any thread."""
+        led = {key: opened for key, opened in list(self._open.items()) if opened.copies is not None}
+        return [
+            control.BranchStatus(
+                branch=name,
+                share=share,
+                base=opened.branch.base,
+                applied_step=opened.share.applied,
+                durable_step=opened.share.durable,
+                losses=opened.share.timeline,
+                in_sync=len(opened.seat.in_sync),
+                shares=len(opened.branch.shares),
+            )
+            for (name, share), opened in sorted(led.items(), key=lambda item: item[0])
+        ]
 
     async def leading(self, name: str, share: str) -> Opened:
         """A share that this shard leads. Raises NotFound, InvalidRequest, Unavailable if another shard does."""

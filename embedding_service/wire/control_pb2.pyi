@@ -71,7 +71,7 @@ class PartFailure(_message.Message):
     def __init__(self, part: _Optional[_Union[PartRef, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ShardStats(_message.Message):
-    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows", "near_rows_per_second", "p50_seconds", "p99_seconds")
+    __slots__ = ("pid", "uptime_seconds", "lookups", "rows", "row_bytes", "forwarded_rows", "errors", "lookups_per_second", "rows_per_second", "held_bytes", "anonymous_bytes", "file_bytes", "near_rows", "near_rows_per_second", "p50_seconds", "p99_seconds", "branches")
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class ShardStats(_message.Message):
     NEAR_ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     P50_SECONDS_FIELD_NUMBER: _ClassVar[int]
     P99_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
     pid: int
     uptime_seconds: float
     lookups: int
@@ -104,7 +105,28 @@ class ShardStats(_message.Message):
     near_rows_per_second: float
     p50_seconds: float
     p99_seconds: float
-    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ..., near_rows_per_second: _Optional[float] = ..., p50_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ...) -> None: ...
+    branches: _containers.RepeatedCompositeFieldContainer[BranchStatus]
+    def __init__(self, pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., lookups: _Optional[int] = ..., rows: _Optional[int] = ..., row_bytes: _Optional[int] = ..., forwarded_rows: _Optional[int] = ..., errors: _Optional[int] = ..., lookups_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., held_bytes: _Optional[int] = ..., anonymous_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., near_rows: _Optional[int] = ..., near_rows_per_second: _Optional[float] = ..., p50_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ..., branches: _Optional[_Iterable[_Union[BranchStatus, _Mapping]]] = ...) -> None: ...
+
+class BranchStatus(_message.Message):
+    __slots__ = ("branch", "share", "base", "applied_step", "durable_step", "losses", "in_sync", "shares")
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    IN_SYNC_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    branch: str
+    share: str
+    base: str
+    applied_step: int
+    durable_step: int
+    losses: int
+    in_sync: int
+    shares: int
+    def __init__(self, branch: _Optional[str] = ..., share: _Optional[str] = ..., base: _Optional[str] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., losses: _Optional[int] = ..., in_sync: _Optional[int] = ..., shares: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("term", "has_parts", "parts", "routing", "released", "number")

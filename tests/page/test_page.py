@@ -1,4 +1,4 @@
-"""The page of a cluster in a real browser: what it shows, and that it follows the cluster."""
+"""What people see of one cluster: its page in a real browser, and Prometheus with boards and alerts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import NamedTuple
 import httpx
 import pytest
 import torch
+import yaml
 from page.browser import PATIENCE, chromium, picture, violations
+from page.prometheus import board_queries, need_prometheus, prometheus, promtool, rule_groups
 from playwright.sync_api import Browser, Page, expect
 from support.checkpoints import longcat_checkpoint, longcat_table
-from support.cluster import Members, free_port
+from support.cluster import Members, free_port, until
 from support.tokenizers import byte_level_bpe
 
-from embedding_service import NgramHasher
+from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding
+from embedding_service.client.optimizers import SGD
 from embedding_service.store.importing import import_checkpoint
 
 pytestmark = pytest.mark.service
@@ -30,10 +33,11 @@ def browser() -> Iterator[Browser]:
 
 
 class Served(NamedTuple):
-    """A running service, and its page's address."""
+    """A running service, its page's address, and the ports of its metrics: the controller's first."""
 
     members: Members
     url: str
+    metrics: list[int]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +49,39 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(browser: Browser, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Three shards and a controller with a page, each part twice. `browser` first: without one nothing starts."""
+def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Three shards and a controller with a page, each part twice. One branch of it was trained for three steps."""
     folder, port = tmp_path_factory.mktemp("page"), free_port()
     for dtype in ("fp32", "int8"):
         import_checkpoint(checkpoint, str(folder / "store"), f"longcat-{dtype}", dtype=dtype, part_bytes=64 << 10)
     page = {"controller": [f"--http-port={port}"]}
-    members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page)
+    metrics = ports_in_a_row(4)
+    members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page, metrics_port=metrics[0])
     try:
         members.restart()
-        yield Served(members, f"http://127.0.0.1:{port}")
+        train(members.address)
+        yield Served(members, f"http://127.0.0.1:{port}", metrics)
     finally:
         members.end()
+
+
+def ports_in_a_row(count: int) -> list[int]:
+    while True:
+        ports = [free_port() for _ in range(count)]
+        if ports == list(range(ports[0], ports[0] + count)):
+            return ports
+
+
+def train(address: str) -> None:
+    """Three steps of longcat-fp32@tuned."""
+    with (
+        EmbeddingClient(address, timeout=60) as client,
+        client.train("longcat-fp32@tuned", optimizer=SGD(lr=0.1)) as session,
+    ):
+        module = RemoteEmbedding(client, "longcat-fp32@tuned/ngram")
+        for _ in range(3):
+            module(torch.arange(0, 19_000, 1000)).sum().backward()
+            session.step()
 
 
 @pytest.fixture
@@ -131,6 +156,10 @@ def test_it_shows_the_cluster_to_everybody(page: Page, served: Served, said: lis
     for model in status.models:
         row = page.locator("#model-rows tr").filter(has_text=f"{model.model.name}@{model.model.version}")
         expect(row).to_contain_text(f"{model.parts} of {model.parts}")
+    branch = page.locator("#branch-rows tr")
+    expect(branch).to_contain_text("longcat-fp32@tuned")
+    expect(branch.locator("td[data-label=Step]")).to_have_text("3")
+    expect(branch).to_contain_text("none")
     parts = page.locator("[role=option]")
     expect(parts).to_have_count(sum(model.parts for model in status.models))
 
@@ -178,6 +207,16 @@ def test_it_follows_shards_that_die_and_come_without_a_reload(page: Page, served
     assert not said
 
 
+def test_rules_boards_and_metrics_are_as_prometheus_wants_them(served: Served, tmp_path: Path) -> None:
+    need_prometheus()
+    asked = [query for each in board_queries().values() for query in each]
+    boards = {"name": "boards", "rules": [{"record": f"board:query_{n}", "expr": expr} for n, expr in enumerate(asked)]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [*rule_groups(), boards]}))
+    promtool("check", "rules", str(tmp_path / "rules.yml"))
+    for port in served.metrics[:2]:
+        promtool("check", "metrics", given=httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text)
+
+
 def test_it_is_no_way_in_for_other_sites(served: Served) -> None:
     found = httpx.get(served.url, timeout=60)
     assert "default-src 'none'" in found.headers["Content-Security-Policy"]
@@ -190,3 +229,31 @@ def test_it_is_no_way_in_for_other_sites(served: Served) -> None:
     long = httpx.post(f"{served.url}/api/lookup", json={"table": "x" * 70_000}, timeout=60)
     assert long.status_code == 400 and "65,536 bytes" in long.json()["error"]
     assert httpx.get(f"{served.url}/api/nothing", timeout=60).status_code == 404
+
+
+# The last one: the shard stays away.
+def test_every_panel_has_data_and_a_killed_shard_fires_the_alert(served: Served, tmp_path: Path) -> None:
+    need_prometheus()
+    groups = rule_groups()
+    for group in groups:
+        for rule in group["rules"]:
+            rule.pop("for", None)  # the rules as they are take minutes
+    controller, *shards = (f"127.0.0.1:{port}" for port in served.metrics)
+    jobs = {"embedding-controller": [controller], "embedding-shard": shards}
+    queries = board_queries()
+    del queries["workers"]  # which Ray's agents tell of
+    asked = [query for each in queries.values() for query in each]
+    with (
+        prometheus(tmp_path / "prometheus", jobs, groups) as running,
+        EmbeddingClient(served.members.address, timeout=60) as client,
+    ):
+
+        def without_data() -> list[str]:
+            client.lookup("longcat-int8/ngram", torch.arange(100))
+            return [query for query in asked if not running.ask(query)]
+
+        until(lambda: not without_data(), "data of every panel")
+        assert not running.ask('ALERTS{alertname="EmbeddingProcessDown"}')
+        served.members.processes["shard-2"].end(signal.SIGKILL)
+        firing = f'ALERTS{{alertname="EmbeddingProcessDown",alertstate="firing",instance="{shards[2]}"}}'
+        until(lambda: running.ask(firing), "the alert")

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -220,6 +221,7 @@ class Members:
         secure: The folder of `up --secure`; None for plain text.
         policy: In place of the policy that is made there.
         more: Further arguments of members.
+        metrics_port: As of `up`.
 
     Attributes:
         client_address: The controller's, for clients.
@@ -238,6 +240,7 @@ class Members:
         secure: Path | None = None,
         policy: str = "",
         more: Mapping[str, Sequence[str]] | None = None,
+        metrics_port: int = 0,
     ) -> None:
         from embedding_service.commands.up import UpOptions, controller_command, prepare, shard_command
 
@@ -246,6 +249,7 @@ class Members:
         self.client_address = f"127.0.0.1:{free_port()}"
         port = int(self.address.rpartition(":")[2])
         options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1, secure)
+        options = replace(options, metrics_port=metrics_port)
         self.control = f"127.0.0.1:{free_port()}" if secure else self.client_address
         self._sockets = tempfile.TemporaryDirectory(prefix="embedding-")
         names = [f"shard-{number}" for number in range(shards)]

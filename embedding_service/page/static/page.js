@@ -106,7 +106,7 @@ function showOverview(now) {
   showTiles(now);
   showShards(now);
   showModels(now.models);
-  showBranches(now.branches ?? []);
+  showBranches(now.branches);
   showForms(now);
   say($("about"), `Store ${now.store}. Routing: term ${now.term}, epoch ${now.epoch}.`);
 }
@@ -214,18 +214,20 @@ function showModels(models) {
   });
 }
 
-const BRANCH_COLUMNS = [["Branch"], ["From"], ["Step", "number"], ["On disk", "number"], ["Shards"], ["Losses"]];
+const BRANCH_COLUMNS = [["Branch"], ["From"], ["Step", "number"], ["On disk", "number"], ["Shares"], ["Losses"]];
 
 function showBranches(branches) {
   $("branches").hidden = !branches.length;
   keep($("branch-rows"), branches, (branch) => branch.name, () => tableRow(BRANCH_COLUMNS), (row, branch) => {
-    const [name, from, step, durable, shards, losses] = row.cells;
+    const [name, from, step, durable, shares, losses] = row.cells;
     redraw(name, [branch.name], () => [h("span", { class: "name" }, branch.name)]);
     say(from, branch.base);
-    say(step, branch.applied === null ? "–" : whole.format(branch.applied));
-    say(durable, branch.durable === null ? "–" : whole.format(branch.durable));
-    say(shards, branch.away.length ? `${branch.away.join(", ")} away: training waits` : `${branch.shards} there`);
-    shards.className = branch.away.length ? "bad-text" : "";
+    say(step, whole.format(branch.applied));
+    say(durable, whole.format(branch.durable));
+    const away = branch.shares - branch.led;
+    const copies = `${branch.copies} ${branch.copies === 1 ? "copy" : "copies"}`;
+    say(shares, away ? `${away} of ${branch.shares} away: training waits` : `${branch.shares}, ${copies} of each`);
+    shares.className = away ? "bad-text" : "";
     say(losses, branch.losses ? `${whole.format(branch.losses)} times` : "none");
     losses.className = branch.losses ? "bad-text" : "";
   });
