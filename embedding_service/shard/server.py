@@ -351,9 +351,11 @@ def branch_metrics(shares: Iterable[control.BranchStatus]) -> Iterator[Metric]:
         "embedding_branch_losses", "How often updates that were accepted were lost.", labels=labels
     )
     for each in shares:
-        values = (each.applied_step, each.durable_step, each.in_sync, each.losses)
-        for family, value in zip((step, durable, copies, losses), values, strict=True):
-            family.add_metric((each.branch, each.share), value)
+        about = (each.branch, each.share)
+        step.add_metric(about, each.applied_step)
+        durable.add_metric(about, each.durable_step)
+        copies.add_metric(about, each.in_sync)
+        losses.add_metric(about, each.losses)
     yield from (step, durable, copies, losses)
 
 
