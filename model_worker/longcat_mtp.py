@@ -56,16 +56,18 @@ def load_draft_layer(files: CheckpointTensors, config: Any) -> DraftLayer:
     with torch.device("meta"):
         layer = DraftLayer(config)
     expected = layer.state_dict()
-    unknown = {name for name in files.names if name.startswith(DRAFT_TENSORS)} - {_published(name) for name in expected}
+    unknown = {name for name in files.names if name.startswith(DRAFT_TENSORS)} - {
+        published_name(name) for name in expected
+    }
     refuse_tensors(files.folder, "unexpected", unknown)
-    tensors = {name: files.tensor(_published(name)) for name in expected}
-    misshapen = [_published(name) for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
+    tensors = {name: files.tensor(published_name(name)) for name in expected}
+    misshapen = [published_name(name) for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
     refuse_tensors(files.folder, "mismatched", misshapen)
     layer.load_state_dict(tensors, assign=True)
     return layer
 
 
-def _published(name: str) -> str:
+def published_name(name: str) -> str:
     """What a checkpoint calls a tensor of `DraftLayer`."""
     module = name.partition(".")[0]
     if module in ("embed_tokens", "norm"):
