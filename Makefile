@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto bench clean
+.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto docs bench clean
 setup: $(STAMP)
 
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
@@ -117,10 +117,21 @@ lint: setup
 proto: setup
 	$(BIN)/python protos/generate.py
 
+# The documentation's site, in build/site. What builds it has an environment of its own.
+DOCS := .venv-docs
+$(DOCS)/.set-up: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -qq --no-deps -r requirements/docs.txt
+	@touch $@
+
+docs: setup $(DOCS)/.set-up
+	$(BIN)/python docs/generate build/docs
+	PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 # With the peers to compare with: what of them is not there is skipped and named. They are no part of `make setup`.
 bench: setup
 	$(BIN)/pip install -qq --no-deps -r requirements/bench.txt
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(CLIENT) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(CLIENT) $(DOCS) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
