@@ -533,7 +533,7 @@ class Shares:
             routing.shard_ids,
             able,
             opened.branch.copies,
-            draining=self._draining,
+            draining=self._draining or opened.share.has_failed,
         )
         if duty is None:
             self._admit_all(opened)

@@ -9,8 +9,10 @@ The log is cut into files. A checkpoint begins a new one, and old ones go with t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
+import logging
 import mmap
 import os
 import secrets
@@ -25,6 +27,8 @@ import xxhash
 from embedding_service.errors import Overloaded, Unavailable
 from embedding_service.machine import sync_folder
 from embedding_service.training.branch import replace
+
+log = logging.getLogger(__name__)
 
 PUSH, SESSION = 1, 2
 _MAGIC = b"ESL1"
@@ -68,7 +72,7 @@ class Log:
         self._dirty, self._in_use = threading.Condition(), threading.Lock()
         self._written = self._synced = 0
         self._mark = self._durable = 0
-        self._closed = False
+        self._closed, self._failure = False, ""
         if sync > 0:
             threading.Thread(target=self._keep_synced, name="log-sync", daemon=True).start()
 
@@ -100,6 +104,7 @@ class Log:
 
     def append(self, record: Record) -> None:
         """Write a record. Raises Overloaded if the disk does not take it: then nothing of it is there."""
+        self.check()
         assert self._file is not None
         end = os.fstat(self._file).st_size
         try:
@@ -108,6 +113,9 @@ class Log:
                 os.fdatasync(self._file)
         except OSError as error:
             os.ftruncate(self._file, end)
+            if error.errno == errno.EIO:
+                self._fail(error)
+                self.check()
             raise Overloaded(
                 f"the log {self.folder} takes no more ({error.strerror}): free space there. What was accepted is kept, "
                 "rows are read and served on, and this push may be sent again"
@@ -116,6 +124,24 @@ class Log:
         if self._sync > 0:
             with self._dirty:
                 self._dirty.notify()
+
+    @property
+    def has_failed(self) -> bool:
+        """See `check`."""
+        return bool(self._failure)
+
+    def check(self) -> None:
+        """Raise Overloaded if the disk has failed. What the kernel could not write then, it may have forgotten."""
+        if self._failure:
+            raise Overloaded(self._failure)
+
+    def _fail(self, error: OSError) -> None:
+        self._failure = (
+            f"the disk of the log {self.folder} has failed ({error.strerror}), and may not have the pushes after step "
+            f"{self._durable}: start the shard again with another --log folder, then begin a new session. Rows are "
+            "read and versions served on"
+        )
+        log.error("%s", self._failure)
 
     def ready(self, step: int) -> None:
         """All was read, up to `step`. What the process before left to the kernel comes to disk, too."""
@@ -142,10 +168,31 @@ class Log:
         """Pushes after this step are here. 0: all are."""
         return min((_first_step(path) for path in self._files()), default=0)
 
-    def begin_file(self, step: int) -> None:
-        """Put what follows `step` into a new file."""
-        self._close_file()
-        self._open(self._path(step))
+    def begin_file(self, step: int, records: Sequence[Record]) -> None:
+        """Put what follows `step` into a new file, which begins with `records`.
+
+        Raises Overloaded if the disk does not take it. Then all is as before.
+        """
+        self.check()
+        path = self._path(step)
+        if path.exists():  # a checkpoint of this step was begun before
+            for record in records:
+                self.append(record)
+            return
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            for record in records:
+                _write(file, record)
+            sync_folder(self.folder)
+            self._close_file()
+        except OSError as error:
+            os.close(file)
+            path.unlink()
+            if error.errno == errno.EIO:
+                self._fail(error)
+                self.check()
+            raise Overloaded(f"the log {self.folder} takes no more ({error.strerror}): free space there") from error
+        self._file = file
 
     def forget_before(self, step: int) -> None:
         """Remove files that hold nothing after `step`."""
@@ -189,9 +236,13 @@ class Log:
                     return
                 self._dirty.wait_for(lambda: self._closed, self._sync)
             written, mark = self._written, self._mark
-            with self._in_use:  # `begin_file` closes files
-                if self._file is not None:
-                    os.fdatasync(self._file)
+            try:
+                with self._in_use:  # `begin_file` closes files
+                    if self._file is not None:
+                        os.fdatasync(self._file)
+            except OSError as error:
+                self._fail(error)
+                return
             self._synced, self._durable = written, mark
 
     def _open(self, path: Path) -> None:

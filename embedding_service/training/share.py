@@ -139,7 +139,7 @@ class Share:
         self._load(steps[-1] if steps else 0)
         self._pending, self.accepted = {}, [self.applied] * self.workers
         for record in self._log.read():
-            if record.kind == SESSION:
+            if record.kind == SESSION and record.step != self.session:  # files begin with the session that goes on
                 self._enter(record.step, int.from_bytes(record.pieces[0], "little"))
             elif record.kind == PUSH and (to is None or record.step <= to):
                 self._replay(record)
@@ -369,7 +369,11 @@ class Share:
         self._wait_for_writer()
         step = self.applied
         self._wanted.discard(step)
-        self._begin_log_file(step)
+        try:
+            self._begin_log_file(step)
+        except Overloaded as error:
+            self._fail_checkpoint(step, error)
+            return
         self._on_change(Change("checkpoint", step))
         with self._lock:
             snapshot = self._snapshot = checkpoints.Snapshot(self.tables)
@@ -378,11 +382,9 @@ class Share:
 
     def _begin_log_file(self, step: int) -> None:
         """With all that is not in the checkpoint, so that the two together are enough."""
-        self._log.begin_file(step)
-        self._log.append(self._session_record(self.session, self.workers))
-        for pushes in self._pending.values():
-            for push in pushes.values():
-                self._log.append(Record(PUSH, push.step, push.pieces))
+        pending = [push for pushes in self._pending.values() for push in pushes.values()]
+        records = [Record(PUSH, push.step, push.pieces) for push in pending]
+        self._log.begin_file(step, [self._session_record(self.session, self.workers), *records])
 
     @staticmethod
     def _session_record(session: int, workers: int) -> Record:
@@ -395,15 +397,18 @@ class Share:
             oldest = checkpoints.forget_checkpoints(self.folder, self.branch, self.name)
             self._log.forget_before(oldest)
         except (OSError, EmbeddingServiceError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
-            self._failures[step] = Overloaded(
-                f"the checkpoint of {self.branch.full_name} at step {step} cannot be written ({said}): free space at "
-                f"{self.folder} and ask again. What was accepted is in the log"
-            )
-            log.error("%s", self._failures[step])
+            self._fail_checkpoint(step, error)
         finally:
             self._snapshot = None
             self._on_applied()
+
+    def _fail_checkpoint(self, step: int, error: OSError | EmbeddingServiceError) -> None:
+        said = error.strerror if isinstance(error, OSError) else error
+        self._failures[step] = Overloaded(
+            f"the checkpoint of {self.branch.full_name} at step {step} cannot be written ({said}): free space at "
+            f"{self.folder} and ask again. What was accepted is in the log"
+        )
+        log.error("%s", self._failures[step])
 
     def _wait_for_writer(self) -> None:
         if self._writer:
@@ -416,6 +421,11 @@ class Share:
     def log_identity(self) -> str:
         """See `Log`."""
         return self._log.identity
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its log's disk has failed, so that nothing is accepted here any more."""
+        return self._log.has_failed
 
     @property
     def is_writing(self) -> bool:

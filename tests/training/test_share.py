@@ -10,6 +10,7 @@ from typing import Protocol
 
 import pytest
 import torch
+from support.cluster import until
 from support.training import (
     DIM,
     ROWS,
@@ -50,8 +51,8 @@ class Shares:
         for shard in branch.shares:
             self.start(shard)
 
-    def start(self, shard: str) -> Share:
-        self.open[shard] = Share(self._store, self.branch, shard, self._logs / shard, NEVER)
+    def start(self, shard: str, sync: float = NEVER) -> Share:
+        self.open[shard] = Share(self._store, self.branch, shard, self._logs / shard, sync)
         return self.open[shard]
 
     def crash(self, shard: str) -> Share:
@@ -319,3 +320,65 @@ def test_t2_a_push_that_the_disk_does_not_take_changes_nothing(make: Make, monke
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
     assert shares.crash("s0").applied == 3
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
+
+
+def test_t9_a_checkpoint_that_finds_the_disk_full_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = make(shards=1, every=4)
+    shares.begin(1, workers=2)
+    for step in range(1, 4):
+        shares.push(1, step, 0)
+        shares.push(1, step, 1)
+    shares.push(1, 4, 1)
+    [share] = shares.open.values()
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:  # once the new file is written
+        patched.setattr("embedding_service.training.log.sync_folder", full)
+        shares.push(1, 4, 0)
+    assert share.applied == 4
+    with pytest.raises(Overloaded, match=r"checkpoint of .* at step 4 cannot be written .*free space"):
+        share.has_checkpoint(4)
+    shares.push(1, 5, 1)
+    share = shares.crash("s0")
+    assert (share.applied, share.accepted) == (4, [4, 5])
+    shares.push(1, 5, 0)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(5, workers=2))
+
+
+def test_t7_a_new_file_of_the_log_that_was_not_finished_takes_nothing_away(make: Make, tmp_path: Path) -> None:
+    """The process died when it had written only the session to it."""
+    shares = make(shards=1, every=1000)
+    shares.begin(1, workers=2)
+    for step in (1, 2):
+        shares.push(1, step, 0)
+        shares.push(1, step, 1)
+    shares.push(1, 3, 1)
+    shares.open["s0"]._log.begin_file(2, [Share._session_record(1, 2)])
+    share = shares.crash("s0")
+    assert len(list(tmp_path.glob("0/s0/log-*.records"))) == 2
+    assert (share.applied, share.accepted) == (2, [2, 3])
+
+
+def test_t3_a_disk_that_fails_in_the_background_stops_training_and_not_reading(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = make(shards=1)
+    shares.open.pop("s0").close()
+    share = shares.start("s0", sync=0.001)
+    shares.begin(1)
+    shares.push(1, 1)
+    until(lambda: share.durable == 1, "the first push on disk")
+
+    def fails(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fails)
+        shares.push(1, 2)
+        until(lambda: share.has_failed, "the disk to fail")
+    with pytest.raises(Overloaded, match=r"has failed \(Input/output error\).*pushes after step 1: start the shard"):
+        shares.push(1, 3)
+    assert share.applied == 2 and share.durable == 1
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
