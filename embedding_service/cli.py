@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "diff": ("diff longcat@1 longcat@2 --store ./store --json",),
     "inspect": ("inspect ./store --verify", "inspect s3://bucket/store --json"),
     "gc": ("gc ./store --keep 2", "gc ./store --keep 2 --drafts --yes"),
+    "remove-branch": ("remove-branch longcat@tuning --store ./store",),
     "up": (
         "up --store ./store --shards 4",
         "up --store ./store --shards 2 --replicas 2 --tier mmap --http-port 7080",
@@ -53,6 +54,7 @@ for command in (
     overlays.diff,
     storage.inspect,
     storage.gc,
+    storage.remove_branch_command,
     cluster.up,
     cluster.controller,
     cluster.shard,
@@ -64,7 +66,7 @@ for command in (
     top.top,
     doctor.doctor,
 ):
-    name = command.__name__.removesuffix("_command")
+    name = command.__name__.removesuffix("_command").replace("_", "-")
     # A blank line ends a paragraph of the help.
     lines = [f"embedding-service {line}" for line in EXAMPLES[name]]
     app.command(name, epilog="\n\n".join(["Examples:", *lines]))(command)

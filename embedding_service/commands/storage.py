@@ -76,6 +76,19 @@ def gc(
         say(f"{format_bytes(sum(garbage.bytes for garbage in found))} in all: say --yes to remove them")
 
 
+def remove_branch_command(
+    branch: Annotated[str, typer.Argument(help="MODEL@BRANCH.")],
+    store: Annotated[str, typer.Option(help="The store: a folder that shards see.")],
+    audit: AuditOption = None,
+) -> None:
+    """Remove a branch that nobody trains, with its checkpoints and logs. What was published of it stays."""
+    from embedding_service.training.branch import remove_branch
+
+    remove_branch(open_store(store), branch)
+    Audit(audit).note("gc", this_user(), model=branch, kind="branch", store=store)
+    say(f"removed {branch}: shards give its memory back within seconds")
+
+
 def _corrupt(store: Store, manifests: list[Manifest]) -> list[str]:
     """What is wrong with the files, a line each."""
     from embedding_service.errors import StoreError

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from embedding_service.errors import CorruptPart, EmbeddingServiceError
+from embedding_service.errors import CorruptPart, EmbeddingServiceError, Overloaded
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows.base import Ids, LiesIn, Location, TableRows
 from embedding_service.rows.overlaid import OverlaidTable
@@ -338,6 +338,20 @@ class Holdings:
         log.info("folded %s in: %d rows", key, len(base.ids))
 
     # Memory: rows that versions share are taken once
+
+    def reserve(self, nbytes: int, what: str) -> None:
+        """Take memory for something else than parts. Raises Overloaded if it does not fit."""
+        if (left := self.memory_limit - self._taken) < nbytes:
+            raise Overloaded(
+                f"{what} takes {nbytes:,} bytes here, and {max(left, 0):,} of this shard's {self.memory_limit:,} are "
+                "free: raise --memory, or make the branch with more shards or an optimizer of less state"
+            )
+        self._taken += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give what was reserved back."""
+        self._taken -= nbytes
+        self._room.set()
 
     def _needed(self, key: PartKey) -> int:
         """Bytes that holding a part takes, besides what is held already."""

@@ -149,7 +149,8 @@ class _Shard:
         rows_here = memory_limit if tier.lies_in is LiesIn.HOST else 0
         self._budget = Budget(memory_for_requests(rows_here, options.processes))
         self._service = LookupService(self._holdings, self._router, self._transport, options.limits, self._budget)
-        self._shares = _shares(options, store, self._router, self._access)
+        in_memory = self._holdings if tier.lies_in is LiesIn.HOST else None
+        self._shares = _shares(options, store, self._router, self._access, in_memory)
         audit = self._security.audit if self._security else None
         training = TrainingService(
             store, options.shard_id, self._router, options.limits, self._budget, self._shares, audit
@@ -296,10 +297,13 @@ def _tier(options: ShardOptions) -> type[TableRows]:
     return tier
 
 
-def _shares(options: ShardOptions, store: Store, router: Router, access: Access | None) -> Shares:
+def _shares(
+    options: ShardOptions, store: Store, router: Router, access: Access | None, memory: Holdings | None
+) -> Shares:
     several = "a shard with several processes trains no branch: start it with --processes 1"
     why_not = several if options.processes > 1 else ""
-    return Shares(store, options.shard_id, router, options.logs, options.log_sync, why_not=why_not, access=access)
+    logs, sync = options.logs, options.log_sync
+    return Shares(store, options.shard_id, router, logs, sync, memory=memory, why_not=why_not, access=access)
 
 
 def _near(

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callab
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -35,11 +35,12 @@ from embedding_service.training.branch import (
     read_address,
     read_branch,
     say_leaving,
+    say_trained,
     split_name,
     write_address,
 )
 from embedding_service.training.seats import Seat, change_seat, duty_of, read_seat, read_seats
-from embedding_service.training.share import Change, Share
+from embedding_service.training.share import Change, Share, share_bytes
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import training_pb2 as wire
 from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
@@ -69,6 +70,7 @@ class Opened:
         self.copies: Copies | None = None
         self.moving = False
         self.admitting: set[str] = set()
+        self.told = (0, 0)  # session and step when it was said last that somebody trains it
         self.asked: dict[str, float] = {}  # when shards were asked to join
         self.following: asyncio.Task[None] | None = None
         self.run = self.position = 0  # of the primary that is followed
@@ -151,6 +153,16 @@ class Opened:
         self._thread.shutdown(wait=False)
 
 
+class Memory(Protocol):
+    """What a shard may use. `Holdings` says it."""
+
+    def reserve(self, nbytes: int, what: str) -> None:
+        """Take some. Raises Overloaded."""
+
+    def release(self, nbytes: int) -> None:
+        """Give some back."""
+
+
 class Shares:
     """All shares that this shard has.
 
@@ -158,6 +170,7 @@ class Shares:
         shard: Its id.
         logs: Folder for logs; None: the branch's own, in the store.
         sync: See `training.log.Log`.
+        memory: Where the shares' bytes are taken from. None: only the machine limits them.
         why_not: Why this process trains nothing; empty if it does.
         access: What connections to other shards show.
         patience: Seconds that a push waits for a copy that says nothing.
@@ -175,6 +188,7 @@ class Shares:
         logs: Path | None,
         sync: float,
         *,
+        memory: Memory | None = None,
         why_not: str = "",
         access: Access | None = None,
         patience: float = PATIENCE,
@@ -182,7 +196,7 @@ class Shares:
     ) -> None:
         self._store, self._shard, self._router = store, shard, router
         self._logs, self._sync, self._why_not, self._access = logs, sync, why_not, access
-        self._patience, self._look_seconds = patience, look_seconds
+        self._patience, self._look_seconds, self._memory = patience, look_seconds, memory
         self.address = ""
         self._draining = False
         self._open: dict[tuple[str, str], Opened] = {}
@@ -309,7 +323,9 @@ class Shares:
         while not self._why_not:
             self._look.clear()
             try:
-                for name in await asyncio.to_thread(branches, self._store):
+                names = await asyncio.to_thread(branches, self._store)
+                await self._close_removed(names)
+                for name in names:
                     if name not in known:
                         await asyncio.to_thread(say_leaving, self._folder_of(name), self._shard, self._draining)
                         known.add(name)
@@ -345,6 +361,8 @@ class Shares:
         for share in branch.shares:
             key = branch.full_name, share
             try:
+                if (before := self._open.get(key)) and before.branch != branch:  # another one of its name
+                    await self._close(key)
                 opened = await self._take_up(branch, share)
                 if opened is None and key not in self._open:
                     await self._stand_in(branch, share)
@@ -430,10 +448,14 @@ class Shares:
             on_applied=opened.on_applied,
             on_change=opened.on_change,
         )
+        nbytes = share_bytes(branch, share)
+        if self._memory:
+            self._memory.reserve(nbytes, f"share {share} of {branch.full_name}")
         try:
             await asyncio.to_thread(write_address, self._folder(branch), self._shard, self.address)
             opened.share = await opened.on(make)
         except BaseException:
+            self._release(opened)
             await opened.close()
             raise
         self._open[branch.full_name, share] = opened
@@ -452,6 +474,20 @@ class Shares:
     async def _close(self, key: tuple[str, str]) -> None:
         if opened := self._open.pop(key, None):
             await opened.close()
+            self._release(opened)
+
+    def _release(self, opened: Opened) -> None:
+        if self._memory:
+            self._memory.release(share_bytes(opened.branch, opened.name))
+
+    async def _close_removed(self, names: list[str]) -> None:
+        """Close shares of branches that are not there any more, and remove their logs."""
+        for name, share in [key for key in self._open if key[0] not in names]:
+            branch = self._open[name, share].branch
+            log.info("%s was removed", name)
+            await self._close((name, share))
+            if self._logs:
+                await asyncio.to_thread(shutil.rmtree, self._place(branch, share), True)
 
     # Seats
 
@@ -462,7 +498,7 @@ class Shares:
         return branch_folder(self._store, *split_name(name))
 
     def _place(self, branch: Branch, share: str) -> Path:
-        logs = self._logs / branch.full_name if self._logs else self._folder(branch) / "logs"
+        logs = self._logs / branch.full_name / branch.made if self._logs else self._folder(branch) / "logs"
         return logs / share / self._shard
 
     def _seat_of(self, opened: Opened) -> Seat:
@@ -520,6 +556,10 @@ class Shares:
         await self._take_up(branch, share)
 
     async def _do_duty(self, opened: Opened) -> None:
+        told = opened.share.session, sum(opened.share.accepted)
+        if opened.copies and told != opened.told and opened.share.session:
+            await asyncio.to_thread(say_trained, self._folder(opened.branch))
+            opened.told = told
         routing = self._router.current
         if routing is None or opened.moving:
             return

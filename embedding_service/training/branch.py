@@ -10,6 +10,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +31,8 @@ from embedding_service.wire import training_pb2 as wire
 DEFAULT_CHECKPOINT_EVERY = 1000
 # What is stored as it was trained. Rows of other formats lost something when they were encoded.
 _EXACT = ("fp32", "fp16", "bf16")
+# So long after its last push a branch counts as being trained.
+_TRAINED_SECONDS = 30
 _FOLDER = re.compile(r"\.(.+)\.branch")
 
 
@@ -76,6 +81,7 @@ class Branch(_Frozen):
     """A branch of a model, which began from a version of it.
 
     Attributes:
+        made: Sets it apart from another branch that had its name.
         homes: The shard that has each share at first.
         copies: How many shards are to have each share.
     """
@@ -83,6 +89,7 @@ class Branch(_Frozen):
     format_version: Literal[1] = 1
     model: str
     name: str
+    made: str
     base: str
     family: str
     hash_params: dict[str, Any]
@@ -163,6 +170,7 @@ def create_branch(
     about = Branch(
         model=model,
         name=branch,
+        made=secrets.token_hex(4),
         base=manifest.version,
         family=manifest.family,
         hash_params=manifest.hash_params,
@@ -202,6 +210,28 @@ def _shares(owners: Sequence[str], shards: Sequence[str], wanted: int, homes: di
         named.append(f"{shard}.{number % of_a_shard}" if of_a_shard > 1 else shard)
         homes[named[-1]] = shard
     return tuple(named)
+
+
+def say_trained(folder: Path) -> None:
+    """Say that somebody trains the branch."""
+    (folder / "trained").touch()
+
+
+def remove_branch(store: Store, name: str) -> None:
+    """Remove a branch with its checkpoints. Shards give its memory and its logs back within seconds.
+
+    What was published of it stays. Raises NotFound, and InvalidRequest while somebody trains it.
+    """
+    read_branch(store, name)
+    folder = branch_folder(store, *split_name(name))
+    trained = folder / "trained"
+    if trained.exists() and (ago := time.time() - trained.stat().st_mtime) < _TRAINED_SECONDS:
+        raise InvalidRequest(
+            f"{name} was trained {max(ago, 0):.0f} s ago: end its trainer, and ask again after {_TRAINED_SECONDS} s"
+        )
+    going = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(4)}.removing")
+    folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)  # `gc` removes what is left
 
 
 def _check_trainable(manifest: Manifest, dequantize: bool) -> None:

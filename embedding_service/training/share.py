@@ -38,7 +38,7 @@ from embedding_service.training.log import PUSH, SESSION, Log, Record
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.training.push import Push, read_push
 from embedding_service.training.seats import change_seat, leading, read_seat
-from embedding_service.training.tables import Ids, TrainedTable
+from embedding_service.training.tables import Ids, TrainedTable, trained_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,12 @@ class Change(NamedTuple):
     kind: Literal["session", "push", "rewind", "checkpoint"]
     step: int
     pieces: Sequence[bytes | memoryview] = ()
+
+
+def share_bytes(branch: Branch, name: str) -> int:
+    """What a share takes in memory."""
+    optimizer = optimizer_of(branch.optimizer.message)
+    return sum(trained_bytes(table, table.parts_of(name), optimizer) for table in branch.tables)
 
 
 class Share:

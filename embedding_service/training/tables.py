@@ -17,6 +17,13 @@ from embedding_service.training.optimizers import Optimizer
 Ids = npt.NDArray[np.int64]
 
 
+def trained_bytes(table: BranchTable, parts: list[int], optimizer: Optimizer) -> int:
+    """What some parts of a table take in memory: their rows and the optimizer's state."""
+    rows = sum(map(table.part_rows, parts))
+    shapes = optimizer.state_shapes(rows, table.dim).values()
+    return 4 * (rows * table.dim + sum(int(np.prod(shape)) for shape in shapes))
+
+
 class TrainedTable:
     """Some parts of a table, side by side in ascending order.
 
@@ -35,8 +42,7 @@ class TrainedTable:
             self._first[part] = count
             count += table.part_rows(part)
         shapes = optimizer.state_shapes(count, table.dim)
-        needed = 4 * (count * table.dim + sum(int(np.prod(shape)) for shape in shapes.values()))
-        if needed > (left := available_memory()):
+        if (needed := trained_bytes(table, parts, optimizer)) > (left := available_memory()):
             raise Overloaded(
                 f"table {table.name}: training its {len(parts)} parts here needs {needed:,} bytes, {left:,} are free: "
                 "give the branch more shards, or an optimizer with less state (rowwise_adagrad has 4 bytes a row)"

@@ -16,12 +16,14 @@ from embedding_service.budget import Budget
 from embedding_service.client.gradients import push_pieces, summed
 from embedding_service.client.router import Router
 from embedding_service.placement.routing import Routing
+from embedding_service.rows import TIERS
 from embedding_service.serving import RequestLimits, Server, cancel
+from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import SERVICE, TrainingService
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
-from embedding_service.training.branch import Branch, create_branch
+from embedding_service.training.branch import Branch, create_branch, read_branch
 from embedding_service.training.log import NEVER
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.wire import embedding_pb2 as base_wire
@@ -114,11 +116,19 @@ class InThread:
     """Servers that train branches of a store, each as a shard of its own, on one thread of this process."""
 
     def __init__(
-        self, store: Path, logs: Path, shards: Sequence[str], sync: float = NEVER, patience: float = 60
+        self,
+        store: Path,
+        logs: Path,
+        shards: Sequence[str],
+        sync: float = NEVER,
+        patience: float = 60,
+        memory: int = 1 << 30,
     ) -> None:
+        self._memory = memory
         self._store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
         self.addresses: dict[str, str] = {}
         self.shares: dict[str, Shares] = {}
+        self.holdings: dict[str, Holdings] = {}
         self._servers: dict[str, Server] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._routers: dict[str, Router] = {}
@@ -135,8 +145,16 @@ class InThread:
     async def _start(self, shard: str) -> None:
         limits, budget = RequestLimits(), Budget(1 << 30)
         router = self._routers[shard] = Router(["127.0.0.1:1"])
+        self.holdings[shard] = Holdings(self._store, TIERS.find("ram"), self._memory, self._logs / "cache")
         shares = self.shares[shard] = Shares(
-            self._store, shard, router, self._logs, self._sync, patience=self._patience, look_seconds=0.1
+            self._store,
+            shard,
+            router,
+            self._logs,
+            self._sync,
+            memory=self.holdings[shard],
+            patience=self._patience,
+            look_seconds=0.1,
         )
         server = self._servers[shard] = Server(limits, budget)
         server.add(TrainingService.add_to, TrainingService(self._store, shard, router, limits, budget, shares), SERVICE)
@@ -160,6 +178,7 @@ class InThread:
         await cancel([self._looking.pop(shard)])
         await self._servers.pop(shard).stop()
         await self.shares.pop(shard).close()
+        await self.holdings.pop(shard).close()
 
     def stop(self, shard: str) -> None:
         """It ends."""
@@ -180,7 +199,8 @@ class InThread:
 
     def logs_of(self, branch: str, share: str, shard: str | None = None) -> Path:
         """The folder of a share's log at a shard, or at the one that it is named after."""
-        return self._logs / branch / share / (shard or share)
+        made = read_branch(self._store, branch).made
+        return self._logs / branch / made / share / (shard or share)
 
     def close(self) -> None:
         """All end."""

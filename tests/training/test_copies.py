@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +15,12 @@ import pytest
 import torch
 from support.cluster import until
 from support.training import DIM, LR, MODEL, ROWS, TABLE, InProcess, InThread, changes, pieces_of, store_to_train
+from typer.testing import CliRunner
 
-from embedding_service import EmbeddingClient, RowwiseAdagrad
+from embedding_service import EmbeddingClient, InvalidRequest, RowwiseAdagrad
+from embedding_service.cli import app
 from embedding_service.client.training import Session
+from embedding_service.errors import EmbeddingServiceError
 from embedding_service.shard.training import SERVICE
 from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_branch
@@ -165,3 +170,36 @@ def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> N
             push(session)
         check(session)
         assert session.steps == 6
+
+
+def test_a_branch_is_removed_when_nobody_trains_it_and_its_memory_comes_back(store: Path, tmp_path: Path) -> None:
+    takes = ROWS * (DIM + 1) * 4  # rows and row-wise Adagrad's state
+    shards = InThread(store, tmp_path / "logs", ["s0"], memory=takes * 3 // 2)
+    name, folder = f"{MODEL}@gone", branch_folder(Store(store), MODEL, "gone")
+    command = ["remove-branch", name, "--store", str(store)]
+    with contextlib.closing(shards):
+        with training(shards, "gone") as session:
+            push(session)
+            until(lambda: (folder / "trained").exists(), "the mark of a branch that is trained")
+            log = shards.logs_of(name, "s0")
+            refused = CliRunner().invoke(app, command)
+            assert isinstance(refused.exception, InvalidRequest)
+            assert re.search(r"m@gone was trained \d+ s ago: end its trainer, and ask again", str(refused.exception))
+            said = f"share s0 of m@large takes {takes:,} bytes here, and {takes // 2:,} of this shard's .*--memory"
+            with pytest.raises(EmbeddingServiceError, match=said), training(shards, "large"):
+                pass
+            done = CliRunner().invoke(app, ["remove-branch", f"{MODEL}@large", "--store", str(store)])
+            assert done.exit_code == 0, done.output
+            push(session)
+            check(session)
+
+        def removed() -> bool:
+            os.utime(folder / "trained", (0, 0))  # the shard may say once more that somebody trained it
+            return CliRunner().invoke(app, command).exit_code == 0
+
+        until(removed, "the branch to be removed")
+        until(lambda: not log.exists(), "the log to go")
+        with training(shards, "gone") as session:  # another one, from the start
+            assert session.begun_at == 0
+            push(session)
+            check(session)
