@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
 
 from embedding_service.errors import InvalidRequest
 from embedding_service.ngram import NO_TOKEN
@@ -23,6 +23,8 @@ from model_worker.token_cache import TokenLayer
 # Slots are added by this many at least.
 _SLOTS = 64
 _SLIDING = "sliding_attention"
+# transformers 5.19, which vLLM pins, has no layers that read another one's.
+_KEPT = (DynamicLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 
 class _Pass:
@@ -56,7 +58,7 @@ class SlotLayer(DynamicLayer):
         self.values[rows, :, at] = value_states.transpose(1, 2)
         return self.keys[:count, :, :width], self.values[:count, :, :width]
 
-    def take(self, row: int, other: DynamicLayer | DummyLayer) -> None:
+    def take(self, row: int, other: Any) -> None:
         """A sequence that was run alone comes to this row."""
         if other.keys is None or other.values is None:  # a layer that reads another one's
             return
@@ -118,7 +120,7 @@ class SlotCache(DynamicCache, BatchCache):
     @staticmethod
     def fits(config: Any) -> bool:
         """Whether all of a model's layers keep keys and values for each position, and nothing else."""
-        return all(type(layer) in (DynamicLayer, DummyLayer) for layer in new_cache(config).layers)
+        return all(type(layer) in _KEPT for layer in new_cache(config).layers)
 
     @staticmethod
     def check_fits(config: Any) -> None:
