@@ -1,7 +1,9 @@
-# Two images from one file, so that they share their lower layers:
+# Images from one file, so that they share their lower layers:
 #
 #     docker build --target service --tag embedding-service .     controller, shards, import, client tools
 #     docker build --target worker  --tag model-worker .          Ray Serve replicas; the client side only
+#
+# A third one has vLLM as its replicas' engine:  docker build --target worker-vllm --tag model-worker-vllm .
 #
 # Build arguments: DEVICE=cpu (default) or gpu; BASE_IMAGE, any Debian 12; EXTRA_PACKAGES, s3fs or gcsfs for stores in
 # buckets. If pip needs a configuration of its own (an index of PyTorch's CPU wheels, a mirror), pass it as a secret that
@@ -79,12 +81,38 @@ COPY model_worker model_worker
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && pip uninstall --quiet --yes pip \
     && python -c "import model_worker.application"
 
+# vLLM pins its own torch and transformers, so its image shares nothing with the others but the runtime. On a CPU it is
+# the pinned set of requirements/vllm.txt. On a GPU it is resolved.
+FROM builder AS worker-vllm-builder
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements/vllm.txt requirements/
+COPY embedding_service embedding_service
+COPY model_worker model_worker
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    case ${DEVICE} in \
+        cpu) pip install --no-cache-dir --no-deps -r requirements/vllm.txt \
+            && pip install --no-cache-dir --no-deps --no-build-isolation . ;; \
+        gpu) pip install --no-cache-dir ".[worker,vllm]" ;; \
+    esac \
+    && python -c "import model_worker.application, vllm"
+
 # KubeRay starts Ray through a login shell, which sets its own PATH, and asks for its health with wget.
-FROM runtime AS worker
+FROM runtime AS ray-runtime
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends procps wget \
     && rm -rf /var/lib/apt/lists/* \
     && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh
+
+# vLLM's kernels are compiled where they run.
+FROM ray-runtime AS worker-vllm
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 python3.11-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=worker-vllm-builder /opt/venv /opt/venv
+USER 10001:10001
+ENTRYPOINT ["tini", "--", "model-worker"]
+
+FROM ray-runtime AS worker
 COPY --from=worker-builder /opt/venv /opt/venv
 USER 10001:10001
 ENTRYPOINT ["tini", "--", "model-worker"]

@@ -15,9 +15,9 @@ from ray import serve
 from ray.serve import Application
 
 from embedding_service.commands.text import parse_bytes
-from model_worker.cli import POLICY_VARIABLE, resolve_model
+from model_worker.cli import POLICY_VARIABLE, Engine, engine_words, resolve_model
 from model_worker.drafts import Speculate
-from model_worker.serving import APP, Scaling, WorkerReplica
+from model_worker.serving import APP, Scaling, replica_class
 
 
 def _policy_of_environment() -> Path | None:
@@ -43,6 +43,8 @@ class Arguments(BaseModel):
     policy: Path | None = Field(default_factory=_policy_of_environment)
     speculate: Speculate = "off"
     draft_tokens: int = 4
+    engine: Engine = "embedded"
+    engine_args: str = ""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -58,7 +60,8 @@ def build(args: dict[str, Any]) -> Application:
         given.name,
         cache_bytes=parse_bytes(given.cache_bytes),
         prefix_bytes=parse_bytes(given.prefix_bytes),
-        **given.model_dump(exclude={"checkpoint", "embeddings", "name", "cache_bytes", "prefix_bytes"}),
+        engine_args=engine_words(given.engine, given.engine_args),
+        **given.model_dump(exclude={"checkpoint", "embeddings", "name", "cache_bytes", "prefix_bytes", "engine_args"}),
     )
-    deployment: Any = serve.deployment(WorkerReplica, name=APP, **Scaling().options(config))
+    deployment: Any = serve.deployment(replica_class(config), name=APP, **Scaling().options(config))
     return deployment.bind(config)

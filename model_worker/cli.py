@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import ssl
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -34,6 +36,8 @@ _SERVE_OVER_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 
 # Names the policy of API keys where no option does.
 POLICY_VARIABLE = "MODEL_WORKER_POLICY"
+# What computes a replica's model.
+Engine = Literal["embedded", "vllm"]
 
 app = typer.Typer(
     help="Serve a language model whose n-gram tables live elsewhere.",
@@ -91,6 +95,12 @@ def serve(
             help="Where replicas are: shards that say the same come first. Default: EMBEDDING_SERVICE_TOPOLOGY."
         ),
     ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="What runs the model: this package, or vLLM (docs/vllm.md).")
+    ] = "embedded",
+    engine_args: Annotated[
+        str, typer.Option(metavar="WORDS", help="Further options of `vllm serve`, as '--dtype float32'.")
+    ] = "",
     policy: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +133,7 @@ def serve(
         )
     if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
         raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
+    words = engine_words(engine, engine_args)
     tls = _pair(tls_cert, tls_key)
     host = host.strip("[]")
     if ray_address is None:
@@ -148,6 +159,8 @@ def serve(
             policy=policy,
             speculate=speculate,
             draft_tokens=draft_tokens,
+            engine=engine,
+            engine_args=words,
         )
         progress.say("loading ray")
         from model_worker.serving import Scaling
@@ -170,6 +183,23 @@ def _pair(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | Non
     return certificate.absolute(), key.absolute()
 
 
+def engine_words(engine: Engine, text: str) -> tuple[str, ...]:
+    """The words of --engine-args. Raises InvalidRequest if they, or the engine itself, cannot be had."""
+    if engine == "embedded":
+        if text:
+            raise InvalidRequest("--engine-args are options of vLLM: say --engine vllm as well, or leave them out")
+        return ()
+    if find_spec("vllm") is None:
+        raise InvalidRequest(
+            "--engine vllm needs vLLM, which is not installed here: pip install 'embedding-service[worker,vllm]' (on a "
+            "CPU: pip install --no-deps -r requirements/vllm.txt), or leave out --engine"
+        )
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InvalidRequest(f"--engine-args {text!r} is not a command line: {one_line(error)}") from None
+
+
 def resolve_model(
     checkpoint: Path,
     embeddings: str,
@@ -179,6 +209,7 @@ def resolve_model(
     cache_bytes: int,
     policy: Path | None,
     speculate: Speculate,
+    engine: Engine,
     **settings: Any,
 ) -> WorkerConfig:
     """Check the policy and the checkpoint, and find the model in the service, before anything is started.
@@ -191,11 +222,14 @@ def resolve_model(
         read_policy(policy)
     say("loading torch and transformers")
     from embedding_service import EmbeddingClient
-    from model_worker import families
+    from model_worker import families, vllm
     from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
 
     say(f"checking {checkpoint}")
-    families.check(checkpoint, speculate)
+    if engine == "vllm":
+        vllm.check(checkpoint)
+    else:
+        families.check(checkpoint, speculate)
     say(f"asking the embedding service at {embeddings} for its models")
     with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
         model = _pick(name, client.models())
@@ -209,6 +243,7 @@ def resolve_model(
         imported_as=model.checkpoint,
         pinned=name == model.full_name,
         speculate=speculate,
+        engine=engine,
         **settings,
     )
 

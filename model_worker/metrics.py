@@ -62,7 +62,7 @@ class ReplicaMetrics:
         self._lookup_wait.observe(seconds)
 
     def watch(self, read: Callable[[], Mapping[str, int]]) -> None:
-        """Read the counts every second, on a thread of its own, until `close`."""
+        """Read the counts every second, on a thread of its own, until `close`. Those that are not there stay untold."""
         self._thread = threading.Thread(target=self._run, args=(read,), name="metrics", daemon=True)
         self._thread.start()
 
@@ -75,10 +75,10 @@ class ReplicaMetrics:
     def _run(self, read: Callable[[], Mapping[str, int]]) -> None:
         while not self._stopping.wait(_INTERVAL):
             counts = read()
-            for key, gauge in self._gauges.items():
-                gauge.set(counts[key])
-            for key, counter in self._counters.items():
-                grown = counts[key] - self._counted[key]
+            for key in self._gauges.keys() & counts.keys():
+                self._gauges[key].set(counts[key])
+            for key in self._counters.keys() & counts.keys():
+                counter, grown = self._counters[key], counts[key] - self._counted[key]
                 if grown:
                     counter.inc(grown)
                     self._counted[key] += grown

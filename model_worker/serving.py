@@ -45,7 +45,7 @@ class WorkerReplica(Worker):
     """One replica. Ray Serve constructs it, builds its ASGI app, asks for its health and drops it at the end."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        _keep_on_loopback()
+        keep_on_loopback()
         self._metrics = ReplicaMetrics()
         super().__init__(config, self._metrics.first_token, self._metrics.lookup_wait)
         self._metrics.watch(self.counts)
@@ -60,6 +60,15 @@ class WorkerReplica(Worker):
     async def __del__(self) -> None:
         self._metrics.close()
         self.close()
+
+
+def replica_class(config: WorkerConfig) -> type:
+    """What a replica is with the config's engine."""
+    if config.engine == "embedded":
+        return WorkerReplica
+    from model_worker.vllm.replica import VllmReplica
+
+    return VllmReplica
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ def deploy(
     except RayActorError as error:
         raise EmbeddingServiceError(f"Ray Serve's proxy does not come up: {one_line(error)}") from error
     deployment: Any = serve.deployment(
-        WorkerReplica,
+        replica_class(config),
         name=APP,
         logging_config=quiet,
         max_constructor_retry_count=1,
@@ -195,7 +204,7 @@ def _reason(message: str) -> str:
     return f"{last} (the traceback is in the replica's log, by default in /tmp/ray/session_latest/logs/serve)"
 
 
-def _keep_on_loopback() -> None:
+def keep_on_loopback() -> None:
     """Keep a replica of a local Ray on loopback. Called before it opens its server for calls between deployments.
 
     Ray Serve 2.60 binds that server to every interface, with any node address. The server unpickles what it is sent.

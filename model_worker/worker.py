@@ -52,6 +52,8 @@ class WorkerConfig:
     imported_as: NAME@VERSION that the checkpoint was imported as. Other tables do not belong to its dense half.
         Empty: that version.
     pinned: use that version alone, and none that was published over it since.
+    engine: "embedded", the worker's own, or "vllm".
+    engine_args: further words of vLLM's command line.
     """
 
     checkpoint: str
@@ -69,6 +71,8 @@ class WorkerConfig:
     speculate: Speculate = "off"
     draft_tokens: int = 4
     prefix_bytes: int = 0
+    engine: str = "embedded"
+    engine_args: tuple[str, ...] = ()
 
 
 class Generation:

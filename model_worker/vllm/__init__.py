@@ -6,8 +6,11 @@ are as vLLM has them. `docs/vllm.md` tells how to serve with it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import shown
 from embedding_service.registry import Registry
 
 if TYPE_CHECKING:
@@ -17,11 +20,27 @@ MODELS: Registry[TablesElsewhere] = Registry(
     "vLLM model",
     "model_worker.vllm.tables:TablesElsewhere",
     {
+        "DeepseekV41ForCausalLM": "model_worker.vllm.deepseek_v41:DeepseekV41ForCausalLM",
         "LongcatFlashNgramForCausalLM": "model_worker.vllm.longcat:LongcatFlashNgramForCausalLM",
         "Qwen4ExpForCausalLM": "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM",
         "Qwen4ExpForConditionalGeneration": "model_worker.vllm.qwen4_exp:Qwen4ExpForConditionalGeneration",
     },
 )
+
+
+def check(checkpoint: str | Path) -> None:
+    """Check that vLLM would take a checkpoint's tables from the service, without reading a weight.
+
+    Raises InvalidRequest: another architecture. StoreError: a file is missing or damaged.
+    """
+    from model_worker.checkpoint import CheckpointTensors
+
+    files = CheckpointTensors(checkpoint)
+    if MODELS.homes.keys().isdisjoint(files.architectures):
+        raise InvalidRequest(
+            f"{files.folder} is a checkpoint of {shown(files.config.get('architectures'))}; with --engine vllm this "
+            f"worker serves {', '.join(MODELS.homes)}"
+        )
 
 
 def register() -> None:

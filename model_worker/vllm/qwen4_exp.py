@@ -43,15 +43,17 @@ class FetchedRows(nn.Module):
         self, served: ServedTables, layer: int, rows: int, dim: int, heads: int, max_tokens: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self._client = served.client
+        self._served = served
         self.table = served.check(f"layer_{layer}", rows, dim)
+        # vLLM 0.33 asks before it loads, though no tensor of a table is left to load.
+        self.org_vocab_size = rows
         # [max_tokens, heads, dim], at one address for all graphs. The model's code asks for a weight's device.
         self.weight: Tensor
         self.register_buffer("weight", torch.zeros(max_tokens, heads, dim, dtype=dtype), persistent=False)
 
     def ask(self, ids: Tensor) -> Future[Tensor]:
         """Begin to look up the rows of int64 [tokens, heads] ids."""
-        return self._client.prefetch(self.table, ids.cpu(), dtype=self.weight.dtype)
+        return self._served.client.prefetch(f"{self._served.now()}/{self.table}", ids.cpu(), dtype=self.weight.dtype)
 
     def keep(self, rows: Tensor) -> None:
         """Keep [tokens, heads, dim], the rows of the coming step."""

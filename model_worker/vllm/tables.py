@@ -13,10 +13,12 @@ from torch import Tensor
 
 from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
+from model_worker.domains import Domains
 from model_worker.rows import check_same_hash
 
 CONFIG_KEY = "embedding_service"
-_NEEDED, _OPTIONS = {"address", "model"}, {"near": bool, "topology": str}
+_NEEDED = {"address", "model"}
+_OPTIONS = {"near": bool, "topology": str, "cache_bytes": int, "checkpoint": str}
 _EXAMPLE = '--additional-config \'{"embedding_service": {"address": "HOST:PORT", "model": "NAME"}}\''
 
 # vLLM ends an engine whose step failed. So a step waits long for a service that is away for a while.
@@ -29,30 +31,59 @@ class ServedTables:
     """The tables of one model in the service.
 
     address: `HOST:PORT` of any shard.
-    name: the model's name in the service, `name` or `name@version`.
+    name: the model's name in the service, `name` or `name@version`. `name+domain` gives all requests a domain's rows.
     config: the checkpoint's config, as transformers has it.
-    near, topology: see `EmbeddingClient`.
+    tokenizer: for a family that hashes normalized tokens, see `NgramHasher.from_config`.
+    near, topology, cache_bytes: see `EmbeddingClient`.
+    checkpoint: `name@version` of the import whose dense half the engine has. None: that of the version served now.
     Raises InvalidRequest: the service's tables have another hash than the config says.
-    NotFound: the service has no such model.
+    NotFound: the service has no such model, or it belongs to another checkpoint.
     Unavailable: it does not answer.
     """
 
     def __init__(
-        self, address: str, name: str, config: object, *, near: bool = True, topology: str | None = None
+        self,
+        address: str,
+        name: str,
+        config: object,
+        *,
+        near: bool = True,
+        topology: str | None = None,
+        cache_bytes: int = 0,
+        checkpoint: str | None = None,
+        tokenizer: object = None,
     ) -> None:
-        self.name = name
-        self.client = EmbeddingClient(address, timeout=_LOOKUP_SECONDS, near=near, topology=topology)
+        self.name, _, version = name.partition("@")
+        self.client = EmbeddingClient(
+            address, timeout=_LOOKUP_SECONDS, near=near, topology=topology, cache_bytes=cache_bytes
+        )
         try:
             self.hasher = self.client.hasher(name, timeout=_START_SECONDS)
+            checkpoint = checkpoint or self.client.model(name).checkpoint
+            self._domains = Domains(self.client, self.name, checkpoint, version or None)
+            self.now()
         except EmbeddingServiceError as error:
             raise type(error)(
                 f"vLLM was told by {_EXAMPLE} to take the tables {name!r} from {address}: {error}; start the service "
                 "(embedding-service up), or correct address and model"
             ) from error
-        check_same_hash(NgramHasher.from_config(config), self.hasher, name)
+        check_same_hash(NgramHasher.from_config(config, tokenizer), self.hasher, name)
+
+    def now(self) -> str:
+        """`name@version` whose rows a lookup gets now. It may change, to a version of the same checkpoint.
+
+        Raises NotFound if what is served belongs to another checkpoint. Its rows would be wrong without a sign.
+        """
+        return self._domains.resolve(self.name)
+
+    def counts(self) -> dict[str, int]:
+        """Rows by where they came from, and those of the row cache."""
+        rows, cache = self.client.statistics, self.client.cache
+        counts = {"near_rows": rows.near_rows, "wired_rows": rows.wired_rows}
+        return counts | ({"cache_hits": cache.stats.hits, "cache_misses": cache.stats.misses} if cache else {})
 
     @classmethod
-    def of(cls, vllm_config: Any) -> ServedTables | None:
+    def of(cls, vllm_config: Any, tokenizer: object = None) -> ServedTables | None:
         """The tables that the engine's `additional_config` names, or None. Raises what the constructor does."""
         config = vllm_config.additional_config
         settings = config.get(CONFIG_KEY) if isinstance(config, dict) else None
@@ -61,29 +92,42 @@ class ServedTables:
         if not _are_understood(settings):
             raise InvalidRequest(
                 f"additional_config[{CONFIG_KEY!r}] is {settings!r}; say it as {_EXAMPLE}; there may also be "
-                '"near": false and "topology": "ZONE"'
+                '"near": false, "topology": "ZONE", "cache_bytes": BYTES and "checkpoint": "NAME@VERSION"'
             )
         options = {name: value for name, value in settings.items() if name in _OPTIONS}
-        return cls(settings["address"], settings["model"], vllm_config.model_config.hf_config, **options)
+        hf_config = vllm_config.model_config.hf_config
+        return cls(settings["address"], settings["model"], hf_config, tokenizer=tokenizer, **options)
 
     def check(self, table: str, rows: int, dim: int) -> str:
-        """The full name, `model/table`, of a table for a module that would have held [rows, dim].
+        """The name of a table, `table`, for a module that would have held [rows, dim].
 
         Raises InvalidRequest when the service's table has other dimensions.
         """
         served = {each.name: each.rows for each in self.hasher.tables}.get(table)
-        full_name = f"{self.name}/{table}"
+        full_name = f"{self.now()}/{table}"
         [row] = self.client.lookup(full_name, torch.zeros(1, dtype=torch.int64, device="cpu"), timeout=_START_SECONDS)
         if (served, len(row)) != (rows, dim):
             raise InvalidRequest(
                 f"{full_name} in the service is {served} rows of {len(row)} values, this model takes {rows} of {dim}: "
                 "it is another model; give the name of the one imported from this checkpoint"
             )
-        return full_name
+        return table
 
     def embedding(self, table: str, rows: int, dim: int, dtype: torch.dtype) -> RemoteEmbedding:
         """Stands in place of a module that would have held the table. Raises InvalidRequest for other dimensions."""
-        return RemoteEmbedding(self.client, self.check(table, rows, dim), dtype)
+        return ServedEmbedding(self, self.check(table, rows, dim), dtype)
+
+
+class ServedEmbedding(RemoteEmbedding):
+    """A table's rows, of the version that the service has now for the engine's checkpoint."""
+
+    def __init__(self, served: ServedTables, table: str, dtype: torch.dtype) -> None:
+        super().__init__(served.client, f"{served.now()}/{table}", dtype)
+        self._served, self._named = served, table
+
+    def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        self.table = f"{self._served.now()}/{self._named}"
+        return super()._ask(ids, context, dtype)
 
 
 class TablesElsewhere:
@@ -101,10 +145,15 @@ class TablesElsewhere:
     served: ServedTables | None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        served = ServedTables.of(vllm_config)
+        served = ServedTables.of(vllm_config, self.tokenizer(vllm_config))
         with nullcontext() if served is None else self.tables_of(served):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.served = served
+
+    @staticmethod
+    def tokenizer(vllm_config: Any) -> Any:
+        """What the family hashes normalized tokens with. None: it hashes token ids."""
+        return None
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Asked by vLLM's loader. It reads no file that holds unused tensors alone."""

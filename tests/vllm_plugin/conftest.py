@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import small_models
 from engines import Answers, python
 from small_models import SmallModel, small_model
+from support.checkpoints import engram_checkpoint
 from support.cluster import Up, serving
 
 from embedding_service.store.importing import import_checkpoint
@@ -30,9 +32,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SmallModel]:
 
 
 @pytest.fixture(scope="session")
-def tables(models: dict[str, SmallModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def engram_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint of DeepSeek-V4.1: config, tokenizer and tables that name themselves."""
+    return engram_checkpoint(tmp_path_factory.mktemp("engram") / "engram")
+
+
+@pytest.fixture(scope="session")
+def tables(
+    models: dict[str, SmallModel], engram_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Up]:
     """`up` with two shards and the tables of all models as they are, in many parts."""
     folder = tmp_path_factory.mktemp("vllm-tables")
+    import_checkpoint(engram_folder, str(folder / "store"), "engram", dtype="keep")
     for model in models.values():
         import_checkpoint(model.whole, str(folder / "store"), model.name, dtype="keep", part_bytes=4 << 20)
     with serving(folder, folder / "store", 2) as running:

@@ -43,6 +43,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     `rounds` are lists of prompts [tokens] that run together, and `max_tokens` is that of each answer.
     Returns `rounds` with each answer's `tokens`, the `logprobs` of its best ones and the `cached` tokens of its prompt.
     Returns bytes that were `loaded`, by the process's anonymous memory, and those of the model's `parameters`.
+    Returns the tokens that were `drafted`, and those of them that were `accepted`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if not torch.cuda.is_available():
@@ -57,6 +58,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_seqs=8,
+        disable_log_stats=False,
         **job["options"],
     )
     loaded = resident_anonymous() - before
@@ -78,7 +80,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 for answer in answers
             ]
         )
-    return {"rounds": rounds, "loaded": loaded, "parameters": llm.apply_model(parameter_bytes)[0]}
+    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    told = {name: counters.get(f"vllm:spec_decode_num_{name}_tokens", 0) for name in ("draft", "accepted")}
+    return {
+        "rounds": rounds,
+        "loaded": loaded,
+        "parameters": llm.apply_model(parameter_bytes)[0],
+        "drafted": told["draft"],
+        "accepted": told["accepted"],
+    }
 
 
 if __name__ == "__main__":

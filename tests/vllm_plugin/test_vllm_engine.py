@@ -65,6 +65,24 @@ def test_answers_and_memory(
         assert here["loaded"] - there["loaded"] > model.table_bytes / 2
 
 
+# They repeat themselves, so that drafts are made, and break off, so that some are rejected.
+REPEATING = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6], [90, 91, 92, 93, 90, 91, 94, 90, 91], SHORT[0]]
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+
+
+@pytest.mark.timeout(1200)
+def test_drafts_change_no_token(models: dict[str, SmallModel], tables: Up, generate: Callable[..., Answers]) -> None:
+    """The look-back of vLLM takes rejected drafts for text (0.32), so plain decoding is what it is compared to."""
+    name, model_class, options = ENGINES["llama"]
+    job = {"class": model_class, "max_tokens": 16, "rounds": [REPEATING], "model": str(models[name].tableless)}
+    options = {**options, **service(tables.address, name)}
+    plain = generate(options=options, **job)
+    drafted = generate(options={**options, "speculative_config": DRAFTS}, **job)
+    [expected], [answers] = plain["rounds"], drafted["rounds"]
+    assert [answer["tokens"] for answer in answers] == [answer["tokens"] for answer in expected]
+    assert drafted["accepted"] < drafted["drafted"]
+
+
 @pytest.mark.timeout(1200)
 def test_the_server(
     models: dict[str, SmallModel], tables: Up, tmp_path: Path, generate: Callable[..., Answers]

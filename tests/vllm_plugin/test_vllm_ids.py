@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import needs_vllm
 
+from embedding_service.formats import get_format
 from embedding_service.ngram import NgramHasher
 from model_worker.vllm.tables import swapped
 
@@ -76,6 +77,28 @@ class NoTable(torch.nn.Module):
         super().__init__()
 
 
+def test_longcats_look_back_holds_what_was_kept() -> None:
+    """A step's rejected drafts are in vLLM's own look-back, and the tokens after them get other rows than ours."""
+    from vllm.model_executor.models import longcat_flash_ngram as published
+
+    from model_worker.vllm.longcat import KeptLookBack
+
+    texts = torch.tensor([[5, 6, 7, EOS, 9, 10], [11, 12, 13, 14, 15, 16]])
+    states = SimpleNamespace(
+        all_token_ids=SimpleNamespace(gpu=texts), num_computed_tokens=SimpleNamespace(gpu=torch.tensor([5, 2]))
+    )
+    state: Any = object.__new__(KeptLookBack)
+    vars(state).update(ctx_len=3, eos_id=EOS)
+    # What drafts left there.
+    state.token_context = torch.full((2, 3), 99, dtype=torch.int32)
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        keep = lambda self, batch, requests: seen.append(self.token_context.clone())  # noqa: E731
+        patch.setattr(published.LongcatNgramModelState, "prepare_inputs", keep)
+        state.prepare_inputs(SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0, 7])), states)
+    assert torch.equal(seen[0], torch.tensor([[7, -EOS, 9], [-1, 11, 12]], dtype=torch.int32))
+
+
 @pytest.mark.parametrize("sizes", LONGCAT)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_longcat(sizes: dict[str, Any], device: str) -> None:
@@ -129,3 +152,20 @@ def test_qwen4_exp(sizes: dict[str, Any], device: str) -> None:
             arguments = (each.to(device) for each in (flat, starts, look_back))
             theirs = module.to(device).compute_ngram_ids(*arguments).cpu()
             assert torch.equal(theirs, expected(ours[:, :, layer], here, done, starts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_in_fp8_are_decoded_as_vllm_does(dtype: torch.dtype) -> None:
+    """So a table in fp8 with one scale, which the service keeps as it is, gives the rows of a local one."""
+    from vllm.models.qwen4_exp.common.ngram_embedding import Qwen4ExpPLEFp8EmbeddingMethod
+
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F].repeat(5, 1)  # no NaN
+    for scale in (torch.tensor([0.0123]), torch.tensor([1.7e-3])):
+        stored = torch.cat([codes, scale.view(torch.uint8).repeat(5, 1)], 1)
+        ours = get_format("fp8_rowwise").decode(stored, codes.shape[1], dtype=dtype)
+        layer: Any = SimpleNamespace(weight_scale=scale)
+        values = codes.view(torch.float8_e4m3fn)
+        method = object.__new__(Qwen4ExpPLEFp8EmbeddingMethod)
+        theirs = method.dequantize(layer, values, dtype)
+        assert torch.equal(ours, theirs)

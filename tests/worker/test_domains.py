@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from model_worker.http_app import build_app
 from model_worker.longcat import LocalTables
 from model_worker.qwen4_exp import RemoteTable
 from model_worker.sampling import SamplingParams
+from model_worker.vllm.tables import ServedTables
 from model_worker.worker import Worker, WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -112,6 +114,21 @@ def test_sequences_of_one_batch_have_the_rows_of_their_own_domains(
         for first, second in ((0, 1), (1, 2), (0, 2)):
             assert not torch.allclose(together[first], together[second], atol=0.1)
         torch.testing.assert_close(together[0], together[3])
+
+
+def test_vllm_takes_the_tables_of_a_domain_that_its_setting_names(checkpoints: dict[str, Path], families: Up) -> None:
+    """One engine has one domain's tables, for all of its requests."""
+    seen = []
+    for name in ("longcat", "longcat+legal"):
+        served = ServedTables(families.address, name, json.loads((checkpoints["longcat"] / "config.json").read_text()))
+        [table] = served.hasher.tables
+        ids = torch.arange(64)
+        dim = served.client.lookup(f"{name}/ngram", ids).shape[1]
+        rows = served.embedding("ngram", table.rows, dim, torch.float32)(ids)
+        assert torch.equal(rows, served.client.lookup(f"{served.now()}/ngram", ids))
+        seen.append(rows)
+        served.client.close()
+    assert not torch.equal(*seen)
 
 
 def complete(http: TestClient, model: str, key: str = "") -> Any:

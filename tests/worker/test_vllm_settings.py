@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -75,11 +76,34 @@ def test_another_hash(checkpoint: Path, service: Up) -> None:
         ServedTables.of(vllm_config(settings(service.address), checkpoint, eos_token_id=3))
 
 
+def test_another_checkpoints_rows_are_refused(checkpoint: Path, service: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start where the settings say which checkpoint it is, and later where another one is served."""
+    more = {**settings(service.address)["embedding_service"], "checkpoint": "fp32@7"}
+    with pytest.raises(
+        NotFound, match=r"fp32@1 belong to the checkpoint that was imported as fp32@1.*has that of fp32@7"
+    ):
+        ServedTables.of(vllm_config({"embedding_service": more}, checkpoint))
+    served = ServedTables.of(vllm_config(settings(service.address), checkpoint))
+    assert served is not None
+    rows = served.embedding("ngram", sum(head_rows()), DIM, torch.float32)
+    assert served.now() == "fp32@1"
+    assert rows(torch.arange(3)).shape == (3, DIM)
+    before = served.client.model("fp32")
+    # Published over this checkpoint's tables, then imported from another one.
+    monkeypatch.setattr(served.client, "model", lambda name: replace(before, base="fp32@1", version="2"))
+    assert served.now() == "fp32@2"
+    monkeypatch.setattr(served.client, "model", lambda name: replace(before, version="3", checkpoint="fp32@3"))
+    with pytest.raises(NotFound, match=r"fp32@3.*start one with the other checkpoint"):
+        rows(torch.arange(3))
+    served.client.close()
+
+
 @pytest.mark.parametrize(("rows", "dim"), [(0, 1), (1, 0)])
 def test_other_dimensions(rows: int, dim: int, checkpoint: Path, service: Up) -> None:
     served = ServedTables.of(vllm_config(settings(service.address), checkpoint))
     assert served is not None
-    with pytest.raises(InvalidRequest, match=rf"fp32/ngram in the service is {sum(head_rows())} rows of {DIM} values"):
+    told = rf"fp32@1/ngram in the service is {sum(head_rows())} rows of {DIM} values"
+    with pytest.raises(InvalidRequest, match=told):
         served.embedding("ngram", sum(head_rows()) + rows, DIM + dim, torch.float32)
 
 
