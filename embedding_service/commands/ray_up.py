@@ -228,7 +228,7 @@ class _Secured:
     def __init__(self, options: UpOptions) -> None:
         assert options.secure
         self._folder, self._host = options.secure, options.host
-        self._shards = [_name(index) for index in range(options.shards)]
+        self._shards = [up.shard_name(index) for index in range(options.shards)]
         self._hosts: list[str] = []
         self._sent: Stamp = ()
         self.look()
@@ -250,10 +250,6 @@ class _Secured:
 
     def _common(self) -> list[Path]:
         return [self._folder / POLICY, *sorted(self._folder.glob("*.json"))]
-
-
-def _name(index: int) -> str:
-    return f"shard-{index}"
 
 
 # The actors
@@ -352,7 +348,7 @@ def _start(
     command = up.controller_command(options, controller, control)
     servers.append(_Server("controller", actor.remote("controller", command)))
     for index in range(options.shards):
-        name = _name(index)
+        name = up.shard_name(index)
         files = secured.files(name) if secured else {}
         needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": _in(room, index)}
         shard = ray.remote(_Shard).options(name=name, max_restarts=-1, **needs)

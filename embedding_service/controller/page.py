@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # Seconds that a shard, and the controller's own loop, have for an answer.
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 30.0
 # Cells of a table's map. Each stands for as many parts as it takes.
 MOST_CELLS = 1024
 # What one question may ask for.

@@ -74,11 +74,11 @@ class Prometheus:
 def prometheus(
     folder: Path, jobs: Mapping[str, Sequence[str]], groups: Sequence[Mapping[str, Any]]
 ) -> Iterator[Prometheus]:
-    """Scrape the addresses of each job every second, and go by these rules."""
+    """Scrape the addresses of each job every two seconds, and go by these rules."""
     folder.mkdir()
     (folder / "rules.yml").write_text(yaml.safe_dump({"groups": list(groups)}))
     scraped = [{"job_name": name, "static_configs": [{"targets": list(each)}]} for name, each in jobs.items()]
-    every = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    every = {"scrape_interval": "2s", "evaluation_interval": "1s"}
     config = {"global": every, "rule_files": [str(folder / "rules.yml")], "scrape_configs": scraped}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
