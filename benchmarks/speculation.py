@@ -92,7 +92,7 @@ def train_draft_layer(folder: Path, tokenizer: Any, steps: int) -> None:
     index.write_text(json.dumps(content))
 
 
-def answers(engine: Engine, prompts: list[list[int]], turn: int) -> tuple[float, list[list[int]]]:
+def answers(engine: Engine, prompts: list[list[int]], temperature: float, turn: int) -> tuple[float, list[list[int]]]:
     """Seconds of all requests together, and their tokens."""
     ends: SimpleQueue[Event] = SimpleQueue()
 
@@ -101,7 +101,7 @@ def answers(engine: Engine, prompts: list[list[int]], turn: int) -> tuple[float,
             ends.put(event)
 
     begun = perf_counter()
-    params = [SamplingParams(ANSWER, temperature=0.7, seed=turn + row, ignore_eos=True) for row in range(len(prompts))]
+    params = [SamplingParams(ANSWER, temperature, seed=turn + row, ignore_eos=True) for row in range(len(prompts))]
     requests = engine.submit_all([(prompt, each, heed) for prompt, each in zip(prompts, params, strict=True)])
     for _ in requests:
         event = ends.get(timeout=WAIT_SECONDS)
@@ -130,7 +130,7 @@ class Side:
         for engine in self.engines.values():
             stack.callback(engine.close)
 
-    def measure(self, prompts: list[list[int]], rounds: int, turns: int) -> dict[str, dict[str, float]]:
+    def measure(self, prompts: list[list[int]], temperature: float, rounds: int) -> dict[str, dict[str, float]]:
         """What each way of drafting does with these prompts, its tokens/s over those without drafts."""
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         lookups, drafted, accepted = (dict.fromkeys(WAYS, 0) for _ in range(3))
@@ -140,7 +140,7 @@ class Side:
             for way in WAYS if turn % 2 else reversed(WAYS):
                 engine, before = self.engines[way], self.lookups.count
                 counts = engine.drafted, engine.accepted
-                took, said[way] = answers(engine, prompts, turns + turn)
+                took, said[way] = answers(engine, prompts, temperature, 100 * turn)
                 seconds[way].append(took)
                 lookups[way] += self.lookups.count - before
                 drafted[way] += engine.drafted - counts[0]
@@ -169,7 +169,9 @@ def served(stack: ExitStack, folder: Path, checkpoint: Path) -> str:
     return stack.enter_context(service(folder / "store", folder / "up.log", "--shards=2"))[0]
 
 
-def measure(checkpoint: Path, tables: list[str], rounds: int, most: int, steps: int) -> list[dict[str, Any]]:
+def measure(
+    checkpoint: Path, tables: list[str], temperature: float, rounds: int, most: int, steps: int
+) -> list[dict[str, Any]]:
     """A record for each table, text, batch and way."""
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -181,11 +183,11 @@ def measure(checkpoint: Path, tables: list[str], rounds: int, most: int, steps: 
         sides = {where: Side(stack, copy, address, where, tokenizer, most) for where in tables}
         prompts = {kind: [tokenizer(each)["input_ids"] for each in some] for kind, some in texts().items()}
         for side in sides.values():
-            side.measure(prompts["prose"][:2], 1, 0)
+            side.measure(prompts["prose"][:2], temperature, 1)
         cells = list(product(tables, prompts, BATCHES))
         for where, kind, batch in track(cells, "measuring", console=Console(stderr=True)):
             some = [prompts[kind][row % len(prompts[kind])] for row in range(batch)]
-            for way, seen in sides[where].measure(some, rounds, 100).items():
+            for way, seen in sides[where].measure(some, temperature, rounds).items():
                 found.append({"tables": where, "text": kind, "batch": batch, "speculate": way, **seen})
     return found
 
@@ -208,13 +210,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the demo's")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the figures")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="where they are")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy answers, which repeat themselves")
     parser.add_argument("--rounds", type=int, default=5, help="of each cell")
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200, help="of training the draft layer")
     parser.add_argument("--threads", type=int, default=1, help="of the model; the worker's default is 1, too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    found = measure(given.checkpoint, given.tables, given.rounds, given.draft_tokens, given.steps)
+    found = measure(given.checkpoint, given.tables, given.temperature, given.rounds, given.draft_tokens, given.steps)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "speculation.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
