@@ -1,4 +1,4 @@
-"""Remote modules in graphs of torch.compile. They are operators that ask the service, and have no gradients.
+"""Remote modules in graphs of torch.compile. They are operators that ask the service, and give gradients to a session.
 
 A graph holds neither a module nor its client. It gets the module's handle as it gets its ids. So one graph serves all
 modules whose rows are alike, and a copy is not compiled again.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embedding_service.client.handles import Handled, module_of
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, NoGradients
 
 # The service is asked while a graph is made, not by the graph.
 torch.compiler.assume_constant_result(Handled.learn_width)
@@ -53,28 +53,45 @@ def _(ids: Tensor, context: Tensor | None, handle: Tensor, width: int, dtype: to
 
 
 @torch.library.custom_op(
-    "embedding_service::no_gradients",
+    "embedding_service::give_gradients",
     mutates_args=(),
-    schema="(Tensor handle, Tensor gradients) -> Tensor",
+    schema="(Tensor ids, Tensor? context, Tensor handle, Tensor gradients) -> Tensor",
 )
-def no_gradients(handle: Tensor, gradients: Tensor) -> Tensor:
-    """Raises NoGradients."""
-    raise module_of(handle).no_gradients()
+def give_gradients(ids: Tensor, context: Tensor | None, handle: Tensor, gradients: Tensor) -> Tensor:
+    """Give the gradients of rows to the session that trains them. Raises NoGradients if there is none."""
+    module = module_of(handle)
+    collect = module._trained(ids, context)
+    if collect is None:
+        raise module.no_gradients()
+    if not _HAS_EFFECTS:
+        raise NoGradients(
+            f"{module} cannot be trained in a graph of torch.compile by torch {torch.__version__}: take a later torch, "
+            "or wrap the module's call in torch.compiler.disable"
+        )
+    collect(gradients.clone())  # the compiler uses its memory again
+    return torch.zeros_like(handle)
 
 
-@no_gradients.register_fake
-def _(handle: Tensor, gradients: Tensor) -> Tensor:
+# Without it a compiler may make one call of two that are alike, and lose the gradients of one.
+_HAS_EFFECTS = hasattr(give_gradients, "register_effect")
+if _HAS_EFFECTS:
+    give_gradients.register_effect(torch.library.EffectType.ORDERED)
+
+
+@give_gradients.register_fake
+def _(ids: Tensor, context: Tensor | None, handle: Tensor, gradients: Tensor) -> Tensor:
     return torch.empty_like(handle)
 
 
-def _save_handle(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, context, handle, *_ = inputs
+    ctx.save_for_backward(ids, context, handle)
 
 
 def _backward(ctx: Any, gradients: Tensor) -> tuple[None, None, Tensor, None, None]:
-    """An operator, because a graph's backward half is traced when the graph is made, and must raise when it runs."""
-    [handle] = ctx.saved_tensors
-    return None, None, no_gradients(handle, gradients), None, None
+    """An operator, because a graph's backward half is traced when the graph is made, and must do it when it runs."""
+    ids, context, handle = ctx.saved_tensors
+    return None, None, give_gradients(ids, context, handle, gradients), None, None
 
 
-look_up.register_autograd(_backward, setup_context=_save_handle)
+look_up.register_autograd(_backward, setup_context=_save)

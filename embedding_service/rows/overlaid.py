@@ -31,6 +31,8 @@ else:
 # What a word of a bitmap tells of: 64 numbers, the low 6 bits of which say which bit.
 _WORD_ROWS, _WORD_BITS, _LOW = 64, 6, 63
 _ONE = np.uint64(1)
+# Ids up to which Python's numbers are faster than numpy's: a token's, and some.
+_FEW = 24
 # Of a table's rows, the share above which nearly every word tells of some: then there is a word for all rows.
 _DENSE = 1 / 64
 
@@ -201,6 +203,9 @@ class _Over:
 
     def find(self, ids: Ids) -> tuple[Ids, Ids]:
         """Which of `ids` are replaced, as positions int64 [k], and where in `rows` each of these lies, int64 [k]."""
+        if len(ids) <= _FEW:
+            found_few, places_few = self._find_few(ids.tolist())
+            return np.array(found_few, np.int64), np.array(places_few, np.int64)
         at = ids + ids // self._step * self._gap if self._gap else ids
         if self._tops is None:
             return self._words.find(at)
@@ -209,6 +214,16 @@ class _Over:
             return known, words
         found, places = self._words.find(words << _WORD_BITS | at[known] & _LOW)
         return known[found], places
+
+    def _find_few(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """`find`, where numpy's calls would take longer than the work."""
+        at = [id + id // self._step * self._gap for id in ids] if self._gap else ids
+        if self._tops is None:
+            return self._words.find_few(at)
+        known, words = self._tops.find_few([each >> _WORD_BITS for each in at])
+        packed = [word << _WORD_BITS | at[index] & _LOW for index, word in zip(known, words, strict=True)]
+        found, places = self._words.find_few(packed)
+        return [known[index] for index in found], places
 
 
 class _Bitmap:
@@ -225,6 +240,9 @@ class _Bitmap:
             each.madvise(mmap.MADV_NOHUGEPAGE)
         self._bits = np.frombuffer(self._memory[0], np.uint64)
         self._first = np.frombuffer(self._memory[1], np.int64)
+        # The same memory, for single numbers.
+        self._bits_one = memoryview(self._memory[0]).cast("Q")
+        self._first_one = memoryview(self._memory[1]).cast("q")
 
     def put(self, numbers: Ids, rank: int) -> None:
         """Add ascending numbers, the first of which has this rank. They are in words that have none yet."""
@@ -258,6 +276,16 @@ class _Bitmap:
             return found, found
         below = bits.take(found) & (_ONE << shifts.take(found)) - _ONE
         return found, self._first.take(words.take(found)) + count_bits(below)
+
+    def find_few(self, numbers: list[int]) -> tuple[list[int], list[int]]:
+        """`find` in Python's numbers."""
+        found, ranks = [], []
+        for index, number in enumerate(numbers):
+            bits, shift = self._bits_one[number >> _WORD_BITS], number & _LOW
+            if bits >> shift & 1:
+                found.append(index)
+                ranks.append(self._first_one[number >> _WORD_BITS] + (bits & (1 << shift) - 1).bit_count())
+        return found, ranks
 
 
 class _ReplacedRows(FileTable):

@@ -405,6 +405,23 @@ def named(those: list[Manifest], name: str) -> Manifest:
     return found
 
 
+def test_shards_that_train_write_the_store_and_keep_their_logs(tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "local-small", "training")
+    for each in objects:
+        validate(each)
+    shards = find(objects, "StatefulSet", "embedding-shard")["spec"]
+    [container] = shards["template"]["spec"]["containers"]
+    words = words_of(container, objects)
+    parse(embedding_service.cli.app, words)
+    assert "--log=/logs" in words
+    mounts = {each["name"]: each for each in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in shards["template"]["spec"]["volumes"]}
+    assert mounts["logs"]["mountPath"] == "/logs" and not mounts["store"].get("readOnly")
+    assert not volumes["store"]["persistentVolumeClaim"].get("readOnly")
+    assert [claim["metadata"]["name"] for claim in shards["volumeClaimTemplates"]] == ["logs"]
+    assert find(objects, "PodDisruptionBudget", "embedding-shard")["spec"]["maxUnavailable"] == 0
+
+
 @pytest.mark.parametrize("components", [["zones"], ["per-node", "zones"]])
 def test_shards_and_workers_say_the_zone_of_their_node(components: list[str], tmp_path: Path) -> None:
     objects = on_top(tmp_path / "service", "cpu-production" if len(components) == 1 else "local-small", *components)

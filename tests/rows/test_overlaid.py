@@ -92,6 +92,9 @@ def test_t12_each_version_has_its_own_rows_over_the_base(over: Overlaid) -> None
         assert np.array_equal(out, stored.numpy())
         for count in (0, 1):
             assert np.array_equal(rows.gather(ids[:count], "stored"), stored.numpy()[:count])
+        for begin in range(0, len(ids), 211):  # few at a time are found in another way
+            few = ids[begin : begin + 1 + begin % 30]
+            assert np.array_equal(rows.gather(few, "stored"), over.expected[name][few])
 
 
 def test_parts_of_one_version_come_and_go_without_the_others(store: Path, tier: str, tmp_path: Path) -> None:

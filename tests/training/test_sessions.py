@@ -293,6 +293,27 @@ def test_rows_of_ngrams_learn_as_tables_in_this_process(own: EmbeddingClient) ->
         assert torch.equal(own.lookup(f"fp32@ngrams/{NGRAMS}", every), reference.rows)
 
 
+def test_compiled_modules_learn_as_eager_ones(own: EmbeddingClient) -> None:
+    """Two calls alike give their gradients twice, though a compiler may make one of them."""
+    found = []
+    for name in ("eager", "inductor"):
+        torch.compiler.reset()
+        with own.train(f"fp32@{name}", optimizer=SGD(lr=1.0)) as session:
+            module = RemoteEmbedding(own, f"fp32@{name}/{NGRAMS}")
+
+            def loss(ids: Tensor, module: RemoteEmbedding = module) -> Tensor:
+                return (module(ids) + module(ids)).tanh().sum() + module(ids // 2).square().sum()
+
+            made = torch.compile(loss, backend=name, fullgraph=True) if name != "eager" else loss
+            for number in range(1, 4):
+                made(batch(number, 5000)).backward()
+                session.step()
+            found.append(session.lookup(NGRAMS, torch.arange(5000)))
+    torch.compiler.reset()
+    torch.testing.assert_close(*found)
+    assert not torch.equal(found[0], longcat_table()[:5000])
+
+
 def test_what_cannot_be_trained_is_refused_with_the_remedy(own: EmbeddingClient) -> None:
     adagrad = RowwiseAdagrad(lr=LR)
     with pytest.raises(InvalidRequest, match=r"fp32@none is no branch yet, .* needs an optimizer"):
@@ -307,7 +328,15 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(own: EmbeddingClient)
         own.train("fp32", optimizer=adagrad)
     with pytest.raises(NotFound, match="no branch 'fp32@absent'"):
         own.publish("fp32@absent")
+    with pytest.raises(InvalidRequest, match=r"float32, float16 or bfloat16, not torch.float64"):
+        own.train("fp32@b", optimizer=adagrad, dtype=torch.float64)
+    with pytest.raises(InvalidRequest, match=r"worker must be from 0 to workers - 1 = 1, got 2"):
+        own.train("fp32@b", optimizer=adagrad, workers=2, worker=2, join=1)
+    with pytest.raises(InvalidRequest, match=r"the first worker says at_step"):
+        own.train("fp32@b", optimizer=adagrad, at_step=1, join=1)
     with own.train("fp32@refusals", optimizer=adagrad) as session:
+        with pytest.raises(InvalidRequest, match=r"gradients of table ngram are \[2, 3\], for ids \[4\]"):
+            session.add_gradients(NGRAMS, torch.arange(4), torch.ones(2, 3))
         with pytest.raises(InvalidRequest, match=r"learns by rowwise_adagrad .* not by sgd"):
             own.train("fp32@refusals", optimizer=SGD(lr=1.0))
         with pytest.raises(OutOfRange, match="id 90000 at position 0"):

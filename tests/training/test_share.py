@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import pytest
 import torch
 from support.cluster import until
 from support.training import (
     DIM,
+    MODEL,
     ROWS,
     TABLE,
     InProcess,
@@ -25,13 +27,16 @@ from support.training import (
 )
 from torch import Tensor
 
+from embedding_service.client.gradients import Checksum
 from embedding_service.errors import InvalidRequest, OutOfRange, OutOfTurn, Overloaded, Redirect, SessionEnded
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
-from embedding_service.training.branch import Branch
+from embedding_service.training.branch import Branch, create_branch
 from embedding_service.training.checkpoints import Snapshot
 from embedding_service.training.log import NEVER
 from embedding_service.training.share import Share
+from embedding_service.wire import embedding_pb2 as base_wire
+from embedding_service.wire import training_pb2 as wire
 
 KINDS = ("sgd", "rowwise_adagrad", "adagrad", "rowwise_adam")
 
@@ -167,6 +172,21 @@ def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], 
 
     changed = bytearray(good[0])
     changed[-60] ^= 1
+
+    def said(**fields: object) -> list[bytes]:
+        """The good push with other fields."""
+        piece = wire.PushPiece.FromString(good[0])
+        for name, value in fields.items():
+            setattr(piece, name, value)
+        return [piece.SerializeToString()]
+
+    in_two = [wire.PushPiece.FromString(each) for each in good * 2]
+    in_two[0].last, in_two[1].encoding = False, base_wire.ROW_ENCODING_FLOAT16
+    in_two[1].gradients = in_two[1].gradients[: 3 * DIM * 2]
+    checksum = Checksum()
+    for each in in_two:
+        checksum.add(*(np.frombuffer(data, np.uint8) for data in (each.ids, each.gradients)))
+    in_two[1].checksum = checksum.value
     return {
         "an id past the end": (of([1, 5, ROWS]), OutOfRange, f"id {ROWS} at position 2"),
         "a negative id": (of([-1, 5, 9]), OutOfRange, "id -1 at position 0"),
@@ -179,6 +199,16 @@ def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], 
         "rows too wide": (of([1, 5, 9], torch.ones(3, DIM + 1)), InvalidRequest, "3 ids take"),
         "a bit that changed": ([bytes(changed)], InvalidRequest, "checksum of the push"),
         "no last piece": ([], InvalidRequest, "no last piece"),
+        "a table that is not there": (said(table="u"), InvalidRequest, "no table 'u' in .*; its tables: t"),
+        "another branch": (said(branch="m@other"), InvalidRequest, "a push for branch 'm@other' came to"),
+        "a rate that is no number": (said(learning_rate=float("nan")), InvalidRequest, "learning_rate .* got nan"),
+        "a negative rate": (said(learning_rate=-1.0), InvalidRequest, "learning_rate must be a number from 0 on"),
+        "no encoding": (said(encoding=0), InvalidRequest, "table t have encoding 0: send FLOAT32"),
+        "rows as they are stored": (said(encoding=base_wire.ROW_ENCODING_STORED), InvalidRequest, "send FLOAT32"),
+        "two encodings": ([each.SerializeToString() for each in in_two], InvalidRequest, "table t come in several"),
+        "a worker that is not there": (said(worker=1), InvalidRequest, "worker 1 of session 1 .* with 1 workers"),
+        "a session that has not begun": (said(session=2), InvalidRequest, "session 2 .* begin first"),
+        "a step too far": (said(step=3), OutOfTurn, "pushed step 3 of .*, step 1 is expected"),
         "step 0": (of([1, 5, 9], step=0), InvalidRequest, "step must be 1 or more"),
         "garbage": ([b"\xff\xff"], InvalidRequest, "malformed"),
     }
@@ -198,6 +228,22 @@ def test_t2_everything_about_a_push_is_checked_before_anything_is_done(make: Mak
     for shard in shares.branch.shares:  # nor is any of it in the log
         shares.crash(shard)
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(1))
+
+
+def test_what_no_branch_can_have_is_refused_with_its_name(make: Make, base: Path) -> None:
+    def of(optimizer: wire.Optimizer) -> None:
+        create_branch(Store(base), f"{MODEL}@refused", wire.OpenRequest(optimizer=optimizer), {}, ["s0"])
+
+    with pytest.raises(InvalidRequest, match=r"unknown optimizer 'lamb'; known: sgd, rowwise_adagrad"):
+        of(wire.Optimizer(kind="lamb"))
+    with pytest.raises(InvalidRequest, match=r"rowwise_adam: eps, beta1 and beta2 must be .* 1, got 1e-08, 0.9, 1"):
+        of(wire.Optimizer(kind="rowwise_adam", eps=1e-8, beta1=0.9, beta2=1.0))
+    [share] = make(shards=1).open.values()
+    with pytest.raises(InvalidRequest, match="workers must be from 1 to 10,000, got 0"):
+        share.begin(1, 0)
+    share.begin(1, 2)
+    with pytest.raises(InvalidRequest, match="session 1 has 2 workers, not 3"):
+        share.begin(1, 3)
 
 
 @pytest.mark.parametrize("kind", ["rowwise_adagrad"])
