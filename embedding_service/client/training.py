@@ -347,12 +347,12 @@ class Session:
         """Add gradients of rows: integer ids [*], floating [*, dim]. Autograd's backward calls it."""
         about = self._table(table)
         flat = ids.detach().to("cpu", torch.int64).reshape(-1)
-        values = gradients.detach().to("cpu").reshape(-1, about.dim)
-        if len(flat) != len(values):
+        if gradients.numel() != len(flat) * about.dim:
             raise InvalidRequest(
                 f"gradients of table {table} are {list(gradients.shape)}, for ids {list(ids.shape)}: they must be "
                 f"[*ids, {about.dim}]"
             )
+        values = gradients.detach().to("cpu").reshape(-1, about.dim)
         with self._lock:
             all_ids, all_values = self._gradients.setdefault(table, ([], []))
             all_ids.append(flat)
