@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from importlib.machinery import ModuleSpec
 from itertools import takewhile
 from types import ModuleType
@@ -27,8 +28,9 @@ _TOPK = (
 _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_C", "_moe_C")}
 
 
+@cache
 def prepare() -> None:
-    """Call once in a process, before vllm is imported."""
+    """Call in a process before vllm is imported. A second call does nothing."""
     os.environ.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
     from triton import backends
 
