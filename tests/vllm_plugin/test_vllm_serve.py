@@ -92,11 +92,11 @@ def server(models: dict[str, SmallModel], tables: Up, tmp_path_factory: pytest.T
         running.wait_until_ready()
         yield running
     finally:
-        family = [running.popen, *running.popen.children(recursive=True)]
-        if running.popen.is_running():
+        with suppress(psutil.NoSuchProcess):  # the last test ends it
+            family = [running.popen, *running.popen.children(recursive=True)]
             running.popen.terminate()
-        for process in psutil.wait_procs(family, timeout=60)[1]:
-            process.kill()
+            for process in psutil.wait_procs(family, timeout=60)[1]:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
