@@ -28,10 +28,10 @@ from embedding_service.training.seats import Seat, read_seats
 from embedding_service.wire import training_pb2 as wire
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in which each test makes a branch of another name."""
-    return store_to_train(tmp_path_factory.mktemp("base"))
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """One without branches."""
+    return store_to_train(tmp_path / "base")
 
 
 @pytest.fixture
