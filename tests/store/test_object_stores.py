@@ -203,6 +203,17 @@ def test_who_is_not_let_in_is_told(bucket: Bucket, source: Path) -> None:
         assert re.match(rf"{bucket.url('shut')}: access is refused .*check the credentials, and", line_of(*command))
 
 
+def test_whose_key_the_server_does_not_know_is_told(buckets: dict[str, Bucket]) -> None:
+    """Moto knows no key at all, and asks for one from the first request on."""
+    proxy = buckets["s3"].proxy
+    Answer.of(proxy.address, "POST", "/moto-api/reset-auth", body=b"0")
+    try:
+        line = line_of("inspect", "s3://bucket/store")
+    finally:
+        Answer.of(proxy.address, "POST", "/moto-api/reset-auth", body=b"inf")
+    assert re.match(r"s3://bucket/store: access is refused \(.*Access Key Id.*\): check the credentials, and", line)
+
+
 def test_a_server_that_is_away_is_told(buckets: dict[str, Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
     away = {"endpoint_url": f"http://127.0.0.1:{free_port()}", "key": "a", "secret": "b", **FEW_TRIES}
     monkeypatch.setitem(fsspec.config.conf, "s3", away)
