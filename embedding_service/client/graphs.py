@@ -27,7 +27,8 @@ def look_up_between_graphs(module: Handled, ids: Tensor, context: Tensor | None,
 
 
 @torch.library.custom_op(
-    "embedding_service::look_up",
+    # Caches of compiled graphs know operators by their names. Another backward half needs another name.
+    "embedding_service::look_up_trained",
     mutates_args=(),
     schema="(Tensor ids, Tensor? context, Tensor handle, int width, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
