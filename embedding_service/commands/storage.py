@@ -80,13 +80,17 @@ def remove_branch_command(
     branch: Annotated[str, typer.Argument(help="MODEL@BRANCH.")],
     store: Annotated[str, typer.Option(help="The store: a folder that shards see.")],
     audit: AuditOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove a branch that nobody trains, with its checkpoints and logs. What was published of it stays."""
     from embedding_service.training.branch import remove_branch
 
     remove_branch(open_store(store), branch)
     Audit(audit).note("gc", this_user(), model=branch, kind="branch", store=store)
-    say(f"removed {branch}: shards give its memory back within seconds")
+    if as_json:
+        say_json({"removed": branch})
+    else:
+        say(f"removed {branch}: shards give its memory back within seconds")
 
 
 def _corrupt(store: Store, manifests: list[Manifest]) -> list[str]:

@@ -157,6 +157,9 @@ class Log:
         self._mark = step
         if self._sync <= 0:
             self._durable = step
+        else:  # the record may have come to disk before this was said
+            with self._dirty:
+                self._dirty.notify()
 
     @property
     def durable(self) -> int:
@@ -230,7 +233,7 @@ class Log:
     def _keep_synced(self) -> None:
         while True:
             with self._dirty:
-                while self._written == self._synced and not self._closed:
+                while (self._written, self._mark) == (self._synced, self._durable) and not self._closed:
                     self._dirty.wait()
                 if self._closed:
                     return

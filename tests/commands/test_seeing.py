@@ -150,7 +150,9 @@ def test_the_doctor_knows_who_has_the_port(service: Up) -> None:
 
 def test_top_follows_the_cluster_until_it_is_ended(service: Up) -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "embedding_service", "top", service.address, "--every=0.2"]
+    # In the background a shell has a command ignore Ctrl-C, and what that starts does so too.
+    heeding = ["env", "--default-signal=INT"]
+    command = [*heeding, sys.executable, "-m", "embedding_service", "top", service.address, "--every=0.2"]
     top = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "150"})
     os.close(slave)
     shown = bytearray()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pytest
 import torch
-from support.cluster import until
+from support.cluster import START_SECONDS, until
 from support.training import (
     DIM,
     MODEL,
@@ -33,7 +34,7 @@ from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
 from embedding_service.training.branch import Branch, create_branch
 from embedding_service.training.checkpoints import Snapshot
-from embedding_service.training.log import NEVER
+from embedding_service.training.log import NEVER, PUSH, Log, Record
 from embedding_service.training.share import Share
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
@@ -405,6 +406,26 @@ def test_t7_a_new_file_of_the_log_that_was_not_finished_takes_nothing_away(make:
     share = shares.crash("s0")
     assert len(list(tmp_path.glob("0/s0/log-*.records"))) == 2
     assert (share.applied, share.accepted) == (2, [2, 3])
+
+
+def test_t3_a_step_is_durable_though_its_record_was_on_disk_before_the_step_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = threading.Event()
+
+    def sync(file: int, really: Callable[[int], None] = os.fdatasync) -> None:
+        really(file)
+        synced.set()
+
+    log = Log(tmp_path / "log", sync=0.001)
+    log.ready(0)
+    until(lambda: (log._synced, log.durable) == (log._written, 0), "what was there")
+    monkeypatch.setattr(os, "fdatasync", sync)
+    log.append(Record(PUSH, 1, [b"rows"]))
+    assert synced.wait(START_SECONDS)
+    log.applied(1)
+    until(lambda: log.durable == 1, "the step on disk")
+    log.close()
 
 
 def test_t3_a_disk_that_fails_in_the_background_stops_training_and_not_reading(
