@@ -13,12 +13,27 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.checkpoints import longcat_table
 from support.cluster import until
 from support.red_team import GUEST, OpenStreams, near_hello, pair_of, ports_of, rights_of, shown_by, tls_spoken
-from support.security import HIDDEN, POLICY, SEEN, Secured, call, code_of, secured_service, write_policy
+from support.security import (
+    HIDDEN,
+    POLICY,
+    SEEN,
+    Secured,
+    begin,
+    call,
+    channel_to,
+    code_of,
+    secured_service,
+    write_policy,
+)
+from support.wire_bytes import PACKED, damaged, messages, varint
 
 from embedding_service import EmbeddingClient, NotFound, PermissionDenied, Unauthenticated, Unavailable
 from embedding_service.client.status import get_status
@@ -172,6 +187,74 @@ def test_s4_refusals_say_what_is_missing(secured: Secured) -> None:
         client.lookup(TABLE, torch.arange(3))
     with pytest.raises(PermissionDenied, match="admin or member"):
         get_status(address, tls=secured.token("reader"))
+
+
+LOOKUPS = [f"embedding.v1.EmbeddingService/{name}" for name in ("Lookup", "StreamLookup", "LookupNgrams")]
+REFUSED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+SENSIBLE = st.builds(
+    wire.LookupRequest,
+    model=st.sampled_from([SEEN, SEEN, SEEN, f"{SEEN}@1", HIDDEN, "", "\x1b"]),
+    table=st.sampled_from(["ngram", "ngram", "ngram", "words", ""]),
+    ids=st.lists(st.integers(-1, 2500) | st.just(2**40), max_size=6),
+    epoch=st.sampled_from([0, 0, 0, 1, 2**63]),
+).map(wire.LookupRequest.SerializeToString)
+
+
+@pytest.fixture(scope="module")
+def channel(secured: Secured) -> Iterator[grpc.Channel]:
+    """A connection without a token."""
+    with channel_to(secured.members.address, secured.ca) as opened:
+        yield opened
+
+
+@pytest.mark.fuzz
+@given(
+    message=SENSIBLE | SENSIBLE | messages(PACKED | st.binary(max_size=20)),
+    path=st.sampled_from(LOOKUPS),
+    token=st.sampled_from(["reader", "reader", "reader", "trainer"]) | st.text("abc{}.=", max_size=9),
+    damage=st.none() | st.tuples(st.integers(0, 60), st.integers(0, 255)),
+)
+def test_s3_s4_any_bytes_over_tls_bring_the_rows_that_they_ask_for_or_a_refusal(
+    secured: Secured, channel: grpc.Channel, message: bytes, path: str, token: str, damage: tuple[int, int] | None
+) -> None:
+    """And nothing to who has no token that counts, whatever his message is."""
+    if damage:
+        message = damaged(message, *damage, 0)
+    streamed = path.endswith("StreamLookup")
+    sent = b"\x08\x07\x12" + varint(len(message)) + message if streamed else message
+    under_way = begin(channel, path, sent, [("authorization", f"Bearer {token}")])
+    try:
+        answer = next(under_way)
+    except grpc.RpcError as error:
+        expected = {"reader": REFUSED, "trainer": {grpc.StatusCode.PERMISSION_DENIED}}
+        code = error.code()  # type: ignore[attr-defined]
+        assert code in expected.get(token, {grpc.StatusCode.UNAUTHENTICATED}), error
+        return
+    under_way.cancel()
+    assert token == "reader"
+    if path.endswith("LookupNgrams"):
+        wire.LookupNgramsRequest.FromString(message)
+        return
+    rows = wire.LookupResponse()
+    if streamed:
+        said = wire.StreamLookupResponse.FromString(answer)
+        if said.HasField("error"):
+            assert said.error.code in {each.value[0] for each in REFUSED}
+            return
+        rows = said.rows
+    else:
+        rows = wire.LookupResponse.FromString(answer)
+    asked = wire.LookupRequest.FromString(message)
+    assert asked.table == "ngram" and asked.model in (SEEN, f"{SEEN}@1")
+    ids = [*asked.ids, *np.frombuffer(asked.ids_int64, "<i8"), *np.frombuffer(asked.ids_uint32, "<u4")]
+    if asked.encoding in (wire.ROW_ENCODING_UNSPECIFIED, wire.ROW_ENCODING_FLOAT32, wire.ROW_ENCODING_STORED):
+        assert rows.rows == longcat_table()[torch.tensor(ids, dtype=torch.int64)].numpy().tobytes()
 
 
 def test_s5_a_forwarded_lookup_is_authorized_where_it_comes_in(secured: Secured) -> None:
