@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 from fsspec.dircache import DirCache
@@ -16,18 +16,25 @@ from fsspec.dircache import DirCache
 from embedding_service.errors import RemoteStoreError, StoreError
 from embedding_service.foreign import one_line
 
-_AMAZON = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server that is not Amazon's"
-_GOOGLE = "set GOOGLE_APPLICATION_CREDENTIALS"
-_AZURE = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
-# By scheme, how credentials are given. The schemes are of stores that have keys in place of folders.
-_CREDENTIALS = {
-    "s3": _AMAZON,
-    "s3a": _AMAZON,
-    "gs": _GOOGLE,
-    "gcs": _GOOGLE,
-    "az": _AZURE,
-    "abfs": _AZURE,
-}
+
+class _Kind(NamedTuple):
+    """A kind of store that has keys in place of folders.
+
+    Attributes:
+        credentials: How they are given.
+        extra: Of this package, with the libraries for it. Empty if there is none.
+    """
+
+    credentials: str
+    extra: str
+
+
+_AMAZON = _Kind(
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server that is not Amazon's", "s3"
+)
+_GOOGLE = _Kind("set GOOGLE_APPLICATION_CREDENTIALS", "gs")
+_AZURE = _Kind("set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", "")
+_KINDS = {"s3": _AMAZON, "s3a": _AMAZON, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE}
 # Errors of botocore, google-auth and azure-core by their names, for none of these may be installed.
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -73,13 +80,13 @@ class RemoteFiles:
 
     def makedirs(self, path: str) -> None:
         """Make a folder and those above it, where there are folders. s3fs would make a bucket of a mistyped name."""
-        if _scheme(self._url) not in _CREDENTIALS:
+        if _kind(self._url) is None:
             with explained(self._url):
                 self._filesystem.makedirs(path, exist_ok=True)
 
     def check_bucket(self, root: str) -> None:
         """Raise RemoteStoreError if the bucket of a store is not there."""
-        if _scheme(self._url) in ("gs", "gcs") and not self.exists(root.partition("/")[0]):
+        if _kind(self._url) is _GOOGLE and not self.exists(root.partition("/")[0]):
             raise _no_bucket(self._url)
 
     def _explaining(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +116,8 @@ def explained(url: str) -> Iterator[None]:
 def _told(url: str, error: Exception) -> str:
     names = {kind.__name__ for kind in type(error).__mro__}
     reason = one_line(error) or type(error).__name__
-    how = _CREDENTIALS.get(_scheme(url), "give those that its fsspec package asks for")
+    kind = _kind(url)
+    how = kind.credentials if kind else "give those that its fsspec package asks for"
     if names & _NO_CREDENTIALS:
         return f"no credentials ({reason}): {how}, or run where the platform gives an identity"
     if isinstance(error, PermissionError) or "Forbidden" in reason or getattr(error, "code", 0) in (401, 403):
@@ -124,9 +132,15 @@ def _no_bucket(url: str) -> RemoteStoreError:
     return RemoteStoreError(f"{url}: the bucket is not there: make it, or correct the store's URL")
 
 
-def _scheme(url: str) -> str:
-    """s3 of s3://..., and of simplecache::s3://..."""
-    return url.rpartition("::")[2].partition(":")[0]
+def extra_of(url: str) -> str:
+    """The extra of this package that has the libraries for a store. Empty if there is none."""
+    kind = _kind(url)
+    return kind.extra if kind else ""
+
+
+def _kind(url: str) -> _Kind | None:
+    """By the scheme: s3 of s3://..., and of simplecache::s3://..."""
+    return _KINDS.get(url.rpartition("::")[2].partition(":")[0])
 
 
 def _code(error: BaseException) -> str | None:

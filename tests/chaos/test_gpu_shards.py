@@ -21,10 +21,10 @@ def test_parts_move_between_gpu_shards_without_a_lookup_lost(
         with Load(list(running.addresses.values()), "m/ngram", longcat_table()) as load:
             until(lambda: load.lookups > 30, "lookups")
             running.start_shard("c", f"--tier={tiers[1]}", "--memory=64MiB")
-            until(lambda: running.is_whole(1) and len(running.status().shards) == 3, "parts to move to the third")
+            running.wait_whole(1, shards=3)
             running.processes["b"].end()
             del running.addresses["b"]
-            until(lambda: running.is_whole(1) and len(running.status().shards) == 2, "parts to move to the others")
+            running.wait_whole(1, shards=2)
             seen = load.lookups
             until(lambda: load.lookups > seen + 30, "further lookups")
         load.check()

@@ -129,13 +129,13 @@ def test_parts_move_and_processes_die_without_a_lookup_lost(small_store: Path, t
         with Load(list(running.addresses.values()), "m/ngram", longcat_table()) as load:
             until(lambda: load.lookups > 30, "lookups")
             running.start_shard("c", f"--tier={tier}", "--processes=2", "--memory=64MiB")
-            until(lambda: running.is_whole(1) and len(running.status().shards) == 3, "parts to move to the third")
+            running.wait_whole(1, shards=3)
             [other] = others(running, "a")
             other.kill()
             until(lambda: listening(running, "a", 1) and others(running, "a") != [other], "a successor")
             running.processes["b"].end()
             del running.addresses["b"]
-            until(lambda: running.is_whole(1) and len(running.status().shards) == 2, "parts to move to the others")
+            running.wait_whole(1, shards=2)
             seen = load.lookups
             until(lambda: load.lookups > seen + 30, "further lookups")
         load.check()

@@ -426,6 +426,12 @@ class Cluster:
 
         return self.wait_until(serving, f"{models} served models")
 
+    def wait_whole(self, copies: int, shards: int) -> None:
+        """Wait until there are so many shards, and every part is served by `copies` of them (`is_whole`)."""
+        until(
+            lambda: self.is_whole(copies) and len(self.status().shards) == shards, f"{copies} copies on {shards} shards"
+        )
+
     def is_whole(self, copies: int) -> bool:
         """Whether every part is served by `copies` of the running shards or more, and all of them know it."""
         status = self.status()

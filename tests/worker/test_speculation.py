@@ -139,6 +139,16 @@ def test_with_a_draft_tokens_have_the_models_own_distribution(tokenizer: PreTrai
     assert statistic < 25  # 4 degrees of freedom: by chance in one of 20,000
 
 
+def answered(engine: Engine, lookups: Lookups, asked: list[list[int]], length: int) -> tuple[list[list[int]], int]:
+    """What an engine answers, `length` tokens to each prompt, and in how many lookups. It is closed then."""
+    before = lookups.count
+    try:
+        jobs = [Job(engine, prompt, greedy(length, ignore_eos=True)) for prompt in asked]
+        return [job.tokens() for job in jobs], lookups.count - before
+    finally:
+        engine.close()
+
+
 def test_a_text_that_repeats_takes_few_passes(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model: Any = load_model(model_folder)
     lookups = attach_tables(model, LocalTables(model_folder), "local")
@@ -148,13 +158,10 @@ def test_a_text_that_repeats_takes_few_passes(model_folder: Path, tokenizer: Pre
             parameter.zero_()
     found, passes = [], []
     for speculate in ("off", "prompt"):
-        engine, before = Engine(model, tokenizer, max_batch=4, speculate=speculate), lookups.count
-        try:
-            jobs = [Job(engine, prompt, greedy(90, ignore_eos=True)) for prompt in prompts(2)]
-            found.append([job.tokens() for job in jobs])
-        finally:
-            engine.close()
-        passes.append(lookups.count - before)
+        engine = Engine(model, tokenizer, max_batch=4, speculate=speculate)
+        answers, count = answered(engine, lookups, prompts(2), 90)
+        found.append(answers)
+        passes.append(count)
     assert found[0] == found[1]
     assert passes[1] < 0.8 * passes[0]
 
@@ -245,13 +252,10 @@ def test_a_draft_layer_that_knows_is_right(
     found, passes = [], []
     for speculate in ("off", "mtp"):
         model, lookups = attached(folder)
-        engine, before = Engine(model, tokenizer, max_batch=4, speculate=speculate, draft_tokens=3), lookups.count
-        try:
-            jobs = [Job(engine, prompt, greedy(33, ignore_eos=True)) for prompt in prompts(3)]
-            found.append([job.tokens() for job in jobs])
-        finally:
-            engine.close()
-        passes.append(lookups.count - before)
+        engine = Engine(model, tokenizer, max_batch=4, speculate=speculate, draft_tokens=3)
+        answers, count = answered(engine, lookups, prompts(3), 33)
+        found.append(answers)
+        passes.append(count)
     assert found[0] == found[1]
     assert engine.accepted == engine.drafted > 0
     assert passes[1] <= 3 + 3 + 8  # prompts, joins at three different steps, and four tokens a step
