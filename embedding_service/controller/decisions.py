@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from embedding_service.errors import InvalidRequest, StoreError
@@ -132,13 +132,36 @@ def settled(
     return quiet > settle
 
 
+def still_copied(
+    target: Mapping[PartKey, Sequence[str]],
+    holders: Mapping[PartKey, list[str]],
+    able: Callable[[str, PartKey], bool],
+) -> set[PartKey]:
+    """Parts that fewer shards hold than the plan gives them to. Only shards that are `able` to hold a part count."""
+    return {
+        key
+        for key, planned in target.items()
+        if sum(able(name, key) for name in holders.get(key, ())) < sum(able(name, key) for name in planned)
+    }
+
+
 def choose_versions(
-    catalog: Catalog, served: Iterable[tuple[str, str]], holders: Mapping[PartKey, list[str]]
+    catalog: Catalog,
+    served: Iterable[tuple[str, str]],
+    holders: Mapping[PartKey, list[str]],
+    copying: Container[PartKey] = frozenset(),
 ) -> tuple[list[Manifest], list[Manifest]]:
     """Which versions are wanted, and which of them are served.
 
-    The newest version of each model is wanted. It is served once every part of it is held, and from then on. Until that
-    moment the version served before it is wanted and served too.
+    The newest version of each model is wanted. It is served once all copies of every part of it are held, and from then
+    on. Until that moment the version served before it is wanted and served too. If that one is not whole, or there is
+    none, one copy of every part is enough.
+
+    Args:
+        catalog: The known versions.
+        served: Those that are served now.
+        holders: The shards that hold each part.
+        copying: Parts whose copies are not all there. A sudden death might lose them.
 
     Returns:
         (wanted, to be served), each model's versions oldest first.
@@ -148,11 +171,15 @@ def choose_versions(
     serving: list[Manifest] = []
     for _, versions in sorted(catalog.items()):
         newest = versions[-1]
-        if (newest.model, newest.version) in served or all(key in holders for key in part_keys(newest)):
+        keys = part_keys(newest)
+        before = [manifest for manifest in versions[:-1] if (manifest.model, manifest.version) in served]
+        is_held = all(key in holders for key in keys)
+        may_wait = before and all(key in holders for manifest in before for key in part_keys(manifest))
+        waits = may_wait and any(key in copying for key in keys)
+        if (newest.model, newest.version) in served or (is_held and not waits):
             wanted.append(newest)
             serving.append(newest)
             continue
-        before = [manifest for manifest in versions[:-1] if (manifest.model, manifest.version) in served]
         wanted += [*before, newest]
         serving += before
     return wanted, serving

@@ -225,6 +225,11 @@ class Fleet:
             total.update(shard.accesses)
         return total
 
+    def able(self, name: str, key: PartKey) -> bool:
+        """Whether a shard may be counted on to hold a part: it is connected, stays, and did not fail to load it."""
+        shard = self.shards.get(name)
+        return shard is not None and shard.connected and not shard.report.draining and key not in shard.failures
+
     def holders(self) -> dict[PartKey, list[str]]:
         """For each part the shards that hold and keep it, in the order of their topologies.
 

@@ -288,14 +288,15 @@ class ControllerState:
     def _is_settled(self) -> bool:
         """Whether the expected shards are there. The first must not get everything, and a restart must move nothing."""
         now, settings = self._clock(), self.settings
-        unread = self.found is None and bool(self.store_problem)
+        unread = self.found.is_empty if self.found else bool(self.store_problem)
         return decisions.settled(
             len(self.fleet.shards),
             settings.expect_shards,
             now - self._began,
             now - max(self._began, self.fleet.joined),
             returning=self.fleet.newest_term > 0,
-            # Without the store, shards that served are all there is to tell what is served.
+            # Without the store, shards that served are all there is to tell what is served. An empty one may be a
+            # folder that nothing is mounted on.
             awaited=not self._is_first and (unread or now - self._began < RETURN_SECONDS),
             settle=settings.settle,
             patience=settings.patience,
@@ -339,7 +340,9 @@ class ControllerState:
         described = self.fleet.described()
         described = {name: described[name] for name in served if name in described}
         self.catalog = decisions.known_versions(self.found, self.catalog, described)
-        self.wanted, serving = decisions.choose_versions(self.catalog, served, self.fleet.holders())
+        holders = self.fleet.holders()
+        copying = decisions.still_copied(self.placing.target, holders, self.fleet.able)
+        self.wanted, serving = decisions.choose_versions(self.catalog, served, holders, copying)
         return served, serving
 
     def _take_term(self) -> Generator[Question, Any, None]:

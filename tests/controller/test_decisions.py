@@ -39,6 +39,25 @@ def test_the_old_version_is_served_until_the_new_one_is_whole() -> None:
     assert decisions.choose_versions(catalog, [("m", "1")], held(one, two)) == ([two], [two])
 
 
+def test_the_old_version_is_served_until_all_copies_of_the_new_one_are_there() -> None:
+    one, two = manifest("1"), manifest("2")
+    catalog, holders = {"m": [one, two]}, held(one, two)
+    copying = {PartKey("m", "2", "t", 1)}
+    assert decisions.choose_versions(catalog, [("m", "1")], holders, copying) == ([one, two], [one])
+    assert decisions.choose_versions(catalog, [], holders, copying) == ([two], [two])
+    del holders[PartKey("m", "1", "t", 0)]  # then one copy of all is better than what is served
+    assert decisions.choose_versions(catalog, [("m", "1")], holders, copying) == ([two], [two])
+
+
+def test_copies_are_waited_for_at_shards_that_can_be_counted_on() -> None:
+    key = PartKey("m", "1", "t", 0)
+    target = {key: ["a", "b"]}
+    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: True) == {key}
+    assert decisions.still_copied(target, {key: ["a", "c"]}, lambda name, part: True) == set()
+    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "a") == set()
+    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "b") == {key}
+
+
 def test_versions_never_served_are_skipped() -> None:
     versions = [manifest(version) for version in ("1", "2", "10")]
     assert decisions.choose_versions({"m": versions}, [], {}) == ([versions[2]], [])

@@ -550,6 +550,18 @@ def test_a_controller_that_was_restarted_waits_for_shards_that_served(noted: int
     assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
 
 
+def test_a_controller_that_finds_an_empty_store_waits_for_shards_that_served() -> None:
+    """It may be a folder that nothing is mounted on."""
+    world = World(expect_shards=1)
+    world.join("b")
+    world.feed(Looked(Catalogue(is_empty=True)))
+    world.pass_time(2 * RETURN_SECONDS)
+    assert world.state.routing is None
+    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+
+
 def test_a_version_that_the_store_has_no_more_is_not_served_for_a_late_shard() -> None:
     world = World()
     world.serve(TWO)

@@ -55,7 +55,7 @@ def lives_on_beside_another() -> AbstractContextManager[Any]:
 def serves_too_soon() -> AbstractContextManager[Any]:
     """A version takes over before all its parts are held."""
 
-    def choose(catalog: Any, served: Any, holders: Any) -> Any:
+    def choose(catalog: Any, served: Any, holders: Any, copying: Any) -> Any:
         newest = [versions[-1] for _, versions in sorted(catalog.items())]
         return newest, newest
 
