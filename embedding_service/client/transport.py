@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -47,8 +47,10 @@ class GrpcTransport:
         self._access = access
         self._stamp = access.stamp() if access else ()
         self._looks_at = 0.0
-        # Connections that show files of before, with the time at which their calls have ended.
-        self._outdated: list[tuple[float, _Connections]] = []
+        # Connections that show files of before, until their calls have ended.
+        self._outdated: list[_Outdated] = []
+        # Those that others make calls on, which nobody counts.
+        self._lent: set[grpc.Channel] = set()
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, type[Message] | type[EncodedLookup]], Callable[..., Any]] = {}
         self._pools: dict[str, Pool] = {}
@@ -97,7 +99,12 @@ class GrpcTransport:
 
     def channel(self, address: str) -> grpc.Channel:
         """An address's connection, for calls that are not a `Call`. Raises Unavailable once closed."""
-        return self._channel(address)
+        self._look_now_and_then()
+        channel = self._channel(address)
+        with self._lock:
+            if self._channels.get(address) is channel:
+                self._lent.add(channel)
+        return channel
 
     def close(self) -> None:
         """Drop all connections; calls under way end as failures."""
@@ -129,8 +136,7 @@ class GrpcTransport:
 
     def _enter(self, this: object) -> None:
         """Count what begins, and wait while paused. `pause` first says that it pauses, then looks at the count."""
-        if self._access is not None and time.monotonic() > self._looks_at:
-            self._look(self._access)
+        self._look_now_and_then()
         self._under_way.add(this)
         while self._pauses and not self._closed:
             self._under_way.discard(this)
@@ -139,24 +145,32 @@ class GrpcTransport:
                     self._changed.wait()
             self._under_way.add(this)
 
+    def _look_now_and_then(self) -> None:
+        if self._access is not None and time.monotonic() > self._looks_at:
+            self._look(self._access)
+
     def _look(self, access: Access) -> None:
-        """Make connections again where the files that they show have changed. Those of before end a while later."""
+        """Make connections again where the files that they show have changed. Those of before end with their calls."""
         now = time.monotonic()
         with self._lock:
             self._looks_at = now + _LOOK_SECONDS
             stamp = access.stamp()
             if stamp != self._stamp:
                 self._stamp = stamp
-                self._outdated.append((now + _OUTDATED_SECONDS, self._take_all()))
-            over = [connections for until, connections in self._outdated if until < now]
-            self._outdated = [each for each in self._outdated if each[0] >= now]
+                lent = bool(self._lent)
+                self._outdated.append(
+                    _Outdated(now + _OUTDATED_SECONDS, lent, frozenset(self._under_way), self._take_all())
+                )
+            over = [each for each in self._outdated if each.has_ended(now, self._under_way)]
+            self._outdated = [each for each in self._outdated if each not in over]
         for each in over:
-            _close(each, _OUTDATED)
+            _close(each.connections, _OUTDATED)
 
     def _take_all(self) -> _Connections:
         """All connections, which nobody finds any more. With the lock."""
         taken = [*self._pools.values()], [*self._channels.values()]
         self._channels, self._methods, self._pools = {}, {}, {}
+        self._lent.clear()
         return taken
 
     def _wait_for_ends(self, deadline: float) -> None:
@@ -165,7 +179,7 @@ class GrpcTransport:
 
     def _drop(self, why: str) -> None:
         with self._lock:
-            dropped = [self._take_all(), *(connections for _, connections in self._outdated)]
+            dropped = [self._take_all(), *(each.connections for each in self._outdated)]
             self._outdated = []
         for each in dropped:
             _close(each, why)
@@ -229,6 +243,27 @@ class GrpcTransport:
 
 
 _Connections = tuple[list[Pool], list[grpc.Channel]]
+
+
+class _Outdated(NamedTuple):
+    """Connections that show files of before.
+
+    Attributes:
+        until: When they end at the latest.
+        lent: Somebody else makes calls on them too.
+        under_way: What had begun when the files changed.
+    """
+
+    until: float
+    lent: bool
+    under_way: frozenset[object]
+    connections: _Connections
+
+    def has_ended(self, now: float, under_way: set[object]) -> bool:
+        """Whether nobody needs them any more."""
+        return now > self.until or not (self.lent or self.under_way & under_way)
+
+
 # Seconds between two looks at the files that are shown, and those that calls on connections of before may take.
 _LOOK_SECONDS, _OUTDATED_SECONDS = 1.0, 60.0
 _OUTDATED = "the connection shows files of before"

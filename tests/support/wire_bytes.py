@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Iterator
+
+from hypothesis import settings
 from hypothesis import strategies as st
 
 VARINT, EIGHT, BYTES, GROUP, END, FOUR = range(6)
@@ -56,3 +61,29 @@ def messages(values: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     cuts = st.sampled_from([0, 0, 1, 2, 5])
     broken = st.builds(damaged, whole, st.integers(0, 200), st.integers(0, 255), cuts)
     return whole | broken | st.binary(max_size=40)
+
+
+# To draw a message takes longer than to read a hundred. So each is read with others that are made of it.
+ALIKE = 10
+# `make fuzz` counts all of them.
+drawn_with_others = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 50 * ALIKE)) // ALIKE)
+
+
+def alike(message: bytes) -> Iterator[bytes]:
+    """A message, and ALIKE - 1 others that differ from it in a place or two. The same ones each time."""
+    yield message
+    chance = random.Random(message)
+    for _ in range(ALIKE - 1):
+        begin, end = sorted(chance.choices(range(len(message) + 1), k=2))
+        before, piece, after = message[:begin], message[begin:end], message[end:]
+        byte = bytes([chance.choice((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))])
+        yield chance.choice(
+            (
+                message[:begin] + byte + message[begin + 1 :],
+                message[:begin] + byte + message[begin:],
+                message[:begin] + message[begin + 1 :],
+                message[:end],
+                before + piece + piece + after,
+                before + after + piece,
+            )
+        )
