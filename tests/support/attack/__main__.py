@@ -2,7 +2,8 @@
 
 make attack SEED=3
 
-With --secure the service speaks TLS. The attacker then has a client's token, and the certificate of another shard.
+With --secure the service speaks TLS. The attacker then has a client's token, and the certificate of another shard. A
+model worker speaks HTTPS then and asks for keys, of which the attacker has one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from embedding_service.security.authority import URI, Authority, write_private
 from embedding_service.security.policy import digest_of
-from support.attack.attacker import ATTACKS, SECURED_ATTACKS, WORKER_ATTACKS
+from support.attack.attacker import ATTACKS, SECURED_ATTACKS, SECURED_WORKER_ATTACKS, WORKER_ATTACKS
 from support.attack.child import start
 from support.attack.members import CONTROLLER, COPIES, Members
 from support.attack.neighbours import PYTHON, THIN, WORKER, Figures, Neighbour
@@ -57,7 +58,7 @@ class Attacks:
         self,
         members: Members,
         neighbours: dict[str, Neighbour],
-        worker: str,
+        worker: WorkerService | None,
         seed: int,
         console: Console,
         longest: float,
@@ -114,7 +115,8 @@ class Attacks:
             "control": self._members.cluster.control_address,
             "secure": str(self._members.cluster.secure or ""),
             "store": str(self._members.cluster.store),
-            "worker": self._worker,
+            "worker": self._worker.address if self._worker else "",
+            "worker_ca": str(self._worker.credentials / "ca.crt") if self._worker and self._worker.credentials else "",
             "pids": self._members.pids(),
         }
         attacker = start("attacker", json.dumps(window))
@@ -185,8 +187,8 @@ def run(
     options = (f"--replicas={COPIES}", f"--expect-shards={len(SHARDS)}")
     with ExitStack() as stack:
         worker = None
-        if any(name in WORKER_ATTACKS for name in names):
-            worker = stack.enter_context(WorkerService(folder, limited))
+        if any(name.startswith(WORKER) for name in names):
+            worker = stack.enter_context(WorkerService(folder, limited, secured=secured))
         members = Members(stack.enter_context(cluster(folder, store, *options, within=limited, secure=secure)))
         if secure:
             arm(secure)
@@ -199,15 +201,15 @@ def run(
         neighbours = {kind: Neighbour(kind, addresses, credentials) for kind in (PYTHON, THIN)}
         if worker:
             worker.wait_until_ready()
-            neighbours[WORKER] = Neighbour(WORKER, [worker.address])
+            neighbours[WORKER] = Neighbour(WORKER, [worker.address], worker.credentials)
         for neighbour in neighbours.values():
             stack.callback(neighbour.kill)
             neighbour.wait_until_ready()
-        attacks = Attacks(members, neighbours, worker.address if worker else "", seed, console, longest)
+        attacks = Attacks(members, neighbours, worker, seed, console, longest)
         results = attacks.run(names, began + seconds - END_SECONDS)
         ends = {kind: neighbour.end() for kind, neighbour in neighbours.items()}
     for result in results:
-        kinds = (WORKER,) if result.name in WORKER_ATTACKS else (PYTHON, THIN)
+        kinds = (WORKER,) if result.name.startswith(WORKER) else (PYTHON, THIN)
         for phase in (BEFORE, DURING):
             figures = (ends[kind][0].get(f"{result.name} {phase}", Figures()) for kind in kinds)
             setattr(result, phase, sum(figures, Figures()))
@@ -226,8 +228,9 @@ def main(
 ) -> None:
     """Attack a service, show the figures, and end with code 1 where it did not hold."""
     usual = [*ATTACKS, *(SECURED_ATTACKS if secure else ())]
-    known = [*usual, *WORKER_ATTACKS]
-    groups = {"": usual, "worker": [*WORKER_ATTACKS]}
+    of_worker = [*WORKER_ATTACKS, *(SECURED_WORKER_ATTACKS if secure else ())]
+    known = [*usual, *of_worker]
+    groups = {"": usual, "worker": of_worker}
     names = groups.get(only) or [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"no class of attack {unknown}: there are {', '.join(known)}")

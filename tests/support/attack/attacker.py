@@ -49,6 +49,10 @@ WORKER_ATTACKS: dict[str, Callable[[Window], None]] = {
     "worker: all files used up": worker.all_files,
     "worker: huge prompts": worker.huge_prompts,
 }
+SECURED_WORKER_ATTACKS: dict[str, Callable[[Window], None]] = {
+    "worker: half a handshake": worker.half_handshakes,
+    "worker: keys of nobody": worker.keys_of_nobody,
+}
 # A connection is a file.
 FILES = 8192
 
@@ -68,7 +72,7 @@ def main(given: dict[str, Any]) -> None:
         **given,
     )
     try:
-        (ATTACKS | SECURED_ATTACKS | WORKER_ATTACKS)[name](window)
+        (ATTACKS | SECURED_ATTACKS | WORKER_ATTACKS | SECURED_WORKER_ATTACKS)[name](window)
     finally:
         print(json.dumps(window.ended), flush=True)
         os._exit(0)  # without waiting for what it left open

@@ -8,13 +8,14 @@ A line on standard input names the phase that begins. At its end, what happened 
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedding_service.security.access import TLS_VARIABLE, access_of
+from embedding_service.security.access import TLS_VARIABLE, Access, Shown, access_of
 from support.attack.child import start
 
 PYTHON, THIN, WORKER = "python client", "thin client", "worker"
@@ -80,11 +81,15 @@ def main(kind: str, addresses: list[str]) -> None:
     class Completions(CheckedLoad):
         """The same completion again and again; a token is a row of one value."""
 
-        def __init__(self, address: str) -> None:
+        def __init__(self, address: str, access: Access | None) -> None:
             import httpx
 
-            self._client = httpx.Client(timeout=30)
-            self._url = f"http://{address}/v1/completions"
+            scheme, tls, headers = "http", ssl.create_default_context(), {}
+            if access:
+                scheme, tls = "https", ssl.create_default_context(cafile=access.ca)
+                headers = {"Authorization": Shown(access).header("localhost")}
+            self._client = httpx.Client(timeout=30, verify=tls, headers=headers)
+            self._url = f"{scheme}://{address}/v1/completions"
             super().__init__(self._ask(), threads=1, pause=0.05)
 
         def _ask(self) -> torch.Tensor:
@@ -113,7 +118,7 @@ def main(kind: str, addresses: list[str]) -> None:
     elif kind == THIN:
         load = ThinLoad(lambda: addresses, TABLE, longcat_table(), pause=0.02, tls=access_of(None, None))
     else:
-        load = Completions(addresses[0])
+        load = Completions(addresses[0], access_of(None, None))
     with load:
         until(lambda: load.lookups > 5, "lookups")
         print("ready", flush=True)

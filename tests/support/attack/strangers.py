@@ -27,31 +27,33 @@ LOOKUP = "/embedding.v1.EmbeddingService/Lookup"
 
 
 def half_handshakes(window: Window) -> None:
-    """Connections that begin TLS and stop, each at another byte, or that say more than a hello may have."""
-    hello = _hello(window.secure)
+    """Connections that begin TLS and stop, at every member."""
     while window.open:
         for address in [*window.members, window.control]:
-            kept = []
-            for _ in range(CONNECTIONS // 4):
-                if not window.open:
-                    break
-                place = window.values.randrange(len(hello))
-                noise = window.values.randbytes(window.values.choice((1, 300, 60_000)))
-                sent = window.values.choice(
-                    (hello[:place], hello[:place] + noise, b"\x16\x03\x01\xff\xff" + noise, hello)
-                )
-                with window.tried("begun"):
-                    kept.append(connection := dial(address))
-                    connection.sendall(sent)
-            window.rest(0.5)
-            for connection in kept:
-                with suppress(OSError):
-                    connection.close()
+            break_off(window, address, str(Path(window.secure, "ca.crt")), CONNECTIONS // 4)
 
 
-def _hello(secure: str) -> bytes:
+def break_off(window: Window, address: str, ca: str, count: int) -> None:
+    """Handshakes that stop, each at another byte, or that say more than a hello may have. All are then let go."""
+    hello, kept = _hello(ca), []
+    for _ in range(count):
+        if not window.open:
+            break
+        place = window.values.randrange(len(hello))
+        noise = window.values.randbytes(window.values.choice((1, 300, 60_000)))
+        sent = window.values.choice((hello[:place], hello[:place] + noise, b"\x16\x03\x01\xff\xff" + noise, hello))
+        with window.tried("begun"):
+            kept.append(connection := dial(address))
+            connection.sendall(sent)
+    window.rest(0.5)
+    for connection in kept:
+        with suppress(OSError):
+            connection.close()
+
+
+def _hello(ca: str) -> bytes:
     """What a client of TLS says first."""
-    context = ssl.create_default_context(cafile=Path(secure, "ca.crt"))
+    context = ssl.create_default_context(cafile=ca)
     said = ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), said, server_hostname="localhost").do_handshake()
@@ -67,11 +69,12 @@ def tokens_of_nobody(window: Window) -> None:
         for address in window.members:
             with window.channel(address, nobody) as channel:
                 lookup = channel.unary_unary(LOOKUP)
-                shown = [[("authorization", f"Bearer {token}")] for token in _tokens(window)]
+                shown = [[("authorization", f"Bearer {token}")] for token in tokens(window)]
                 window.wait([lookup.future(message, timeout=20, metadata=each) for each in shown])
 
 
-def _tokens(window: Window) -> Iterator[str]:
+def tokens(window: Window) -> Iterator[str]:
+    """That count nowhere."""
     values = window.values
     yield from (f"guess-{values.random()}" for _ in range(200))
     yield "x" * values.choice((1, 8 << 10, 60 << 10))

@@ -40,6 +40,7 @@ class Window:
         secure: The folder of a secured service's files, ATTACKER's among them. Empty for plain text.
         store: The folder that the service reads.
         worker: host:port of a model worker, if there is one.
+        worker_ca: The authority's file of one that speaks HTTPS and asks for keys. Empty for plain text.
         pids: Of the members, by name.
         values: Draws all that an attack chooses.
         until: When it ends, by time.monotonic().
@@ -52,6 +53,7 @@ class Window:
     secure: str
     store: Path
     worker: str
+    worker_ca: str
     pids: dict[str, int]
     values: random.Random
     until: float
@@ -90,6 +92,11 @@ class Window:
         context = ssl.create_default_context(cafile=Path(self.secure, "ca.crt"))
         context.set_alpn_protocols(["h2"])
         return context
+
+    @cached_property
+    def worker_tls(self) -> ssl.SSLContext | None:
+        """Of connections to the worker."""
+        return ssl.create_default_context(cafile=self.worker_ca) if self.worker_ca else None
 
     @property
     def members(self) -> list[str]:

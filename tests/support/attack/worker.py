@@ -1,4 +1,4 @@
-"""A model worker's HTTP side."""
+"""A model worker's HTTP side: HTTPS, with a key, where it is secured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from support.attack.window import Window
+from support.attack.strangers import break_off, tokens
+from support.attack.window import ATTACKER, Window
 from support.hostile import dial
 
 CONNECTIONS = 200
@@ -20,7 +21,7 @@ def half_sent_requests(window: Window) -> None:
     body = json.dumps({"model": "small", "prompt": [5, 6], "max_tokens": 4}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {window.worker}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n"
+        f"Authorization: Bearer {ATTACKER}\r\nContent-Length: {len(body)}\r\n"
     ).encode()
     chunked = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
     for number in range(CONNECTIONS):
@@ -29,7 +30,7 @@ def half_sent_requests(window: Window) -> None:
         if number % 50 == 0:
             sent = head + b"X-A: " + b"a" * (4 << 20)
         with window.tried("left half sent"):
-            connection = dial(window.worker)
+            connection = dial(window.worker, window.worker_tls)
             kept.append(connection)
             connection.sendall(sent)
     window.rest_of()
@@ -46,8 +47,9 @@ def all_files(window: Window) -> None:
             if not window.open:
                 break
             with window.tried("connected"):
-                kept.append(connection := dial(window.worker))
-                if number % 4 == 0:
+                asks = number % 4 == 0
+                kept.append(connection := dial(window.worker, window.worker_tls if asks else None))
+                if asks:
                     connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
         window.rest(1.5)
         for connection in kept:
@@ -72,14 +74,32 @@ def huge_prompts(window: Window) -> None:
             list(threads.map(lambda body: _post(window, {"model": "small", "max_tokens": 1, **body}), bodies))
 
 
-def _post(window: Window, body: dict) -> None:
+def half_handshakes(window: Window) -> None:
+    """Connections that begin TLS and stop, more than the worker may have files."""
+    while window.open:
+        break_off(window, window.worker, window.worker_ca, MANY_CONNECTIONS)
+
+
+def keys_of_nobody(window: Window) -> None:
+    """Guesses without end, and tokens of every wrong kind."""
+    with ThreadPoolExecutor(4) as threads:
+        while window.open:
+            asked = threads.map(lambda key: _post(window, {"model": "small", "prompt": [5, 6]}, key), tokens(window))
+            list(asked)
+
+
+def _post(window: Window, body: dict, key: str = ATTACKER) -> None:
     import httpx
 
+    if not window.open:
+        return
+    tls = window.worker_tls
     try:
         answer = httpx.post(
-            f"http://{window.worker}/v1/completions",
+            f"{'https' if tls else 'http'}://{window.worker}/v1/completions",
             content=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json", "authorization": f"Bearer {key}"},
+            verify=tls or False,
             timeout=30,
         )
         window.ended[str(answer.status_code)] += 1
