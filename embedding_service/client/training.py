@@ -60,6 +60,8 @@ _METHODS: dict[type[Any], tuple[str, Any]] = {
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 # Seconds that a try may take. A shard that comes back may have a log to go through.
 _ATTEMPT = 30.0
+# Seconds without an answer after which it is asked whether another shard has the share by now.
+_QUIET = 3.0
 # Pushes that are kept for a shard that loses them with its machine.
 _KEPT_BYTES = 1 << 30
 # How often a step may pass while a checkpoint of it is asked for.
@@ -531,14 +533,15 @@ class Session:
             raise NotFound(f"no table {name!r} in {self.name}; its tables: {', '.join(self._tables)}")
         return self._tables[name]
 
-    def _open(self, request: wire.OpenRequest) -> wire.OpenResponse:
-        """Ask the shards that are known, one after the other, until one answers."""
+    def _open(self, request: wire.OpenRequest, last: str = "") -> wire.OpenResponse:
+        """Ask the shards that are known, one after the other, until one answers. `last`: the one to be asked last."""
+        attempt = _QUIET if last else _ATTEMPT
         deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
         while True:
             addresses = dict.fromkeys([*(share.address for share in self._shares if share.address), *self._seeds()])
-            for address in addresses:
+            for address in sorted(addresses, key=last.__eq__):
                 try:
-                    answer: wire.OpenResponse = self._call(address, request, _ATTEMPT).result()
+                    answer: wire.OpenResponse = self._call(address, request, attempt).result()
                     return answer
                 except grpc.RpcError as error:
                     failure = error
@@ -547,7 +550,7 @@ class Session:
             if time.monotonic() + pause > deadline:
                 raise _error(failure) from None
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause, attempt = min(2 * pause, _LONGEST_PAUSE), min(2 * attempt, _ATTEMPT)
 
     def _ask(self, share: _Share, request: Any) -> Any:
         return self._ask_all([(share, request)])[0]
@@ -563,10 +566,21 @@ class Session:
         answers = []
         for share, request, call in begun:
             try:
-                answers.append(call.result())
+                answers.append(self._result(share, call))
             except grpc.RpcError as error:
                 answers.append(self._recover(share, error, request))
         return answers
+
+    def _result(self, share: _Share, call: Any) -> Any:
+        """What a call gives. Raises RpcError, also for a shard that says nothing while another one has its share."""
+        while True:
+            try:
+                return call.result(_QUIET)
+            except grpc.FutureTimeoutError:
+                address = share.address
+                self._find(share)
+                if share.address != address and call.cancel():
+                    raise call from None
 
     def _recover(self, share: _Share, error: grpc.RpcError, request: Any = None) -> Any:
         """Find a share that did not answer, send it what it does not have, and ask it again. Returns its answer."""
@@ -587,15 +601,17 @@ class Session:
                 if not has_all and not isinstance(request, wire.BeginRequest):
                     self._send_again(share)
                 has_all = True
-                return self._call(share.address, request, self._timeout).result() if request is not None else None
+                if request is None:
+                    return None
+                return self._result(share, self._call(share.address, request, self._timeout))
             except grpc.RpcError as again:
                 has_all = has_all and again.code() not in _AGAIN
                 error = again
 
     def _find(self, share: _Share) -> None:
-        """Learn where a share is by now."""
+        """Learn where a share is by now, from others first: its shard may hang."""
         try:
-            about = self._open(wire.OpenRequest(branch=self.name))
+            about = self._open(wire.OpenRequest(branch=self.name), last=share.address)
         except (Unavailable, DeadlineExceeded):
             return
         for each in about.shares:
@@ -604,13 +620,13 @@ class Session:
 
     def _send_again(self, share: _Share) -> None:
         """Push what the shard does not have by now. Raises LostUpdates if that is not here any more."""
-        begun = self._call(share.address, self._beginning(share), _ATTEMPT).result()
+        begun = self._result(share, self._call(share.address, self._beginning(share), _ATTEMPT))
         accepted = begun.accepted_steps[self._worker]
         missing = [(step, pieces) for step, pieces in share.kept if step > accepted]
         if accepted < self.steps and (not missing or missing[0][0] > accepted + 1):
             raise self._lost(share, accepted + 1, missing[0][0] - 1 if missing else self.steps)
         for _, pieces in missing:
-            self._settle(share, self._begin_push(share, pieces).result())
+            self._settle(share, self._result(share, self._begin_push(share, pieces)))
 
     def _lost(self, share: _Share, first: int, last: int) -> LostUpdates:
         index = self._shares.index(share)

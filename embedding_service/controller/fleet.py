@@ -186,7 +186,7 @@ class Fleet:
 
     def hear(self, shard: Shard, report: control.ShardReport) -> bool:
         """Take a report in. Returns whether it calls for a decision."""
-        before = (shard.held, shard.dropping, shard.failures, shard.report.draining)
+        before = (shard.held, shard.dropping, shard.failures, shard.report.draining, shard.report.memory_limit)
         another_term = report.term > shard.report.term  # another controller's, perhaps: then this one must end
         shard.report, shard.heard = report, self._listened
         if report.has_parts:
@@ -198,7 +198,8 @@ class Fleet:
                 for failure in report.failures[:MOST_FAILURES]
             }
         shard.dropping = {key: number for key, number in shard.dropping.items() if number > report.obeyed}
-        return (shard.held, shard.dropping, shard.failures, report.draining) != before or another_term
+        now = (shard.held, shard.dropping, shard.failures, report.draining, report.memory_limit)
+        return now != before or another_term
 
     def leave(self, shard: Shard) -> None:
         """Its stream ended. It may be back in a moment, unless it was released."""

@@ -35,6 +35,7 @@ class Held(Protocol):
 
     held: set[PartKey]
     failures: dict[PartKey, str]
+    reserved: int
 
     @property
     def changed(self) -> Changed:
@@ -51,7 +52,8 @@ class Duties:
     """A shard's side of the protocol with the controller.
 
     Args:
-        about: The report's constant fields: shard id, address, device, tier, memory limit.
+        about: The report's constant fields: shard id, address, device, tier, memory limit. What is reserved of that
+            limit is not offered.
         clock: Seconds now.
 
     Attributes:
@@ -90,6 +92,7 @@ class Duties:
         if stats is not None:
             report.stats.CopyFrom(stats)
         report.draining, report.obeyed = self.draining, self._obeyed
+        report.memory_limit = max(report.memory_limit - self._holdings.reserved, 0)
         if self._router.current:
             report.term, report.epoch = self._router.current.age
             report.served.extend(model.full_name for model in self._router.current.models)

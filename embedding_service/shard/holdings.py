@@ -81,6 +81,7 @@ class Holdings:
     Attributes:
         held: The parts that are verified and answer lookups.
         failures: Why an assigned part is not held.
+        reserved: Bytes of the limit that something else than parts has.
         changed: Set whenever `held` or `failures` changed.
         sharing: Who else reads what is held; set before anything is.
     """
@@ -91,6 +92,7 @@ class Holdings:
         self.memory_limit = memory_limit
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
+        self.reserved = 0
         self.changed = asyncio.Event()
         self.sharing: list[Sharing] = []
         self._store = store
@@ -347,10 +349,12 @@ class Holdings:
                 "free: raise --memory, or make the branch with more shards or an optimizer of less state"
             )
         self._taken += nbytes
+        self.reserved += nbytes
 
     def release(self, nbytes: int) -> None:
         """Give what was reserved back."""
         self._taken -= nbytes
+        self.reserved -= nbytes
         self._room.set()
 
     def _needed(self, key: PartKey) -> int:

@@ -282,11 +282,12 @@ class Shares:
         assert copies
         if first.shard not in opened.seat.holders:
             raise InvalidRequest(f"shard {first.shard} is to have no copy of share {first.share} of {first.branch}")
-        link, changes = copies.links.get(first.shard), None
+        link, changes, held = copies.links.get(first.shard), None, contextlib.ExitStack()
         if link is None or first.run != copies.run or not link.resume(first.position):
             if first.shard in opened.seat.in_sync:  # it begins again, and has not all until it has caught up
                 await self._change(opened, **opened.seat.demoting(first.shard))
             step, changes, link = await self._source(opened, copies, first)
+            held.callback(opened.share.let_go, step)
         stream = link.take_stream()
         hearing = asyncio.create_task(copies.hear(link, requests))
         try:
@@ -297,9 +298,12 @@ class Shares:
                         yield piece
                 yield wire.Followed(kind=wire.Followed.KIND_CAUGHT_UP, position=link.began_at, last=True)
             async for position, change in link.changes(stream):
+                if link.acked is not None:  # it has loaded all
+                    held.close()
                 for piece in pieces_of(change, position):
                     yield piece
         finally:
+            held.close()
             self._look.set()  # it may have ended because another shard leads
             await cancel([hearing])
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from embedding_service.errors import InvalidRequest, NotFound, UnencodableRow
@@ -28,7 +26,7 @@ from embedding_service.store.reading import part_rows
 from embedding_service.store.store import Store
 from embedding_service.tensorfile import PAGE_BYTES
 from embedding_service.training.branch import Branch, BranchTable, branch_folder
-from embedding_service.training.checkpoints import checkpoint_folder, read_saved, saved_rows, whole_steps
+from embedding_service.training.checkpoints import SavedRows, chain, whole_steps
 
 _CHUNK_ROWS = 1 << 14
 
@@ -89,21 +87,19 @@ class _Rows:
         if step not in whole_steps(folder, branch):
             known = ", ".join(map(str, whole_steps(folder, branch))) or "none"
             raise NotFound(f"{branch.full_name} has no checkpoint of step {step}; whole ones: {known}")
-        self._folder = checkpoint_folder(folder, step)
-        saved = {share: read_saved(self._folder, share) for share in branch.shares}
-        self.checksums = {share: each.files for share, each in saved.items()}
+        saved = {share: chain(folder, share, step) for share in branch.shares}
+        self.checksums = {share: [each.files for each in chained] for share, chained in saved.items()}
         self._tables = {table.name: table for table in branch.tables}
-        self._parts: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
-        for share, each in saved.items():
-            for table, parts in each.parts.items():
-                self._open(self._folder, share, self._tables[table], parts)
+        self._parts: dict[tuple[str, int], tuple[SavedRows, int]] = {}  # and the first row of the part in them
+        for share, chained in saved.items():
+            for table, parts in chained[-1].parts.items():
+                self._place(SavedRows(folder, share, chained, table), self._tables[table], parts)
 
-    def _open(self, folder: Path, share: str, table: BranchTable, parts: list[int]) -> None:
-        rows, first = saved_rows(folder, share, table.name), 0
+    def _place(self, rows: SavedRows, table: BranchTable, parts: list[int]) -> None:
+        first = 0
         for part in parts:
-            end = first + table.part_rows(part)
-            self._parts[table.name, part] = rows[first:end]
-            first = end
+            self._parts[table.name, part] = rows, first
+            first += table.part_rows(part)
 
     def chunks(self, table: str, first: int, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(id of the first row, float32 [n, dim]) until `rows` rows from `first` on are through."""
@@ -111,7 +107,8 @@ class _Rows:
         while first < end:
             part, offset = divmod(first, about.rows_per_part)
             stop = min(end - first, about.part_rows(part) - offset, _CHUNK_ROWS)
-            yield first, torch.from_numpy(np.array(self._parts[table, part][offset : offset + stop]))
+            rows_of, begin = self._parts[table, part]
+            yield first, torch.from_numpy(rows_of.read(begin + offset, begin + offset + stop))
             first += stop
 
 

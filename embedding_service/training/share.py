@@ -103,6 +103,8 @@ class Share:
         }
         self.session, self.workers, self.timeline = 0, 1, 0
         self.applied, self.accepted = 0, [0]
+        self._loaded = 0  # the step of the checkpoint that was loaded
+        self._held: list[int] = []  # of checkpoints that copies are loading
         self._pending: dict[int, dict[int, Push]] = {}
         self._lock = threading.RLock()  # held while rows change or are copied
         self._snapshot: checkpoints.Snapshot | None = None
@@ -158,7 +160,9 @@ class Share:
             checkpoints.load_checkpoint(self.folder, self.name, step, self.tables)
         else:
             self._load_base()
-        self.applied = step
+        for table in self.tables.values():
+            table.loaded()
+        self.applied = self._loaded = step
 
     def _replay(self, record: Record) -> None:
         if record.step <= self.applied:
@@ -225,7 +229,8 @@ class Share:
                 f"{self.branch.full_name} can go back to step {first} and no further: older checkpoints were removed"
             )
         if not self._copy:
-            checkpoints.forget_checkpoints(self.folder, self.branch, self.name, after=step)
+            later = [each for each in checkpoints.saved_steps(self.folder, self.name) if each > step]
+            checkpoints.forget_checkpoints(self.folder, self.name, later)
         session, workers = self.session, self.workers
         kept = [each for each in self._log.read() if each.kind == SESSION or each.step <= step]
         self._log.rewrite(kept)
@@ -238,8 +243,10 @@ class Share:
         self._on_change(Change("rewind", step))
 
     def _oldest_step(self) -> int:
-        saved = checkpoints.saved_steps(self.folder, self.name)
-        return min(saved, default=0) if self._log.first_step else 0
+        """The first step that checkpoints and the log can give."""
+        first = self._log.first_step
+        saved = checkpoints.saved_steps(self.folder, self.name) if first else []
+        return min((step for step in saved if step >= first), default=0)
 
     def _enter(self, session: int, workers: int) -> None:
         self.session, self.workers = session, workers
@@ -381,10 +388,27 @@ class Share:
             self._fail_checkpoint(step, error)
             return
         self._on_change(Change("checkpoint", step))
+        changed, over = self._what_changed()
         with self._lock:
-            snapshot = self._snapshot = checkpoints.Snapshot(self.tables)
+            snapshot = self._snapshot = checkpoints.Snapshot(self.tables, changed, over)
         self._writer = threading.Thread(target=self._write, args=(step, snapshot), name="checkpoint", daemon=True)
         self._writer.start()
+
+    def _what_changed(self) -> tuple[dict[str, Tensor] | None, int | None]:
+        """The rows that are not in the last checkpoint, and its step. (None, None): it is time for a full one."""
+        saved = checkpoints.saved_steps(self.folder, self.name)
+        if not saved or saved[-1] < self._loaded:
+            return None, None
+        try:
+            full, *over = checkpoints.chain(self.folder, self.name, saved[-1])
+        except StoreError as error:
+            log.warning("%s: %s, so the next checkpoint is a full one", self.branch.full_name, error)
+            return None, None
+        changed = {name: table.changed_since(saved[-1]) for name, table in self.tables.items()}
+        rows = sum(each.rows for each in over) + sum(map(len, changed.values()))
+        if len(over) >= checkpoints.MOST_OVER or 2 * rows > full.rows:
+            return None, None
+        return changed, saved[-1]
 
     def _begin_log_file(self, step: int) -> None:
         """With all that is not in the checkpoint, so that the two together are enough."""
@@ -400,8 +424,9 @@ class Share:
         try:
             alone = leading(self.folder, self.branch, self.name, self.shard)
             checkpoints.write_checkpoint(self.folder, self.name, step, self.tables, snapshot, self._lock, alone)
-            oldest = checkpoints.forget_checkpoints(self.folder, self.branch, self.name)
-            self._log.forget_before(oldest)
+            kept = checkpoints.kept_steps(self.folder, self.branch, self.name, self._held)
+            checkpoints.forget_checkpoints(self.folder, self.name, checkpoints.old_steps(self.folder, self.name, kept))
+            self._log.forget_before(min(kept, default=0))
         except (OSError, EmbeddingServiceError) as error:
             self._fail_checkpoint(step, error)
         finally:
@@ -441,13 +466,18 @@ class Share:
     def source(self) -> tuple[int, Iterator[Change]]:
         """What a copy begins from: the step of a checkpoint or 0, and the changes since. They are read when asked for.
 
-        Changes after those come by `on_change`.
+        The checkpoint is the oldest one, so that the copy can go back as far. It stays until `let_go`. Changes after
+        those come by `on_change`.
         """
-        steps = checkpoints.saved_steps(self.folder, self.name)
-        first = steps[-1] if steps else 0
+        first = self._oldest_step()
+        self._held.append(first)
         kinds: dict[int, Literal["session", "push"]] = {SESSION: "session", PUSH: "push"}
         records = (each for each in self._log.snapshot() if each.kind == SESSION or each.step > first)
         return first, (Change(kinds[each.kind], each.step, each.pieces) for each in records)
+
+    def let_go(self, step: int) -> None:
+        """A copy has loaded the checkpoint that `source` named."""
+        self._held.remove(step)
 
     def restart(self, step: int) -> None:
         """A copy that begins again, from a checkpoint or with step 0 from what the branch began from."""
@@ -475,7 +505,7 @@ class Share:
             if change.step != self.applied:
                 raise StoreError(f"the primary is at step {change.step}, its copy at step {self.applied}")
             self._begin_log_file(change.step)
-            self._log.forget_before(min(checkpoints.saved_steps(self.folder, self.name), default=0))
+            self._log.forget_before(min(checkpoints.kept_steps(self.folder, self.branch, self.name), default=0))
 
     def lead(self, timeline: int) -> None:
         """A copy becomes the primary."""

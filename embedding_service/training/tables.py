@@ -18,10 +18,10 @@ Ids = npt.NDArray[np.int64]
 
 
 def trained_bytes(table: BranchTable, parts: list[int], optimizer: Optimizer) -> int:
-    """What some parts of a table take in memory: their rows and the optimizer's state."""
+    """What some parts of a table take in memory: their rows, when each changed, and the optimizer's state."""
     rows = sum(map(table.part_rows, parts))
     shapes = optimizer.state_shapes(rows, table.dim).values()
-    return 4 * (rows * table.dim + sum(int(np.prod(shape)) for shape in shapes))
+    return 4 * (rows * (table.dim + 1) + sum(int(np.prod(shape)) for shape in shapes))
 
 
 class TrainedTable:
@@ -49,6 +49,7 @@ class TrainedTable:
             )
         self.rows = torch.zeros(count, table.dim)
         self.state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._changed = torch.zeros(count, dtype=torch.int32)  # the step that changed each row last
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,6 +81,15 @@ class TrainedTable:
     def step(self, local: Tensor, gradients: Tensor, lr: float, number: int) -> None:
         """Do a step: see `Optimizer.step`."""
         self._optimizer.step(self.rows, self.state, local, gradients, lr, number)
+        self._changed.index_fill_(0, local, number)
+
+    def changed_since(self, step: int) -> Tensor:
+        """The rows that steps after `step` changed, which was loaded or came later: int64 [n], ascending."""
+        return (self._changed > step).nonzero().flatten()
+
+    def loaded(self) -> None:
+        """Rows and state are those of a checkpoint. What changes from here on counts as changed."""
+        self._changed.zero_()
 
     def clear(self) -> None:
         """Forget the state."""

@@ -691,3 +691,19 @@ def test_decisions_are_a_while_apart_where_there_are_many_shards() -> None:
     assert world.state.tick_in() == 0
     assert kinds(world.feed(Tick())) != []
     assert isinstance(world.done[-1], Tell | Publish)
+
+
+def test_no_more_parts_than_fit_beside_branches_stay_with_a_shard() -> None:
+    world = World()
+    world.serve(ONE)
+    assert world.assigned("a") and world.assigned("b")
+    world.reports["a"].memory_limit = 0  # a share of a branch came
+    world.report("a")
+    world.pass_time(2)
+    assert world.assigned("b") == set(KEYS)
+    world.reports["a"].memory_limit = 1 << 30
+    world.obey("b")
+    world.report("a")
+    world.pass_time(2)
+    assert len(world.state.placing.target) == len(KEYS) and not world.state.placing.problem
+    assert {shard for shards in world.state.placing.target.values() for shard in shards} == {"a", "b"}

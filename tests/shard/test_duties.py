@@ -34,6 +34,7 @@ class Holdings:
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
         self.changed = Flag()
+        self.reserved = 0
 
     def assign(self, wanted: Iterable[PartKey]) -> None:
         self.held = set(wanted)
@@ -139,3 +140,12 @@ def test_parts_are_reported_first_and_whenever_they_changed_and_accesses_now_and
     assert shard.duties.first_report().has_parts
     shard.now += 2
     assert not shard.duties.report().has_parts
+
+
+def test_memory_that_branches_took_is_not_offered_for_parts() -> None:
+    shard = Shard()
+    assert shard.duties.first_report().memory_limit == 7
+    shard.holdings.reserved = 5
+    assert shard.duties.report().memory_limit == 2
+    shard.holdings.reserved = 0
+    assert shard.duties.report().memory_limit == 7

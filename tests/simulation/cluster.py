@@ -306,6 +306,7 @@ class Holdings:
     def __init__(self, shard: Shard, store: Store, memory_limit: int, checks: Checks) -> None:
         self.held: set[PartKey] = set()
         self.failures: dict[PartKey, str] = {}
+        self.reserved = 0
         self.changed = Changed(shard.poke)
         self.tables: dict[tuple[str, str, str], Rows] = {}
         self._shard, self._store, self._checks = shard, store, checks

@@ -33,7 +33,7 @@ from embedding_service.security.access import Access
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
-from support.zygote import Forked, Zygote
+from support.zygote import PACKAGE, TESTS, Forked, Zygote
 
 START_SECONDS = 180
 READY = "ready: "  # `up` says it when all is served
@@ -96,10 +96,20 @@ class Process:
 
     popen: subprocess.Popen[bytes] | Forked
 
-    def __init__(self, log: Path, *arguments: str, within: Sequence[str] = (), forked: bool = True) -> None:
-        """`within`: a command that runs another, as `ip netns exec NAME` does. `forked`: by the zygote if it can."""
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        within: Sequence[str] = (),
+        forked: bool = True,
+        module: str = PACKAGE,
+    ) -> None:
+        """`within`: a command that runs another, as `ip netns exec NAME` does. `forked`: by the zygote if it can.
+
+        module: What runs, of the package or of the tests' `support`.
+        """
         self.log = log
-        self._arguments = arguments
+        self._arguments, self._module = arguments, module
         self._within = within
         # What the zygote imported has made use of CUDA, which a child cannot use then.
         self._forked = forked and not within and sys.executable == PYTHON and not torch.cuda.is_available()
@@ -109,11 +119,14 @@ class Process:
         assert may_start, "a test that starts processes of the service needs the mark `service`"
         self.log.touch()
         if self._forked and zygote().suits():
-            self.popen = zygote().fork(self._arguments, log=self.log)
+            self.popen = zygote().fork(self._arguments, self._module, self.log)
             return
-        command = [*self._within, PYTHON, "-m", "embedding_service", *self._arguments]
+        command = [*self._within, PYTHON, "-m", self._module, *self._arguments]
+        folder = TESTS if self._module.startswith("support") else None
         with self.log.open("ab") as output:
-            self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            self.popen = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def output(self) -> str:
         """All it printed so far."""
@@ -338,6 +351,7 @@ class Cluster:
         host: Where the controller listens, and shards unless told otherwise.
         within: A command that runs theirs, as `prlimit --nofile=1024` does.
         secure: A folder for what `up --secure` makes. None for plain text.
+        mortal: A folder for what tells each kind of process where to die (`support.mortal`). None: it is not told.
 
     Attributes:
         controller_address: The controller's, for clients.
@@ -353,6 +367,7 @@ class Cluster:
         host: str = "127.0.0.1",
         within: Sequence[str] = (),
         secure: Path | None = None,
+        mortal: Path | None = None,
     ) -> None:
         self.store = store
         self.controller_address = f"{host}:{free_port()}"
@@ -362,15 +377,15 @@ class Cluster:
         self.processes: dict[str, Process] = {}
         self.addresses: dict[str, str] = {}
         self._host = host
-        self._within = within
+        self._within, self._mortal = within, mortal
         self._folder = folder
         self._controller_options = controller_options
         self.start_controller()
 
     def start_controller(self) -> None:
         """The controller, at the same address each time."""
-        self.processes["controller"] = Process(
-            self._folder / "controller.log",
+        self._run(
+            "controller",
             "controller",
             f"--store={self.store}",
             f"--listen={self.controller_address}",
@@ -380,11 +395,19 @@ class Cluster:
             within=self._within,
         )
 
+    def _run(self, name: str, kind: str, *arguments: str, within: Sequence[str]) -> None:
+        log = self._folder / f"{name}.log"
+        if self._mortal:
+            told = str(self._mortal / kind), kind, PACKAGE, kind
+            self.processes[name] = Process(log, *told, *arguments, within=within, module="support.mortal")
+        else:
+            self.processes[name] = Process(log, kind, *arguments, within=within)
+
     def start_shard(self, name: str, *options: str, host: str = "", within: Sequence[str] = ()) -> None:
         """A shard, at the same address each time. `host` and `within` run it elsewhere."""
         address = self.addresses.setdefault(name, f"{host or self._host}:{free_port()}")
-        self.processes[name] = Process(
-            self._folder / f"{name}.log",
+        self._run(
+            name,
             "shard",
             f"--store={self.store}",
             f"--controller={self.control_address}",
@@ -482,9 +505,10 @@ def cluster(
     host: str = "127.0.0.1",
     within: Sequence[str] = (),
     secure: Path | None = None,
+    mortal: Path | None = None,
 ) -> Iterator[Cluster]:
     """A cluster without shards yet. It is ended afterwards."""
-    running = Cluster(folder, store, *controller_options, host=host, within=within, secure=secure)
+    running = Cluster(folder, store, *controller_options, host=host, within=within, secure=secure, mortal=mortal)
     try:
         yield running
     finally:

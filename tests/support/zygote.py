@@ -193,7 +193,7 @@ def main(requests: socket.socket) -> None:
     if not (asked := serve(requests)):
         return
     become(asked)
-    if asked["module"] == PACKAGE and asked["arguments"][0] == "controller":
+    if "controller" in asked["arguments"][:2]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if not os.fork():
             ours.close()

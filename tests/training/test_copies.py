@@ -173,7 +173,7 @@ def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> N
 
 
 def test_a_branch_is_removed_when_nobody_trains_it_and_its_memory_comes_back(store: Path, tmp_path: Path) -> None:
-    takes = ROWS * (DIM + 1) * 4  # rows and row-wise Adagrad's state
+    takes = ROWS * (DIM + 2) * 4  # rows, when they changed, and row-wise Adagrad's state
     shards = InThread(store, tmp_path / "logs", ["s0"], memory=takes * 3 // 2)
     name, folder = f"{MODEL}@gone", branch_folder(Store(store), MODEL, "gone")
     command = ["remove-branch", name, "--store", str(store)]

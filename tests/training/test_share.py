@@ -29,7 +29,15 @@ from support.training import (
 from torch import Tensor
 
 from embedding_service.client.gradients import Checksum
-from embedding_service.errors import InvalidRequest, OutOfRange, OutOfTurn, Overloaded, Redirect, SessionEnded
+from embedding_service.errors import (
+    CorruptPart,
+    InvalidRequest,
+    OutOfRange,
+    OutOfTurn,
+    Overloaded,
+    Redirect,
+    SessionEnded,
+)
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
 from embedding_service.training.branch import Branch, create_branch
@@ -320,28 +328,69 @@ def test_t8_a_branch_goes_back_to_any_step(make: Make, kind: str) -> None:
 
 
 def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make) -> None:
-    shares = make("adagrad", 1)
+    for full in (True, False):
+        shares = make("adagrad", 1)
+        shares.begin(1)
+        for step in range(1, 4):
+            shares.push(1, step)
+        [share] = shares.open.values()
+        changed = share.tables[TABLE].changed_since(1)
+        some, at_once = (torch.arange(ROWS), 700) if full else (changed, 70)
+        expected = {name: tensor[some] for name, tensor in share.tables[TABLE].tensors.items()}
+        snapshot = share._snapshot = Snapshot(share.tables, None if full else {TABLE: changed})
+        step, got = 4, {}
+        for (_, name), item in snapshot.items.items():
+            chunks = []
+            while item.rows_left:
+                chunks.append(item.copy_next(at_once))
+                shares.push(1, step)  # between any two chunks
+                step += 1
+            got[name] = torch.cat(chunks)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        assert torch.equal(shares.rows(), InProcess("adagrad").until(step - 1))
+        share._snapshot = None
+        share.want_checkpoint(step - 1)
+        share._wait_for_writer()
+        assert checkpoints.whole_steps(share.folder, shares.branch) == [step - 1]
+
+
+def test_t8_t9_checkpoints_of_what_changed_give_all_steps_and_those_they_lie_over_are_kept(make: Make) -> None:
+    """The primary dies now and then, so it goes on with chains that others began."""
+    shares, one = make("rowwise_adam", 1, every=1), InProcess("rowwise_adam")
+    references, overs, kept = [start_rows()], [], []
+    for step in range(1, 41):
+        references.append(one.until(step).clone())
     shares.begin(1)
-    for step in range(1, 4):
-        shares.push(1, step)
     [share] = shares.open.values()
-    expected = {name: tensor.clone() for name, tensor in share.tables[TABLE].tensors.items()}
-    snapshot = share._snapshot = Snapshot(share.tables)
-    step, got = 4, {}
-    for (_, name), item in snapshot.items.items():
-        chunks = []
-        while item.rows_left:
-            chunks.append(item.copy_next(700))
-            shares.push(1, step)  # between any two chunks
-            step += 1
-        got[name] = torch.cat(chunks)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
-    assert torch.equal(shares.rows(), InProcess("adagrad").until(step - 1))
-    share._snapshot = None
-    share.want_checkpoint(step - 1)
+    for step in range(1, 41):
+        shares.push(1, step)
+        share._wait_for_writer()
+        if step % 9 == 0:
+            share = shares.crash("s0")
+            assert torch.equal(shares.rows(), references[step])
+        chain = checkpoints.chain(share.folder, "s0", step)
+        overs.append(len(chain) - 1)
+        kept = sorted(int(path.name.partition("-")[2]) for path in share.folder.glob("checkpoint-*"))
+        assert {each.step for each in chain} <= set(kept)
+        rows = checkpoints.SavedRows(share.folder, "s0", chain, TABLE).read(100, 3000)
+        assert torch.equal(torch.from_numpy(rows), references[step][100:3000])
+    assert max(overs) == checkpoints.MOST_OVER and overs.count(0) == 3  # a full one at first, and at steps 17 and 33
+    assert kept == list(range(33, 41)) and share._oldest_step() == 39
+    folder = checkpoints.checkpoint_folder(share.folder, 40)
+    assert (folder / "s0" / TABLE / "rows.safetensors").stat().st_size < ROWS * DIM * 4 / 8
+    shares.begin(2)
+    share.rewind(39)
+    assert torch.equal(shares.rows(), references[39])
+    shares.push(2, 40)
     share._wait_for_writer()
-    assert checkpoints.whole_steps(share.folder, shares.branch) == [step - 1]
+    assert torch.equal(shares.rows(), references[40])
+    with pytest.raises(InvalidRequest, match="can go back to step 39 and no further"):
+        share.rewind(37)
+    path = checkpoints.checkpoint_folder(share.folder, 36) / "s0" / TABLE / "rows.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptPart, match=r"checkpoint-0*36/s0/t/rows.safetensors is corrupt"):
+        checkpoints.load_checkpoint(share.folder, "s0", 40, share.tables)
 
 
 def test_t2_a_push_that_the_disk_does_not_take_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
