@@ -22,7 +22,7 @@ from typing import Any
 PACKAGE = "embedding_service"
 HALF_WRITTEN = "half a record"
 # Functions of the package, by module, that each kind of process may die in.
-FUNCTIONS = {
+FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "shard": {
         "training.log": ("Log.append", "Log.begin_file", "Log.forget_before", "Log.rewrite", "Log.clear"),
         "training.share": (
@@ -63,7 +63,13 @@ FUNCTIONS = {
     },
     "controller": {
         "controller.server": ("Controller._handle", "Controller._do", "Controller._answer_to"),
-        "controller.state": ("ControllerState._join", "ControllerState._leave", "ControllerState._publish", "ControllerState._assign", "ControllerState._tick"),
+        "controller.state": (
+            "ControllerState._join",
+            "ControllerState._leave",
+            "ControllerState._publish",
+            "ControllerState._assign",
+            "ControllerState._tick",
+        ),
     },
 }
 

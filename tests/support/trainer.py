@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -107,7 +108,7 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     done = int(progress.read_text()) if progress.exists() else 0
     back = random.randrange(CHECKPOINT_EVERY) if random.random() < 0.5 else None
     at_step = max(done - back, 0) if back is not None else None
-    about = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
+    about: dict[str, Any] = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
     with (
         EmbeddingClient(addresses, timeout=60) as client,
         client.train(BITS, optimizer=RowwiseAdagrad(lr=LR), at_step=at_step, **about) as bits,

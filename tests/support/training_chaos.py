@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +31,7 @@ TRAINER, CONTROLLER = "trainer", "controller"
 
 
 class Run:
-    """A cluster of three shards with a trainer.
+    """A cluster of three shards, and a trainer once it is started.
 
     Attributes:
         died: How often processes died, by where.
@@ -46,7 +45,6 @@ class Run:
         for name in self.names:
             self.start(name)
         running.wait_serving(2)
-        self.start(TRAINER)
 
     # Processes
 
@@ -198,6 +196,16 @@ class Run:
         time.sleep(self._chance.uniform(0.5, 3 * LOST_AFTER))
         process.send_signal(signal.SIGCONT)
 
+    def hang_primary(self) -> None:
+        """A shard that leads hangs until the trainer goes on without it."""
+        self.wait_whole()
+        process = self.process(self.seats()[0].primary).popen
+        process.send_signal(signal.SIGSTOP)
+        try:
+            self.goes_on()
+        finally:
+            process.send_signal(signal.SIGCONT)
+
     def drain_shard(self) -> None:
         """A shard hands all over, ends, and another one starts."""
         name = self._chance.choice(self.names)
@@ -208,8 +216,6 @@ class Run:
 
     def replace_shard(self) -> None:
         """A shard dies with its disk, and another one takes its place."""
-        if self.copies == 1:
-            return
         self.wait_whole()
         name = self._chance.choice(self.names)
         self.kill(name)
@@ -239,9 +245,11 @@ EVENTS = {
     Run.kill_trainer: 2,
     Run.kill_controller: 1,
     Run.hang_shard: 2,
+    Run.hang_primary: 1,
     Run.drain_shard: 1,
     Run.replace_shard: 1,
 }
+NEED_COPIES = (Run.hang_primary, Run.replace_shard)
 
 
 def chaos(run: Run, seconds: float, chance: random.Random) -> None:
@@ -256,7 +264,8 @@ def chaos(run: Run, seconds: float, chance: random.Random) -> None:
                 if not queue:
                     queue += chance.sample(points(kind), len(points(kind)))
                 run.arm(kind, queue.pop(), chance.choice((1, 1, 2, 5)))
-        [event] = chance.choices(list(EVENTS), EVENTS.values())
+        events = EVENTS if run.copies > 1 else {each: EVENTS[each] for each in EVENTS if each not in NEED_COPIES}
+        [event] = chance.choices(list(events), [*events.values()])
         for name in run.reap():
             run.start(name)
         print(f"{time.monotonic() - deadline + seconds:5.0f} s, step {run.progress()}: {event.__name__}", flush=True)
@@ -281,6 +290,7 @@ def main(
     chance = random.Random(seed)
     with cluster(folder, store, *options, mortal=folder) as running:
         run = Run(folder, running, copies, chance)
+        run.start(TRAINER)
         chaos(run, seconds, chance)
         run.end()
     for what, count in sorted(run.died.items()):
@@ -289,4 +299,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

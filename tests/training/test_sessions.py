@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ import torch
 from support.checkpoints import DIM as NGRAM_DIM
 from support.checkpoints import HEADS, VOCAB, longcat_table
 from support.cluster import cluster
-from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows, store_to_train
+from support.trainer import stores
+from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows
+from support.training_chaos import CONTROLLER, LOST_AFTER, TRAINER, Run
 from torch import Tensor, nn
 
 from embedding_service import (
@@ -100,47 +102,68 @@ def train(client: EmbeddingClient, module: nn.Module, rows: int, numbers: range)
     return losses
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Three shards in processes of their own."""
+    folder = tmp_path_factory.mktemp("processes")
+    options = ("--expect-shards=3", f"--lost-after={LOST_AFTER}")
+    with cluster(folder, stores(folder), *options, mortal=folder) as running:
+        yield Run(folder, running, 2, random.Random(1))
+
+
 @pytest.mark.service
-def test_t4_t7_t8_t11_a_shard_killed_on_the_way_changes_no_bit_and_a_version_comes_of_it(tmp_path: Path) -> None:
-    store = store_to_train(tmp_path)
+def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_bit_and_no_count(run: Run) -> None:
+    """`python -m support.training_chaos FOLDER` does it for long, at many points."""
+    run.start(TRAINER)
+    run.goes_on()
+    run.arm("shard", "after training.share:Share.admit", 3)
+    run.arm(TRAINER, "after client.training:Session._begin_push", 9)
+    run.goes_on()
+    run.kill(CONTROLLER)
+    run.start(CONTROLLER)
+    run.hang_primary()
+    run.end()
+    assert run.died["shard after training.share:Share.admit"] == 1
+    assert run.died["trainer after client.training:Session._begin_push"] == 1
+
+
+@pytest.mark.service
+def test_t4_t7_t8_t11_a_shard_killed_on_the_way_changes_no_bit_and_a_version_comes_of_it(run: Run) -> None:
+    store = Store(run.cluster.store)
     optimizer = RowwiseAdagrad(lr=LR)
     reference = Reference(optimizer, start_rows())
     for number in range(1, 31):
         reference.step(number)
-    with cluster(tmp_path, store, "--expect-shards=2") as shards:
-        for name in ("s0", "s1"):
-            shards.start_shard(name)
-        shards.wait_serving()
-        with EmbeddingClient(list(shards.addresses.values()), timeout=60) as client:
-            name = f"{MODEL}@tuning"
-            with client.train(name, optimizer=optimizer, checkpoint_every=8, timeout=170) as session:
-                module = RemoteEmbedding(client, f"{name}/{TABLE}")
-                losses = train(client, module, ROWS, range(1, 13))
-                shards.processes["s1"].end(signal.SIGKILL)
-                shards.start_shard("s1")
-                losses += train(client, module, ROWS, range(13, 31))
-                assert losses == reference.losses
-                assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), reference.rows)
-                published = client.publish(name, version="2", dtype="int8", timeout=170)
-            assert published == f"{MODEL}@2"
-            got = client.lookup(f"{MODEL}/{TABLE}", torch.arange(ROWS), timeout=170)
-            stored = get_format("int8").encode(reference.rows)
-            assert torch.equal(got, get_format("int8").decode(stored, DIM))
-            # The branch goes on from where it was, in another session; and back to any step.
-            with client.train(name, at_step=27, timeout=170) as session:
-                assert (session.begun_at, session.number) == (27, 2)
-                back = Reference(optimizer, start_rows())
-                for number in range(1, 28):
-                    back.step(number)
-                assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), back.rows)
-            # Nobody trains it now: a version of the rows that differ from another version's.
-            published = client.publish(name, base="1", version="3", timeout=170)
-            got = client.lookup(f"{published}/{TABLE}", torch.arange(ROWS), timeout=170)
-            assert torch.equal(got, back.rows)
-            base = Store(store).manifest(MODEL, "3").base
-            assert base and base.version == "1"
-            differ = (back.rows != start_rows()).any(1)
-            assert 0 < Store(store).manifest(MODEL, "3").replaced_rows == int(differ.sum()) < ROWS
+    with EmbeddingClient(list(run.cluster.addresses.values()), timeout=60) as client:
+        name = f"{MODEL}@tuning"
+        with client.train(name, optimizer=optimizer, checkpoint_every=8, timeout=170) as session:
+            module = RemoteEmbedding(client, f"{name}/{TABLE}")
+            losses = train(client, module, ROWS, range(1, 13))
+            run.kill("s1")
+            run.start("s1")
+            losses += train(client, module, ROWS, range(13, 31))
+            assert losses == reference.losses
+            assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), reference.rows)
+            published = client.publish(name, version="2", dtype="int8", timeout=170)
+        assert published == f"{MODEL}@2"
+        got = client.lookup(f"{MODEL}/{TABLE}", torch.arange(ROWS), timeout=170)
+        stored = get_format("int8").encode(reference.rows)
+        assert torch.equal(got, get_format("int8").decode(stored, DIM))
+        # The branch goes on from where it was, in another session; and back to any step.
+        with client.train(name, at_step=27, timeout=170) as session:
+            assert (session.begun_at, session.number) == (27, 2)
+            back = Reference(optimizer, start_rows())
+            for number in range(1, 28):
+                back.step(number)
+            assert torch.equal(session.lookup(TABLE, torch.arange(ROWS)), back.rows)
+        # Nobody trains it now: a version of the rows that differ from another version's.
+        published = client.publish(name, base="1", version="3", timeout=170)
+        got = client.lookup(f"{published}/{TABLE}", torch.arange(ROWS), timeout=170)
+        assert torch.equal(got, back.rows)
+        base = store.manifest(MODEL, "3").base
+        assert base and base.version == "1"
+        differ = (back.rows != start_rows()).any(1)
+        assert 0 < store.manifest(MODEL, "3").replaced_rows == int(differ.sum()) < ROWS
 
 
 def test_t1_a_later_trainer_ends_the_one_before(own: EmbeddingClient, shards: InThread) -> None:
