@@ -11,21 +11,21 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import grpc
 
-from embedding_service.client.channels import open_channel_async
 from embedding_service.client.router import Router
-from embedding_service.errors import EmbeddingServiceError, InvalidRequest, StoreError, Unavailable
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Unavailable
 from embedding_service.grpc_codes import error_of
 from embedding_service.security.access import Access
 from embedding_service.serving import cancel
-from embedding_service.shard.copies import NAMES, Copies, Link, pieces_of
+from embedding_service.shard.copies import Copies, Link, pieces_of
+from embedding_service.shard.following import follow_once
+from embedding_service.shard.opened import Opened
 from embedding_service.store.store import Store
 from embedding_service.training.branch import (
     Branch,
@@ -40,117 +40,17 @@ from embedding_service.training.branch import (
     write_address,
 )
 from embedding_service.training.seats import Seat, change_seat, duty_of, read_seat, read_seats
-from embedding_service.training.share import Change, Share, share_bytes
+from embedding_service.training.share import Share, share_bytes
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import training_pb2 as wire
-from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _LOOK_SECONDS = 1.0
 # Seconds that a push waits for a copy that says nothing. Then the copy is dropped.
 PATIENCE = 10.0
 # Seconds that a shard has to follow when it was asked to, and for which it is not asked again if it did not.
 _COMING_SECONDS = 30.0
-
-
-class Opened:
-    """A share as this shard has it, with the thread that changes it and those who wait for its steps.
-
-    Attributes:
-        copies: Of a primary. None: this one is a copy.
-        moving: The primary takes nothing, for it is being handed over.
-    """
-
-    def __init__(self, branch: Branch, name: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.branch, self.name = branch, name
-        self.share: Share
-        self.seat: Seat
-        self.copies: Copies | None = None
-        self.moving = False
-        self.admitting: set[str] = set()
-        self.told = (0, 0)  # session and step when it was said last that somebody trains it
-        self.asked: dict[str, float] = {}  # when shards were asked to join
-        self.following: asyncio.Task[None] | None = None
-        self.run = self.position = 0  # of the primary that is followed
-        self.loaded = False  # whether a copy's rows are there, not only its log
-        self.said: asyncio.Queue[wire.FollowRequest | None] = asyncio.Queue()
-        self.waiting: set[asyncio.Future[None]] = set()
-        self._loop = loop
-        self._thread = ThreadPoolExecutor(1, f"train-{branch.full_name}/{name}")
-
-    @property
-    def required(self) -> set[str]:
-        """The copies that must have what is accepted."""
-        return set(self.seat.in_sync) - {self.share.shard} | self.admitting
-
-    def wake(self) -> None:
-        """On the event loop: let all look again."""
-        for each in self.waiting:
-            if not each.done():
-                each.set_result(None)
-
-    def on_applied(self) -> None:
-        """On any thread."""
-        self._loop.call_soon_threadsafe(self.wake)
-
-    def on_change(self, change: Change) -> None:
-        """On the share's thread. What is called so comes before what is done after the change."""
-        self._loop.call_soon_threadsafe(self._hand_out, change)
-
-    def _hand_out(self, change: Change) -> None:
-        if self.copies:
-            self.copies.hand_out(change)
-
-    async def on(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do it on the share's own thread. It is done even if the caller has gone by then."""
-        try:
-            done = self._loop.run_in_executor(self._thread, partial(work, *arguments))
-        except RuntimeError:
-            raise self._elsewhere() from None
-        return await asyncio.shield(done)
-
-    def later(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Have it done on the share's own thread, which is not waited for."""
-        with contextlib.suppress(RuntimeError):  # it was closed since
-            self._thread.submit(work, *arguments)
-
-    async def until(self, condition: Callable[[], bool], seconds: float | None = None) -> None:
-        """Wait for a condition that steps, checkpoints and copies fulfil. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            while not condition():
-                woken = self._loop.create_future()
-                self.waiting.add(woken)
-                try:
-                    if not condition():  # what came between looking and waiting woke nobody
-                        await woken
-                finally:
-                    self.waiting.discard(woken)
-
-    def check_leads(self) -> None:
-        """Raise Unavailable unless this shard is the share's primary, and takes pushes."""
-        if self.copies is None or self.moving:
-            raise self._elsewhere()
-
-    def _elsewhere(self) -> Unavailable:
-        return Unavailable(
-            f"share {self.name} of {self.branch.full_name} is at shard {self.seat.primary}, or on its way there: ask "
-            "again"
-        )
-
-    async def close(self) -> None:
-        """Bring the log to disk."""
-        if self.copies:
-            for shard in list(self.copies.links):
-                self.copies.drop(shard)
-        self.copies = None
-        self.wake()
-        if self.following:
-            await cancel([self.following])
-        if hasattr(self, "share"):
-            await self.on(self.share.close)
-        self._thread.shutdown(wait=False)
 
 
 class Memory(Protocol):
@@ -649,7 +549,8 @@ class Shares:
         """Have what the primary has, for as long as this is a copy."""
         while True:
             try:
-                await self._follow_once(opened, opened.seat.primary)
+                address = await asyncio.to_thread(read_address, self._folder(opened.branch), opened.seat.primary)
+                await follow_once(opened, self._shard, address, self._access)
             except grpc.aio.AioRpcError as error:
                 self._say((opened.branch.full_name, opened.name), error_of(error.code(), error.details() or ""))
             except (EmbeddingServiceError, OSError) as error:
@@ -657,47 +558,3 @@ class Shares:
                 self._say((opened.branch.full_name, opened.name), error)
             self._look.set()
             await asyncio.sleep(self._look_seconds / 4)
-
-    @staticmethod
-    def _has(opened: Opened) -> wire.FollowRequest:
-        return wire.FollowRequest(position=opened.position, run=opened.run)
-
-    async def _follow_once(self, opened: Opened, primary: str) -> None:
-        address = await asyncio.to_thread(read_address, self._folder(opened.branch), primary)
-        said = opened.said = asyncio.Queue()
-        first = self._has(opened)
-        first.branch, first.share, first.shard = opened.branch.full_name, opened.name, self._shard
-        first.log = opened.share.log_identity
-        said.put_nowait(first)
-
-        async def say() -> AsyncIterator[wire.FollowRequest]:
-            while (request := await said.get()) is not None:
-                yield request
-
-        try:
-            async with open_channel_async(address, self._access) as channel:
-                await self._do_all(opened, TrainingServiceStub(channel).Follow(say()))
-        finally:
-            said.put_nowait(None)
-
-    async def _do_all(self, opened: Opened, messages: AsyncIterable[wire.Followed]) -> None:
-        """Do what the primary did, and say so, while it tells."""
-        pieces: list[bytes] = []
-        run = opened.run
-        async for message in messages:
-            pieces.append(message.piece)
-            if not message.last:
-                continue
-            if message.kind == wire.Followed.KIND_START:
-                run, opened.run, opened.position, opened.loaded = message.run, 0, 0, False
-                await opened.on(opened.share.restart, message.step)
-            elif message.kind == wire.Followed.KIND_CAUGHT_UP:
-                opened.run, opened.loaded = run, True
-            elif message.kind in NAMES:
-                await opened.on(opened.share.do, Change(NAMES[message.kind], message.step, pieces))  # type: ignore[arg-type]
-            else:
-                raise StoreError(f"a change came of kind {message.kind}, which is not known here")
-            pieces = []
-            if opened.run:
-                opened.position = message.position
-                opened.said.put_nowait(self._has(opened))

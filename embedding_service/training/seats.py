@@ -141,19 +141,19 @@ def duty_of(
 
 
 def _successor(seats: Mapping[str, Seat], seat: Seat, me: str, others: list[str], draining: bool) -> str:
-    """Who is to lead in my place; empty if I stay."""
+    """Who is to lead in my place; empty if I stay. others: Who may, those with the fewest copies first."""
+    if draining:  # to one that has all, or soon has
+        in_sync = [shard for shard in others if shard in seat.in_sync]
+        joining = [shard for shard in others if shard in seat.joining]
+        return next(iter([*in_sync, *joining, *others]), "")
     leads = Counter(each.primary for each in seats.values())
-    if draining:
-        known = [shard for shard in others if shard in seat.in_sync] or [
-            shard for shard in others if shard in seat.joining
-        ]
-        return (known or others or [""])[0]
-    coming = Counter(shard for each in seats.values() for shard in each.joining)
-    fewest = min(others, key=lambda shard: (leads[shard] + coming[shard], shard), default=me)
-    already = [shard for shard in seat.joining if leads[me] >= leads[shard] + 2]
-    if already:
-        return already[0]
-    return fewest if leads[me] >= leads[fewest] + coming[fewest] + 2 else ""
+    for shard in seat.joining:
+        if leads[me] - leads[shard] >= 2:
+            return shard
+    joins = Counter(shard for each in seats.values() for shard in each.joining)
+    may_lead = {shard: leads[shard] + joins[shard] for shard in others}
+    fewest = min(others, key=lambda shard: (may_lead[shard], shard), default="")
+    return fewest if fewest and leads[me] - may_lead[fewest] >= 2 else ""
 
 
 def _load(seats: Mapping[str, Seat]) -> Counter[str]:
