@@ -7,6 +7,9 @@ STAMP := $(VENV)/.set-up
 .PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto docs bench clean
 setup: $(STAMP)
 
+# Tests start some hundred processes. Each would compile every module, and each pytest rewrite every test, where it is set.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One shared, idempotent step. Every requirement is pinned and nothing is resolved (--no-deps): torchrec names the CUDA
 # build of fbgemm-gpu, which a resolver would fetch beside the CPU build.
 $(STAMP): requirements/all.txt pyproject.toml

@@ -31,7 +31,7 @@ class CheckedLoad(ABC):
 
     Args:
         tables: Whole tables, one for each version that may answer: an answer must be all of one of them.
-        pause: Seconds each thread waits between its lookups.
+        pause: Seconds each thread waits between its lookups. Without it they take the processor from what they watch.
         ids: Rows of each lookup.
 
     Attributes:
@@ -112,7 +112,7 @@ class Load(CheckedLoad):
         name: str,
         *tables: torch.Tensor,
         threads: int = 2,
-        pause: float = 0.0,
+        pause: float = 0.01,
         ids: int = IDS,
         near: bool = True,
         tls: Access | None = None,
