@@ -4,7 +4,8 @@ Rules
 - A request reaches the application when its body is whole. It takes no place before that.
 - Headers come within HEAD_SECONDS, and a body within BODY_SECONDS after them. Otherwise the answer is 408.
 - A client that reads nothing for UNREAD_SECONDS is cut off.
-- If all connections are taken, a new one replaces the one that waits longest for a whole request.
+- If all connections are taken, a new one replaces the one that waits longest for a whole request. A handshake of TLS
+  counts as waiting, and has HEAD_SECONDS.
 
 `WholeBodies` is an ASGI middleware. Ray Serve's proxy holds the connections. It calls `guard_proxy` when it starts
 (PROXY_ENVIRONMENT tells it to) and so gets all limits. It imports this file, so nothing heavy may be imported here.
@@ -165,15 +166,15 @@ class _Config(uvicorn.Config):
     """uvicorn's configuration. With TLS, a certificate that is replaced counts from the next connection on."""
 
     def load(self) -> None:
-        """As uvicorn has it."""
+        """As uvicorn has it. Handshakes are made by `_Handshake`, so uvicorn's server has to make none."""
         super().load()
         if self.ssl:
             self._stamp = self._files()
-            self._newest = self.ssl
-            self.ssl.sni_callback = self._look
+            self._newest, self.ssl = self.ssl, None
+            self.http_protocol_class = _Handshake  # type: ignore[assignment]
 
-    def _look(self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
-        """A handshake begins."""
+    def context(self) -> ssl.SSLContext:
+        """For a handshake that begins."""
         stamp = self._files()
         if stamp != self._stamp:
             self._stamp = stamp
@@ -181,7 +182,7 @@ class _Config(uvicorn.Config):
                 again = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 again.load_cert_chain(str(self.ssl_certfile), self.ssl_keyfile)
                 self._newest = again
-        connection.context = self._newest
+        return self._newest
 
     def _files(self) -> list[tuple[int, int, int]]:
         found = []
@@ -197,7 +198,7 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
     most = MAX_CONNECTIONS
     # Connections without a whole request, the one that waits longest first.
-    _waiting: dict[GuardedHttp, None] = {}  # noqa: RUF012 (one for all)
+    _waiting: dict[GuardedHttp | _Handshake, None] = {}  # noqa: RUF012 (one for all)
 
     def connection_made(self, transport: Transport) -> None:
         """As asyncio has it."""
@@ -205,8 +206,7 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         self._head_bytes = 0
         self._head_timer: TimerHandle | None = None
         self._unread_timer: TimerHandle | None = None
-        if len(self.connections) > self.most:
-            self._make_room()
+        self.make_room(self)
         if not transport.is_closing():
             self._wait_for_request()
 
@@ -270,13 +270,16 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         told = f"no request came within {HEAD_SECONDS:g} s of the connection: send its headers faster"
         self._close((408, told) if self._head_bytes and self.cycle is None else None)
 
-    def _make_room(self) -> None:
-        """Close the connection that waits longest for its whole request, or else this new one."""
-        longest = next(iter(self._waiting), None)
+    @classmethod
+    def make_room(cls, new: GuardedHttp | _Handshake) -> None:
+        """If there are too many, close the one that waits longest for its whole request, or else this new one."""
+        if len(new.connections) <= cls.most:
+            return
+        longest = next(iter(cls._waiting), None)
         if longest is not None:
             longest._close(None)
         else:
-            self._close((503, f"all {self.most} connections of this server are taken; try again later"))
+            new._close((503, f"all {cls.most} connections of this server are taken; try again later"))
 
     def _close(self, answer: tuple[int, str] | None) -> None:
         self._stop_timing()
@@ -286,6 +289,79 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         if answer:
             self.transport.write(_response(*answer))
         self.transport.close()
+
+
+class _Handshake(asyncio.Protocol):
+    """A connection before it speaks HTTP. asyncio would count it when its handshake is over, and wait a minute."""
+
+    def __init__(self, config: _Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
+        self.connections = server_state.connections
+        self._config = config
+        self._http = GuardedHttp(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
+        self._early: list[bytes] = []
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """As asyncio has it."""
+        self._transport = transport
+        self.connections.add(self)
+        GuardedHttp.make_room(self)
+        if not transport.is_closing():
+            GuardedHttp._waiting[self] = None
+            self._task = asyncio.get_running_loop().create_task(self._shake_hands())
+
+    async def _shake_hands(self) -> None:
+        loop, context, transport = asyncio.get_running_loop(), self._config.context(), self._transport
+        shaking = loop.create_task(
+            loop.start_tls(transport, self, context, server_side=True, ssl_handshake_timeout=HEAD_SECONDS)
+        )
+        try:
+            while transport.get_protocol() is self and not shaking.done():
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # TLS is told of its connection, and waits for data
+            if not shaking.done():
+                self._hand_on(transport.get_protocol())
+            speaking = await shaking
+        except (OSError, RuntimeError):  # no TLS, or not in time, or it was closed before it began
+            self._transport.abort()
+            return
+        finally:
+            self._leave()
+        if speaking is None or speaking.is_closing():
+            return
+        speaking.set_protocol(self._http)
+        self._http.connection_made(speaking)
+        for data in self._early:
+            self._http.data_received(data)
+
+    def data_received(self, data: bytes) -> None:
+        """What came before TLS began, and then what came with the handshake's end."""
+        self._early.append(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """As asyncio has it."""
+        self._leave()
+
+    def _hand_on(self, tls: Any) -> None:
+        """What came before TLS began is TLS's, an asyncio.BufferedProtocol."""
+        data, self._early = b"".join(self._early), []
+        while data:
+            room = memoryview(tls.get_buffer(len(data)))
+            room[: len(data)] = data[: len(room)]
+            tls.buffer_updated(min(len(data), len(room)))
+            data = data[len(room) :]
+
+    def shutdown(self) -> None:
+        """As uvicorn has it: the server ends."""
+        self._close(None)
+
+    def _leave(self) -> None:
+        self.connections.discard(self)
+        GuardedHttp._waiting.pop(self, None)
+
+    def _close(self, answer: tuple[int, str] | None) -> None:
+        """Hang up. An answer cannot be told before the handshake."""
+        self._leave()
+        self._transport.abort()
 
 
 def _response(status: int, message: str) -> bytes:

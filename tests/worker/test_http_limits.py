@@ -338,31 +338,59 @@ def test_a_server_at_its_limit_of_open_files_goes_on(server: Server, monkeypatch
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_s8_a_certificate_that_is_replaced_counts_from_the_next_connection_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Tls = tuple[Server, ssl.SSLContext, Authority, Path]
+
+
+@pytest.fixture
+def secured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tls]:
+    """One that speaks TLS, with what its clients believe, who issued its certificate, and the folder of its files."""
     authority = Authority.create()
     authority.issue(tmp_path, ["127.0.0.1"])
     monkeypatch.setattr(uvicorn, "Config", uvicorn.Config)
-    secured = Server(60, ssl_certfile=str(tmp_path / "tls.crt"), ssl_keyfile=str(tmp_path / "tls.key"))
-    trusting = ssl.create_default_context(cadata=authority.pem.decode())
+    monkeypatch.setattr(GuardedHttp, "most", MOST)
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", PATIENCE)
+    running = Server(PATIENCE, ssl_certfile=str(tmp_path / "tls.crt"), ssl_keyfile=str(tmp_path / "tls.key"))
+    yield running, ssl.create_default_context(cafile=tmp_path / "ca.crt"), authority, tmp_path
+    running.close()
+
+
+def test_s8_a_certificate_that_is_replaced_counts_from_the_next_connection_on(secured: Tls) -> None:
+    server, trusting, authority, folder = secured
 
     def served() -> bytes:
-        with trusting.wrap_socket(secured.connect(), server_hostname="127.0.0.1") as connection:
+        with trusting.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
             return connection.getpeercert(binary_form=True) or b""
 
-    try:
-        first = served()
-        assert first == served()
-        assert (
-            httpx.post(f"https://127.0.0.1:{secured.port}", content=b"abc", verify=trusting, timeout=120).json()[
-                "bytes"
-            ]
-            == 3
-        )
-        (tmp_path / "tls.key").write_bytes(b"no key")
-        assert served() == first
-        authority.issue(tmp_path, ["127.0.0.1"])
-        assert served() not in (first, b"")
-    finally:
-        secured.close()
+    first = served()
+    assert first == served()
+    answer = httpx.post(f"https://127.0.0.1:{server.port}", content=b"x" * 300_000, verify=trusting, timeout=120)
+    assert answer.json()["bytes"] == 300_000
+    (folder / "tls.key").write_bytes(b"no key")
+    assert served() == first
+    authority.issue(folder, ["127.0.0.1"])
+    assert served() not in (first, b"")
+
+
+def test_s8_handshakes_that_stop_make_room_for_those_that_do_not(secured: Tls) -> None:
+    server, trusting, _, _ = secured
+    hello, said = b"", ssl.MemoryBIO()
+    half = trusting.wrap_bio(ssl.MemoryBIO(), said, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        half.do_handshake()
+    hello = said.read()
+    stopped = [server.connect(hello[: 9 * number]) for number in range(MOST + 2)]
+    assert [told(each) for each in stopped[:2]] == [(0, None)] * 2
+    with httpx.Client(verify=trusting, timeout=120) as client:
+        for _ in range(3):
+            assert client.post(f"https://127.0.0.1:{server.port}", content=b"abc").status_code == 200
+    assert told(stopped[2]) == (0, None)
+    assert told(server.connect(b"GET / HTTP/1.1\r\n\r\n")) == (0, None)
+    for each in stopped[3:]:
+        each.close()
+
+
+def test_s8_a_handshake_that_does_not_come_is_given_up(secured: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", SECONDS)
+    connection = secured[0].connect(b"\x16\x03\x01")
+    connection.settimeout(45)  # asyncio alone would wait for a minute
+    assert told(connection) == (0, None)
