@@ -64,9 +64,9 @@ def messages(values: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 
 # To draw a message takes longer than to read a hundred. So each is read with others that are made of it.
-ALIKE = 10
+ALIKE = 40
 # `make fuzz` counts all of them.
-drawn_with_others = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 50 * ALIKE)) // ALIKE)
+drawn_with_others = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 25 * ALIKE)) // ALIKE)
 
 
 def alike(message: bytes) -> Iterator[bytes]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,20 +145,19 @@ def test_answers_are_read_as_protobuf_reads_them(drawn: tuple[Shape, bytes, bool
     same(message, wire.StreamLookupResponse if streamed else wire.LookupResponse, read, said)
 
 
-@given(
-    name=st.text(max_size=12),
-    encoding=st.integers(0, 3),
-    ages=st.tuples(NUMBERS, NUMBERS),
-    ids=st.lists(st.integers(0, 2**63 - 1), max_size=8),
-    rows=st.sampled_from([1, 2**32, 2**32 + 1, 2**63]),
-)
-def test_requests_are_written_as_protobuf_reads_them(
-    name: str, encoding: int, ages: tuple[int, int], ids: list[int], rows: int
-) -> None:
-    kept = np.array([each % rows for each in ids], np.int64)
-    request = lookup_codec.encode_lookup(name, name, encoding, *ages, kept, rows)
-    said = wire.StreamLookupRequest.FromString(request.streamed)
-    assert said.lookup == wire.LookupRequest.FromString(request.message())
-    assert (said.lookup.model, said.lookup.encoding, said.lookup.term, said.lookup.epoch) == (name, encoding, *ages)
-    narrow = np.frombuffer(said.lookup.ids_uint32, "<u4").tolist()
-    assert (narrow or np.frombuffer(said.lookup.ids_int64, "<i8").tolist()) == kept.tolist()
+TABLE_ROWS = (1, 2**16, 2**32, 2**32 + 1, 2**63)
+ENCODINGS = range(8)
+
+
+@drawn_with_others
+@given(name=st.text(max_size=12), ages=st.tuples(NUMBERS, NUMBERS), ids=st.lists(st.integers(0, 2**63 - 1), max_size=8))
+def test_requests_are_written_as_protobuf_reads_them(name: str, ages: tuple[int, int], ids: list[int]) -> None:
+    """For tables of any size, in any encoding."""
+    for rows, encoding in itertools.product(TABLE_ROWS, ENCODINGS):
+        kept = np.array([each % rows for each in ids], np.int64)
+        request = lookup_codec.encode_lookup(name, name, encoding, *ages, kept, rows)
+        said = wire.StreamLookupRequest.FromString(request.streamed)
+        assert said.lookup == wire.LookupRequest.FromString(request.message())
+        assert (said.lookup.model, said.lookup.encoding, said.lookup.term, said.lookup.epoch) == (name, encoding, *ages)
+        narrow = np.frombuffer(said.lookup.ids_uint32, "<u4").tolist()
+        assert (narrow or np.frombuffer(said.lookup.ids_int64, "<i8").tolist()) == kept.tolist()
