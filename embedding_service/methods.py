@@ -132,10 +132,12 @@ class Context:
 
     Attributes:
         caller: Whose the call is. None without a policy.
+        traceparent: The client's span, as a unary call's metadata says it.
     """
 
-    def __init__(self, peer: str, due: float, caller: Caller | None = None) -> None:
+    def __init__(self, peer: str, due: float, caller: Caller | None = None, traceparent: str = "") -> None:
         self.caller = caller
+        self.traceparent = traceparent
         self._peer = peer
         self._due = due
         self._done: list[Callable[[Any], object]] = []

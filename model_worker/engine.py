@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+from embedding_service import tracing
 from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailable
 from model_worker import families
 from model_worker.batch_cache import BatchCache, PaddedCache, new_cache
@@ -93,6 +94,7 @@ class Request:
         self.text = TextStream(spelling, params.stop)
         self.generator = params.generator()
         self.submitted = time.perf_counter()
+        self.span = tracing.current()
         self._logprobs: list[TokenLogprob] = []
         self._drafts: PromptDrafts | None = None
         # How many tokens to draft: as many again as were right the last time, and one.
@@ -490,7 +492,8 @@ class Engine:
         """
         counts = [len(each) for each in tokens]
         ids = torch.tensor([each + [0] * (max(counts) - len(each)) for each in tokens])
-        with self._tables.of([request.tables for request in requests]) if self._tables else nullcontext():
+        traced = tracing.working_for("forward", (request.span for request in requests))
+        with traced, self._tables.of([request.tables for request in requests]) if self._tables else nullcontext():
             output = self._model(
                 input_ids=ids.to(self._model.device),
                 use_cache=True,

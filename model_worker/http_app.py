@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from embedding_service import tracing
 from embedding_service.errors import EmbeddingServiceError, NotFound, ServiceError
 from embedding_service.security.identity import Caller
 from embedding_service.security.quotas import Quota
@@ -45,6 +46,7 @@ from model_worker.protocol import (
     usage_of,
 )
 from model_worker.sampling import SamplingParams
+from model_worker.traces import Traced
 from model_worker.worker import Events, Generation, Worker
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ def build_app(worker: Worker) -> FastAPI:
     app.add_middleware(WholeBodies)
     if worker.keys:
         app.add_middleware(Admission, keys=worker.keys)  # the last one that is added comes first
+    if tracing.tracer is not None:
+        app.add_middleware(Traced)
     for kind in (BadRequest, HTTPException, EngineBusy, NotAllowed, EmbeddingServiceError, Exception):
         app.add_exception_handler(kind, _as_response)
 

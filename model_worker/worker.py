@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from embedding_service import EmbeddingClient
+from embedding_service import EmbeddingClient, tracing
 from embedding_service.errors import NotFound, Unavailable
 from model_worker import families
 from model_worker.domains import Domains
@@ -167,6 +167,7 @@ class Worker:
         on_first_token: Callable[[float], object] = lambda seconds: None,
         on_lookup_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
+        tracing.start(tracing.WORKER)
         self.keys = Keys(Path(config.policy)) if config.policy else None
         self.name = config.name
         self.started = int(time.time())

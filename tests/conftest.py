@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from embedding_service import EmbeddingClient, grpc_core
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.tensorfile import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from support.collector import Collector
 
 # No test asserts a duration. `make fuzz` draws more inputs, and does not stop when that takes long.
 settings.register_profile("untimed", deadline=None)
@@ -99,11 +102,29 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Three shards over `store`, for tests that change nothing. Its proxies answer nobody."""
+def collector() -> Iterator[Collector | None]:
+    """Where the spans of processes go that trace. None in an environment without OpenTelemetry."""
+    try:
+        from support.collector import Collector
+    except ImportError:
+        yield None
+        return
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="session")
+def service(store: Path, collector: Collector | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Three shards over `store`, for tests that change nothing. Its proxies answer nobody.
+
+    It traces the requests that a test's own span comes with.
+    """
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:
             dead_proxies(environment)
+            for name, value in (collector.variables("parentbased_always_off") if collector else {}).items():
+                environment.setenv(name, value)
             running = stack.enter_context(serving(tmp_path_factory.mktemp("service"), store, 3))
         yield running
 

@@ -7,17 +7,22 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from embedding_service import tracing
 from embedding_service.client import forks
 from embedding_service.client.kept import Keeper, KeptRows
 from embedding_service.client.near import NearRows
 from embedding_service.client.router import Router
 from embedding_service.client.steps import Steps, run, run_async
+from embedding_service.client.traced import traced
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.client.wants import ENCODINGS, Lookup, NgramLookup, RowLookup, Tally
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -131,6 +136,7 @@ class EmbeddingClient:
     def _begin_fresh(self, routing: Routing | None) -> None:
         """Connections, threads and locks of this process. None is used yet."""
         self._in_child = forks.in_child()
+        tracing.start(tracing.CLIENT)
         self._sessions: dict[str, Session] = {}  # a child of a fork is no trainer
         self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
@@ -222,9 +228,7 @@ class EmbeddingClient:
             return session.lookup(table.partition("/")[2], ids, dtype=dtype)
         if self._in_child and forks.must_leave_thread():
             return self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout).result()
-        asked = self._asked_for(table, ids, dtype)
-        run(self._fetch(asked, self._deadline(timeout)), self._transport)
-        return asked.result()
+        return self._get(self._asked_for(table, ids, dtype), timeout)
 
     async def lookup_async(
         self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
@@ -234,9 +238,7 @@ class EmbeddingClient:
             return await asyncio.to_thread(self.lookup, table, ids, dtype=dtype, timeout=timeout)
         if self._in_child and forks.must_leave_thread():
             return await asyncio.wrap_future(self._begin(self.lookup, table, ids, dtype=dtype, timeout=timeout))
-        asked = self._asked_for(table, ids, dtype)
-        await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
-        return asked.result()
+        return await self._get_async(self._asked_for(table, ids, dtype), timeout)
 
     def lookup_ngrams(
         self,
@@ -266,9 +268,7 @@ class EmbeddingClient:
             return session.lookup_ngrams(token_ids, context, dtype=dtype)
         if self._in_child and forks.must_leave_thread():
             return self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout).result()
-        asked = self._ngrams_asked_for(model, token_ids, context, dtype)
-        run(self._fetch(asked, self._deadline(timeout)), self._transport)
-        return asked.result()
+        return self._get(self._ngrams_asked_for(model, token_ids, context, dtype), timeout)
 
     async def lookup_ngrams_async(
         self,
@@ -285,9 +285,7 @@ class EmbeddingClient:
         if self._in_child and forks.must_leave_thread():
             begun = self._begin(self.lookup_ngrams, model, token_ids, context, dtype=dtype, timeout=timeout)
             return await asyncio.wrap_future(begun)
-        asked = self._ngrams_asked_for(model, token_ids, context, dtype)
-        await run_async(self._fetch(asked, self._deadline(timeout)), self._transport)
-        return asked.result()
+        return await self._get_async(self._ngrams_asked_for(model, token_ids, context, dtype), timeout)
 
     def prefetch(
         self, table: str, ids: Tensor, *, dtype: torch.dtype = torch.float32, timeout: float | None = None
@@ -316,6 +314,8 @@ class EmbeddingClient:
         return self._begin(self.lookup_ngrams, model, *copies, dtype=dtype, timeout=timeout)
 
     def _begin(self, lookup: Callable[..., Tensor], *arguments: Any, **options: Any) -> Future[Tensor]:
+        if tracing.tracer is not None:
+            lookup = partial(copy_context().run, lookup)  # under the span of who begins it
         try:
             return self._ahead.submit(_finish, lookup, *arguments, **options)
         except RuntimeError:  # the pool was shut down
@@ -471,6 +471,28 @@ class EmbeddingClient:
                 del self._sessions[name]
 
         return Session(self._transport, seeds, name, on_end=end, **options)
+
+    def _get(self, asked: Lookup, timeout: float | None) -> Tensor:
+        steps = self._fetch(asked, self._deadline(timeout))
+        if tracing.tracer is None or (span := tracing.inside("lookup")) is None:
+            run(steps, self._transport)
+            return asked.result()
+        with span, closing(traced(steps, span)) as steps:
+            run(steps, self._transport)
+            rows = asked.result()
+            span.note(asked.about() | asked.sources())
+        return rows
+
+    async def _get_async(self, asked: Lookup, timeout: float | None) -> Tensor:
+        steps = self._fetch(asked, self._deadline(timeout))
+        if tracing.tracer is None or (span := tracing.inside("lookup")) is None:
+            await run_async(steps, self._transport)
+            return asked.result()
+        with span, closing(traced(steps, span)) as steps:
+            await run_async(steps, self._transport)
+            rows = asked.result()
+            span.note(asked.about() | asked.sources())
+        return rows
 
     def _fetch(self, lookup: Lookup, deadline: float) -> Steps[Any]:
         if self._near is None:

@@ -214,6 +214,22 @@ class Lookup(ABC):
     def result(self) -> Tensor:
         """Once the sinks of the last `wants` have all rows."""
 
+    def about(self) -> dict[str, str | int]:
+        """What a span says of it."""
+        return {"embedding.model": self.model}
+
+    def sources(self) -> dict[str, str | int]:
+        """What a span says of where its rows came from, each once. Only after `result`."""
+        asked = [each.asked for each in self._tables if each.asked is not None]
+        return {
+            "embedding.version": self._version,
+            "embedding.rows.near": sum(
+                len(each.near.stored) for each in self._tables if each.near is not None and each.near.stored is not None
+            ),
+            "embedding.rows.wired": sum(len(each.want.ids) for each in asked),
+            "embedding.rows.kept": sum(len(each.found.rows) for each in asked if each.found is not None),
+        }
+
     @abstractmethod
     def _ids(self, model: Model) -> list[tuple[str, Ids]]:
         """Names of tables and row ids int64 [n]."""
@@ -302,6 +318,10 @@ class RowLookup(Lookup):
     ids: Ids
     shape: torch.Size
 
+    def about(self) -> dict[str, str | int]:
+        """See `Lookup`."""
+        return {**super().about(), "embedding.table": self.table, "embedding.ids": len(self.ids)}
+
     def result(self) -> Tensor:
         """Tensor[*shape, dim]."""
         [rows] = self._tensors()
@@ -319,6 +339,10 @@ class NgramLookup(Lookup):
     context: Tensor | None
     hasher_of: Callable[[Model], NgramHasher]
     _shape: torch.Size = field(default_factory=torch.Size)
+
+    def about(self) -> dict[str, str | int]:
+        """See `Lookup`."""
+        return {**super().about(), "embedding.tokens": self.token_ids.numel()}
 
     def result(self) -> Tensor:
         """Tensor[B, S, L, H, dim]."""

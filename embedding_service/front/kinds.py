@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from embedding_service import tracing
 from embedding_service.budget import COUNTED_BYTES
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, QuotaExceeded
 from embedding_service.floods import CALL_BYTES
@@ -114,10 +115,13 @@ class _Unary(Call):
 
     _task: asyncio.Task[None] | None = None
     _admitted = 0
+    _traceparent = ""
 
     def on_message(self, message: bytes) -> None:
+        if tracing.tracer is not None:
+            self._traceparent = tracing.traceparent_of(self._rpc.metadata)
         try:
-            answer = self.at_once(message)
+            answer = None if self._traceparent else self.at_once(message)
         except QuotaExceeded as error:
             self.refuse(code_of(error), str(error), trailing_of(error))
             return
@@ -138,7 +142,7 @@ class _Unary(Call):
 
     def _begin_task(self, message: bytes) -> None:
         if not self.cancelled:
-            self._context = Context(self._peer, self._rpc.due, self.caller)
+            self._context = Context(self._peer, self._rpc.due, self.caller, self._traceparent)
             self._task = self._front.loop.create_task(self.guarded(self._answer(message), self._context))
 
     async def _answer(self, message: bytes) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import Exemplar, HistogramMetricFamily
 
+from embedding_service import tracing
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, QuotaExceeded, Redirect
 from embedding_service.formats import get_format
 from embedding_service.grpc_codes import code_of, pushback_ms
@@ -23,6 +24,7 @@ from embedding_service.rows.base import STORED, Bytes, Ids, TableRows
 from embedding_service.security.identity import Caller
 from embedding_service.serving import IDLE_STREAMS, RequestLimits, Server
 from embedding_service.store.manifest import Table as StoredTable
+from embedding_service.tracing import Attributes, Span
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lists import LookupAsked, read_lookup, read_streamed_lookup
 from embedding_service.wire.lookup_codec import Shape, allocate, allocate_streamed
@@ -52,6 +54,7 @@ class Counters:
 
     `near_rows` are those that clients read in place, by what they said.
     `times` counts answers by the bucket of their time. The last bucket is beyond all bounds.
+    `traced` has the last answer of each bucket that was traced.
     """
 
     lookups: int = 0
@@ -62,6 +65,7 @@ class Counters:
     errors: int = 0
     seconds: float = 0.0
     times: list[int] = field(default_factory=lambda: [0] * (len(_BUCKETS) + 1))
+    traced: dict[int, Exemplar] = field(default_factory=dict)
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(
@@ -73,24 +77,31 @@ class Counters:
             self.errors + other.errors,
             self.seconds + other.seconds,
             [mine + theirs for mine, theirs in zip(self.times, other.times, strict=True)],
+            {**self.traced, **other.traced},
         )
 
-    def count(self, shape: Shape, seconds: float) -> None:
+    def count(self, shape: Shape, seconds: float, span: Span | None = None) -> None:
         """Count an answer of this shape that took `seconds`."""
         self.lookups += 1
         self.rows += shape.count
         self.row_bytes += shape.nbytes
         self.seconds += seconds
-        self.times[bisect.bisect_left(_BUCKETS, seconds)] += 1
+        bucket = bisect.bisect_left(_BUCKETS, seconds)
+        self.times[bucket] += 1
+        if span is not None:
+            self.traced[bucket] = Exemplar({"trace_id": span.trace_id, "span_id": span.span_id}, seconds, time.time())
 
     def histogram(self) -> HistogramMetricFamily:
         """Answering times for Prometheus."""
         below = np.cumsum(self.times).tolist()
-        bounds = [*map(str, _BUCKETS), "+Inf"]
+        counts = zip([*map(str, _BUCKETS), "+Inf"], below, strict=True)
         return HistogramMetricFamily(
             "embedding_lookup_seconds",
             "Time to answer a lookup, forwarding included.",
-            buckets=list(zip(bounds, below, strict=True)),
+            buckets=[
+                (bound, count, self.traced[index]) if index in self.traced else (bound, count)
+                for index, (bound, count) in enumerate(counts)
+            ],
             sum_value=self.seconds,
         )
 
@@ -166,7 +177,11 @@ class HeldRows:
             caller.spend(lookup.shape.count, lookup.shape.nbytes)
         message, rows = allocate(lookup.shape)
         lookup.held.gather(lookup.ids, lookup.encoding, rows)
-        self._count(lookup.shape, began)
+        span = None
+        if tracing.tracer is not None and (asked.request.traceparent or not asked.request.epoch):
+            about = about_lookup(asked.request, lookup.shape)
+            span = tracing.tracer.record("Lookup", asked.request.traceparent, began, about)
+        self._count(lookup.shape, began, span)
         return message
 
     def _read(self, asked: LookupAsked, caller: Caller | None) -> CheckedLookup:
@@ -211,13 +226,25 @@ class HeldRows:
             Method(each, at_once=self.answer_streamed, each=True, places=Places(*IDLE_STREAMS)),
         )
 
-    def _count(self, shape: Shape, began: float) -> None:
+    def _count(self, shape: Shape, began: float, span: Span | None) -> None:
         with self._counting:
-            self.counters.count(shape, time.perf_counter() - began)
+            self.counters.count(shape, time.perf_counter() - began, span)
 
     def _count_error(self) -> None:
         with self._counting:
             self.counters.errors += 1
+
+
+def about_lookup(request: wire.LookupRequest, shape: Shape) -> Attributes:
+    """What a span says of an answer."""
+    return {
+        "rpc.system.name": "grpc",
+        "embedding.model": request.model,
+        "embedding.table": request.table,
+        "embedding.version": shape.version,
+        "embedding.ids": shape.count,
+        "embedding.bytes": shape.nbytes,
+    }
 
 
 def failure_of(error: EmbeddingServiceError) -> wire.LookupFailure:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from embedding_service import tracing
 from embedding_service.budget import Budget
 from embedding_service.client.channels import open_channel_async
 from embedding_service.errors import EmbeddingServiceError
@@ -271,6 +272,8 @@ class _PassedOn:
                 whose = [(PEER, context.peer())]
                 if context.caller:
                     whose.append((CALLER, context.caller.name))
+                if context.traceparent:
+                    whose.append((tracing.TRACEPARENT, context.traceparent))
                 return await ask(message, timeout=context.time_remaining(), metadata=whose)
             except grpc.aio.AioRpcError as error:
                 await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata()))
@@ -353,6 +356,7 @@ def main(pipe: Connection) -> None:
     if os.getppid() != parent:
         return
     log_to_stderr(settings.name)
+    tracing.start(tracing.SHARD, settings.name)
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -364,6 +368,7 @@ def main(pipe: Connection) -> None:
     except EmbeddingServiceError as error:
         log.error("%s", error)
         os._exit(1)
+    tracing.stop()
     logging.shutdown()
     os._exit(0)  # as the commands do: taking torch and gRPC down takes a second
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from embedding_service import tracing
 from embedding_service.address_space import can_seal
 from embedding_service.budget import Budget
 from embedding_service.client.router import Router
@@ -116,6 +117,7 @@ def main(options: ShardOptions) -> None:
 
 
 async def _serve(options: ShardOptions) -> None:
+    tracing.start(tracing.SHARD, options.shard_id)
     shard = _Shard(options)
     await shard.listen()
     spare_collections()
@@ -124,6 +126,7 @@ async def _serve(options: ShardOptions) -> None:
     finally:
         log.info("ending")
         await shard.close()
+        tracing.stop()
 
 
 class _Shard:

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -14,9 +15,11 @@ import grpc
 import numpy as np
 import torch
 
+from embedding_service import tracing
 from embedding_service.budget import COUNTED_BYTES, Budget
 from embedding_service.client.router import Router
 from embedding_service.client.steps import run_async
+from embedding_service.client.traced import traced
 from embedding_service.client.transport import GrpcTransport
 from embedding_service.client.wants import StoredRows, Want
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, Redirect
@@ -33,11 +36,13 @@ from embedding_service.shard.held import (
     SERVICE,
     CheckedLookup,
     HeldRows,
+    about_lookup,
     encoding_of,
     failure_of,
     row_bytes_of,
 )
 from embedding_service.shard.holdings import Holdings
+from embedding_service.tracing import Attributes, Span
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.lists import (
     LookupAsked,
@@ -140,50 +145,55 @@ class LookupService(HeldRows, RoutingService):
     async def Lookup(self, request: LookupAsked, context: Context) -> bytes:
         """Rows of one table: a serialized `LookupResponse`."""
         began = time.perf_counter()
-        try:
-            lookup = await self._check(request, context.caller)
-            await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
-            message, rows = allocate(lookup.shape)
-            await self._fill(rows, lookup, _deadline(context))
-        except Redirect:
-            await self._send_away(context)
-        except EmbeddingServiceError as error:
-            self._count_error()
-            await abort(context, error)
-        self._count(lookup.shape, began)
+        with _span(request.request, context) as span:
+            try:
+                lookup = await self._check(request, context.caller)
+                _tell(span, request.request, lookup.shape)
+                await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
+                message, rows = allocate(lookup.shape)
+                await self._fill(rows, lookup, _deadline(context))
+            except Redirect:
+                await self._send_away(context)
+            except EmbeddingServiceError as error:
+                self._count_error()
+                await abort(context, error)
+        self._count(lookup.shape, began, span)
         return message
 
     async def Answer(self, request: StreamedLookupAsked, context: Context) -> bytes:
         """Answer a message of a `StreamLookup`: a serialized `StreamLookupResponse`, with rows or an error."""
         began = time.perf_counter()
-        try:
-            lookup = await self._check(request.lookup, context.caller)
-            await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
-            message, rows = allocate_streamed(lookup.shape, request.request_id)
-            await self._fill(rows, lookup, _deadline(context))
-        except Redirect:
-            term, epoch = self._age()
-            failure = wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=MOVED, term=term, epoch=epoch)
-        except EmbeddingServiceError as error:
-            self._count_error()
-            failure = failure_of(error)
-        else:
-            self._count(lookup.shape, began)
-            return message
+        with _span(request.lookup.request, context) as span:
+            try:
+                lookup = await self._check(request.lookup, context.caller)
+                _tell(span, request.lookup.request, lookup.shape)
+                await self._unread.add(context, lookup.shape.nbytes, lookup.shape.count)
+                message, rows = allocate_streamed(lookup.shape, request.request_id)
+                await self._fill(rows, lookup, _deadline(context))
+            except Redirect:
+                failure = self._redirect()
+            except EmbeddingServiceError as error:
+                self._count_error()
+                failure = failure_of(error)
+            else:
+                self._count(lookup.shape, began, span)
+                return message
+            if span is not None:
+                span.fail(failure.message)
         return wire.StreamLookupResponse(request_id=request.request_id, error=failure).SerializeToString()
 
     async def LookupNgrams(self, request: NgramsAsked, context: Context) -> wire.LookupNgramsResponse:
         """Token ids in, rows out."""
-        began = time.perf_counter()
-        try:
-            answer = await self._lookup_ngrams(
-                request, context.caller, _deadline(context), partial(self._unread.add, context, copies=NGRAM_COPIES)
-            )
-        except EmbeddingServiceError as error:
-            self._count_error()
-            await abort(context, error)
+        began, room = time.perf_counter(), partial(self._unread.add, context, copies=NGRAM_COPIES)
+        about: Attributes = {"embedding.model": request.request.model, "embedding.tokens": len(request.token_ids)}
+        with tracing.answering("LookupNgrams", context.traceparent, about) as span:
+            try:
+                answer = await self._lookup_ngrams(request, context.caller, _deadline(context), room)
+            except EmbeddingServiceError as error:
+                self._count_error()
+                await abort(context, error)
         count = answer.batch * answer.length * answer.tables * answer.heads
-        self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began)
+        self._count(Shape(count, answer.row_bytes, answer.dim, answer.encoding, answer.version), began, span)
         return answer
 
     async def _check(self, request: LookupAsked, caller: Caller | None) -> CheckedLookup:
@@ -228,7 +238,13 @@ class LookupService(HeldRows, RoutingService):
         def wants_of(model: Model) -> list[Want]:
             return [Want(model.table(lookup.table), ids, shape.encoding, shape.row_bytes, sink)]
 
-        await run_async(self._router.fetch(lookup.model.full_name, wants_of, deadline), self._transport)
+        steps = self._router.fetch(lookup.model.full_name, wants_of, deadline)
+        if (span := tracing.current()) is None:
+            await run_async(steps, self._transport)
+            return sink.rows
+        span.note({"embedding.forwarded_ids": len(ids)})
+        with closing(traced(steps, span)) as steps:
+            await run_async(steps, self._transport)
         return sink.rows
 
     async def _gather(self, held: TableRows, ids: Ids, encoding: str, out: Bytes | None = None) -> Bytes:
@@ -285,6 +301,11 @@ class LookupService(HeldRows, RoutingService):
         routing = self._router.current
         return routing.age if routing else (0, 0)
 
+    def _redirect(self) -> wire.LookupFailure:
+        """`_send_away` on a stream."""
+        term, epoch = self._age()
+        return wire.LookupFailure(code=grpc.StatusCode.ABORTED.value[0], message=MOVED, term=term, epoch=epoch)
+
     async def _send_away(self, context: Context) -> NoReturn:
         term, epoch = self._age()
         context.set_trailing_metadata((("embedding-term", str(term)), ("embedding-epoch", str(epoch))))
@@ -296,6 +317,17 @@ def _gather_anywhere(held: TableRows, ids: Ids, encoding: str, out: Bytes | None
     """Gather on a thread that may wait for a disk."""
     held.read_ahead(ids)
     return held.gather(ids, encoding, out)
+
+
+def _span(request: wire.LookupRequest, context: Context) -> AbstractContextManager[Span | None]:
+    """The span of a lookup. A client that routed it itself says where it is traced: nobody else decides that."""
+    caller = request.traceparent or context.traceparent
+    return tracing.answering("Lookup", caller) if caller or not request.epoch else nullcontext()
+
+
+def _tell(span: Span | None, request: wire.LookupRequest, shape: Shape) -> None:
+    if span is not None:
+        span.note(about_lookup(request, shape))
 
 
 def _deadline(context: Context) -> float:

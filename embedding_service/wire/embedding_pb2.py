@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65mbedding/v1/embedding.proto\x12\x0c\x65mbedding.v1\"\xab\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05table\x18\x02 \x01(\t\x12\x0b\n\x03ids\x18\x03 \x03(\x03\x12\x11\n\tids_int64\x18\x04 \x01(\x0c\x12\x12\n\nids_uint32\x18\x05 \x01(\x0c\x12+\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\x0c\n\x04term\x18\x08 \x01(\x04\"|\n\x0eLookupResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\x11\n\trow_bytes\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12+\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\x0f\n\x07version\x18\x05 \x01(\t\"V\n\x13StreamLookupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x06lookup\x18\x02 \x01(\x0b\x32\x1b.embedding.v1.LookupRequest\"\x90\x01\n\x14StreamLookupResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12,\n\x04rows\x18\x02 \x01(\x0b\x32\x1c.embedding.v1.LookupResponseH\x00\x12,\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.embedding.v1.LookupFailureH\x00\x42\x08\n\x06result\"c\n\rLookupFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r\"\x84\x01\n\x13LookupNgramsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x04 \x03(\x05\x12+\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\"\xc0\x01\n\x14LookupNgramsResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0e\n\x06tables\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x11\n\trow_bytes\x18\x07 \x01(\r\x12+\n\x08\x65ncoding\x18\x08 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\x0f\n\x07version\x18\t \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.embedding.v1.ModelInfo\"\x9a\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x13\n\x0bhash_params\x18\x04 \x01(\t\x12\'\n\x06tables\x18\x05 \x03(\x0b\x32\x17.embedding.v1.TableInfo\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x12\n\ncheckpoint\x18\x07 \x01(\t\"\x84\x01\n\tTableInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x11\n\trow_bytes\x18\x05 \x01(\r\x12\x15\n\rrows_per_part\x18\x06 \x01(\x03\x12\x15\n\rreplaced_rows\x18\x07 \x01(\x03\"0\n\x11GetRoutingRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xde\x01\n\x07Routing\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.embedding.v1.ShardAddress\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.embedding.v1.ModelPlacement\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.embedding.v1.Limits\x12\x12\n\ncontroller\x18\x06 \x01(\t\x12\x11\n\tsignature\x18\x0e \x01(\t\x12\x0f\n\x07\x64igests\x18\x0f \x03(\x0c\"d\n\x0cShardAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08topology\x18\x03 \x01(\t\x12%\n\x04near\x18\x04 \x01(\x0b\x32\x17.embedding.v1.NearPlace\"?\n\tNearPlace\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"f\n\x0eModelPlacement\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.embedding.v1.ModelInfo\x12,\n\x06tables\x18\x02 \x03(\x0b\x32\x1c.embedding.v1.TablePlacement\"9\n\x0eTablePlacement\x12\'\n\x05parts\x18\x01 \x03(\x0b\x32\x18.embedding.v1.PartOwners\" \n\nPartOwners\x12\x12\n\x06shards\x18\x01 \x03(\rB\x02\x10\x01\"7\n\x06Limits\x12\x15\n\rrequest_bytes\x18\x01 \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x02 \x01(\x04*\x93\x01\n\x0bRowEncoding\x12\x1c\n\x18ROW_ENCODING_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_ENCODING_FLOAT32\x10\x01\x12\x18\n\x14ROW_ENCODING_FLOAT16\x10\x02\x12\x19\n\x15ROW_ENCODING_BFLOAT16\x10\x03\x12\x17\n\x13ROW_ENCODING_STORED\x10\x04\x32\xa0\x03\n\x10\x45mbeddingService\x12\x43\n\x06Lookup\x12\x1b.embedding.v1.LookupRequest\x1a\x1c.embedding.v1.LookupResponse\x12Y\n\x0cStreamLookup\x12!.embedding.v1.StreamLookupRequest\x1a\".embedding.v1.StreamLookupResponse(\x01\x30\x01\x12U\n\x0cLookupNgrams\x12!.embedding.v1.LookupNgramsRequest\x1a\".embedding.v1.LookupNgramsResponse\x12O\n\nListModels\x12\x1f.embedding.v1.ListModelsRequest\x1a .embedding.v1.ListModelsResponse\x12\x44\n\nGetRouting\x12\x1f.embedding.v1.GetRoutingRequest\x1a\x15.embedding.v1.Routingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65mbedding/v1/embedding.proto\x12\x0c\x65mbedding.v1\"\xc0\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05table\x18\x02 \x01(\t\x12\x0b\n\x03ids\x18\x03 \x03(\x03\x12\x11\n\tids_int64\x18\x04 \x01(\x0c\x12\x12\n\nids_uint32\x18\x05 \x01(\x0c\x12+\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\x0c\n\x04term\x18\x08 \x01(\x04\x12\x13\n\x0btraceparent\x18\t \x01(\t\"|\n\x0eLookupResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\x11\n\trow_bytes\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12+\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\x0f\n\x07version\x18\x05 \x01(\t\"V\n\x13StreamLookupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x06lookup\x18\x02 \x01(\x0b\x32\x1b.embedding.v1.LookupRequest\"\x90\x01\n\x14StreamLookupResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12,\n\x04rows\x18\x02 \x01(\x0b\x32\x1c.embedding.v1.LookupResponseH\x00\x12,\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.embedding.v1.LookupFailureH\x00\x42\x08\n\x06result\"c\n\rLookupFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r\"\x84\x01\n\x13LookupNgramsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x04 \x03(\x05\x12+\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\"\xc0\x01\n\x14LookupNgramsResponse\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0e\n\x06tables\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x11\n\trow_bytes\x18\x07 \x01(\r\x12+\n\x08\x65ncoding\x18\x08 \x01(\x0e\x32\x19.embedding.v1.RowEncoding\x12\x0f\n\x07version\x18\t \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.embedding.v1.ModelInfo\"\x9a\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x13\n\x0bhash_params\x18\x04 \x01(\t\x12\'\n\x06tables\x18\x05 \x03(\x0b\x32\x17.embedding.v1.TableInfo\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x12\n\ncheckpoint\x18\x07 \x01(\t\"\x84\x01\n\tTableInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x11\n\trow_bytes\x18\x05 \x01(\r\x12\x15\n\rrows_per_part\x18\x06 \x01(\x03\x12\x15\n\rreplaced_rows\x18\x07 \x01(\x03\"0\n\x11GetRoutingRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xde\x01\n\x07Routing\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.embedding.v1.ShardAddress\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.embedding.v1.ModelPlacement\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.embedding.v1.Limits\x12\x12\n\ncontroller\x18\x06 \x01(\t\x12\x11\n\tsignature\x18\x0e \x01(\t\x12\x0f\n\x07\x64igests\x18\x0f \x03(\x0c\"d\n\x0cShardAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08topology\x18\x03 \x01(\t\x12%\n\x04near\x18\x04 \x01(\x0b\x32\x17.embedding.v1.NearPlace\"?\n\tNearPlace\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"f\n\x0eModelPlacement\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.embedding.v1.ModelInfo\x12,\n\x06tables\x18\x02 \x03(\x0b\x32\x1c.embedding.v1.TablePlacement\"9\n\x0eTablePlacement\x12\'\n\x05parts\x18\x01 \x03(\x0b\x32\x18.embedding.v1.PartOwners\" \n\nPartOwners\x12\x12\n\x06shards\x18\x01 \x03(\rB\x02\x10\x01\"7\n\x06Limits\x12\x15\n\rrequest_bytes\x18\x01 \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x02 \x01(\x04*\x93\x01\n\x0bRowEncoding\x12\x1c\n\x18ROW_ENCODING_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_ENCODING_FLOAT32\x10\x01\x12\x18\n\x14ROW_ENCODING_FLOAT16\x10\x02\x12\x19\n\x15ROW_ENCODING_BFLOAT16\x10\x03\x12\x17\n\x13ROW_ENCODING_STORED\x10\x04\x32\xa0\x03\n\x10\x45mbeddingService\x12\x43\n\x06Lookup\x12\x1b.embedding.v1.LookupRequest\x1a\x1c.embedding.v1.LookupResponse\x12Y\n\x0cStreamLookup\x12!.embedding.v1.StreamLookupRequest\x1a\".embedding.v1.StreamLookupResponse(\x01\x30\x01\x12U\n\x0cLookupNgrams\x12!.embedding.v1.LookupNgramsRequest\x1a\".embedding.v1.LookupNgramsResponse\x12O\n\nListModels\x12\x1f.embedding.v1.ListModelsRequest\x1a .embedding.v1.ListModelsResponse\x12\x44\n\nGetRouting\x12\x1f.embedding.v1.GetRoutingRequest\x1a\x15.embedding.v1.Routingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,46 +33,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARTOWNERS'].fields_by_name['shards']._loaded_options = None
   _globals['_PARTOWNERS'].fields_by_name['shards']._serialized_options = b'\020\001'
-  _globals['_ROWENCODING']._serialized_start=2085
-  _globals['_ROWENCODING']._serialized_end=2232
+  _globals['_ROWENCODING']._serialized_start=2106
+  _globals['_ROWENCODING']._serialized_end=2253
   _globals['_LOOKUPREQUEST']._serialized_start=47
-  _globals['_LOOKUPREQUEST']._serialized_end=218
-  _globals['_LOOKUPRESPONSE']._serialized_start=220
-  _globals['_LOOKUPRESPONSE']._serialized_end=344
-  _globals['_STREAMLOOKUPREQUEST']._serialized_start=346
-  _globals['_STREAMLOOKUPREQUEST']._serialized_end=432
-  _globals['_STREAMLOOKUPRESPONSE']._serialized_start=435
-  _globals['_STREAMLOOKUPRESPONSE']._serialized_end=579
-  _globals['_LOOKUPFAILURE']._serialized_start=581
-  _globals['_LOOKUPFAILURE']._serialized_end=680
-  _globals['_LOOKUPNGRAMSREQUEST']._serialized_start=683
-  _globals['_LOOKUPNGRAMSREQUEST']._serialized_end=815
-  _globals['_LOOKUPNGRAMSRESPONSE']._serialized_start=818
-  _globals['_LOOKUPNGRAMSRESPONSE']._serialized_end=1010
-  _globals['_LISTMODELSREQUEST']._serialized_start=1012
-  _globals['_LISTMODELSREQUEST']._serialized_end=1031
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1033
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1094
-  _globals['_MODELINFO']._serialized_start=1097
-  _globals['_MODELINFO']._serialized_end=1251
-  _globals['_TABLEINFO']._serialized_start=1254
-  _globals['_TABLEINFO']._serialized_end=1386
-  _globals['_GETROUTINGREQUEST']._serialized_start=1388
-  _globals['_GETROUTINGREQUEST']._serialized_end=1436
-  _globals['_ROUTING']._serialized_start=1439
-  _globals['_ROUTING']._serialized_end=1661
-  _globals['_SHARDADDRESS']._serialized_start=1663
-  _globals['_SHARDADDRESS']._serialized_end=1763
-  _globals['_NEARPLACE']._serialized_start=1765
-  _globals['_NEARPLACE']._serialized_end=1828
-  _globals['_MODELPLACEMENT']._serialized_start=1830
-  _globals['_MODELPLACEMENT']._serialized_end=1932
-  _globals['_TABLEPLACEMENT']._serialized_start=1934
-  _globals['_TABLEPLACEMENT']._serialized_end=1991
-  _globals['_PARTOWNERS']._serialized_start=1993
-  _globals['_PARTOWNERS']._serialized_end=2025
-  _globals['_LIMITS']._serialized_start=2027
-  _globals['_LIMITS']._serialized_end=2082
-  _globals['_EMBEDDINGSERVICE']._serialized_start=2235
-  _globals['_EMBEDDINGSERVICE']._serialized_end=2651
+  _globals['_LOOKUPREQUEST']._serialized_end=239
+  _globals['_LOOKUPRESPONSE']._serialized_start=241
+  _globals['_LOOKUPRESPONSE']._serialized_end=365
+  _globals['_STREAMLOOKUPREQUEST']._serialized_start=367
+  _globals['_STREAMLOOKUPREQUEST']._serialized_end=453
+  _globals['_STREAMLOOKUPRESPONSE']._serialized_start=456
+  _globals['_STREAMLOOKUPRESPONSE']._serialized_end=600
+  _globals['_LOOKUPFAILURE']._serialized_start=602
+  _globals['_LOOKUPFAILURE']._serialized_end=701
+  _globals['_LOOKUPNGRAMSREQUEST']._serialized_start=704
+  _globals['_LOOKUPNGRAMSREQUEST']._serialized_end=836
+  _globals['_LOOKUPNGRAMSRESPONSE']._serialized_start=839
+  _globals['_LOOKUPNGRAMSRESPONSE']._serialized_end=1031
+  _globals['_LISTMODELSREQUEST']._serialized_start=1033
+  _globals['_LISTMODELSREQUEST']._serialized_end=1052
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1054
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1115
+  _globals['_MODELINFO']._serialized_start=1118
+  _globals['_MODELINFO']._serialized_end=1272
+  _globals['_TABLEINFO']._serialized_start=1275
+  _globals['_TABLEINFO']._serialized_end=1407
+  _globals['_GETROUTINGREQUEST']._serialized_start=1409
+  _globals['_GETROUTINGREQUEST']._serialized_end=1457
+  _globals['_ROUTING']._serialized_start=1460
+  _globals['_ROUTING']._serialized_end=1682
+  _globals['_SHARDADDRESS']._serialized_start=1684
+  _globals['_SHARDADDRESS']._serialized_end=1784
+  _globals['_NEARPLACE']._serialized_start=1786
+  _globals['_NEARPLACE']._serialized_end=1849
+  _globals['_MODELPLACEMENT']._serialized_start=1851
+  _globals['_MODELPLACEMENT']._serialized_end=1953
+  _globals['_TABLEPLACEMENT']._serialized_start=1955
+  _globals['_TABLEPLACEMENT']._serialized_end=2012
+  _globals['_PARTOWNERS']._serialized_start=2014
+  _globals['_PARTOWNERS']._serialized_end=2046
+  _globals['_LIMITS']._serialized_start=2048
+  _globals['_LIMITS']._serialized_end=2103
+  _globals['_EMBEDDINGSERVICE']._serialized_start=2256
+  _globals['_EMBEDDINGSERVICE']._serialized_end=2672
 # @@protoc_insertion_point(module_scope)

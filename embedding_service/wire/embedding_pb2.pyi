@@ -21,7 +21,7 @@ ROW_ENCODING_BFLOAT16: RowEncoding
 ROW_ENCODING_STORED: RowEncoding
 
 class LookupRequest(_message.Message):
-    __slots__ = ("model", "table", "ids", "ids_int64", "ids_uint32", "encoding", "epoch", "term")
+    __slots__ = ("model", "table", "ids", "ids_int64", "ids_uint32", "encoding", "epoch", "term", "traceparent")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class LookupRequest(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     model: str
     table: str
     ids: _containers.RepeatedScalarFieldContainer[int]
@@ -38,7 +39,8 @@ class LookupRequest(_message.Message):
     encoding: RowEncoding
     epoch: int
     term: int
-    def __init__(self, model: _Optional[str] = ..., table: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., ids_int64: _Optional[bytes] = ..., ids_uint32: _Optional[bytes] = ..., encoding: _Optional[_Union[RowEncoding, str]] = ..., epoch: _Optional[int] = ..., term: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, model: _Optional[str] = ..., table: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., ids_int64: _Optional[bytes] = ..., ids_uint32: _Optional[bytes] = ..., encoding: _Optional[_Union[RowEncoding, str]] = ..., epoch: _Optional[int] = ..., term: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("rows", "row_bytes", "dim", "encoding", "version")

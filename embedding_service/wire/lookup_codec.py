@@ -28,6 +28,8 @@ _ROWS = b"\x0a"  # LookupResponse.rows = 1
 _RESULT = b"\x12"  # StreamLookupResponse.rows = 2
 _ENCODING = 0x20  # LookupResponse.encoding = 4, a varint
 _LOOKUP = b"\x12"  # StreamLookupRequest.lookup = 2
+# LookupRequest.traceparent
+_TRACEPARENT = bytes([wire.LookupRequest.DESCRIPTOR.fields_by_name["traceparent"].number << 3 | 2])
 _IDS_INT64, _IDS_UINT32 = (
     bytes([wire.LookupRequest.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("ids_int64", "ids_uint32")
 )
@@ -143,6 +145,12 @@ def encode_lookup(
     narrow = rows <= 1 << 32
     head = _before_ids(model, table, encoding, term, epoch, narrow)
     return _encoded(head, ids.astype("<u4" if narrow else "<i8").tobytes())
+
+
+def with_traceparent(request: EncodedLookup, traceparent: str) -> EncodedLookup:
+    """The same request, of this span."""
+    said = traceparent.encode()
+    return _encoded(_TRACEPARENT + varint(len(said)) + said + request.head, request.ids)
 
 
 def join_lookups(requests: Sequence[EncodedLookup]) -> EncodedLookup:

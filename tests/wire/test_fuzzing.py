@@ -150,9 +150,16 @@ ENCODINGS = range(8)
 
 
 @drawn_with_others
-@given(name=st.text(max_size=12), ages=st.tuples(NUMBERS, NUMBERS), ids=st.lists(st.integers(0, 2**63 - 1), max_size=8))
-def test_requests_are_written_as_protobuf_reads_them(name: str, ages: tuple[int, int], ids: list[int]) -> None:
-    """For tables of any size, in any encoding."""
+@given(
+    name=st.text(max_size=12),
+    ages=st.tuples(NUMBERS, NUMBERS),
+    ids=st.lists(st.integers(0, 2**63 - 1), max_size=8),
+    span=st.text(max_size=60),
+)
+def test_requests_are_written_as_protobuf_reads_them(
+    name: str, ages: tuple[int, int], ids: list[int], span: str
+) -> None:
+    """For tables of any size, in any encoding, with a span and without one."""
     for rows, encoding in itertools.product(TABLE_ROWS, ENCODINGS):
         kept = np.array([each % rows for each in ids], np.int64)
         request = lookup_codec.encode_lookup(name, name, encoding, *ages, kept, rows)
@@ -161,3 +168,8 @@ def test_requests_are_written_as_protobuf_reads_them(name: str, ages: tuple[int,
         assert (said.lookup.model, said.lookup.encoding, said.lookup.term, said.lookup.epoch) == (name, encoding, *ages)
         narrow = np.frombuffer(said.lookup.ids_uint32, "<u4").tolist()
         assert (narrow or np.frombuffer(said.lookup.ids_int64, "<i8").tolist()) == kept.tolist()
+        expected = wire.LookupRequest.FromString(request.message())
+        expected.traceparent = span
+        traced = lookup_codec.with_traceparent(request, span)
+        assert wire.LookupRequest.FromString(traced.message()) == expected
+        assert wire.StreamLookupRequest.FromString(traced.streamed) == wire.StreamLookupRequest(lookup=expected)
