@@ -151,9 +151,10 @@ def test_a_shard_that_forwards_tells_whom_it_asked(here: None, service: Up, coll
 def test_errors_are_told_and_nobody_traces_for_who_does_not(here: None, service: Up, collector: Collector) -> None:
     with open_channel(service.address, None) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-        with tracing.answering("test", "") as span, pytest.raises(grpc.RpcError):
+        with tracing.answering("test", "") as span:
             assert span is not None
-            stub.Lookup(wire.LookupRequest(model="fp32", table="no", ids=[1], traceparent=span.traceparent))
+            with pytest.raises(grpc.RpcError):
+                stub.Lookup(wire.LookupRequest(model="fp32", table="no", ids=[1], traceparent=span.traceparent))
         failed = only(children(trace := collector.whole(span.trace_id, 2), first(trace)))
         assert "no table 'no'" in failed.failed
         before = collector.traces()
@@ -189,7 +190,7 @@ def test_what_is_asked_again_is_told_from_what_is_asked_of_another(here: None, c
 
     for owner, sibling in ((1, 2), (2, 1)):
         shards.hanging = {f"h:{owner}"}
-        fetched = []
+        fetched: list[Span] = []
         while not fetched or fetched[-1].attributes["embedding.round"] == 1:  # until its turn to be asked comes
             with tracing.answering("test", "") as span:
                 fetch([PER_PART])

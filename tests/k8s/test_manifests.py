@@ -20,6 +20,7 @@ from referencing import Registry, Resource
 from support.kustomize import K8S, Manifest, can_render, environment, filled_in, find, pod_templates, render, resolved
 
 import embedding_service.cli
+from embedding_service import tracing
 from embedding_service.client.client import TOPOLOGY
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import Unauthenticated
@@ -435,6 +436,23 @@ def test_shards_and_workers_say_the_zone_of_their_node(components: list[str], tm
     words = words_of(shard, objects)
     parse(embedding_service.cli.app, words)
     assert "--topology=metadata-labels-topology-kubernetes-io-zone" in words
+
+
+def test_shards_and_workers_send_their_spans_to_one_collector(tmp_path: Path) -> None:
+    objects = on_top(tmp_path / "service", "cpu-production", "tracing")
+    objects += on_top(tmp_path / "worker", "cpu-production/worker", "tracing/worker")
+    for each in objects:
+        validate(each)
+    [shard] = shards_of(objects)["spec"]["template"]["spec"]["containers"]
+    worker = find(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    here, there = ({**environment(each, objects)} for each in (shard, worker["containers"][0]))
+    told = {name: value for name, value in here.items() if name.startswith("OTEL_")}
+    assert told == {name: value for name, value in there.items() if name.startswith("OTEL_")}
+    assert tracing.Sampler(told["OTEL_TRACES_SAMPLER"], told["OTEL_TRACES_SAMPLER_ARG"])
+    port = int(told["OTEL_EXPORTER_OTLP_ENDPOINT"].rpartition(":")[2])
+    for name in ("embedding-shard", "model-worker"):
+        ways = find(objects, "NetworkPolicy", name)["spec"]["egress"]
+        assert any({"port": port} in way.get("ports", []) for way in ways)
 
 
 @pytest.mark.parametrize("overlay", ["gpu-near", "local-small"])

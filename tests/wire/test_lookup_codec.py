@@ -82,8 +82,8 @@ def test_requests_are_those_of_the_contract(table_rows: int, field: str, dtype: 
         encoding=wire.ROW_ENCODING_STORED,
         term=9,
         epoch=2,
-        **{field: ids.astype(dtype).tobytes()},
     )
+    setattr(expected, field, ids.astype(dtype).tobytes())
     request = lookup_codec.encode_lookup("m@1", "t", wire.ROW_ENCODING_STORED, 9, 2, ids, table_rows)
     assert wire.LookupRequest.FromString(request.message()) == expected
     assert wire.StreamLookupRequest.FromString(request.streamed) == wire.StreamLookupRequest(lookup=expected)
