@@ -115,7 +115,13 @@ def collector() -> Iterator[Collector | None]:
 
 
 @pytest.fixture(scope="session")
-def service(store: Path, collector: Collector | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def traced(collector: Collector | None) -> dict[str, str]:
+    """What processes need to trace the requests that a test's own span comes with."""
+    return collector.variables("parentbased_always_off") if collector else {}
+
+
+@pytest.fixture(scope="session")
+def service(store: Path, traced: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Three shards over `store`, for tests that change nothing. Its proxies answer nobody.
 
     It traces the requests that a test's own span comes with.
@@ -123,7 +129,7 @@ def service(store: Path, collector: Collector | None, tmp_path_factory: pytest.T
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:
             dead_proxies(environment)
-            for name, value in (collector.variables("parentbased_always_off") if collector else {}).items():
+            for name, value in traced.items():
                 environment.setenv(name, value)
             running = stack.enter_context(serving(tmp_path_factory.mktemp("service"), store, 3))
         yield running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,13 @@ def model_store(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def tables(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def tables(model_store: Path, traced: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The service that serves the small model. A test may end it, and must restart it."""
-    with serving(tmp_path_factory.mktemp("tables"), model_store, 2, memory=64 << 20) as running:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in traced.items():
+                environment.setenv(name, value)
+            running = stack.enter_context(serving(tmp_path_factory.mktemp("tables"), model_store, 2, memory=64 << 20))
         yield running
 
 

@@ -18,9 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import CONTEXT, VOCAB
 from starlette.testclient import TestClient
+from support.cluster import until
+from support.collector import Collector, Span, tracing_here
 from support.security import write_policy
 from transformers import PreTrainedTokenizerFast
 
+from embedding_service import tracing
 from embedding_service.security.authority import Authority
 from embedding_service.security.policy import digest_of
 from embedding_service.security.proofs import prove
@@ -665,3 +668,40 @@ def test_s8_a_key_that_is_taken_back_counts_no_more(
         worker.keys._guard.look()
         assert client.get("/v1/models", headers=bearer("other")).status_code == 403
     worker.keys.close()
+
+
+# Traces
+
+
+def test_a_request_is_followed_down_to_the_shards(
+    worker: Worker, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's header, the passes of the model, their lookups, and what shards answer."""
+    monkeypatch.setattr(worker._client, "_near", None)
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    with tracing_here(collector), TestClient(build_app(worker)) as http:
+        headers = {tracing.TRACEPARENT: f"00-{trace}-{caller}-01"}
+        body = {"model": "small", "prompt": PROMPT, "max_tokens": 3, "temperature": 0, "stream": True}
+        assert http.post(COMPLETIONS, json=body, headers=headers).status_code == 200
+        tracing.stop()  # with what was not sent yet
+
+    def whole() -> list[Span]:
+        spans = collector.of(trace)
+        asked = sum(span.kind == "CLIENT" for span in spans)
+        return spans if asked and asked == sum(span.service == "embedding-shard" for span in spans) else []
+
+    spans = until(whole, "all spans")
+    by_id = {span.id: span for span in spans}
+
+    def way(span: Span) -> list[str]:
+        """Names from the first span to this one."""
+        return [*(way(by_id[span.parent]) if span.parent in by_id else ()), span.name]
+
+    [request] = [span for span in spans if span.parent == caller]
+    assert (request.kind, request.attributes["http.response.status_code"]) == ("SERVER", 200)
+    answers = [span for span in spans if span.service == "embedding-shard"]
+    assert {tuple(way(answer)) for answer in answers} == {
+        (f"POST {COMPLETIONS}", "forward", "lookup", "Lookup", "Lookup")
+    }
+    assert len([span for span in spans if span.name == "forward"]) == 3
+    assert all(span.attributes["embedding.table"] for span in answers)

@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 import torch
+from page.prometheus import board_queries, need_prometheus, prometheus
 from prometheus_client.parser import text_string_to_metric_families
 from small_model import CONTEXT, VOCAB
 from support.cluster import Up, free_port, proxies_of_nobody, until
@@ -477,6 +478,29 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
     seen = scrape()
     assert 0 < seen["time_to_first_token_seconds_count"] <= info["requests"]
     assert seen["lookup_wait_seconds_sum"] > 0
+
+
+def test_every_panel_of_the_workers_board_has_data(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
+    need_prometheus()
+    queries = board_queries()["workers"]
+    rows = [query for query in queries if "_rows_total" in query or "cache_hits" in query]  # it may have no wired ones
+    busy = {"model": "small", "prompt": PROMPT, "max_tokens": 64, "n": MAX_BATCH + MAX_QUEUE}
+
+    def refused() -> bool:
+        with ThreadPoolExecutor(2) as pool:
+            posted = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=busy, timeout=180) for _ in range(2)]
+        return any(each.result().status_code == 429 for each in posted)
+
+    until(refused, "a request that is refused")
+    address = server.metrics_url().removeprefix("http://").removesuffix("/metrics")
+    with prometheus(tmp_path / "prometheus", {"ray": [address]}, []) as running:
+
+        def without_data() -> list[str]:
+            client.completions.create(model="small", prompt=PROMPT, max_tokens=4)
+            missing = [query for query in queries if not running.ask(query)]
+            return [query for query in missing if query not in rows or len(rows) == len(set(rows) & set(missing))]
+
+        until(lambda: not without_data(), "data of every panel")
 
 
 def test_nothing_listens_beyond_loopback(server: Server) -> None:
