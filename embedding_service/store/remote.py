@@ -6,11 +6,12 @@ Libraries of object stores raise what they like. Those of botocore and of google
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
+from fsspec.config import conf
 from fsspec.dircache import DirCache
 
 from embedding_service.errors import RemoteStoreError, StoreError
@@ -51,6 +52,30 @@ _NO_ANSWER = {
     "ClientConnectionError",
     "ServiceRequestError",
 }
+
+
+# Seconds without a byte after which a request is given up, and made again by its library.
+_SILENT_SECONDS, _CONNECTING_SECONDS = 20.0, 10.0
+
+
+def patience(url: str) -> dict[str, dict[str, Any]]:
+    """What a store's library is to be told of time, by scheme, as `fsspec.core.url_to_fs` takes it.
+
+    s3fs tries 25 times. By itself it would take half an hour to say that a bucket takes requests and answers none.
+    Values of fsspec's configuration count before these.
+    """
+    scheme, kind = _scheme(url), _kind(url)
+    given = conf.get(scheme, {})
+    if kind is _AMAZON:
+        times = {"read_timeout": _SILENT_SECONDS, "connect_timeout": _CONNECTING_SECONDS}
+        return {scheme: {"config_kwargs": {**times, **given.get("config_kwargs", {})}}}
+    if kind is _GOOGLE and "requests_timeout" not in given:
+        with suppress(ImportError):
+            from aiohttp import ClientTimeout
+
+            silent = ClientTimeout(total=None, sock_connect=_CONNECTING_SECONDS, sock_read=_SILENT_SECONDS)
+            return {scheme: {"requests_timeout": silent}}
+    return {}
 
 
 class RemoteFiles:
@@ -139,8 +164,12 @@ def extra_of(url: str) -> str:
 
 
 def _kind(url: str) -> _Kind | None:
-    """By the scheme: s3 of s3://..., and of simplecache::s3://..."""
-    return _KINDS.get(url.rpartition("::")[2].partition(":")[0])
+    return _KINDS.get(_scheme(url))
+
+
+def _scheme(url: str) -> str:
+    """s3 of s3://..., and of simplecache::s3://..."""
+    return url.rpartition("::")[2].partition(":")[0]
 
 
 def _code(error: BaseException) -> str | None:

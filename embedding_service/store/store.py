@@ -26,7 +26,7 @@ from embedding_service.foreign import one_line, printable
 from embedding_service.store.manifest import Manifest, Overlay, Part, Table, check_name
 from embedding_service.store.overlays import read_overlay
 from embedding_service.store.parts import verify
-from embedding_service.store.remote import RemoteFiles, explained, extra_of
+from embedding_service.store.remote import RemoteFiles, explained, extra_of, patience
 
 MANIFEST_FILE = "manifest.json"
 # A part takes about 200 bytes of it, and a tokenizer some 100 KiB.
@@ -231,7 +231,7 @@ class Store:
 def _opened(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL, and the place there."""
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url, **patience(url))  # type: ignore[no-any-return]
     except ImportError as error:
         remedy = f": pip install 'embedding-service[{extra}]'" if (extra := extra_of(url)) else ""
         raise StoreError(f"{url} is no store that can be opened: {one_line(error)}{remedy}") from error

@@ -23,6 +23,7 @@ from support.object_stores import (
     cut_short,
     each_once,
     gs_server,
+    hanging,
     hung_up,
     passing,
     s3_server,
@@ -33,7 +34,7 @@ from typer.testing import CliRunner
 from embedding_service import EmbeddingClient, cli
 from embedding_service.errors import ImportRefused, RemoteStoreError, StoreError
 from embedding_service.formats import get_format
-from embedding_service.store import Manifest, Store, read_into
+from embedding_service.store import Manifest, Store, read_into, remote
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 
@@ -130,10 +131,15 @@ def test_a_bucket_holds_what_a_folder_does(bucket: Bucket, source: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("bucket", "fault"), [("s3", slow_down), ("s3", hung_up), ("s3", cut_short), ("gs", hung_up)], indirect=["bucket"]
+    ("bucket", "fault"),
+    [("s3", slow_down), ("s3", hung_up), ("s3", cut_short), ("gs", hung_up), ("gs", hanging)],
+    indirect=["bucket"],
 )
-def test_a_request_that_fails_once_is_made_again(bucket: Bucket, source: Path, tmp_path: Path, fault: Fault) -> None:
-    """Gcsfs waits for seconds between tries, so it gets one fault."""
+def test_a_request_that_fails_once_is_made_again(
+    bucket: Bucket, source: Path, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gcsfs waits for seconds between tries, so it gets one fault at a time."""
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 0.5)
     url = bucket.url(fault.__name__)
     bucket.proxy.fault = once_for("part-00000", fault)
     manifest = import_checkpoint(source, url, "tiny", part_bytes=PART_BYTES)
@@ -224,6 +230,20 @@ def test_a_server_that_is_away_is_told(buckets: dict[str, Bucket], monkeypatch: 
     )
 
 
+def test_a_bucket_that_hangs_is_told(buckets: dict[str, Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes requests and answers none. s3fs tries five times, which is done with one here."""
+    assert remote.patience("s3://bucket/store")["s3"]["config_kwargs"]["read_timeout"] == remote._SILENT_SECONDS
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    bucket = buckets["s3"]
+    bucket.proxy.fault = hanging
+    try:
+        line = line_of("inspect", bucket.url("hanging"))
+    finally:
+        bucket.proxy.fault = passing
+    assert re.match(r"s3://bucket/hanging: no answer \(ReadTimeoutError: .*check the network and the address", line)
+
+
 @pytest.mark.service
 def test_a_service_serves_a_bucket_and_starts_again_from_its_cache(
     buckets: dict[str, Bucket], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +253,7 @@ def test_a_service_serves_a_bucket_and_starts_again_from_its_cache(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{bucket.proxy.address}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("FSSPEC_S3", json.dumps({"config_kwargs": {"read_timeout": 0.5}}))
     bucket.proxy.requests.clear()
     import_checkpoint(source, url, "tiny", dtype="fp32", part_bytes=PART_BYTES)
     ids = torch.arange(0, len(longcat_table()), 7)
@@ -256,3 +277,12 @@ def test_a_service_serves_a_bucket_and_starts_again_from_its_cache(
             running.wait_serving()
             assert torch.equal(client.lookup("tiny/ngram", ids), longcat_table()[ids])
             assert not bucket.sent("GET", "part-")
+            # It hangs: that is told, and what is served goes on.
+            bucket.proxy.fault = hanging
+            try:
+                running.wait_until(
+                    lambda status: any("no answer" in each.message for each in status.problems), "the problem"
+                )
+                assert torch.equal(client.lookup("tiny/ngram", ids), longcat_table()[ids])
+            finally:
+                bucket.proxy.fault = passing

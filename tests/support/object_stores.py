@@ -144,6 +144,11 @@ def hung_up(request: Request, ask: Callable[[], Answer]) -> None:
     """The connection ends without an answer."""
 
 
+def hanging(request: Request, ask: Callable[[], Answer]) -> None:
+    """The request is taken and never answered: not before its client has given up, for nobody waits for a minute."""
+    threading.Event().wait(60)
+
+
 def cut_short(request: Request, ask: Callable[[], Answer]) -> Answer:
     """The connection ends in the middle of the body."""
     answer = ask()
