@@ -446,7 +446,7 @@ def test_shards_and_workers_send_their_spans_to_one_collector(tmp_path: Path) ->
     [shard] = shards_of(objects)["spec"]["template"]["spec"]["containers"]
     worker = find(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     here, there = ({**environment(each, objects)} for each in (shard, worker["containers"][0]))
-    told = {name: value for name, value in here.items() if name.startswith("OTEL_")}
+    told = {name: str(value) for name, value in here.items() if name.startswith("OTEL_")}
     assert told == {name: value for name, value in there.items() if name.startswith("OTEL_")}
     assert tracing.Sampler(told["OTEL_TRACES_SAMPLER"], told["OTEL_TRACES_SAMPLER_ARG"])
     port = int(told["OTEL_EXPORTER_OTLP_ENDPOINT"].rpartition(":")[2])
