@@ -84,11 +84,12 @@ class _Rows(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """A call under way. `request`: None for a push, whose pieces the share keeps."""
+    """A call under way. `request`: None for a push, whose pieces the share keeps. `address`: Whom it asks."""
 
     share: _Share
     request: Any
     call: Any
+    address: str
 
 
 class _Reading(NamedTuple):
@@ -442,7 +443,7 @@ class Session:
         self.zero_grad()
         self.steps = number
         self._pushing = [
-            _Begun(share, None, self._begin_push(share, pieces))
+            _Begun(share, None, self._begin_push(share, pieces), share.address)
             for share, pieces in zip(self._shares, pushes, strict=True)
         ]
         if not self.staleness:
@@ -452,7 +453,7 @@ class Session:
     def _end_push(self) -> None:
         """Wait until all shards have the last step."""
         pushing, self._pushing = self._pushing, []
-        for (share, _, _), answer in zip(pushing, self._end(pushing), strict=True):
+        for (share, *_), answer in zip(pushing, self._end(pushing), strict=True):
             if answer is not None:
                 self._settle(share, answer)
 
@@ -560,24 +561,30 @@ class Session:
         return self._end(self._begin(asked))
 
     def _begin(self, asked: Sequence[tuple[_Share, Any]]) -> list[_Begun]:
-        return [_Begun(share, request, self._call(share.address, request, self._timeout)) for share, request in asked]
+        return [
+            _Begun(share, request, self._call(share.address, request, self._timeout), share.address)
+            for share, request in asked
+        ]
 
     def _end(self, begun: Sequence[_Begun]) -> list[Any]:
-        answers = []
-        for share, request, call in begun:
+        answers, quiet_at = [], time.monotonic() + _QUIET
+        for share, request, call, address in begun:
             try:
-                answers.append(self._result(share, call))
+                answers.append(self._result(share, call, address, max(quiet_at - time.monotonic(), _FIRST_PAUSE)))
             except grpc.RpcError as error:
                 answers.append(self._recover(share, error, request))
         return answers
 
-    def _result(self, share: _Share, call: Any) -> Any:
-        """What a call gives. Raises RpcError, also for a shard that says nothing while another one has its share."""
+    def _result(self, share: _Share, call: Any, address: str, patience: float = _QUIET) -> Any:
+        """What a call gives. Raises RpcError, also for a shard that says nothing while another one has its share.
+
+        address: Of the shard that was asked. patience: Seconds until it is asked who has the share, the first time.
+        """
         while True:
             try:
-                return call.result(_QUIET)
+                return call.result(patience)
             except grpc.FutureTimeoutError:
-                address = share.address
+                patience = _QUIET
                 self._find(share)
                 if share.address != address and call.cancel():
                     raise call from None
@@ -603,7 +610,7 @@ class Session:
                 has_all = True
                 if request is None:
                     return None
-                return self._result(share, self._call(share.address, request, self._timeout))
+                return self._result(share, self._call(share.address, request, self._timeout), share.address)
             except grpc.RpcError as again:
                 has_all = has_all and again.code() not in _AGAIN
                 error = again
@@ -620,13 +627,13 @@ class Session:
 
     def _send_again(self, share: _Share) -> None:
         """Push what the shard does not have by now. Raises LostUpdates if that is not here any more."""
-        begun = self._result(share, self._call(share.address, self._beginning(share), _ATTEMPT))
+        begun = self._result(share, self._call(share.address, self._beginning(share), _ATTEMPT), share.address)
         accepted = begun.accepted_steps[self._worker]
         missing = [(step, pieces) for step, pieces in share.kept if step > accepted]
         if accepted < self.steps and (not missing or missing[0][0] > accepted + 1):
             raise self._lost(share, accepted + 1, missing[0][0] - 1 if missing else self.steps)
         for _, pieces in missing:
-            self._settle(share, self._result(share, self._begin_push(share, pieces)))
+            self._settle(share, self._result(share, self._begin_push(share, pieces), share.address))
 
     def _lost(self, share: _Share, first: int, last: int) -> LostUpdates:
         index = self._shares.index(share)

@@ -233,7 +233,6 @@ class Run:
         """All come back, and the trainer checks what it has."""
         self.disarm()
         self.goes_on()
-        self.wait_whole()
         (self.folder / "end").touch()
         trainer = self.process(TRAINER)
         assert trainer.wait() == 0, trainer.output()[-5000:]
@@ -292,6 +291,7 @@ def main(
         run = Run(folder, running, copies, chance)
         run.start(TRAINER)
         chaos(run, seconds, chance)
+        run.wait_whole()
         run.end()
     for what, count in sorted(run.died.items()):
         print(f"{count:4} {what}")

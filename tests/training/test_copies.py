@@ -84,11 +84,16 @@ def check(session: Session) -> None:
 
 
 @contextmanager
-def training(shards: InThread, name: str, copies: int = 1) -> Iterator[Session]:
+def training(shards: InThread, name: str, copies: int = 1, at_step: int | None = None) -> Iterator[Session]:
     with (
         EmbeddingClient(list(shards.addresses.values()), timeout=60) as client,
         client.train(
-            f"{MODEL}@{name}", optimizer=RowwiseAdagrad(lr=LR), timeout=170, checkpoint_every=20, copies=copies
+            f"{MODEL}@{name}",
+            optimizer=RowwiseAdagrad(lr=LR),
+            timeout=170,
+            checkpoint_every=20,
+            copies=copies,
+            at_step=at_step,
         ) as session,
     ):
         yield session
@@ -147,6 +152,10 @@ def test_t10_a_copy_in_sync_leads_when_the_primary_dies_and_one_that_fell_out_is
         wait_for(store, "copied", all_in_sync)
         wait_for(store, "copied", led_by("s0", "s1"))
         trainer.end()
+    # T8: shards that lead since they came back can go back as far as those before.
+    with training(shards, "copied", 2, at_step=session.steps - 19) as again:
+        assert again.begun_at == session.steps - 19 > 20
+        check(again)
 
 
 def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> None:

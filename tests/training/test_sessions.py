@@ -114,10 +114,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 @pytest.mark.service
 def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_bit_and_no_count(run: Run) -> None:
     """`python -m support.training_chaos FOLDER` does it for long, at many points."""
-    run.start(TRAINER)
-    run.goes_on()
     run.arm("shard", "after training.share:Share.admit", 3)
-    run.arm(TRAINER, "after client.training:Session._begin_push", 9)
+    run.arm(TRAINER, "after client.training:Session._begin_push", 20)
+    run.start(TRAINER)
     run.goes_on()
     run.kill(CONTROLLER)
     run.start(CONTROLLER)
