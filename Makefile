@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos simulate attack e2e lint proto docs bench clean
+.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos train-chaos simulate attack e2e lint proto docs bench clean
 setup: $(STAMP)
 
 # Tests start some hundred processes. Each would compile every module, and each pytest rewrite every test, where it is set.
@@ -89,6 +89,10 @@ SEED ?= 1
 SECURE ?=
 chaos: setup
 	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(SECURE),--secure --rotate)
+
+# The same while two branches are trained, with a trainer that dies too. Many die at named points of their code.
+train-chaos: setup
+	folder=$$(mktemp -d) && PYTHONPATH=tests $(BIN)/python -m support.training_chaos $$folder --seconds $(SECONDS) --seed $(SEED) && rm -r $$folder
 
 # Controller, shards, routers, network and store in one thread, each seed another run of 500 events: 1,000 take about a
 # minute of two cores. A failing seed is made short and told step by step.
