@@ -86,6 +86,10 @@ class Run:
         self._armed[kind] = point
         arm(self.folder / kind, point, times)
 
+    def waits_at(self, kind: str) -> str:
+        """Where one of a kind is to die and has not yet; or empty."""
+        return self._armed.get(kind, "") if (self.folder / kind).exists() else ""
+
     def reap(self) -> list[str]:
         """Note which points were reached. Returns who died there."""
         found = self.dead()
@@ -257,12 +261,19 @@ def chaos(run: Run, seconds: float, chance: random.Random) -> None:
     deadline = time.monotonic() + seconds
     run.goes_on()
     while time.monotonic() < deadline:
-        for kind, share in (("shard", 0.7), (TRAINER, 0.3), (CONTROLLER, 0.1)):
-            if not (run.folder / kind).exists() and chance.random() < share:
-                queue = left.setdefault(kind, [])
+        for kind, share in (("shard", 1.0), (TRAINER, 0.5), (CONTROLLER, 0.2)):
+            queue = left.setdefault(kind, [])
+            if point := run.waits_at(kind):  # nobody has come there yet
+                if chance.random() < 0.7:
+                    continue
+                queue.insert(0, point)
+            if chance.random() < share:
                 if not queue:
                     queue += chance.sample(points(kind), len(points(kind)))
                 run.arm(kind, queue.pop(), chance.choice((1, 1, 2, 5)))
+        if chance.random() < 0.5:  # where they die is enough
+            run.goes_on(2)
+            continue
         events = EVENTS if run.copies > 1 else {each: EVENTS[each] for each in EVENTS if each not in NEED_COPIES}
         [event] = chance.choices(list(events), [*events.values()])
         for name in run.reap():
