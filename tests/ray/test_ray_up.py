@@ -27,7 +27,7 @@ from embedding_service.security.policy import digest_of
 pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 # Each node has room for one shard.
-NODES = 3
+NODES, SHARDS = 3, 2
 TABLE = "fp32/ngram"
 
 
@@ -112,9 +112,14 @@ def wait_for_another(running: UpCommand, name: str, pid: int) -> None:
     until(lambda: shard_pids(running).get(name, pid) != pid, f"another process of {name}")
 
 
-def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: Path, tmp_path: Path) -> None:
-    with up(tmp_path, store, NODES, f"--ray={ray_cluster}", "--replicas=2") as running:
-        assert len({shard.topology for shard in running.status().shards}) == NODES
+def test_every_row_whatever_dies_a_server_the_controller_an_actor_or_a_node(
+    ray_nodes: RayNodes, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for one more shard. In the end `up` is killed, and nothing of it is left."""
+    # Which cluster `auto` is: this machine may be a node of several.
+    monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
+    with up(tmp_path, store, SHARDS, "--ray=auto", "--replicas=2", "--tier=mmap") as running:
+        assert len({shard.topology for shard in running.status().shards}) == SHARDS
         table = longcat_table()
         with EmbeddingClient(running.address, timeout=60) as client:
             assert torch.equal(client.lookup(TABLE, torch.arange(len(table))), table)
@@ -124,50 +129,32 @@ def test_every_row_from_different_nodes_whatever_dies(ray_cluster: str, store: P
             until(lambda: sabotage.broken(victim, broken.address), "shard-1 to end, whose server is broken")
             wait_for_another(running, "shard-1", victim.pid)
 
-            shard, controller = shard_pids(running)["shard-2"], controller_process(running)
+            shard, controller = shard_pids(running)["shard-0"], controller_process(running)
             actor = psutil.Process(shard).parent()
             assert controller and actor and actor.cmdline()[0].startswith("ray::")
             controller.kill()
             actor.kill()
-            wait_for_another(running, "shard-2", shard)
-            until(lambda: len(shard_pids(running)) == NODES, "all shards to find another controller")
-        load.check()
-        until(lambda: len({shard.topology for shard in running.status().shards}) == NODES, "a shard on each node")
-        for name in ("shard-1", "shard-2", "controller"):
-            running.wait_for(f"{name} ended, Ray starts it again")
-        processes = its_processes(running, NODES)
-        assert running.end() == 0
-        until(lambda: not [process for process in processes if process.is_running()], "its processes to end")
-        # That of the broken server, and no other.
-        assert 1 <= running.output().count("RuntimeError: sabotage") == running.output().count("Traceback")
+            wait_for_another(running, "shard-0", shard)
+            until(lambda: len(shard_pids(running)) == SHARDS, "all shards to find another controller")
+            until(lambda: len({shard.topology for shard in running.status().shards}) == SHARDS, "a node for each shard")
 
-
-def test_a_lost_node_costs_no_lookup_and_its_shard_comes_back_on_another(
-    ray_nodes: RayNodes, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the end `up` is killed, and nothing of it is left."""
-    monkeypatch.setenv(
-        "RAY_ADDRESS", ray_nodes.address
-    )  # which cluster `auto` is: this machine may be a node of several
-    with up(tmp_path, store, NODES - 1, "--ray=auto", "--replicas=2", "--tier=mmap") as running:
-        until(lambda: len(shard_pids(running)) == NODES - 1, "all shards to hold their parts")
-        controller, pids = controller_process(running), shard_pids(running)
-        assert controller
-        lost = next(name for name, pid in pids.items() if raylet_of(pid) != raylet_of(controller.pid))
-        node = raylet_of(pids[lost])
-        with Load(running.address, TABLE, longcat_table(), threads=1) as load:
-            until(lambda: load.lookups > 50, "lookups")
+            controller, pids = controller_process(running), shard_pids(running)
+            assert controller
+            lost = next(name for name, pid in pids.items() if raylet_of(pid) != raylet_of(controller.pid))
+            node, asked = raylet_of(pids[lost]), load.lookups
             for process in [*node.children(recursive=True), node]:
                 process.kill()
-            asked = load.lookups
             until(lambda: load.lookups > asked + 50, "lookups without the node")
             wait_for_another(running, lost, pids[lost])
             asked = load.lookups
             until(lambda: load.lookups > asked + 50, "lookups with the new shard")
         load.check()
         assert raylet_of(until(lambda: shard_pids(running).get(lost), "its process")) != node
-        running.wait_for(f"{lost} ended, Ray starts it again")
-        processes = its_processes(running, NODES - 1)
+        for name in ("shard-0", "shard-1", "controller"):
+            running.wait_for(f"{name} ended, Ray starts it again")
+        # That of the broken server, and no other.
+        assert 1 <= running.output().count("RuntimeError: sabotage") == running.output().count("Traceback")
+        processes = its_processes(running, SHARDS)
         running.end(signal.SIGKILL)
         until(lambda: not [process for process in processes if process.is_running()], "its processes to end")
     ray_nodes.add()
