@@ -6,8 +6,9 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -434,18 +435,12 @@ class Session:
             tables[name] = ids, sent
         self._end_push()
         number = self.steps + 1
-        pushes = [
-            push_pieces(self._head(share, number), self._rows_of(index, tables), self.lr)
-            for index, share in enumerate(self._shares)
-        ]
-        for share, pieces in zip(self._shares, pushes, strict=True):
-            self._keep(share, number, pieces)
+        pushing = []
+        for index, share in enumerate(self._shares):
+            made = push_pieces(self._head(share, number), self._rows_of(index, tables), self.lr)
+            pushing.append(_Begun(share, None, self._push_as_made(share, number, made), share.address))
         self.zero_grad()
-        self.steps = number
-        self._pushing = [
-            _Begun(share, None, self._begin_push(share, pieces), share.address)
-            for share, pieces in zip(self._shares, pushes, strict=True)
-        ]
+        self.steps, self._pushing = number, pushing
         if not self.staleness:
             self._end_push()
         return number
@@ -472,6 +467,19 @@ class Session:
                 elif bool(mine.any()):
                     found[name] = ids[mine], values[mine]
         return found
+
+    def _push_as_made(self, share: _Share, step: int, made: Iterable[bytes]) -> Any:
+        """Begin a push, make its pieces while those before travel, and keep them."""
+        pieces, ready = list[bytes](), SimpleQueue[bytes | None]()
+        call = self._begin_push(share, iter(ready.get, None))
+        try:
+            for piece in made:
+                pieces.append(piece)
+                ready.put(piece)
+        finally:
+            ready.put(None)
+        self._keep(share, step, pieces)
+        return call
 
     def _keep(self, share: _Share, step: int, pieces: list[bytes]) -> None:
         share.kept.append((step, pieces))
@@ -647,7 +655,7 @@ class Session:
             (first, last),
         )
 
-    def _begin_push(self, share: _Share, pieces: Sequence[bytes]) -> Any:
+    def _begin_push(self, share: _Share, pieces: Iterable[bytes | None]) -> Any:
         try:
             method = self._transport.channel(share.address).stream_unary(
                 f"{_SERVICE}/Push", None, wire.PushResponse.FromString

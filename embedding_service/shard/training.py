@@ -220,25 +220,31 @@ class TrainingService:
         )
 
     async def _push(self, requests: AsyncIterator[bytes], context: Context) -> wire.PushResponse:
-        pieces: list[bytes] = []
+        reading: asyncio.Task[None] | None = None
         promised = 0
         try:
             async for piece in requests:
-                if not pieces:
+                if reading is None:
                     name, share_name = _addressed(piece)
                     self._check_right(context, "train", name)
                     opened = await self._shares.leading(name, share_name)
+                    reader = opened.share.reader()
+                else:
+                    await reading
                 self._budget.promise(_PUSH_COPIES * len(piece))
                 promised += _PUSH_COPIES * len(piece)
-                pieces.append(piece)
-            if not pieces:
+                reading = asyncio.create_task(asyncio.to_thread(reader.add, piece))  # while the next one travels
+            if reading is None:
                 raise InvalidRequest("the push holds no piece")
-            push = await asyncio.to_thread(opened.share.read, pieces)
+            await reading
+            push = reader.end()
             await opened.on(opened.share.admit, push)
             # The step is done while copies are sent the push, and the answer travels.
             opened.later(_advance, opened.share)
             await self._shares.copied(opened)
         finally:
+            if reading:
+                await asyncio.gather(reading, return_exceptions=True)
             self._budget.give_back(promised)
         share = opened.share
         return wire.PushResponse(accepted_step=push.step, applied_step=share.applied, durable_step=share.durable)

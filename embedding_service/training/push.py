@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
+from xxhash import xxh3_64
 
-from embedding_service.client.gradients import DTYPES, GRADIENTS, IDS, Checksum, check_finite, from_data
-from embedding_service.errors import InvalidRequest
+from embedding_service.client.gradients import DTYPES, GRADIENTS, IDS, ascend, check_finite, from_data
+from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.training.branch import Branch
 from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
@@ -38,48 +39,79 @@ class Push:
     tables: dict[str, list[Rows]] = field(default_factory=dict)
 
 
-def read_push(branch: Branch, pieces: Sequence[bytes | memoryview], *, check: bool = True) -> Push:
-    """Read and check a push. Raises InvalidRequest naming the field, the table and the id.
+class PushReader:
+    """Reads a push a piece at a time, so that one is checked while the next one travels. One thread at a time.
 
-    check: Without it, what was checked before it came into a log is not checked again: its numbers.
+    Args:
+        check: Without it, what was checked before it came into a log is not checked again.
+        locate: Raises for ids of a table that are not here.
     """
-    try:
-        read = [large.read(wire.PushPiece, each, IDS, GRADIENTS) for each in pieces]
-    except DecodeError as error:
-        raise InvalidRequest(f"a piece of the push is malformed: {error}") from None
-    if not read or not read[-1][0].last:
-        raise InvalidRequest("the push has no last piece: send all pieces in one call, the last one with `last`")
-    first, last = read[0][0], read[-1][0]
-    if first.branch != branch.full_name:
-        raise InvalidRequest(f"a push for branch {first.branch!r} came to {branch.full_name}")
-    if not (math.isfinite(last.learning_rate) and last.learning_rate >= 0):
-        raise InvalidRequest(f"learning_rate must be a number from 0 on, got {last.learning_rate}")
-    if not first.step:
-        raise InvalidRequest("step must be 1 or more: 0 is what the branch began from")
-    if check:
-        _check_sum([data for _, data in read], last.checksum)
-    push = Push(first.session, first.worker, first.step, last.learning_rate, pieces)
-    widths = {table.name: table.dim for table in branch.tables}
-    for piece, (ids, gradients) in read:
-        if piece.table or len(ids) or len(gradients):
-            if piece.table not in widths:
-                known = ", ".join(widths)
-                raise InvalidRequest(f"no table {piece.table!r} in {branch.full_name}; its tables: {known}")
-            push.tables.setdefault(piece.table, []).append(_read_rows(piece, ids, gradients, widths[piece.table]))
-    if check:
-        for name, rows in push.tables.items():
-            _check_rows(name, rows)
-    return push
+
+    def __init__(
+        self, branch: Branch, *, check: bool = True, locate: Callable[[str, Tensor], object] = lambda table, ids: None
+    ) -> None:
+        self._branch, self._check, self._locate = branch, check, locate
+        self._widths = {table.name: table.dim for table in branch.tables}
+        self._pieces: list[bytes | memoryview] = []
+        self._first = self._last = wire.PushPiece()
+        self._tables: dict[str, list[Rows]] = {}
+        self._checksum = xxh3_64()
+        self._failure: EmbeddingServiceError | None = None
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Read a piece. Raises InvalidRequest for one that is none. What else is wrong, `end` raises."""
+        try:
+            piece, (ids, gradients) = large.read(wire.PushPiece, data, IDS, GRADIENTS)
+        except DecodeError as error:
+            raise InvalidRequest(f"a piece of the push is malformed: {error}") from None
+        self._first, self._last = self._first if self._pieces else piece, piece
+        self._pieces.append(data)
+        if self._check:
+            self._checksum.update(ids)
+            self._checksum.update(gradients)
+        if self._failure is None and (piece.table or len(ids) or len(gradients)):
+            try:
+                self._add_rows(piece, ids, gradients)
+            except EmbeddingServiceError as error:  # the checksum may say why
+                self._failure = error
+
+    def end(self) -> Push:
+        """The push. Raises InvalidRequest naming the field, the table and the id, and what `locate` does."""
+        first, last = self._first, self._last
+        if not last.last:
+            raise InvalidRequest("the push has no last piece: send all pieces in one call, the last one with `last`")
+        if first.branch != self._branch.full_name:
+            raise InvalidRequest(f"a push for branch {first.branch!r} came to {self._branch.full_name}")
+        if not (math.isfinite(last.learning_rate) and last.learning_rate >= 0):
+            raise InvalidRequest(f"learning_rate must be a number from 0 on, got {last.learning_rate}")
+        if not first.step:
+            raise InvalidRequest("step must be 1 or more: 0 is what the branch began from")
+        if self._check and (checksum := self._checksum.intdigest()) != last.checksum:
+            raise InvalidRequest(
+                f"checksum of the push is {checksum:#018x}, the last piece says {last.checksum:#018x}: send it again"
+            )
+        if self._failure:
+            raise self._failure
+        return Push(first.session, first.worker, first.step, last.learning_rate, self._pieces, self._tables)
+
+    def _add_rows(self, piece: wire.PushPiece, ids: Bytes, gradients: Bytes) -> None:
+        table = piece.table
+        if table not in self._widths:
+            known = ", ".join(self._widths)
+            raise InvalidRequest(f"no table {table!r} in {self._branch.full_name}; its tables: {known}")
+        rows, before = _read_rows(piece, ids, gradients, self._widths[table]), self._tables.setdefault(table, [])
+        if self._check:
+            _check_rows(table, rows, before[-1] if before else None)
+            self._locate(table, rows[0])
+        before.append(rows)
 
 
-def _check_sum(data: list[list[Bytes]], expected: int) -> None:
-    checksum = Checksum()
-    for fields in data:
-        checksum.add(*fields)
-    if checksum.value != expected:
-        raise InvalidRequest(
-            f"checksum of the push is {checksum.value:#018x}, the last piece says {expected:#018x}: send it again"
-        )
+def read_push(branch: Branch, pieces: Sequence[bytes | memoryview], *, check: bool = True) -> Push:
+    """A push whose pieces are all here. See `PushReader`."""
+    reader = PushReader(branch, check=check)
+    for piece in pieces:
+        reader.add(piece)
+    return reader.end()
 
 
 def _read_rows(piece: wire.PushPiece, ids: Bytes, gradients: Bytes, dim: int) -> Rows:
@@ -99,15 +131,16 @@ def _read_rows(piece: wire.PushPiece, ids: Bytes, gradients: Bytes, dim: int) ->
     return from_data(ids, torch.int64, [count]), from_data(gradients, dtype, [count, dim])
 
 
-def _check_rows(table: str, pieces: Sequence[Rows]) -> None:
-    ids = torch.cat([each for each, _ in pieces])
-    if len({gradients.dtype for _, gradients in pieces}) > 1:
+def _check_rows(table: str, rows: Rows, before: Rows | None) -> None:
+    """`before`: the table's rows in the piece before."""
+    ids, gradients = rows
+    if before and before[1].dtype != gradients.dtype:
         raise InvalidRequest(f"gradients of table {table} come in several encodings: send them in one")
-    wrong = (ids[1:] <= ids[:-1]).nonzero()
-    if len(wrong):
+    together = torch.cat([before[0][-1:], ids]) if before else ids
+    if not ascend(together):
+        wrong = int((together[1:] <= together[:-1]).nonzero()[0])
         raise InvalidRequest(
-            f"ids of table {table} must ascend, each once: {int(ids[wrong[0] + 1])} comes after {int(ids[wrong[0]])}. "
-            "Sum the gradients of an id"
+            f"ids of table {table} must ascend, each once: {int(together[wrong + 1])} comes after "
+            f"{int(together[wrong])}. Sum the gradients of an id"
         )
-    for some, gradients in pieces:
-        check_finite(table, some, gradients)
+    check_finite(table, ids, gradients)

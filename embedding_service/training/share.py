@@ -36,7 +36,7 @@ from embedding_service.training import checkpoints
 from embedding_service.training.branch import Branch, branch_folder
 from embedding_service.training.log import PUSH, SESSION, Log, Record
 from embedding_service.training.optimizers import optimizer_of
-from embedding_service.training.push import Push, read_push
+from embedding_service.training.push import Push, PushReader, read_push
 from embedding_service.training.seats import change_seat, leading, read_seat
 from embedding_service.training.tables import Ids, TrainedTable, trained_bytes
 
@@ -256,11 +256,14 @@ class Share:
 
     def read(self, pieces: Sequence[bytes | memoryview]) -> Push:
         """A push with all of it checked that does not depend on its turn. On any thread."""
-        push = read_push(self.branch, pieces)
-        for name, rows in push.tables.items():
-            for ids, _ in rows:
-                self._table(name).local(ids.numpy())
-        return push
+        reader = self.reader()
+        for piece in pieces:
+            reader.add(piece)
+        return reader.end()
+
+    def reader(self) -> PushReader:
+        """`read`, a piece at a time."""
+        return PushReader(self.branch, locate=lambda table, ids: self._table(table).local(ids.numpy()))
 
     def accept(self, push: Push) -> None:
         """`admit` and `advance`."""

@@ -79,7 +79,7 @@ def pieces_of(branch: Branch, session: int, step: int, ids: Tensor, gradients: T
     first = max(0, min(int(ids[0]), ROWS - 1)) if len(ids) else 0
     share = table.shares[first // table.rows_per_part]
     head = wire.PushPiece(branch=branch.full_name, session=session, worker=worker, step=step, share=share)
-    return push_pieces(head, {TABLE: (ids, gradients)}, LR)
+    return list(push_pieces(head, {TABLE: (ids, gradients)}, LR))
 
 
 class InProcess:

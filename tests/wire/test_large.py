@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_service.client.gradients import GRADIENTS, IDS, Checksum
+from embedding_service.client.gradients import GRADIENTS, IDS
 from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
 
@@ -50,21 +50,3 @@ def test_what_protobuf_writes_is_read(branch: str, step: int, ids: bytes, gradie
 def test_what_is_no_message_is_an_error(message: bytes) -> None:
     with pytest.raises(DecodeError):
         large.read(wire.PushPiece, message, IDS, GRADIENTS)
-
-
-@given(st.lists(st.binary(max_size=100), max_size=4))
-def test_the_checksum_is_what_the_contract_says(fields: list[bytes]) -> None:
-    words = [
-        int.from_bytes(field[begin : begin + 8], "little") for field in fields for begin in range(0, len(field), 8)
-    ]
-    checksum = Checksum()
-    checksum.add(*(np.frombuffer(each, np.uint8) for each in fields))
-    assert checksum.value == sum((2 * i + 1) * word for i, word in enumerate(words)) % 2**64
-
-
-def test_a_long_field_has_the_checksum_of_its_words() -> None:
-    field = np.random.default_rng(3).integers(0, 256, (1 << 19) + 5, dtype=np.uint8)
-    words = np.frombuffer(field.tobytes() + bytes(3), "<u8")
-    checksum = Checksum()
-    checksum.add(field)
-    assert checksum.value == sum((2 * i + 1) * int(word) for i, word in enumerate(words)) % 2**64
