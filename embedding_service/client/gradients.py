@@ -80,7 +80,7 @@ def push_pieces(
     for number, (name, ids, gradients) in enumerate(cut, 1):
         fields = [data_of(ids), data_of(gradients)]
         for data in fields:
-            checksum.update(data)
+            checksum.update(data.data)
         piece = wire.PushPiece() if number > 1 else head
         piece.table, piece.encoding = name, ENCODINGS[gradients.dtype]
         if number == len(cut):

@@ -32,6 +32,12 @@ def operator(kind: str) -> Any:
         ) from error
 
 
+@cache
+def _constants() -> tuple[Tensor, Tensor]:
+    """The offset of the first table, and where its weights lie."""
+    return torch.zeros(1, dtype=torch.int64), torch.tensor([_HOST], dtype=torch.int32)
+
+
 def apply(
     kind: str, rows: Tensor, ids: Tensor, gradients: Tensor, lr: float, state: Tensor | None, **more: Any
 ) -> None:
@@ -49,8 +55,7 @@ def apply(
     count, dim = gradients.shape
     if not count:
         return
-    nothing = torch.zeros(1, dtype=torch.int64)
-    where = torch.tensor([_HOST], dtype=torch.int32)
+    nothing, where = _constants()
     momentum = (
         {}
         if state is None

@@ -67,8 +67,8 @@ class PushReader:
         self._first, self._last = self._first if self._pieces else piece, piece
         self._pieces.append(data)
         if self._check:
-            self._checksum.update(ids)
-            self._checksum.update(gradients)
+            self._checksum.update(ids.data)
+            self._checksum.update(gradients.data)
         if self._failure is None and (piece.table or len(ids) or len(gradients)):
             try:
                 self._add_rows(piece, ids, gradients)

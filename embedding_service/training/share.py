@@ -43,6 +43,8 @@ from embedding_service.training.tables import Ids, TrainedTable, trained_bytes
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 10_000
+# Rows that are decoded at a time: they stay in a core's cache.
+_LOADED_ROWS = 1024
 
 
 class Change(NamedTuple):
@@ -182,9 +184,9 @@ class Share:
             for index in trained.parts:
                 part, out = table.parts[index], trained.rows_of(index)
                 with part_rows(self._store, manifest, table, part) as stored:
-                    for begin in range(0, part.rows, 1 << 14):
-                        some = torch.from_numpy(np.array(stored[begin : begin + (1 << 14)]))
-                        out[begin : begin + len(some)] = row_format.decode(some, table.dim)
+                    for begin in range(0, part.rows, _LOADED_ROWS):
+                        some = torch.from_numpy(np.array(stored[begin : begin + _LOADED_ROWS]))
+                        row_format.decode(some, table.dim, out[begin : begin + len(some)])
                 replaced = replaced_rows(self._store, manifest, table, part)
                 if len(replaced.ids):
                     rows = torch.from_numpy(np.array(replaced.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from embedding_service.address_space import AddressSpace
 from embedding_service.errors import OutOfRange, Overloaded, Redirect
 from embedding_service.memory import available_memory
 from embedding_service.training.branch import BranchTable
@@ -29,7 +31,7 @@ class TrainedTable:
 
     Attributes:
         parts: Their numbers.
-        rows: float32 [rows of these parts, dim].
+        rows: float32 [rows of these parts, dim]. Nobody keeps it longer than this object.
         state: The optimizer's tensors, whose first dimension is the same.
     """
 
@@ -41,15 +43,23 @@ class TrainedTable:
         for part in parts:
             self._first[part] = count
             count += table.part_rows(part)
+        self._is_whole = len(parts) == table.parts  # then a row's place is its id
         shapes = optimizer.state_shapes(count, table.dim)
         if (needed := trained_bytes(table, parts, optimizer)) > (left := available_memory()):
             raise Overloaded(
                 f"table {table.name}: training its {len(parts)} parts here needs {needed:,} bytes, {left:,} are free: "
                 "give the branch more shards, or an optimizer with less state (rowwise_adagrad has 4 bytes a row)"
             )
-        self.rows = torch.zeros(count, table.dim)
-        self.state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._spaces: list[AddressSpace] = []
+        self.rows = self._zeros((count, table.dim))
+        self.state = {name: self._zeros(shape) for name, shape in shapes.items()}
         self._changed = torch.zeros(count, dtype=torch.int32)  # the step that changed each row last
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory in huge pages: rows are changed at random, and that takes a fifth less time there."""
+        space = AddressSpace(4 * math.prod(shape))
+        self._spaces.append(space)
+        return space.map_memory(0, space.nbytes).view(torch.float32).view(shape)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,13 +67,20 @@ class TrainedTable:
         return {"rows": self.rows, **self.state}
 
     def local(self, ids: Ids) -> Tensor:
-        """Where rows lie in `rows`: int64 [n]. Raises OutOfRange, and Redirect for rows that another shard has."""
-        outside = np.flatnonzero((ids < 0) | (ids >= self.table.rows))
-        if len(outside):
+        """Where rows lie in `rows`: int64 [n], perhaps `ids` themselves.
+
+        Raises OutOfRange, and Redirect for rows that another shard has.
+        """
+        if not len(ids):
+            return torch.empty(0, dtype=torch.int64)
+        if ids.min() < 0 or ids.max() >= self.table.rows:
+            outside = np.flatnonzero((ids < 0) | (ids >= self.table.rows))
             raise OutOfRange(
                 f"id {ids[outside[0]]} at position {outside[0]} is outside table {self.table.name}: ids must be from 0 "
                 f"to {self.table.rows - 1}"
             )
+        if self._is_whole:
+            return torch.from_numpy(ids)
         part, offset = np.divmod(ids, self.table.rows_per_part)
         first = self._first[part]
         absent = np.flatnonzero(first < 0)
