@@ -1,17 +1,17 @@
 """The generation engine: many requests, one batch, one step for all.
 
 Rules
-- A request joins and leaves the batch between two steps. Its prompt is run alone, without padding. Then its cache is
-  joined to the batch's. What is not its own is masked there, so a request's logits do not depend on the other requests
-  in its batch, but for float rounding.
+- A request joins and leaves the batch between two steps. Its prompt is run before, with other prompts that wait. Then
+  its cache is joined to the batch's. What is not its own is masked in both, so a request's logits do not depend on the
+  other requests in its batch, but for float rounding.
 - A step gives each request one token. Where tokens are drafted, the pass runs the drafts too, and the request has all
   that it would have chosen itself, and one more. Each token is chosen from the model's own logits by the request's own
   chance. So drafts change no distribution, and with a seed no token.
 - Prompts are run in chunks and in turns, a bounded number of tokens between two steps. So running requests never wait
-  long for prompts, and short prompts do not wait for long ones.
+  long for prompts, and short prompts do not wait for long ones. Where few run and many wait, the bound is higher.
 - What a prompt has in common with earlier ones is not run again (`prefixes`).
 - The choices of one HTTP request are requests of their own, taken all or none.
-- A failed prefill ends its request. A failed step ends the requests of its batch. The engine goes on.
+- A failed prefill ends the requests of its pass. A failed step ends the requests of its batch. The engine goes on.
 - Each request has its rows from the tables that it names. Where those are served no more, it ends alone.
 
 transformers' continuous batching (`generate_batch`, tried with 5.23) does not fit. It lays all requests end to end in
@@ -29,13 +29,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from embedding_service import tracing
 from embedding_service.errors import EmbeddingServiceError, NotFound, Unavailable
@@ -43,6 +44,7 @@ from model_worker import families
 from model_worker.batch_cache import BatchCache, PaddedCache, new_cache
 from model_worker.drafts import PromptDrafts, Speculate, same_width
 from model_worker.ends import end_tokens
+from model_worker.prefill import PromptRun, next_pass
 from model_worker.prefixes import Prefixes
 from model_worker.rows import Tables
 from model_worker.sampling import SamplingParams, TokenLogprob, choose, log_probability
@@ -50,8 +52,10 @@ from model_worker.slot_cache import SlotCache
 from model_worker.text import Spelling, TextStream
 
 FinishReason = Literal["stop", "length"]
-# Tokens of prompts that are run between two steps.
+# Tokens of prompts that are run between two steps, and the most of one prompt in a pass.
 PREFILL_TOKENS = 256
+# Where more requests wait for their first token than run: up to so many times as many, and in one pass.
+_IN_A_BURST, _IN_A_PASS = 8, 4
 
 _log = logging.getLogger(__name__)
 
@@ -162,18 +166,6 @@ class Request:
         return text, None
 
 
-@dataclass
-class _Prompt:
-    """A request whose prompt is being run: the cache of its first `done` tokens. Its rows are of `tables`."""
-
-    request: Request
-    tables: str
-    cache: DynamicCache
-    done: int
-    hidden: list[Tensor] = field(default_factory=list)
-    """With a draft layer: the model's last states [n, hidden] of each chunk."""
-
-
 class Engine:
     """Runs a causal language model on its own thread.
 
@@ -210,8 +202,9 @@ class Engine:
         if self._draft_tokens:
             SlotCache.check_fits(model.config)
         self._drafter = families.drafter(model) if speculate == "mtp" else None
+        self._has_slots = SlotCache.fits(model.config)
         # The draft layer needs the main model's states of the whole prompt.
-        keeps = prefix_bytes and SlotCache.fits(model.config) and not self._drafter
+        keeps = prefix_bytes and self._has_slots and not self._drafter
         self._prefixes = Prefixes(model.config, prefix_bytes) if keeps else None
         self.spelling = Spelling(tokenizer)
         """What its tokens are as text."""
@@ -222,7 +215,7 @@ class Engine:
         self._ends = end_tokens(model.config, model.generation_config, tokenizer)
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
-        self._joining: deque[_Prompt] = deque()
+        self._joining: deque[PromptRun] = deque()
         self._running: list[Request] = []
         # Row i is the sequence of self._running[i]. None while no request runs.
         self._cache: BatchCache | None = None
@@ -248,6 +241,12 @@ class Engine:
     def context_length(self) -> int:
         """The most tokens of prompt and completion together."""
         return self._model.config.get_text_config().max_position_embeddings
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the model's tensors, those of a draft layer included."""
+        tensors = self._model.state_dict().values()
+        return sum(tensor.nbytes for tensor in tensors) + (self._drafter.nbytes if self._drafter else 0)
 
     @property
     def alive(self) -> bool:
@@ -330,67 +329,103 @@ class Engine:
         with self._changed:
             while self._waiting and len(self._joining) + len(self._running) < self._max_batch:
                 request = self._waiting.popleft()
-                self._joining.append(_Prompt(request, "", new_cache(self._model.config), 0))
+                self._joining.append(PromptRun(request, "", new_cache(self._model.config), 0))
 
     def _prefill(self) -> None:
-        """Run the next tokens of prompts, PREFILL_TOKENS of them, and take requests into the batch that have theirs."""
-        room = PREFILL_TOKENS
-        while room > 0 and self._joining:
-            prompt = self._joining[0]
-            if prompt.request.cancelled:
-                self._joining.popleft()
-                continue
-            try:
-                logits, ran = self._run_prompt(prompt, room)
-            except Exception as error:
-                self._joining.popleft()
-                self._fail([prompt.request], error)
-                continue
-            room -= ran
-            if prompt.done < len(prompt.request.prompt):
-                self._joining.rotate(-1)
-                continue
-            self._on_first_token(time.perf_counter() - prompt.request.submitted)
-            goes_on = self._check(prompt.request, [], logits[0])
-            if goes_on:
-                self._running.append(prompt.request)
-            self._joining.popleft()
-            if goes_on:
-                self._join(prompt)
+        """Run the next tokens of prompts, a turn's, and take requests into the batch that have theirs."""
+        waiting_for_each = ceil(len(self._joining) / max(1, len(self._running)))
+        room = PREFILL_TOKENS * max(1, min(waiting_for_each, _IN_A_BURST))
+        while self._joining:
+            self._joining = deque(run for run in self._joining if not run.request.cancelled)
+            self._find_beginnings()
+            places, most = min(room, _IN_A_PASS * PREFILL_TOKENS), self._max_batch if self._has_slots else 1
+            runs = next_pass(self._joining, places, PREFILL_TOKENS, most)
+            if not runs:
+                return
+            room -= self._run_prompts(runs)
 
-    def _run_prompt(self, prompt: _Prompt, most: int) -> tuple[Tensor, int]:
-        """Run at most so many of a prompt's next tokens. Returns the last one's logits, and how many were run."""
-        request = prompt.request
-        if self._prefixes and not prompt.done:
-            prompt.tables = self._version(request)
-            prompt.cache, prompt.done = self._prefixes.find(prompt.tables, request.prompt)
-            self.prefix_tokens += prompt.done
-        tokens = request.prompt[prompt.done : prompt.done + most]
-        cache = PaddedCache(prompt.cache, self._model.device)
-        logits = self._forward([request], [tokens], [prompt.done], cache, 1)
-        prompt.done += len(tokens)
-        self.prompt_tokens += len(tokens)
-        if self._drafter:
-            prompt.hidden.append(self._drafter.hidden[0])
-        # If the tables were replaced while it ran, it has rows of both versions.
-        if self._prefixes and prompt.done == len(request.prompt) and prompt.tables == self._version(request):
-            self._prefixes.put(prompt.tables, request.prompt, prompt.cache)
-        return logits, len(tokens)
+    def _find_beginnings(self) -> None:
+        """Give prompts that are not begun what is kept of them."""
+        for run in [run for run in self._joining if self._prefixes and not run.done]:
+            assert self._prefixes is not None
+            try:
+                run.tables = self._version(run.request)
+            except NotFound as error:
+                self._joining.remove(run)
+                self._fail([run.request], error)
+                continue
+            run.cache, run.done = self._prefixes.find(run.tables, run.request.prompt)
+            self.prefix_tokens += run.done
+
+    def _run_prompts(self, runs: list[PromptRun]) -> int:
+        """Run prompts in one pass, at most PREFILL_TOKENS of each. Returns how many places the pass had."""
+        try:
+            logits, places = self._run_pass(runs)
+        except Exception as error:
+            if isinstance(error, NotFound) and len(runs) > 1:
+                # The tables of one of them went. It must not take the others along.
+                return sum(self._run_prompts([run]) for run in runs)
+            for run in runs:
+                self._joining.remove(run)
+            self._fail([run.request for run in runs], error)
+            return 0
+        for run, row in zip(runs, logits, strict=True):
+            self._joining.remove(run)
+            if run.is_whole:
+                self._first_token(run, row)
+            else:
+                self._joining.append(run)
+        return places
+
+    def _run_pass(self, runs: list[PromptRun]) -> tuple[Tensor, int]:
+        """As `_run_prompts`. Returns float32 [B, 1, V], the logits of each one's last token, too."""
+        tokens = [run.request.prompt[run.done :][:PREFILL_TOKENS] for run in runs]
+        cache: BatchCache
+        if len(runs) == 1:
+            cache = PaddedCache(runs[0].cache, self._model.device)
+        else:
+            cache = SlotCache(self._model.config, self._model.dtype, self._model.device)
+            for run in runs:
+                cache.join(run.cache)
+        ends, end = torch.tensor([len(each) - 1 for each in tokens]).unique(return_inverse=True)
+        logits = self._forward([run.request for run in runs], tokens, [run.done for run in runs], cache, ends)
+        for row, (run, ran) in enumerate(zip(runs, tokens, strict=True)):
+            run.done += len(ran)
+            self.prompt_tokens += len(ran)
+            if isinstance(cache, SlotCache):
+                run.cache = cache.of_row(row, run.done)
+            if self._drafter:
+                run.hidden.append(self._drafter.hidden[row, : len(ran)])
+            self._keep_beginning(run)
+        return logits[torch.arange(len(runs)), end][:, None], len(runs) * max(map(len, tokens))
+
+    def _keep_beginning(self, run: PromptRun) -> None:
+        """Keep a prompt that has been run for others. If its tables were replaced, it has rows of both."""
+        with suppress(NotFound):
+            if self._prefixes and run.is_whole and run.tables == self._version(run.request):
+                self._prefixes.put(run.tables, run.request.prompt, run.cache)
+
+    def _first_token(self, run: PromptRun, logits: Tensor) -> None:
+        """Give a request its first token from float [1, V] logits, and a place in the batch if it goes on."""
+        self._on_first_token(time.perf_counter() - run.request.submitted)
+        if self._check(run.request, [], logits):
+            self._running.append(run.request)
+            self._join(run)
 
     def _version(self, request: Request) -> str:
         """NAME@VERSION of the tables that a request's rows come from now. Raises NotFound: it has none any more."""
         return self._tables.resolve(request.tables or self._tables.name) if self._tables else ""
 
-    def _join(self, prompt: _Prompt) -> None:
+    def _join(self, run: PromptRun) -> None:
         config, device = self._model.config, self._model.device
         if self._drafter:
-            self._drafter.join(prompt.request.prompt, torch.cat(prompt.hidden))
-        if self._cache is None and not SlotCache.fits(config):
-            self._cache = PaddedCache(prompt.cache, device)
+            self._drafter.join(run.request.prompt, torch.cat(run.hidden))
+        if self._cache is None and not self._has_slots:
+            self._cache = PaddedCache(run.cache, device)
             return
         if self._cache is None:
             self._cache = SlotCache(config, self._model.dtype, device)
-        self._cache.join(prompt.cache)
+        self._cache.join(run.cache)
 
     def _step(self) -> None:
         """Generate tokens for every running request: one, and those that were guessed right."""
@@ -483,12 +518,17 @@ class Engine:
             request.emit(Event(error=error))
 
     def _forward(
-        self, requests: Sequence[Request], tokens: list[list[int]], cached: list[int], cache: BatchCache, told: int
+        self,
+        requests: Sequence[Request],
+        tokens: list[list[int]],
+        cached: list[int],
+        cache: BatchCache,
+        told: int | Tensor,
     ) -> Tensor:
         """Run new tokens of these requests after the cached positions of each.
 
-        Returns float32 [B, told, V], the logits of the last `told` places, on the CPU. Fewer tokens than the most are
-        padded on the right.
+        told: whose logits are wanted: that many last places, or int64 [told], the places themselves.
+        Returns float32 [B, told, V] on the CPU. Fewer tokens than the most are padded on the right.
         """
         counts = [len(each) for each in tokens]
         ids = torch.tensor([each + [0] * (max(counts) - len(each)) for each in tokens])

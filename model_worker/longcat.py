@@ -25,6 +25,7 @@ from embedding_service.errors import InvalidRequest, StoreError
 from embedding_service.ngram import NO_TOKEN, NgramHasher
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.family import WorkerFamily
+from model_worker.longcat_attention import use_latents
 from model_worker.longcat_mtp import DRAFT_TENSORS, LongcatDrafter
 from model_worker.rows import Lookups, RowSource, Tables, check_same_hash
 from model_worker.slot_cache import SlotCache
@@ -223,6 +224,7 @@ def attach(hf_model: PreTrainedModel, client: RowSource, name: str) -> Lookups:
     _check_dim(embedding, body.embed_tokens.weight)
     body.ngram_embeddings = embedding
     body.register_forward_pre_hook(_fuse_input, with_kwargs=True)
+    use_latents(body)
     return embedding.rows.lookups
 
 

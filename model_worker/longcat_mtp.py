@@ -21,6 +21,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
 
 from model_worker.batch_cache import PaddedCache
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
+from model_worker.longcat_attention import use_latents
 from model_worker.slot_cache import SlotCache
 
 # How the names of its tensors begin.
@@ -87,6 +88,9 @@ class LongcatDrafter:
         self._model: Any = model
         layer: Any = load_draft_layer(CheckpointTensors(str(model.config.name_or_path)), model.config)
         self._layer = layer.to(device=model.device, dtype=model.dtype).eval()
+        use_latents(self._layer)
+        self.nbytes = sum(tensor.nbytes for tensor in layer.state_dict().values())
+        """Bytes of the layer's own tensors."""
         self._slots: SlotCache | None = None
         # What the layer has yet to see of each sequence: the main model's [n, hidden] states at its last n positions.
         self._fresh: list[Tensor] = []

@@ -73,6 +73,13 @@ class SlotLayer(DynamicLayer):
             self.keys[to, :, :length] = self.keys[row, :, :length]
             self.values[to, :, :length] = self.values[row, :, :length]
 
+    def of_row(self, row: int, length: int) -> DynamicLayer:
+        """A copy of a row's first positions, as a layer of that sequence alone."""
+        alone = TokenLayer() if isinstance(self, TokenLayer) else DynamicLayer()
+        if self.is_initialized:
+            alone.update(self.keys[row : row + 1, :, :length], self.values[row : row + 1, :, :length])
+        return alone
+
     def get_seq_length(self) -> int:
         """The longest row's positions, with those of the running pass."""
         return self._running.width
@@ -94,6 +101,9 @@ class SlotTokens(SlotLayer, TokenLayer):
     def context(self, length: int) -> Tensor | None:
         """int64 [B, length], the tokens before each row's new ones; NO_TOKEN before a sequence starts."""
         at = self._running.at
+        # A pass that begins all of its sequences has written nothing yet.
+        empty = at.new_zeros(1, 1, 0, 1)
+        self._make_room(empty, empty[..., :0], len(at), self._running.width)
         before = at[:, :1] + torch.arange(-length, 0, device=at.device)
         found = self.keys[: len(at), 0, :, 0].gather(1, before.clamp(min=0))
         return found.masked_fill(before < 0, NO_TOKEN)
@@ -154,11 +164,22 @@ class SlotCache(DynamicCache, BatchCache):
     def join(self, other: DynamicCache) -> None:
         """See `BatchCache`."""
         if not self._rows:
-            kinds = [SlotTokens if isinstance(layer, TokenLayer) else SlotLayer for layer in other.layers]
-            self.layers = [kind(self._pass) for kind in kinds]
-        for ours, theirs in zip(self.layers, other.layers, strict=True):
-            ours.take(self._rows, theirs)
+            self.layers = []
+        for number, theirs in enumerate(other.layers):
+            if number == len(self.layers):
+                self.layers.append(self.new_token_layer() if isinstance(theirs, TokenLayer) else SlotLayer(self._pass))
+            self.layers[number].take(self._rows, theirs)
         self._rows += 1
+
+    def new_token_layer(self) -> SlotTokens:
+        """Room for token ids, beside the keys and values."""
+        return SlotTokens(self._pass)
+
+    def of_row(self, row: int, length: int) -> DynamicCache:
+        """A copy of a row's first positions, as a cache of that sequence alone."""
+        alone = DynamicCache()
+        alone.layers = [layer.of_row(row, length) for layer in self.layers]
+        return alone
 
     def keep(self, rows: Sequence[int], longest: int) -> None:
         """See `BatchCache`. Each row comes from its own place or from a later one."""

@@ -46,7 +46,7 @@ def token_layer(cache: object, model_layers: int) -> TokenLayer:
     layer = cache.layers[-1] if cache.layers else None
     if not isinstance(layer, TokenLayer):
         cache.layers.extend(DynamicLayer() for _ in range(model_layers - len(cache.layers)))
-        layer = TokenLayer()
+        layer = getattr(cache, "new_token_layer", TokenLayer)()
         cache.layers.append(layer)
     if layer.get_seq_length() != cache.get_seq_length():
         raise InvalidRequest(

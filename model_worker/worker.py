@@ -251,13 +251,12 @@ class Worker:
     def info(self) -> dict[str, Any]:
         """What this replica holds and has done. Bytes, seconds, and counts since its start."""
         memory = psutil.Process().memory_info()
-        tensors = self._model.state_dict()
         return {
             "pid": os.getpid(),
             "model": self._version,
             "anonymous_bytes": memory.rss - memory.shared,
             "file_bytes": memory.shared,
-            "parameter_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "parameter_bytes": self._engine.parameter_bytes,
             "table_bytes": families.table_bytes(self._model),
             "remote_table_values": self._lookups.table_values,
             "lookup_wait_seconds": round(self._lookups.wait_seconds, 6),

@@ -17,20 +17,26 @@ import torch
 from small_model import VOCAB
 from support.cluster import until
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LongcatFlashForCausalLM,
     PreTrainedTokenizerFast,
     Qwen4ExpConfig,
     Qwen4ExpTextConfig,
 )
+from transformers.cache_utils import DynamicLayer
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMLA
 
 from embedding_service.errors import StoreError, Unavailable
 from model_worker import attach, families
 from model_worker.ends import end_tokens
 from model_worker.engine import PREFILL_TOKENS, Engine, EngineBusy, Event, Request
 from model_worker.longcat import LocalTables, load_model
+from model_worker.longcat_attention import LatentAttention
+from model_worker.prefill import PromptRun, next_pass
 from model_worker.prefixes import BLOCK
 from model_worker.sampling import SamplingParams
+from model_worker.slot_cache import SlotCache
 from model_worker.worker import Generation
 
 pytestmark = pytest.mark.slow
@@ -373,6 +379,80 @@ def test_a_long_prompt_holds_nobody_up(model_folder: Path, tokenizer: PreTrained
     finally:
         tables.open.set()
         engine.close()
+
+
+def test_prompts_that_wait_are_run_in_one_pass(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of various lengths, after kept beginnings and without. Rows of all of them come with one lookup."""
+    loaded, tables = load_model(model_folder), Gate(model_folder)
+    lookups = families.attach(loaded, tables, "local")
+    engine = Engine(loaded, tokenizer, max_batch=8, prefix_bytes=2**20)
+    try:
+        beginning = prompts(1)[0] * 20
+        asked = [[5, 6, 7], beginning[: BLOCK + 9], [9] * 12, [*beginning[:BLOCK], 8, 9], [4] * 9]
+        Job(engine, beginning[: BLOCK + 2], greedy(1)).tokens()
+        tables.open.clear()
+        held = Job(engine, [7], greedy(1, ignore_eos=True))
+        until(lambda: not engine.waiting, "the first to be taken up")
+        jobs = [Job(engine, prompt, greedy(9)) for prompt in asked]
+        before = lookups.count
+        tables.open.set()
+        held.tokens()
+        found = [job.tokens() for job in jobs]
+        assert lookups.count - before == 1 + 1 + 8  # the first one's, all prompts, and the other tokens of all
+        assert found == [without_a_cache(loaded, prompt, 9) for prompt in asked]
+        assert engine.prefix_tokens == 2 * BLOCK
+    finally:
+        tables.open.set()
+        engine.close()
+
+
+def a_run(length: int, done: int = 0, first: int = 3) -> Any:
+    request: Any = SimpleNamespace(prompt=[first] * length)
+    return PromptRun(request, "", DynamicCache(), done)
+
+
+def test_a_pass_has_bounded_places_and_at_most_half_are_padding() -> None:
+    def lengths(*runs: PromptRun, most: int = 9) -> list[int]:
+        return [run.left for run in next_pass(runs, 100, 80, most)]
+
+    assert lengths(a_run(30), a_run(20), a_run(40), a_run(25)) == [30, 20, 25]  # 4 * 40 are too many
+    assert lengths(a_run(50), a_run(60), a_run(3), a_run(50)) == [50, 3]
+    assert lengths(a_run(5), a_run(40), a_run(5), a_run(30)) == [5, 40]  # 3 * 40 are too many, and 30 comes later
+    assert lengths(a_run(30), a_run(1), a_run(1)) == [30, 1]  # the third one would be the most padding
+    assert lengths(a_run(10), a_run(10), a_run(10), most=2) == [10, 10]
+    assert lengths(a_run(500), a_run(2)) == [500]  # it is cut, and two times 80 are too many
+    assert next_pass([a_run(500), a_run(2)], 79, 80, 9) == []
+    alike = [a_run(BLOCK + 1, first=7) for _ in range(2)]
+    assert next_pass(alike, 500, 80, 9) == alike[:1]  # the second one may find what is kept of the first
+    later = [a_run(BLOCK + 9, 8, 7), a_run(BLOCK + 9, 0, 7)]
+    assert next_pass(later, 500, 80, 9) == later
+    assert next_pass([], 500, 80, 9) == []
+
+
+def test_attention_over_latents_is_that_of_transformers(model: LongcatFlashForCausalLM) -> None:
+    """For rows of different lengths. Few new tokens go that way, many do not."""
+    latent: Any = model.model.layers[0].self_attn[0]
+    plain: Any = LongcatFlashMLA(model.config, 0)
+    plain.load_state_dict(latent.state_dict())
+    cached, new = [3, 11, 0], 2
+    states = torch.randn(3, new, model.config.hidden_size)
+    rotary = model.model.rotary_emb(states, torch.tensor(cached)[:, None] + torch.arange(new))
+    config = model.config
+    pasts = [torch.randn(1, 1, length, config.kv_lora_rank + config.qk_rope_head_dim) for length in cached]
+    found = []
+    for attention in (latent, plain):
+        cache = SlotCache(config, states.dtype, states.device)
+        for past in pasts:
+            alone = DynamicCache()
+            alone.layers = [DynamicLayer()]
+            alone.update(*past.split([config.kv_lora_rank, config.qk_rope_head_dim], -1), 0)
+            cache.join(alone)
+        mask = cache.inputs(cached, [new] * 3)["attention_mask"]
+        found.append(attention(states, rotary, mask, cache)[0])
+    assert type(latent) is LatentAttention
+    torch.testing.assert_close(found[0], found[1])
+    assert latent._is_less_work(new)
+    assert not latent._is_less_work(200)
 
 
 def test_a_common_beginning_is_run_once(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -229,6 +229,8 @@ def test_the_draft_layer_guesses_what_it_says_by_definition(
         engine.close()
     assert 0 < engine.accepted < engine.drafted
     layer: Any = load_draft_layer(CheckpointTensors(with_draft_layer), model.config)
+    held = [*model.state_dict().values(), *layer.state_dict().values()]
+    assert engine.parameter_bytes == sum(tensor.nbytes for tensor in held)
     for sequence, guess in said:
         assert guess == guesses_of(model, layer, sequence, 3)[: len(guess)]
 
