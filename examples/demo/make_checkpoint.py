@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from pydoc_data import topics
@@ -191,7 +192,16 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
     if steps:
         train(model, torch.tensor([token for document in encoded for token in document.ids]), steps)
     torch.set_num_threads(threads)
+    return save_checkpoint(model, tokenizer, out)
 
+
+def save_checkpoint(
+    model: LongcatFlashNgramForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Write the folder `out`, which appears only when it is whole. finish: called with what there is of it before."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size="32MB")
@@ -199,6 +209,7 @@ def make_checkpoint(out: Path, steps: int = STEPS) -> Path:
     # Only now. Saved under the base model's type, the experts' tensors get the published names.
     config = json.loads((partial / "config.json").read_text())
     (partial / "config.json").write_text(json.dumps(config | {"model_type": "longcat_flash_ngram"}, indent=2) + "\n")
+    finish(partial)
     return partial.rename(out)
 
 
