@@ -18,6 +18,7 @@ HEAVY = (
     "typer",
     "rich",
     "safetensors",
+    "opentelemetry",
 )
 
 

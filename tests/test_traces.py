@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -209,3 +210,75 @@ def test_what_is_asked_again_is_told_from_what_is_asked_of_another(here: None, c
     lookup, fetched = rounds(trace)
     assert (lookup.attributes["embedding.hedges"], lookup.attributes["embedding.retries"]) == (0, 1)
     assert "ABORTED" in fetched[0].failed and not fetched[1].attributes["embedding.hedge"]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "first", "below"),
+    [
+        ("always_on", "", True, (True, True)),
+        ("always_off", "", False, (False, False)),
+        ("traceidratio", "0.5", None, (True, False)),
+        ("parentbased_always_on", "", True, (False, True)),
+        ("parentbased_always_off", "", False, (False, True)),
+        ("parentbased_traceidratio", "0", False, (False, True)),
+        ("parentbased_traceidratio", "", True, (False, True)),
+    ],
+)
+def test_samplers_are_opentelemetrys(name: str, argument: str, first: bool | None, below: tuple[bool, bool]) -> None:
+    """Of a span that begins a trace, of one under a span that is not recorded, and of one under one that is."""
+    from opentelemetry.trace import SpanContext, TraceFlags
+
+    sampler = tracing.Sampler(name, argument)
+    taken = {sampler.takes(None) for _ in range(200)}
+    assert taken == ({True, False} if first is None else {first})
+    low, high = SpanContext(1, 1, True, TraceFlags(0)), SpanContext((1 << 64) - 1, 1, True, TraceFlags(1))
+    assert (sampler.takes(low), sampler.takes(high)) == below
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"OTEL_TRACES_SAMPLER": "some"}, "OTEL_TRACES_SAMPLER must be always_on, always_off, traceidratio .* 'some'"),
+        ({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "2"}, "must be a number from 0 to 1"),
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER must be otlp or none, got 'zipkin'"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, r"must be http/protobuf \(port 4318\), got 'grpc'"),
+        ({"OTEL_TRACES_EXPORTER": "none"}, ""),
+        ({"OTEL_SDK_DISABLED": "true"}, ""),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, ""),
+    ],
+)
+def test_variables_that_ask_for_no_traces_start_none(
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tracing, "_warned", set())
+    with caplog.at_level("WARNING"):
+        tracing.start("embedding-client")
+        tracing.start("embedding-client")
+    assert tracing.tracer is None
+    assert len(caplog.messages) == bool(told)
+    assert re.search(told, caplog.text)
+
+
+def test_a_program_s_own_provider_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sampler decides, and it is the program's to end."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    tracing.start("embedding-client")
+    try:
+        with provider.get_tracer("program").start_as_current_span("request"), tracing.inside("lookup") or pytest.fail():
+            pass
+    finally:
+        tracing.stop()
+    lookup, request = kept.get_finished_spans()
+    assert (lookup.name, request.name) == ("lookup", "request")
+    assert lookup.parent is not None and lookup.parent.span_id == request.context.span_id

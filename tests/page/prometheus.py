@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,13 @@ class Prometheus:
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
 
+    def exemplars(self, query: str) -> list[dict[str, str]]:
+        """The labels of exemplars that it has kept for a query."""
+        ever = {"query": query, "start": "0", "end": str(time.time() + 60)}
+        answer = httpx.get(f"http://{self._address}/api/v1/query_exemplars", params=ever, timeout=60).json()
+        assert answer["status"] == "success", answer
+        return [each["labels"] for series in answer["data"] for each in series["exemplars"]]
+
     def is_ready(self) -> bool:
         """Whether it answers."""
         try:
@@ -83,6 +91,7 @@ def prometheus(
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    command.append("--enable-feature=exemplar-storage")
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
     running = Prometheus(address)

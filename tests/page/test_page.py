@@ -13,15 +13,18 @@ import pytest
 import torch
 import yaml
 from page.browser import PATIENCE, chromium, picture, violations
-from page.prometheus import board_queries, need_prometheus, prometheus, promtool, rule_groups
+from page.prometheus import Prometheus, board_queries, need_prometheus, prometheus, promtool, rule_groups
 from playwright.sync_api import Browser, Page, expect
 from support.checkpoints import longcat_checkpoint, longcat_table
 from support.cluster import Members, free_port, until
 from support.tokenizers import byte_level_bpe
 
 from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding
+from embedding_service.client.channels import open_channel
 from embedding_service.client.optimizers import SGD
 from embedding_service.store.importing import import_checkpoint
+from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire import embedding_pb2_grpc
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(1200)]  # a busy machine starts a cluster and a browser
 
@@ -49,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(checkpoint: Path, traced: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Three shards and a controller with a page, each part twice. One branch of it was trained for three steps."""
     folder, port = tmp_path_factory.mktemp("page"), free_port()
     for dtype in ("fp32", "int8"):
@@ -58,7 +61,10 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     metrics = ports_in_a_row(4)
     members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page, metrics_port=metrics[0])
     try:
-        members.restart()
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in traced.items():
+                environment.setenv(name, value)
+            members.restart()
         train(members.address)
         yield Served(members, f"http://127.0.0.1:{port}", metrics)
     finally:
@@ -255,8 +261,21 @@ def test_it_is_no_way_in_for_other_sites(served: Served) -> None:
     assert httpx.get(f"{served.url}/api/nothing", timeout=60).status_code == 404
 
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+def traces_of(address: str, running: Prometheus) -> set[str]:
+    """Look a row up, as a part of this trace. Returns those that Prometheus has as exemplars of times."""
+    request = wire.LookupRequest(model="longcat-int8", table="ngram", ids=[1], traceparent=f"00-{TRACE}-{'1' * 16}-01")
+    with open_channel(address, None) as channel:
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Lookup(request)
+    return {labels["trace_id"] for labels in running.exemplars("embedding_lookup_seconds_bucket")}
+
+
 # The last one: the shard stays away.
-def test_every_panel_has_data_and_a_killed_shard_fires_the_alert(served: Served, tmp_path: Path) -> None:
+def test_every_panel_has_data_and_a_killed_shard_fires_the_alert(
+    served: Served, traced: dict[str, str], tmp_path: Path
+) -> None:
     need_prometheus()
     groups = rule_groups()
     for group in groups:
@@ -277,6 +296,8 @@ def test_every_panel_has_data_and_a_killed_shard_fires_the_alert(served: Served,
             return [query for query in asked if not running.ask(query)]
 
         until(lambda: not without_data(), "data of every panel")
+        if traced:
+            until(lambda: TRACE in traces_of(served.members.address, running), "the trace of a bucket")
         served.members.processes["shard-2"].end(signal.SIGKILL)
         firing = f'ALERTS{{alertname="EmbeddingProcessDown",alertstate="firing",instance="{shards[2]}"}}'
         until(lambda: running.ask(firing), "the alert")
