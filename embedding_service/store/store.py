@@ -26,7 +26,7 @@ from embedding_service.foreign import one_line, printable
 from embedding_service.store.manifest import Manifest, Overlay, Part, Table, check_name
 from embedding_service.store.overlays import read_overlay
 from embedding_service.store.parts import verify
-from embedding_service.store.remote import RemoteFiles, explained, extra_of, patience
+from embedding_service.store.remote import RemoteFiles, explained, extra_of, patience, unopened
 
 MANIFEST_FILE = "manifest.json"
 # A part takes about 200 bytes of it, and a tokenizer some 100 KiB.
@@ -236,7 +236,7 @@ def _opened(url: str) -> tuple[AbstractFileSystem, str]:
         remedy = f": pip install 'embedding-service[{extra}]'" if (extra := extra_of(url)) else ""
         raise StoreError(f"{url} is no store that can be opened: {one_line(error)}{remedy}") from error
     except ValueError as error:  # an unknown scheme
-        raise StoreError(f"{url} is no store that can be opened: {one_line(error)}") from error
+        raise unopened(url, error) from error
 
 
 def _in_this_process(filesystem: AbstractFileSystem) -> bool:

@@ -1,4 +1,7 @@
-"""Stores in buckets, on real servers: moto's for s3://, an emulator for gs://. A proxy before them makes them fail."""
+"""Stores in buckets, on real servers: moto's for s3://, emulators for gs:// and az://. A proxy makes them fail.
+
+`make azurite` installs the one for az://.
+"""
 
 import json
 import logging
@@ -20,6 +23,9 @@ from support.object_stores import (
     Fault,
     Proxy,
     Request,
+    az_server,
+    azure_account,
+    azurite,
     cut_short,
     each_once,
     gs_server,
@@ -85,6 +91,8 @@ def buckets() -> Iterator[dict[str, Bucket]]:
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC, which the emulator does not speak
         servers = {"s3": stack.enter_context(s3_server()), "gs": stack.enter_context(gs_server(free_port()))}
+        if azurite():
+            servers["az"] = stack.enter_context(az_server(free_port()))
         found = {scheme: Bucket(scheme, Proxy(server)) for scheme, server in servers.items()}
         for bucket in found.values():
             stack.callback(bucket.proxy.close)
@@ -92,12 +100,17 @@ def buckets() -> Iterator[dict[str, Bucket]]:
         patch.setitem(fsspec.config.conf, "s3", s3)
         gs = {"endpoint_url": f"http://{found['gs'].proxy.address}", "token": "anon"}
         patch.setitem(fsspec.config.conf, "gs", gs)
+        if "az" in found:
+            az = {"connection_string": azure_account(found["az"].proxy.address)}
+            patch.setitem(fsspec.config.conf, "az", az)
         yield found
 
 
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(params=["s3", "gs", "az"])
 def bucket(request: pytest.FixtureRequest, buckets: dict[str, Bucket]) -> Iterator[Bucket]:
     """Each kind in turn, without a fault."""
+    if request.param not in buckets:
+        pytest.skip("needs Azure's emulator: `make azurite`")
     found = buckets[request.param]
     found.proxy.requests.clear()
     yield found
@@ -150,7 +163,7 @@ def test_a_request_that_fails_once_is_made_again(
 
 
 def test_an_import_that_cannot_write_goes_on_later(bucket: Bucket, source: Path, tmp_path: Path) -> None:
-    url, write = bucket.url("resumed"), {"s3": "PUT", "gs": "POST"}[bucket.scheme]
+    url, write = bucket.url("resumed"), "POST" if bucket.scheme == "gs" else "PUT"
     bucket.proxy.fault = lambda request, ask: forbidden(request, ask) if names(request, "part-00001") else ask()
     with pytest.raises(StoreError, match=rf"^{url}: access is refused .*Finished parts are kept: run the same import"):
         import_checkpoint(source, url, "tiny", part_bytes=PART_BYTES)
@@ -201,6 +214,11 @@ def test_who_has_no_credentials_is_told_how_to_give_them(
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent/key.json")
     line = line_of("inspect", "gs://bucket/store")
     assert re.match(r"gs://bucket/store: no credentials \(.*key.json.*\): set GOOGLE_APPLICATION_CREDENTIALS", line)
+    monkeypatch.setitem(fsspec.config.conf, "az", {})
+    assert re.match(
+        r"az://bucket/store: no credentials \(.*\): set AZURE_STORAGE_ACCOUNT_NAME",
+        line_of("inspect", "az://bucket/store"),
+    )
 
 
 def test_who_is_not_let_in_is_told(bucket: Bucket, source: Path) -> None:
@@ -209,7 +227,9 @@ def test_who_is_not_let_in_is_told(bucket: Bucket, source: Path) -> None:
         assert re.match(rf"{bucket.url('shut')}: access is refused .*check the credentials, and", line_of(*command))
 
 
-def test_whose_key_the_server_does_not_know_is_told(buckets: dict[str, Bucket]) -> None:
+def test_whose_key_the_server_does_not_know_is_told(
+    buckets: dict[str, Bucket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moto knows no key at all, and asks for one from the first request on."""
     proxy = buckets["s3"].proxy
     Answer.of(proxy.address, "POST", "/moto-api/reset-auth", body=b"0")
@@ -218,6 +238,13 @@ def test_whose_key_the_server_does_not_know_is_told(buckets: dict[str, Bucket]) 
     finally:
         Answer.of(proxy.address, "POST", "/moto-api/reset-auth", body=b"inf")
     assert re.match(r"s3://bucket/store: access is refused \(.*Access Key Id.*\): check the credentials, and", line)
+    if "az" in buckets:
+        wrong = azure_account(buckets["az"].proxy.address, key="QUJD")
+        monkeypatch.setitem(fsspec.config.conf, "az", {"connection_string": wrong})
+        line = line_of("inspect", "az://bucket/store")
+        assert re.match(
+            r"az://bucket/store: access is refused \(Server failed to authenticate.*\): check the cred", line
+        )
 
 
 def test_a_server_that_is_away_is_told(buckets: dict[str, Bucket], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import shutil
+import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
+
+from support.cluster import until
 
 BUCKET = "bucket"
 # What belongs to one connection, and what the proxy writes itself.
@@ -41,6 +48,50 @@ def gs_server(port: int) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop()
+
+
+# Of Azure's emulators, as their documentation names them.
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+# `make azurite` installs it here.
+_AZURITE = Path(__file__).parents[2] / ".azurite/node_modules/.bin/azurite-blob"
+
+
+def azurite() -> str | None:
+    """The command of Azure's emulator, if it is there."""
+    return shutil.which("azurite-blob") or (str(_AZURITE) if _AZURITE.exists() else None)
+
+
+def azure_account(address: str, key: str = AZURE_KEY) -> str:
+    """A connection string."""
+    place = f"BlobEndpoint=http://{address}/{AZURE_ACCOUNT}"
+    return f"DefaultEndpointsProtocol=http;AccountName={AZURE_ACCOUNT};AccountKey={key};{place};"
+
+
+@contextmanager
+def az_server(port: int) -> Iterator[str]:
+    """Azurite with an empty container. Gives its address, HOST:PORT."""
+    from azure.storage.blob import BlobServiceClient
+
+    options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    command = [str(azurite()), "--blobHost=127.0.0.1", f"--blobPort={port}", *options]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    address = f"127.0.0.1:{port}"
+
+    def listens() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    try:
+        until(listens, "Azurite")
+        with BlobServiceClient.from_connection_string(azure_account(address)) as client:
+            client.create_container(BUCKET)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Request(NamedTuple):
