@@ -4,8 +4,8 @@
 
 The first figures are CPU time of one thread, without a service. The others are of `up --secure`: a client asks for a
 token's rows again and again, alone, beside a neighbour that is at its quota, and beside the same neighbour without one.
-Each round has all three, and a second time alone, which tells how far the machine itself is from another moment. What
-counts is the median of the rounds' ratios.
+Each round has all three, and ends alone once more. What counts is the median of the rounds' ratios to the mean of both
+times alone. The ratio of the second to the first one is the machine's own noise.
 
 The neighbour is two processes that run when nobody else wants a core, as if they had a machine of their own. What they
 do with their rows is no cost of the service. With --crowded they take cores as everybody does.
@@ -164,16 +164,17 @@ def main() -> None:
             measure = partial(p99, client, data.rows, given.seconds)
             p99(client, data.rows, 1.0)
             for _ in range(given.rounds):
-                alone, told = measure(), []
+                alone, others, told = measure(), {}, []
                 for token in ("limited", "unlimited"):
-                    beside_it, got = beside(token, measure, address, secure, data.rows, given.crowded)
-                    ratios[token].append(beside_it / alone)
-                    told.append(f"beside {token}, who gets {got:,.0f} rows/s, {beside_it:.2f} ms")
+                    others[token], got = beside(token, measure, address, secure, data.rows, given.crowded)
+                    told.append(f"beside {token}, who gets {got:,.0f} rows/s, {others[token]:.2f} ms")
                 again = measure()
                 ratios["nobody"].append(again / alone)
+                for token, found in others.items():
+                    ratios[token].append(2 * found / (alone + again))
                 print(f"p99 alone {alone:.2f} ms, {', '.join(told)}, alone again {again:.2f} ms", flush=True)
-        for token, found in ratios.items():
-            print(f"p99 beside {token}: {statistics.median(found):.2f} times that alone")
+        for token, rounds in ratios.items():
+            print(f"p99 beside {token}: {statistics.median(rounds):.2f} times that alone")
 
 
 if __name__ == "__main__":
