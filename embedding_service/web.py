@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -16,6 +18,8 @@ from embedding_service.security.server import Security
 
 # Seconds that a client has for its handshake and its request.
 REQUEST_SECONDS = 10
+# Connections at a time, each with a thread. A further one takes the place of the oldest of the host that has most.
+MOST_CONNECTIONS = 64
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
@@ -62,6 +66,12 @@ class _Server(ThreadingWSGIServer):
     """With TLS, each connection's handshake is on its own thread: one that says nothing keeps nobody."""
 
     security: Security | None = None
+    request_queue_size = MOST_CONNECTIONS  # that wait to be taken: of five a burst would lose some
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._open: dict[Any, str] = {}
+        self._counting = threading.Lock()
 
     def get_request(self) -> tuple[Any, Any]:
         """See the base class."""
@@ -74,6 +84,24 @@ class _Server(ThreadingWSGIServer):
         except OSError:
             connection.close()
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See the base class."""
+        with self._counting:
+            if len(self._open) >= MOST_CONNECTIONS:
+                [(host, _)] = Counter(self._open.values()).most_common(1)
+                oldest = next(each for each, its in self._open.items() if its == host)
+                del self._open[oldest]
+                with suppress(OSError):
+                    socket.socket.shutdown(oldest, socket.SHUT_RDWR)  # TLS's own would take it from its thread
+            self._open[request] = str(client_address[0])
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """See the base class."""
+        with self._counting:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Nobody is told of a client that speaks no TLS, or goes."""
