@@ -28,7 +28,7 @@ SHOWN = r"a[/x][bold]:smile:\x1b[31m\r\nb\u202e\u2028\x9b\ud800"
 
 
 @given(st.text())
-def test_what_is_printable_stays_on_its_line(text: str) -> None:
+def test_s10_what_is_printable_stays_on_its_line(text: str) -> None:
     assert printable(text).isprintable()
     if text.isprintable():
         assert printable(text) == text
