@@ -27,8 +27,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     security = None
     if request.param == "tls":
         Authority.create().issue(tmp_path, ["127.0.0.1"])
-        files = (tmp_path / name for name in ("tls.crt", "tls.key", "ca.crt"))
-        security = Security(Files(*files, write_policy(tmp_path, {})))
+        policy = write_policy(tmp_path, {})
+        security = Security(Files(tmp_path / "tls.crt", tmp_path / "tls.key", tmp_path / "ca.crt", policy))
     port = free_port()
 
     def app(environ: dict, start_response: object) -> list[bytes]:
