@@ -101,6 +101,13 @@ def step(sessions: list[Session]) -> None:
     ledger.step()
 
 
+def note(sessions: list[Session], progress: Path) -> None:
+    """Note the last step that all shards have."""
+    new = progress.with_suffix(".new")
+    new.write_text(str(min(session.steps for session in sessions)))
+    new.replace(progress)
+
+
 def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     """Go on from where the shards are, or from some steps before. See the module."""
     torch.set_num_threads(1)
@@ -118,12 +125,11 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
         begun = bits.begun_at, ledger.begun_at
         print(f"begins at {begun}, asked for {at_step} after {done}", flush=True)
         assert begun == (at_step, at_step) if at_step is not None else min(begun) >= done
+        note(sessions, progress)  # it may have gone back
         check(sessions, folder)
         while not (folder / "end").exists():
             step(sessions)
-            new = folder / "progress.new"
-            new.write_text(str(min(session.steps for session in sessions)))
-            new.replace(progress)
+            note(sessions, progress)
             time.sleep(0.01)
         check(sessions, folder)
         print(f"right at {[session.steps for session in sessions]}", flush=True)
