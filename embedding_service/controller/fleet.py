@@ -23,6 +23,8 @@ ALIVE_SECONDS = 3.0
 # Seconds for which a refusal is a problem. A refused shard tries again every 2 s.
 REFUSAL_SECONDS = 10.0
 MOST_REFUSALS = 100
+# Assignments of a shard that are kept apart until it follows them.
+MOST_UNREAD = 32
 
 
 class IdTaken(Unavailable):
@@ -41,8 +43,7 @@ class Shard:
         sent: Age of the routing that it was last sent on this connection.
         told: How many assignments it was sent on this connection.
         released: It is draining and may end.
-        dropping: Parts that it was told to drop, each with the number of that assignment. Until the shard says that it
-            read that one, nobody knows whether it holds them, though it may have been told to hold them again.
+        unread: Assignments that it was sent and has not said to follow, by their numbers.
         grace: Parts that it is to drop, and until when it keeps them for clients that do not know yet.
     """
 
@@ -58,7 +59,7 @@ class Shard:
     sent: tuple[int, int] = (0, 0)
     told: int = 0
     released: bool = False
-    dropping: dict[PartKey, int] = field(default_factory=dict)
+    unread: dict[int, frozenset[PartKey]] = field(default_factory=dict)
     grace: dict[PartKey, float] = field(default_factory=dict)
 
     @property
@@ -70,17 +71,25 @@ class Shard:
     def keeps(self) -> Set[PartKey]:
         """What it holds, without what it was told to drop and may be dropping now."""
         held = self.held if self.assigned is None else self.held & self.assigned
-        return held - self.dropping.keys() if self.dropping else held
+        return held - self.dropping if self.unread else held
 
     @property
     def knows(self) -> tuple[int, int]:
         """Age of the newest routing that it has seen, or will have when it reads what it was sent."""
         return max((self.report.term, self.report.epoch), self.sent)
 
+    @property
+    def dropping(self) -> Set[PartKey]:
+        """What it was told to drop, and may be dropping now, though it may have been told to hold it again."""
+        return set().union(*(self.held - parts for parts in self.unread.values()))
+
     def tell(self) -> int:
         """It is sent its assignment. Returns the number of that message."""
+        if len(self.unread) >= MOST_UNREAD:
+            oldest, second = sorted(self.unread)[:2]
+            self.unread[second] &= self.unread.pop(oldest)
         self.told += 1
-        self.dropping.update(dict.fromkeys(self.held - (self.assigned or frozenset()), self.told))
+        self.unread[self.told] = self.assigned or frozenset()
         return self.told
 
 
@@ -197,7 +206,7 @@ class Fleet:
                 PartKey.from_wire(failure.part): failure.message[:FAILURE_CHARACTERS]
                 for failure in report.failures[:MOST_FAILURES]
             }
-        shard.dropping = {key: number for key, number in shard.dropping.items() if number > report.obeyed}
+        shard.unread = {number: parts for number, parts in shard.unread.items() if number > report.obeyed}
         now = (shard.held, shard.dropping, shard.failures, report.draining, report.memory_limit)
         return now != before or another_term
 

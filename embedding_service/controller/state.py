@@ -62,6 +62,8 @@ TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
 TERM_SPREAD = 1024
 # So long shards that serve have to come again to a controller that was restarted: they try every 2 s.
 RETURN_SECONDS = 3.0
+# And so long after a store is back: a controller that is still there has to see first that there is another.
+STORE_BACK_SECONDS = 2 * RETURN_SECONDS
 # A term that the store did not take is noted again after this time.
 NOTE_SECONDS = 10.0
 # Pause between two decisions for each shard: telling one takes about that. 1,000 shards get a routing a second.
@@ -134,6 +136,8 @@ class ControllerState:
         self._clock, self._chance = clock, chance
         self._began = clock()
         self._looked = self._is_first = False
+        self._returns_until = self._began + RETURN_SECONDS
+        self._last_noted = 0
         self._notes_at = 0.0
         self._dirty = True
         self._renews = False
@@ -234,7 +238,10 @@ class ControllerState:
     # The store
 
     def _look(self, found: Catalogue | None, problem: str, noted: int) -> None:
+        if self._is_unread() and found and not found.is_empty:
+            self._returns_until = max(self._returns_until, self._clock() + STORE_BACK_SECONDS)
         self.found, self.store_problem = found, problem
+        self._last_noted = max(self._last_noted, noted)
         self._looked = self._dirty = True
         if found and 0 < self.term < noted:
             self._end(noted)
@@ -288,19 +295,23 @@ class ControllerState:
     def _is_settled(self) -> bool:
         """Whether the expected shards are there. The first must not get everything, and a restart must move nothing."""
         now, settings = self._clock(), self.settings
-        unread = self.found.is_empty if self.found else bool(self.store_problem)
         return decisions.settled(
             len(self.fleet.shards),
             settings.expect_shards,
             now - self._began,
             now - max(self._began, self.fleet.joined),
             returning=self.fleet.newest_term > 0,
-            # Without the store, shards that served are all there is to tell what is served. An empty one may be a
-            # folder that nothing is mounted on.
-            awaited=not self._is_first and (unread or now - self._began < RETURN_SECONDS),
+            awaited=not self._is_first and (self._is_unread() or now < self._returns_until),
             settle=settings.settle,
             patience=settings.patience,
         )
+
+    def _is_unread(self) -> bool:
+        """Whether the store was looked at in vain: it is away, or empty like a folder with nothing mounted on it.
+
+        Then shards that served are all there is to tell what is served.
+        """
+        return self.found.is_empty if self.found else bool(self.store_problem)
 
     def _graces_end(self) -> bool:
         now = self._clock()
@@ -353,8 +364,9 @@ class ControllerState:
         """
         if not self.term:
             read: TermRead = yield ReadTerm()
-            self._is_first = not read.noted and self.found is not None and bool(self.found.manifests)
-            self.term = self._drawn(max(self.fleet.newest_term + 1, read.noted + 1, read.others + 1, read.clock))
+            noted = max(read.noted, self._last_noted)  # the store may have gone away since it was looked at
+            self._is_first = not noted and self.found is not None and bool(self.found.manifests)
+            self.term = self._drawn(max(self.fleet.newest_term + 1, noted + 1, read.others + 1, read.clock))
         yield from self._note_term()
 
     def _drawn(self, least: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 from support.manifests import manifest
 
 from embedding_service.controller import decisions
-from embedding_service.controller.fleet import ALIVE_SECONDS, REFUSAL_SECONDS, Fleet, IdTaken, Shard
+from embedding_service.controller.fleet import ALIVE_SECONDS, MOST_UNREAD, REFUSAL_SECONDS, Fleet, IdTaken, Shard
 from embedding_service.errors import InvalidRequest
 from embedding_service.placement.parts import PartKey
 from embedding_service.store.manifest import Base, Manifest, Overlay, overlay_file
@@ -56,6 +56,19 @@ def test_copies_are_waited_for_at_shards_that_can_be_counted_on() -> None:
     assert decisions.still_copied(target, {key: ["a", "c"]}, lambda name, part: True) == set()
     assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "a") == set()
     assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "b") == {key}
+
+
+def test_assignments_that_a_shard_does_not_follow_are_kept_together() -> None:
+    one, two, three = decisions.part_keys(manifest("1"))
+    fleet = Fleet(60, lambda: 0.0)
+    parts = [key.to_wire() for key in (one, two, three)]
+    shard = join(fleet, control.ShardReport(shard_id="a", has_parts=True, parts=parts))
+    for assigned in ([one, three], [one, two], *[[one, two, three]] * 2 * MOST_UNREAD):
+        shard.assigned = frozenset(assigned)
+        shard.tell()
+    assert (len(shard.unread), shard.keeps) == (MOST_UNREAD, {one})
+    fleet.hear(shard, control.ShardReport(shard_id="a", obeyed=shard.told))
+    assert (shard.unread, shard.keeps) == ({}, {one, two, three})
 
 
 def test_versions_never_served_are_skipped() -> None:
@@ -177,11 +190,11 @@ def test_a_part_that_was_to_be_dropped_counts_as_held_only_by_a_report_from_afte
     shard.assigned = frozenset([one, two, three])
     assert shard.tell() == 3
     assert fleet.holders().keys() == {one}
-    fleet.hear(shard, report(1, one, two))  # it was on its way
+    fleet.hear(shard, report(1, one, two, three))  # it was on its way, and three was loaded by an earlier assignment
     assert fleet.holders().keys() == {one}
     if not dropped:
         assert fleet.hear(shard, report(2))
-        assert fleet.holders().keys() == {one, two}
+        assert fleet.holders().keys() == {one, two, three}
         return
     assert fleet.hear(shard, report(2, one))
     assert fleet.holders().keys() == {one}

@@ -116,6 +116,7 @@ class World:
         assert message is not None
         del self.reports[name].parts[:]
         self.reports[name].parts.extend(message.parts)
+        self.reports[name].obeyed = message.number
         self.report(name)
 
     def learn(self, name: str) -> None:
@@ -560,6 +561,27 @@ def test_a_controller_that_finds_an_empty_store_waits_for_shards_that_served() -
     world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
     world.pass_time(RETURN_SECONDS)
     assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+
+
+def test_a_store_that_is_back_gives_shards_time_to_leave_the_controller_before() -> None:
+    world = World(expect_shards=1)
+    world.join("b")
+    world.feed(Looked(Catalogue(is_empty=True)))
+    world.pass_time(2 * RETURN_SECONDS)
+    world.feed(Looked(Catalogue({"m": [ONE]}), noted=7))
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing is None
+    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+
+
+def test_a_term_is_above_what_was_noted_though_the_store_is_away_when_it_is_taken() -> None:
+    world = World()
+    world.noted = 0
+    world.feed(Looked(Catalogue({"m": [ONE]}), noted=2 * CLOCK_MS))
+    world.pass_time(1)
+    assert world.state.term > 2 * CLOCK_MS
 
 
 def test_a_version_that_the_store_has_no_more_is_not_served_for_a_late_shard() -> None:

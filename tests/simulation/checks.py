@@ -50,12 +50,18 @@ class Checks:
         self._named: dict[tuple[str, int], dict[str, dict[PartKey, float]]] = {}
         self._holders: dict[PartKey, set[str]] = {}
         self._since: dict[tuple[str, PartKey], float] = {}
-        self._first_named: dict[str, float] = {}  # of each model when it was first served
+        # Since when each client knows that a model is served, and since when a controller says so.
+        self._known_since: dict[tuple[str, str], float] = {}
+        self._named_since: dict[str, float] = {}
         self._last_named: dict[str, tuple[int, int]] = {}  # of each version the newest routing that serves it
         self._obeyed: dict[tuple[str, int], tuple[Controller, float, int]] = {}
         self._routers: dict[str, _Age] = {}
 
     # Controllers
+
+    def controller_begins(self) -> None:
+        """Until it publishes, a client that knew nothing before may hear of nothing."""
+        self._named_since = {}
 
     def published(self, controller: Controller, routing: Routing) -> None:
         """A controller published a routing."""
@@ -65,7 +71,7 @@ class Checks:
             raise Broken("two routings have one age", f"{routing.age} of {controller.name}")
         self._check_owners(controller, routing)
         for model in routing.models:
-            self._first_named.setdefault(model.full_name.partition("@")[0], world.now)
+            self._named_since.setdefault(model.full_name.partition("@")[0], world.now)
             self._last_named[model.full_name] = max(routing.age, self._last_named.get(model.full_name, (0, 0)))
         who = (controller.name, controller.life)
         if routing.age <= self._newest.get(str(who), (0, 0)):
@@ -135,7 +141,8 @@ class Checks:
         named = self._named.get((controller.name, controller.life), {}).get(shard.name, {}).get(key, 0.0)
         if self._since[shard.name, key] <= min(named, sent) and named + self.grace > sent + 1e-6:
             raise Broken("a part was dropped within its grace time", f"{shard.name}: {key}, named until {named:.3f}")
-        if self.calm and not holders and self._is_served(controller, key):
+        # What was loaded after the controller spoke is no copy that it could count on.
+        if self.calm and not holders and self._since[shard.name, key] <= sent and self._is_served(controller, key):
             raise Broken("the last copy of a served part was dropped", f"{shard.name}: {key}")
 
     def released(self, shard: Shard, controller: Controller) -> None:
@@ -170,7 +177,8 @@ class Checks:
         self.failures += 1
         lookup.is_over = True
         self.world.say("%s: failed after %.3f s: %s", lookup.client.name, self.world.now - lookup.began, why)
-        since = self._first_named.get(lookup.model, self.world.now)
+        named = self._named_since.get(lookup.model, self.world.now)
+        since = self._known_since.get((lookup.client.name, lookup.model), named)
         if self.calm and lookup.began - since > NEWS_SECONDS and not thin and not lookup.version:
             raise Broken("a lookup failed", f"{lookup}: {why}")
 
@@ -218,6 +226,8 @@ class Checks:
         for name, watched in self._routers.items():
             if watched.router.current is not watched.routing:
                 watched.changed(name, self.world.now)
+                for model in watched.routing.models if watched.routing else ():
+                    self._known_since.setdefault((name, model.full_name.partition("@")[0]), self.world.now)
 
 
 class _Age:

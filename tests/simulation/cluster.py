@@ -156,6 +156,7 @@ class Controller(Process):
     def begin(self) -> None:
         """Start it at the controllers' address, with all that it knew forgotten."""
         super().begin()
+        self.checks.controller_begins()
         self.world.addresses[CONTROLLER] = self
         self.world.controllers = [*(each for each in self.world.controllers if each.is_there), self]
         self.state = self._state()

@@ -678,6 +678,7 @@ def test_a_request_is_followed_down_to_the_shards(
 ) -> None:
     """The caller's header, the passes of the model, their lookups, and what shards answer."""
     monkeypatch.setattr(worker._client, "_near", None)
+    monkeypatch.setattr(worker, "keys", None)
     trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     with tracing_here(collector), TestClient(build_app(worker)) as http:
         headers = {tracing.TRACEPARENT: f"00-{trace}-{caller}-01"}
