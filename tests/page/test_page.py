@@ -191,7 +191,9 @@ def test_it_shows_the_cluster_to_everybody(page: Page, served: Served, said: lis
     assert not said
 
 
-def test_it_follows_shards_that_die_and_come_without_a_reload(page: Page, served: Served, said: list[str]) -> None:
+def test_it_follows_shards_that_die_and_come_without_a_reload(
+    page: Page, served: Served, traced: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page.evaluate("window.same = true")
     gone = ("shard-1", "shard-2")
     for name in gone:
@@ -204,6 +206,8 @@ def test_it_follows_shards_that_die_and_come_without_a_reload(page: Page, served
     expect(page.locator("#state")).to_have_text("1 problem")
     assert not violations(page)
     picture(page, "problem")
+    for name, value in traced.items():
+        monkeypatch.setenv(name, value)
     for name in gone:
         served.members.restart_member(name)
     expect(page.locator("#shard-rows tr")).to_have_count(3)
