@@ -66,7 +66,7 @@ LOOKUP_COPIES, NGRAM_COPIES = 3, 5
 ID_BYTES = 24
 
 
-class _Unread:
+class Unread:
     """Bytes of answers that were not taken yet, by connection.
 
     A client that asks and never reads fills the memory of its own allowance and no more. Its next large lookups wait
@@ -117,7 +117,7 @@ class LookupService(HeldRows, RoutingService):
         self._router = router
         self._transport = transport
         self._hashers: dict[str, NgramHasher] = {}
-        self._unread = _Unread(budget)
+        self._unread = Unread(budget)
 
     def add_to(self, server: Server) -> None:
         """Offer the service, as the generated code would; answers with rows come serialized (`wire.lookup_codec`)."""

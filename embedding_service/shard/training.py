@@ -29,6 +29,7 @@ from embedding_service.errors import (
 from embedding_service.methods import Context
 from embedding_service.security.audit import Audit
 from embedding_service.serving import RequestLimits, Server, abort
+from embedding_service.shard.service import Unread
 from embedding_service.shard.shares import Shares
 from embedding_service.store.store import Store
 from embedding_service.training.branch import (
@@ -49,8 +50,8 @@ from embedding_service.wire import training_pb2 as wire
 log = logging.getLogger(__name__)
 
 SERVICE = "embedding.v1.TrainingService"
-# A push in memory: its pieces, and what is read from them.
-_PUSH_COPIES = 3
+# A push in memory: its pieces, and what is read from them. And of each piece, however small, the objects that hold it.
+_PUSH_COPIES, _PIECE_BYTES = 3, 1024
 T = TypeVar("T")
 
 
@@ -73,7 +74,7 @@ class TrainingService:
         audit: Audit | None = None,
     ) -> None:
         self._store, self._shard, self._router, self._shares = store, shard, router, shares
-        self._limits, self._budget = limits, budget
+        self._limits, self._budget, self._unread = limits, budget, Unread(budget)
         self._audit = audit or Audit(None)
 
     def add_to(self, server: Server) -> None:
@@ -231,8 +232,9 @@ class TrainingService:
                     reader = opened.share.reader()
                 else:
                     await reading
-                self._budget.promise(_PUSH_COPIES * len(piece))
-                promised += _PUSH_COPIES * len(piece)
+                needed = _PUSH_COPIES * len(piece) + _PIECE_BYTES
+                self._budget.promise(needed)
+                promised += needed
                 reading = asyncio.create_task(asyncio.to_thread(reader.add, piece))  # while the next one travels
             if reading is None:
                 raise InvalidRequest("the push holds no piece")
@@ -267,6 +269,7 @@ class TrainingService:
             return opened.share.applied >= request.at_least_step
 
         await opened.until(reached)
+        await self._unread.add(context, len(ids) * width, len(ids))
         return await asyncio.to_thread(_rows, opened.share, request.table, ids, dtype)
 
     async def _checkpoint(self, request: wire.CheckpointRequest, context: Context) -> wire.CheckpointResponse:

@@ -129,6 +129,7 @@ class InThread:
         self.addresses: dict[str, str] = {}
         self.shares: dict[str, Shares] = {}
         self.holdings: dict[str, Holdings] = {}
+        self.budgets: dict[str, Budget] = {}
         self._servers: dict[str, Server] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._routers: dict[str, Router] = {}
@@ -143,7 +144,7 @@ class InThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
     async def _start(self, shard: str) -> None:
-        limits, budget = RequestLimits(), Budget(1 << 30)
+        limits, budget = RequestLimits(), self.budgets.setdefault(shard, Budget(1 << 30))
         router = self._routers[shard] = Router(["127.0.0.1:1"])
         self.holdings[shard] = Holdings(self._store, TIERS.find("ram"), self._memory, self._logs / "cache")
         shares = self.shares[shard] = Shares(

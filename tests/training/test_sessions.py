@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from support.checkpoints import DIM as NGRAM_DIM
 from support.checkpoints import HEADS, VOCAB, longcat_table
-from support.cluster import cluster
+from support.cluster import cluster, until
 from support.trainer import stores
 from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows
 from support.training_chaos import CONTROLLER, LOST_AFTER, TRAINER, Run
@@ -35,6 +36,9 @@ from embedding_service.formats import get_format
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 from embedding_service.training.optimizers import optimizer_of
+from embedding_service.wire import embedding_pb2 as base_wire
+from embedding_service.wire import training_pb2 as wire
+from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
 from model_worker.longcat import NgramRows
 
 NGRAMS = "ngram"
@@ -370,6 +374,39 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(own: EmbeddingClient)
             session.step()
         session.zero_grad()
         assert session.step() == 1
+
+
+def test_what_trainers_ask_counts_among_requests_and_answers(own: EmbeddingClient, shards: InThread) -> None:
+    """An answer that nobody reads, and pieces without end that hold nothing."""
+    with (
+        own.train("fp32@budget", optimizer=SGD(lr=LR)) as session,
+        grpc.insecure_channel(shards.addresses["s0"]) as port,
+    ):
+        number, trainer, budget = session.number, TrainingServiceStub(port), shards.budgets["s0"]
+        until(lambda: budget.left == budget.most, "what came before to be over")
+        budget.count(budget.most)
+        try:
+            ids = torch.zeros(4096, dtype=torch.int64).numpy().tobytes()
+            read = wire.ReadRequest(
+                branch="fp32@budget",
+                share="s0",
+                session=number,
+                table=NGRAMS,
+                ids=ids,
+                encoding=base_wire.ROW_ENCODING_FLOAT32,
+            )
+            with pytest.raises(grpc.RpcError) as of_read:
+                trainer.Read(read, timeout=30)
+            piece = wire.PushPiece(branch="fp32@budget", share="s0", session=number, step=1)
+            with pytest.raises(grpc.RpcError) as of_push:
+                trainer.Push(iter([piece] * 10_000), timeout=30)
+        finally:
+            budget.give_back(budget.most)
+        for raised in (of_read, of_push):
+            assert "ask again in a moment" in str(raised.value)
+            assert "RESOURCE_EXHAUSTED" in str(raised.value)
+        assert len(trainer.Read(read, timeout=30).rows) == 4096 * NGRAM_DIM * 4
+        until(lambda: budget.left == budget.most, "all bytes to be given back")
 
 
 def test_t3_what_was_not_on_disk_is_sent_again(own: EmbeddingClient, shards: InThread) -> None:
