@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -493,8 +493,9 @@ class Cluster:
             if process.runs:
                 process.popen.terminate()
                 process.popen.send_signal(signal.SIGCONT)  # in case it was stopped
-        for process in [*shards, self.processes["controller"]]:
-            process.end()
+        with ExitStack() as stack:  # all of them, though one does not end
+            for process in [self.processes["controller"], *shards]:
+                stack.callback(process.end)
 
 
 @contextmanager
