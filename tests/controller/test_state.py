@@ -537,6 +537,13 @@ def test_what_shards_serve_that_come_after_the_first_routing_is_served_on(
     assert world.assigned("a") >= set(KEYS[:2])
 
 
+def come_back(world: World) -> None:
+    """A shard that served before registers, and is served from."""
+    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+
+
 @pytest.mark.parametrize("noted", [0, 7])
 def test_a_controller_that_was_restarted_waits_for_shards_that_served(noted: int) -> None:
     """New ones are there first, as many as are expected. A routing of theirs would serve nothing."""
@@ -546,9 +553,7 @@ def test_a_controller_that_was_restarted_waits_for_shards_that_served(noted: int
     world.feed(Looked(Catalogue({"m": [ONE]}), noted=noted))
     world.pass_time(1)
     assert (world.state.routing is None) == (noted > 0)
-    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
-    world.pass_time(RETURN_SECONDS)
-    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+    come_back(world)
 
 
 def test_a_controller_that_finds_an_empty_store_waits_for_shards_that_served() -> None:
@@ -558,9 +563,7 @@ def test_a_controller_that_finds_an_empty_store_waits_for_shards_that_served() -
     world.feed(Looked(Catalogue(is_empty=True)))
     world.pass_time(2 * RETURN_SECONDS)
     assert world.state.routing is None
-    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
-    world.pass_time(RETURN_SECONDS)
-    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+    come_back(world)
 
 
 def test_a_store_that_is_back_gives_shards_time_to_leave_the_controller_before() -> None:
@@ -571,9 +574,7 @@ def test_a_store_that_is_back_gives_shards_time_to_leave_the_controller_before()
     world.feed(Looked(Catalogue({"m": [ONE]}), noted=7))
     world.pass_time(RETURN_SECONDS)
     assert world.state.routing is None
-    world.join("a", held=KEYS, term=7, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
-    world.pass_time(RETURN_SECONDS)
-    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+    come_back(world)
 
 
 def test_a_term_is_above_what_was_noted_though_the_store_is_away_when_it_is_taken() -> None:
