@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -23,21 +23,15 @@ from embedding_service.commands.waiting import Say, Waiting
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound
 from embedding_service.foreign import one_line, printable
 from embedding_service.machine import check_free, join_address, prepare_local_ray
-from model_worker.drafts import Speculate
+from model_worker.options import Options, Scaling, spread
 
 if TYPE_CHECKING:
     from embedding_service.client.client import ModelDescription
-    from model_worker.serving import Scaling
     from model_worker.worker import WorkerConfig
 
 # Read when ray is imported. Serve's proxy then streams answers from replicas over gRPC. Ray's own way makes an object
 # of each write, which takes the proxy nearly twice the processor time.
 _SERVE_OVER_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
-
-# Names the policy of API keys where no option does.
-POLICY_VARIABLE = "MODEL_WORKER_POLICY"
-# What computes a replica's model.
-Engine = Literal["embedded", "vllm"]
 
 app = typer.Typer(
     help="Serve a language model whose n-gram tables live elsewhere.",
@@ -54,67 +48,14 @@ def _commands() -> None:
 
 
 @app.command()
+@spread
 def serve(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="The model's folder: the whole checkpoint, or the dense half that `split` makes.")
-    ],
-    embeddings: Annotated[str, typer.Option(metavar="HOST:PORT", help="The embedding service.")],
-    name: Annotated[
-        str | None,
-        typer.Option(help="The model in the service, NAME or NAME@VERSION; NAME becomes the served model id."),
-    ] = None,
+    options: Options,
+    scaling: Scaling,
     host: Annotated[str, typer.Option(help="Where to listen for HTTP.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen for HTTP.")] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="How many replicas.")] = 1,
-    min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: never fewer.")] = 1,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="Scale with the load, up to this many.")] = None,
-    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica (also its threads).")] = 1,
-    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests a replica runs at once.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait at a replica; more get 429.")] = 64,
-    cache_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help='Rows that a replica keeps, as "64MiB"; 0 keeps none.')
-    ] = "0",
-    prefix_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for beginnings of prompts, so that common ones are run once.")
-    ] = "256MiB",
-    speculate: Annotated[
-        Speculate,
-        typer.Option(
-            help="Draft tokens and check them in one pass: as the text went on before, or by LongCat's draft layer."
-        ),
-    ] = "off",
-    draft_tokens: Annotated[int, typer.Option(min=1, help="With --speculate: the most that a step drafts.")] = 4,
-    near: Annotated[
-        bool,
-        typer.Option("--near/--no-near", help="Read rows in place on a shard's machine, or never."),
-    ] = True,
-    topology: Annotated[
-        str | None,
-        typer.Option(
-            help="Where replicas are: shards that say the same come first. Default: EMBEDDING_SERVICE_TOPOLOGY."
-        ),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="What runs the model: this package, or vLLM (docs/vllm.md).")
-    ] = "embedded",
-    engine_args: Annotated[
-        str, typer.Option(metavar="WORDS", help="Further options of `vllm serve`, as '--dtype float32'.")
-    ] = "",
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            envvar=POLICY_VARIABLE,
-            help="Whose API keys count, and for what (docs/security.md). Default: everybody may ask.",
-        ),
-    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Speak HTTPS with this certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,
-    upscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too much load before one more.")] = 10,
-    downscale_delay: Annotated[float, typer.Option(min=0, help="Seconds of too little load before one less.")] = 300,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds that a leaving replica has to finish its requests.")
-    ] = 60,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prometheus metrics of all replicas here; default: any free.")
     ] = None,
@@ -131,9 +72,9 @@ def serve(
         raise typer.BadParameter(
             "a Ray cluster has metrics ports of its own: give no --metrics-port with --ray-address"
         )
-    if max_replicas is not None and (replicas != 1 or min_replicas > max_replicas):
+    most = scaling.max_replicas
+    if most is not None and (scaling.replicas != 1 or scaling.min_replicas > most):
         raise typer.BadParameter("give either --replicas, or --min-replicas and a --max-replicas not below it")
-    words = engine_words(engine, engine_args)
     tls = _pair(tls_cert, tls_key)
     host = host.strip("[]")
     if ray_address is None:
@@ -142,31 +83,10 @@ def serve(
             check_free(f"127.0.0.1:{metrics_port}", "--metrics-port")
         prepare_local_ray()
         os.environ.update(_SERVE_OVER_GRPC)
-    rows = parse_bytes(cache_bytes)
     progress = Waiting(PlainConsole(stderr=True), "model-worker")
     with progress:
-        config = resolve_model(
-            checkpoint,
-            embeddings,
-            name,
-            progress.say,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            cache_bytes=rows,
-            prefix_bytes=parse_bytes(prefix_bytes),
-            near=near,
-            topology=topology,
-            policy=policy,
-            speculate=speculate,
-            draft_tokens=draft_tokens,
-            engine=engine,
-            engine_args=words,
-        )
+        config = resolve_model(options, progress.say)
         progress.say("loading ray")
-        from model_worker.serving import Scaling
-    scaling = Scaling(
-        replicas, min_replicas, max_replicas, num_cpus, num_gpus, upscale_delay, downscale_delay, drain_seconds
-    )
     _run(config, scaling, host, port, tls, ray_address, metrics_port, progress)
 
 
@@ -183,69 +103,55 @@ def _pair(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | Non
     return certificate.absolute(), key.absolute()
 
 
-def engine_words(engine: Engine, text: str) -> tuple[str, ...]:
+def resolve_model(options: Options, say: Say = lambda waiting: None) -> WorkerConfig:
+    """Check the options and the checkpoint, and find the model in the service, before anything is started."""
+    engine_words(options)
+    cache_bytes, _ = parse_bytes(options.cache_bytes), parse_bytes(options.prefix_bytes)
+    if options.policy:
+        from embedding_service.security.policy import read_policy
+
+        read_policy(options.policy)
+    say("loading torch and transformers")
+    from embedding_service import EmbeddingClient
+    from model_worker import families, vllm
+    from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
+
+    say(f"checking {options.checkpoint}")
+    if options.engine == "vllm":
+        vllm.check(options.checkpoint)
+    else:
+        families.check(options.checkpoint, options.speculate)
+    say(f"asking the embedding service at {options.embeddings} for its models")
+    with EmbeddingClient(options.embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
+        model = _pick(options.name, client.models())
+    found = {
+        "checkpoint": options.checkpoint.resolve(),
+        "name": model.name,
+        "policy": options.policy and options.policy.absolute(),
+        "version": model.version,
+        "imported_as": model.checkpoint,
+        "pinned": options.name == model.full_name,
+    }
+    return WorkerConfig(**vars(options) | found)
+
+
+def engine_words(options: Options) -> list[str]:
     """The words of --engine-args. Raises InvalidRequest if they, or the engine itself, cannot be had."""
-    if engine == "embedded":
-        if text:
+    if options.engine == "embedded":
+        if options.engine_args:
             raise InvalidRequest("--engine-args are options of vLLM: say --engine vllm as well, or leave them out")
-        return ()
+        return []
     if find_spec("vllm") is None:
         raise InvalidRequest(
             "--engine vllm needs vLLM, which is not installed here: pip install 'embedding-service[worker,vllm]' (on a "
             "CPU: pip install --no-deps -r requirements/vllm.txt), or leave out --engine"
         )
     try:
-        return tuple(shlex.split(text))
+        return shlex.split(options.engine_args)
     except ValueError as error:
-        raise InvalidRequest(f"--engine-args {text!r} is not a command line: {one_line(error)}") from None
-
-
-def resolve_model(
-    checkpoint: Path,
-    embeddings: str,
-    name: str | None,
-    say: Say = lambda waiting: None,
-    *,
-    cache_bytes: int,
-    policy: Path | None,
-    speculate: Speculate,
-    engine: Engine,
-    **settings: Any,
-) -> WorkerConfig:
-    """Check the policy and the checkpoint, and find the model in the service, before anything is started.
-
-    settings: further ones of `WorkerConfig`.
-    """
-    if policy:
-        from embedding_service.security.policy import read_policy
-
-        read_policy(policy)
-    say("loading torch and transformers")
-    from embedding_service import EmbeddingClient
-    from model_worker import families, vllm
-    from model_worker.worker import LOOKUP_TIMEOUT, WorkerConfig
-
-    say(f"checking {checkpoint}")
-    if engine == "vllm":
-        vllm.check(checkpoint)
-    else:
-        families.check(checkpoint, speculate)
-    say(f"asking the embedding service at {embeddings} for its models")
-    with EmbeddingClient(embeddings, timeout=LOOKUP_TIMEOUT, cache_bytes=cache_bytes, near=False) as client:
-        model = _pick(name, client.models())
-    return WorkerConfig(
-        str(checkpoint.resolve()),
-        embeddings,
-        model.name,
-        model.version,
-        cache_bytes=cache_bytes,
-        policy=str(policy.absolute()) if policy else None,
-        imported_as=model.checkpoint,
-        pinned=name == model.full_name,
-        speculate=speculate,
-        engine=engine,
-        **settings,
-    )
+        raise InvalidRequest(
+            f"--engine-args {options.engine_args!r} is not a command line: {one_line(error)}"
+        ) from None
 
 
 def _pick(wanted: str | None, served: list[ModelDescription]) -> ModelDescription:

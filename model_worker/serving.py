@@ -8,7 +8,6 @@ import math
 import os
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from embedding_service.machine import LOCAL_RAY
 from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
+from model_worker.options import Scaling
 from model_worker.worker import Worker, WorkerConfig
 
 APP = "model-worker"
@@ -71,51 +71,27 @@ def replica_class(config: WorkerConfig) -> type:
     return VllmReplica
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """How many replicas, and what each gets.
-
-    replicas is fixed, unless maximum is set. Then Ray Serve keeps between minimum and maximum of them, so that each has
-    about as many requests as its batch holds. It adds one after upscale_delay seconds with too many requests. It takes
-    one away after downscale_delay seconds with too few. A replica that goes gets no new requests, and has drain_seconds
-    to finish those it has.
-    """
-
-    replicas: int = 1
-    minimum: int = 1
-    maximum: int | None = None
-    num_cpus: float = 1
-    num_gpus: float = 0
-    upscale_delay: float = 10
-    downscale_delay: float = 300
-    drain_seconds: float = 60
-
-    def options(self, config: WorkerConfig) -> dict[str, Any]:
-        """The options of Ray Serve's deployment."""
-        options: dict[str, Any] = {
-            "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-            "graceful_shutdown_timeout_s": self.drain_seconds,
+def deployment_options(scaling: Scaling, config: WorkerConfig) -> dict[str, Any]:
+    """The options of Ray Serve's deployment."""
+    options: dict[str, Any] = {
+        "max_ongoing_requests": config.max_batch + config.max_queue + _ABOVE_QUEUE,
+        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
+        "graceful_shutdown_timeout_s": scaling.drain_seconds,
+    }
+    if scaling.max_replicas is None:
+        return options | {"num_replicas": scaling.replicas}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": config.max_batch,
+            "upscale_delay_s": scaling.upscale_delay,
+            "downscale_delay_s": scaling.downscale_delay,
+            # The load is a mean over this time. It must not outlast the delays.
+            "look_back_period_s": min(30.0, max(2.0, scaling.upscale_delay)),
+            "metrics_interval_s": 1.0,
         }
-        if self.maximum is None:
-            return options | {"num_replicas": self.replicas}
-        return options | {
-            "autoscaling_config": {
-                "min_replicas": self.minimum,
-                "max_replicas": self.maximum,
-                "target_ongoing_requests": config.max_batch,
-                "upscale_delay_s": self.upscale_delay,
-                "downscale_delay_s": self.downscale_delay,
-                # The load is a mean over this time. It must not outlast the delays.
-                "look_back_period_s": min(30.0, max(2.0, self.upscale_delay)),
-                "metrics_interval_s": 1.0,
-            }
-        }
-
-    @property
-    def most(self) -> int:
-        """Replicas there may be at once."""
-        return self.maximum or self.replicas
+    }
 
 
 def join_ray(address: str) -> None:
@@ -170,7 +146,7 @@ def deploy(
         logging_config=quiet,
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.2,
-        **scaling.options(config),
+        **deployment_options(scaling, config),
     )
     application = serve.RunTarget(deployment.bind(config), name=APP, route_prefix="/")
     serve.run_many([application], wait_for_applications_running=False)
@@ -179,7 +155,7 @@ def deploy(
 
 def _wait_for_replicas(config: WorkerConfig, scaling: Scaling, say: Say) -> None:
     """Wait until Ray Serve says that the application runs."""
-    wanted = scaling.replicas if scaling.maximum is None else scaling.minimum
+    wanted = scaling.replicas if scaling.max_replicas is None else scaling.min_replicas
     while True:
         application = serve.status().applications[APP]
         replicas = application.deployments.get(APP)

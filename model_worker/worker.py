@@ -10,19 +10,19 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from embedding_service import EmbeddingClient, tracing
+from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import NotFound, Unavailable
 from model_worker import families
 from model_worker.domains import Domains
-from model_worker.drafts import Speculate
 from model_worker.engine import Engine, Event
 from model_worker.keys import Keys
+from model_worker.options import Options
 from model_worker.sampling import SamplingParams
 from model_worker.text import Spelling, load_tokenizer
 
@@ -38,41 +38,22 @@ _WRITES_PER_SECOND = 300
 Events = list[tuple[int, Event]]
 
 
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a replica is told.
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(Options):
+    """What a replica is told: the options, and what was found of them.
 
-    checkpoint: the model's folder, whole or its dense half, on the replica's machine.
-    embeddings: host:port of the embedding service.
+    checkpoint, policy: files of the replica's machine.
     name: the served model id.
     version: of the model in the service, as it was when the worker was started.
-    max_batch, max_queue, speculate, draft_tokens, prefix_bytes: see `Engine`.
-    cache_bytes, near, topology: see `EmbeddingClient`.
-    policy: file of the keys that HTTP requests have to show, on the replica's machine. None: everybody may ask.
     imported_as: NAME@VERSION that the checkpoint was imported as. Other tables do not belong to its dense half.
         Empty: that version.
     pinned: use that version alone, and none that was published over it since.
-    engine: "embedded", the worker's own, or "vllm".
-    engine_args: further words of vLLM's command line.
     """
 
-    checkpoint: str
-    embeddings: str
     name: str
     version: str
-    max_batch: int
-    max_queue: int
-    cache_bytes: int = 0
-    near: bool = True
-    topology: str | None = None
-    policy: str | None = None
     imported_as: str = ""
     pinned: bool = False
-    speculate: Speculate = "off"
-    draft_tokens: int = 4
-    prefix_bytes: int = 0
-    engine: str = "embedded"
-    engine_args: tuple[str, ...] = ()
 
 
 class Generation:
@@ -168,13 +149,13 @@ class Worker:
         on_lookup_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         tracing.start(tracing.WORKER)
-        self.keys = Keys(Path(config.policy)) if config.policy else None
+        self.keys = Keys(config.policy) if config.policy else None
         self.name = config.name
         self.started = int(time.time())
         connect = partial(EmbeddingClient, config.embeddings, near=config.near, topology=config.topology)
-        self._client = connect(timeout=LOOKUP_TIMEOUT, cache_bytes=config.cache_bytes)
+        self._client = connect(timeout=LOOKUP_TIMEOUT, cache_bytes=parse_bytes(config.cache_bytes))
         # An answer from the cache says nothing about the service.
-        self._probe = connect() if config.cache_bytes else self._client
+        self._probe = connect() if self._client.cache else self._client
         served_as = f"{config.name}@{config.version}"
         version = config.version if config.pinned else None
         self.domains = Domains(self._client, config.name, config.imported_as or served_as, version)
@@ -187,7 +168,7 @@ class Worker:
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.vocab_size: int = model.config.get_text_config().vocab_size
         """Token ids are below it."""
-        self.tokenizer: Any = load_tokenizer(Path(config.checkpoint))
+        self.tokenizer: Any = load_tokenizer(config.checkpoint)
         self._engine = Engine(
             model,
             self.tokenizer,
@@ -197,7 +178,7 @@ class Worker:
             tables=tables,
             speculate=config.speculate,
             draft_tokens=config.draft_tokens,
-            prefix_bytes=config.prefix_bytes,
+            prefix_bytes=parse_bytes(config.prefix_bytes),
         )
 
     @property

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ import torch
 from ray import serve
 from starlette.types import ASGIApp
 
+from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Unavailable
 from embedding_service.foreign import one_line, printable
 from model_worker.http_limits import WholeBodies, error_body
@@ -103,7 +104,7 @@ class VllmReplica:
         keep_on_loopback()
         self._config = config
         self._metrics = ReplicaMetrics()
-        self._keys = Keys(Path(config.policy)) if config.policy else None
+        self._keys = Keys(config.policy) if config.policy else None
         self._counted = EngineCounts(self._metrics)
         self._places = Places(config.max_batch + config.max_queue)
         self._rows: dict[str, int] = {}
@@ -125,7 +126,7 @@ class VllmReplica:
         except (ValueError, TypeError, NotImplementedError) as error:
             raise InvalidRequest(f"vLLM refuses {self._config.checkpoint}: {one_line(error)}") from error
         # The engine's process checks the same, but its errors only reach a log.
-        served = ServedTables.of(vllm_config, Path(self._config.checkpoint))
+        served = ServedTables.of(vllm_config, self._config.checkpoint)
         assert served is not None
         engine = AsyncLLM.from_vllm_config(
             vllm_config,
@@ -210,11 +211,12 @@ def engine_arguments(config: WorkerConfig, gpus: int = 0) -> Any:
     except ImportError:  # vLLM 0.32
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-    for word in config.engine_args:
+    given = shlex.split(config.engine_args)
+    for word in given:
         option = word.partition("=")[0].replace("_", "-")
         if option in _OURS:
             raise InvalidRequest(f"--engine-args has {option}: say it as {_OURS[option]} of model-worker serve")
-    words = [config.checkpoint, *config.engine_args]
+    words = [str(config.checkpoint), *given]
     if gpus > 1:
         # Ray gave the replica these GPUs already.
         words[1:1] = [f"--tensor-parallel-size={gpus}", "--distributed-executor-backend=mp"]
@@ -225,7 +227,7 @@ def engine_arguments(config: WorkerConfig, gpus: int = 0) -> Any:
     except SystemExit:
         last = told.getvalue().strip().splitlines()[-1:]
         raise InvalidRequest(f"vLLM does not take --engine-args: {printable(' '.join(last))}") from None
-    arguments.model = config.checkpoint
+    arguments.model = str(config.checkpoint)
     arguments.served_model_name = [config.name]
     arguments.max_num_seqs = config.max_batch
     arguments.additional_config = {**(arguments.additional_config or {}), CONFIG_KEY: table_settings(config)}
@@ -241,8 +243,8 @@ def table_settings(config: WorkerConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"address": config.embeddings, "model": name, "near": config.near}
     if config.imported_as:
         settings["checkpoint"] = config.imported_as
-    if config.cache_bytes:
-        settings["cache_bytes"] = config.cache_bytes
+    if kept := parse_bytes(config.cache_bytes):
+        settings["cache_bytes"] = kept
     if config.topology:
         settings["topology"] = config.topology
     return settings

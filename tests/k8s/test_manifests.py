@@ -31,7 +31,9 @@ from embedding_service.security.policy import read_policy
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import check_routing, sign_routing
 from embedding_service.wire import embedding_pb2 as wire
-from model_worker.cli import POLICY_VARIABLE
+from model_worker.options import POLICY_VARIABLE
+
+DOCKERFILE = K8S.parent / "Dockerfile"
 
 pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
 
@@ -235,7 +237,7 @@ def words_of(container: Manifest, objects: list[Manifest]) -> list[str]:
 def test_the_serve_config_is_what_ray_and_the_worker_take(overlay: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from model_worker.application import Arguments, build
+    from model_worker.application import ARGUMENTS, build
     from model_worker.serving import APP
 
     objects = whole(overlay)
@@ -243,7 +245,7 @@ def test_the_serve_config_is_what_ray_and_the_worker_take(overlay: Path) -> None
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
     (application,) = config.applications
     assert application.import_path == f"{build.__module__}:{build.__name__}"
-    arguments = Arguments.model_validate(application.args)
+    arguments = ARGUMENTS.validate_python(application.args)
     assert arguments.name == find(objects, "ConfigMap", "embedding-import")["data"]["MODEL"]
     [deployment] = application.deployments
     assert deployment.name == APP
@@ -261,7 +263,7 @@ def _requirements() -> list[str]:
 
 
 def test_what_the_images_leave_out_is_among_the_requirements() -> None:
-    text = (K8S.parent / "Dockerfile").read_text().replace("\\\n", "")
+    text = DOCKERFILE.read_text().replace("\\\n", "")
     left_out = re.findall(r'LEFT_OUT="([^"]+)"', text) + re.findall(r'"\^\(([^$)]+)\)==" pinned', text)
     assert len(left_out) == 4
     names = [line.partition("==")[0] for line in _requirements()]

@@ -12,7 +12,7 @@ from support.security import write_policy
 
 from embedding_service.errors import InvalidRequest
 from model_worker.application import build
-from model_worker.cli import POLICY_VARIABLE
+from model_worker.options import POLICY_VARIABLE
 from model_worker.worker import WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -23,8 +23,8 @@ def test_is_built_from_the_arguments_of_a_config_file(model_folder: Path, embedd
     where = {"near": False, "topology": "zone-a"}
     for more in ({}, where):
         bound = build_as_ray_does(build, arguments | more)._bound_deployment  # type: ignore[arg-type]
-        expected: Any = {"imported_as": "small@1", "prefix_bytes": 256 << 20, **more}
-        config = WorkerConfig(str(model_folder), embeddings, "small", "1", 3, 64, 2 << 20, **expected)
+        expected: Any = {"imported_as": "small@1", "cache_bytes": "2MiB", **more}
+        config = WorkerConfig(model_folder, embeddings, name="small", version="1", max_batch=3, **expected)
         assert bound.init_args == (config,)
 
 
@@ -37,7 +37,7 @@ def test_s8_the_policy_is_where_the_pod_says_it_is(
         build_as_ray_does(build, arguments)  # type: ignore[arg-type]
     policy = write_policy(tmp_path, {"user": {"tokens": ["user"], "read": ["small"]}})
     [config] = build_as_ray_does(build, arguments)._bound_deployment.init_args  # type: ignore[arg-type]
-    assert config.policy == str(policy)
+    assert config.policy == policy
 
 
 def test_an_argument_that_is_wrong_is_named() -> None:

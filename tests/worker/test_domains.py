@@ -155,7 +155,7 @@ def test_s8_a_key_uses_the_tables_of_the_domains_that_it_may_read(
     identities: dict[str, Any] = {who: {"tokens": [who], "read": patterns} for who, (patterns, _) in READ.items()}
     identities["thrifty"] = {"tokens": ["thrifty"], "read": ["longcat*"], "tokens_per_second": 1}
     policy = write_policy(tmp_path, identities)
-    config = WorkerConfig(str(checkpoints["longcat"]), families.address, "longcat", "1", 4, 4, policy=str(policy))
+    config = WorkerConfig(checkpoints["longcat"], families.address, name="longcat", version="1", policy=policy)
     worker = Worker(config)
     names = READ["all"][1]
     try:
@@ -184,7 +184,7 @@ def test_s8_a_key_uses_the_tables_of_the_domains_that_it_may_read(
 
 def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path], families: Up, store: Path) -> None:
     """And a worker goes on with what is published over its tables, and lists what is published later."""
-    config = WorkerConfig(str(checkpoints["longcat"]), families.address, "longcat", "1", max_batch=4, max_queue=4)
+    config = WorkerConfig(checkpoints["longcat"], families.address, name="longcat", version="1")
     worker = Worker(config)
     try:
         with TestClient(build_app(worker), raise_server_exceptions=False) as http:

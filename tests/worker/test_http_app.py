@@ -41,7 +41,9 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def worker(model_folder: Path, embeddings: str) -> Iterator[Worker]:
-    running = Worker(WorkerConfig(str(model_folder), embeddings, "small", "1", MAX_BATCH, MAX_QUEUE))
+    running = Worker(
+        WorkerConfig(model_folder, embeddings, name="small", version="1", max_batch=MAX_BATCH, max_queue=MAX_QUEUE)
+    )
     yield running
     running.close()
 

@@ -39,7 +39,9 @@ PLACES = 8
 
 @pytest.fixture(scope="module")
 def app(model_folder: Path, embeddings: str) -> Iterator[FastAPI]:
-    worker = Worker(WorkerConfig(str(model_folder), embeddings, "small", "1", 2, PLACES - 2))
+    worker = Worker(
+        WorkerConfig(model_folder, embeddings, name="small", version="1", max_batch=2, max_queue=PLACES - 2)
+    )
     yield build_app(worker)
     worker.close()
 

@@ -480,7 +480,7 @@ def test_the_engine_batches_it(folder: Path, here: Any, there: Any) -> None:
 
 
 def test_a_worker_serves_it(folder: Path, service: Up, here: Any) -> None:
-    worker = Worker(WorkerConfig(str(folder), service.address, "qwen", "1", max_batch=2, max_queue=2))
+    worker = Worker(WorkerConfig(folder, service.address, name="qwen", version="1"))
     try:
         worker.check()
         prompt = worker.tokenizer.encode("The import statement")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,17 +33,17 @@ def test_without_vllm_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("model_worker.cli.find_spec", lambda name: None)
     with pytest.raises(InvalidRequest, match=r"needs vLLM.*pip install 'embedding-service\[worker,vllm\]'"):
-        engine_words("vllm", "")
+        engine_words(config())
 
 
 def test_words_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_worker.cli.find_spec", lambda name: SimpleNamespace())
-    words = ("--dtype", "float32", "--hf-overrides", '{"a": 1}')
-    assert engine_words("vllm", "--dtype float32 --hf-overrides '{\"a\": 1}'") == words
+    words = ["--dtype", "float32", "--hf-overrides", '{"a": 1}']
+    assert engine_words(config(engine_args="--dtype float32 --hf-overrides '{\"a\": 1}'")) == words
     with pytest.raises(InvalidRequest, match="not a command line"):
-        engine_words("vllm", "'--dtype")
+        engine_words(config(engine_args="'--dtype"))
     with pytest.raises(InvalidRequest, match="say --engine vllm"):
-        engine_words("embedded", "--dtype float32")
+        engine_words(replace(config(engine_args="--dtype float32"), engine="embedded"))
 
 
 def test_a_checkpoint_that_the_plugin_does_not_serve(tmp_path: Path) -> None:
@@ -53,15 +54,15 @@ def test_a_checkpoint_that_the_plugin_does_not_serve(tmp_path: Path) -> None:
 
 
 def config(**more: Any) -> WorkerConfig:
-    return WorkerConfig("/checkpoint", "localhost:7070", "model", "3", 2, 1, engine="vllm", **more)
+    return WorkerConfig(Path("/checkpoint"), "localhost:7070", name="model", version="3", engine="vllm", **more)
 
 
 def test_what_the_plugin_is_told() -> None:
     address = {"address": "localhost:7070"}
     assert table_settings(config()) == {**address, "model": "model", "near": True}
-    more = {"near": False, "topology": "zone-a", "cache_bytes": 1 << 20}
+    more = {"near": False, "topology": "zone-a", "cache_bytes": "1MiB"}
     told = table_settings(config(pinned=True, imported_as="model@1", **more))
-    assert told == {**address, "model": "model@3", "checkpoint": "model@1", **more}
+    assert told == {**address, "model": "model@3", "checkpoint": "model@1", **more, "cache_bytes": 1 << 20}
 
 
 def test_an_engines_counts_are_the_workers() -> None:

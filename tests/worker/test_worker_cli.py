@@ -222,7 +222,7 @@ def test_chat_needs_a_template_that_takes_it(
         file.unlink()
     (folder / "chat_template.jinja").unlink()
     write_tokenizer(folder, template)
-    worker = Worker(WorkerConfig(str(folder), embeddings, "small", "1", max_batch=1, max_queue=1))
+    worker = Worker(WorkerConfig(folder, embeddings, name="small", version="1"))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(build_app(worker))
