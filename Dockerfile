@@ -92,7 +92,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     case ${DEVICE} in \
         cpu) pip install --no-cache-dir --no-deps -r requirements/vllm.txt \
             && pip install --no-cache-dir --no-deps --no-build-isolation . ;; \
-        gpu) pip install --no-cache-dir ".[worker,vllm]" ;; \
+        gpu) pip install --no-cache-dir ".[worker,vllm,tls,tracing]" ;; \
     esac \
     && python -c "import model_worker.application, vllm"
 

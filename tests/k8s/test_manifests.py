@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import typer
 import yaml
 from jsonschema import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from referencing import Registry, Resource
 from support.kustomize import K8S, Manifest, can_render, environment, filled_in, find, pod_templates, render, resolved
 
@@ -269,6 +272,35 @@ def test_what_the_images_leave_out_is_among_the_requirements() -> None:
     names = [line.partition("==")[0] for line in _requirements()]
     for pattern in "|".join(left_out).split("|"):
         assert any(re.fullmatch(pattern, name) for name in names) or pattern == "fbgemm-gpu.*", pattern
+
+
+def test_the_dockerfile_is_whole() -> None:
+    """Each stage is made from one above it, and copies what is there. Targets are those that its head names."""
+    text = DOCKERFILE.read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    known = ["${BASE_IMAGE}"]
+    for base, stage in stages:
+        assert base in known
+        known.append(stage)
+    assert set(re.findall(r"--from=(\S+)", text)) < set(known)
+    assert set(re.findall(r"--target (\S+)", text)) == {"service", "worker", "worker-vllm"} < set(known)
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        assert all((DOCKERFILE.parent / each).exists() for each in line.split()), line
+
+
+def test_the_image_with_vllm_has_what_its_extras_ask_for() -> None:
+    """It was pinned by hand for CPUs, where nothing is resolved, and is resolved for GPUs."""
+    project = tomllib.loads((K8S.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    [chosen] = re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE.read_text())
+    assert {"worker", "vllm", "tls", "tracing"} == set(chosen.split(","))
+    lines = (K8S.parent / "requirements/vllm.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name).removesuffix("-cpu"): pin for pin in pins}
+    for words in (project["dependencies"], *(extras[extra] for extra in chosen.split(","))):
+        for asked in map(Requirement, words):
+            [version] = pinned[canonicalize_name(asked.name)].specifier
+            assert asked.specifier.contains(version.version), asked
 
 
 # Restricted
