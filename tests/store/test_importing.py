@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -206,6 +207,20 @@ def test_a_row_that_no_code_can_hold_is_refused_by_name(
     refused(checkpoint.folder, tmp_path / "store", message)
     manifest = import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny", dtype="keep")
     assert torch.equal(stored_rows(tmp_path / "store", manifest), checkpoint.rows.view(torch.uint8))
+
+
+def test_a_remote_store_takes_the_room_of_one_part_here(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = import_checkpoint(checkpoint.folder, tmp_path / "store", "whole").tables[0]
+    assert len(whole.parts) > 2
+    real, free = shutil.disk_usage(tmp_path), whole.parts[0].bytes + PAGE_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: real._replace(free=free))
+    refused(checkpoint.folder, tmp_path / "store", "no disk space")
+    assert import_checkpoint(checkpoint.folder, "memory://room-of-a-part", "tiny").tables[0].parts == whole.parts
+    free -= 1
+    with pytest.raises(ImportRefused, match="no disk space"):
+        import_checkpoint(checkpoint.folder, "memory://less-room", "tiny")
 
 
 def test_a_table_larger_than_the_disk_is_refused_at_once(checkpoint: Any, tmp_path: Path) -> None:
