@@ -4,8 +4,9 @@
 
 The model is that of `benchmarks.speculation_model`, which is made first and kept in build/. Engines that draft by its
 draft layer, by prompt look-up, or not at all take turns with the same prompts and seeds. Texts are `code` (a function,
-to be written once more), `chat` (a passage, a question on it, an answer that quotes it) and `prose`. Tables are in this
-process, near (read in place), or sent over the wire. A batch is of 1 or 8 requests.
+to be written once more), `chat` (a passage, a question on it, an answer that quotes it) and `prose`. The model has not
+read them. Tables are in this process, near (read in place), or sent over the wire. A batch is of 1 or 8 requests.
+Answers are greedy (temperature 0), or drawn by chance.
 """
 
 from __future__ import annotations
@@ -122,9 +123,9 @@ def served(stack: ExitStack, folder: Path, checkpoint: Path) -> str:
 
 
 def measure(
-    checkpoint: Path, tables: list[str], batches: list[int], temperature: float, rounds: int, most: int
+    checkpoint: Path, tables: list[str], batches: list[int], temperatures: list[float], rounds: int, most: int
 ) -> list[dict[str, Any]]:
-    """A record for each table, text, batch and way."""
+    """A record for each table, text, batch, temperature and way."""
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -133,22 +134,24 @@ def measure(
         sides = {where: Side(stack, checkpoint, address, where, tokenizer, most) for where in tables}
         asked = {kind: [tokenizer(each)["input_ids"] for each in some] for kind, some in prompts().items()}
         for side in sides.values():
-            side.measure(asked["prose"][:2], temperature, 1)
-        cells = list(product(tables, asked, batches))
-        for where, kind, batch in track(cells, "measuring", console=Console(stderr=True)):
+            side.measure(asked["prose"][:2], temperatures[0], 1)
+        cells = list(product(tables, asked, batches, temperatures))
+        for where, kind, batch, temperature in track(cells, "measuring", console=Console(stderr=True)):
             some = [asked[kind][row % len(asked[kind])] for row in range(batch)]
             for way, seen in sides[where].measure(some, temperature, rounds).items():
-                found.append({"tables": where, "text": kind, "batch": batch, "speculate": way, **seen})
+                cell = {"tables": where, "text": kind, "batch": batch, "temperature": temperature}
+                found.append({**cell, "speculate": way, **seen})
     return found
 
 
 def show(found: list[dict[str, Any]]) -> None:
     """The records as a table."""
-    table = Table("tables", "text", "batch", "speculate", "tokens/s", "over off", "right", "lookups a token")
+    names = ("tables", "text", "batch", "temperature", "speculate")
+    table = Table(*names, "tokens/s", "over off", "right", "lookups a token")
     for each in found:
         right = f"{each['accepted'] / each['drafted']:.0%} of {each['drafted']}" if each["drafted"] else ""
         table.add_row(
-            *(str(each[name]) for name in ("tables", "text", "batch", "speculate")),
+            *(str(each[name]) for name in names),
             *(f"{each['tokens_per_second']:.0f}", f"{each['ratio']:.2f}", right, f"{each['lookups_a_token']:.2f}"),
         )
     Console(width=110).print(table)
@@ -161,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the figures")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="where they are")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), help="requests at once")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy answers")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0, 0.7], help="0 for greedy answers")
     parser.add_argument("--rounds", type=int, default=5, help="of each cell")
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training the model")

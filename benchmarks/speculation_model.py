@@ -1,9 +1,10 @@
 """A model for which drafts can pay: LongCat-Flash-Lite's architecture with several layers, and a draft layer.
 
 Both are trained here together, for a minute or two, on what Python ships. That is prose (its language reference), code
-(modules of its library), and chats whose answers quote a passage. So drafts are right as often as with a model that
-knows its subject. The demo's model has one layer, which costs no more than a draft layer. Here that layer is trained
-first, and the others are grown on it. They begin by adding nothing, and have the last steps to learn.
+(modules of its library), and chats whose answers quote a passage. One text in HELD_OUT is not read. Prompts are of
+those, so no draft is right because the model knows its text by heart. The demo's model has one layer, which costs no
+more than a draft layer. Here that layer is trained first, and the others are grown on it. They begin by adding nothing,
+and have the last steps to learn.
 """
 
 from __future__ import annotations
@@ -43,37 +44,50 @@ STEPS, LAST_STEPS = 150, 10
 BATCH, LENGTH = 4, 256
 # Guesses that the draft layer learns to make, one on the other.
 AHEAD = 2
+# One text of so many is kept for prompts.
+HELD_OUT = 5
 _MODULES = (asyncio.locks, asyncio.queues, asyncio.streams, asyncio.tasks, json.decoder, json.encoder, argparse)
 
 
-def prose() -> list[str]:
-    """Passages of the language reference."""
-    return [document for document in read_documents() if len(document) > 800]
+def prose(unread: bool) -> list[str]:
+    """Passages of the language reference: those that are read, or those that are kept for prompts."""
+    passages = [document.split("\n\n") for document in read_documents() if len(document) > 800]
+    kept = passages[::HELD_OUT]
+    if unread:
+        return ["\n\n".join(passage) for passage in kept]
+    # Some topics share paragraphs.
+    known = {paragraph for passage in kept for paragraph in passage}
+    read = [passage for place, passage in enumerate(passages) if place % HELD_OUT]
+    return ["\n\n".join(paragraph for paragraph in passage if paragraph not in known) for passage in read]
 
 
-def code() -> list[str]:
+def code(unread: bool) -> list[str]:
     """Functions and classes, each to be written once more as it is, as an edit of a file asks for."""
     found = [inspect.getsource(each) for module in _MODULES for each in vars(module).values() if _is_own(each, module)]
-    return [f"{source[:500]}\n# The same once more:\n{source[:500]}" for source in found if len(source) > 300]
+    sources = [source[:500] for source in found if len(source) > 300]
+    return [
+        f"{source}\n# The same once more:\n{source}"
+        for place, source in enumerate(sources)
+        if (place % HELD_OUT == 0) == unread
+    ]
 
 
-def chats() -> list[str]:
+def chats(unread: bool) -> list[str]:
     """A passage, a question on it, and an answer that quotes it."""
     questions = cycle(("What does it say?", "Quote the passage.", "What is the rule?"))
-    return [f"{text[:400]}\n\nUser: {next(questions)}\nAssistant: It says: {text[60:400]}" for text in prose()]
-
-
-def texts() -> dict[str, list[str]]:
-    """All that is read, of each kind."""
-    return {"code": code(), "chat": chats(), "prose": prose()}
+    return [
+        f"{text[:400]}\n\nUser: {next(questions)}\nAssistant: It says: {text[60:400]}"
+        for text in prose(unread)
+        if len(text) > 400
+    ]
 
 
 def prompts() -> dict[str, list[str]]:
-    """Beginnings of texts of each kind, up to where the answer begins."""
+    """Beginnings of texts of each kind that were not read, up to where the answer begins."""
     return {
-        "code": [text[: text.index("more:\n") + 80] for text in code()],
-        "chat": [text[: text.index("says: ") + 6] for text in chats()],
-        "prose": [text[:400] for text in prose()],
+        "code": [text[: text.index("more:\n") + 80] for text in code(unread=True)],
+        "chat": [text[: text.index("says: ") + 6] for text in chats(unread=True)],
+        "prose": [text[:400] for text in prose(unread=True)],
     }
 
 
@@ -82,7 +96,7 @@ def make_model(out: Path, steps: int) -> Path:
     if (out / "config.json").exists():
         return out
     torch.manual_seed(1)
-    documents = [document for kind in texts().values() for document in kind]
+    documents = code(unread=False) + chats(unread=False) + prose(unread=False)
     tokenizer = train_tokenizer(documents)
     encoded = tokenizer.backend_tokenizer.encode_batch([text + END for text in documents])
     stream = torch.tensor([token for document in encoded for token in document.ids])

@@ -7,7 +7,8 @@ The first imports the checkpoint's tables as int8, runs two shards and a worker 
 (`python examples/demo/make_checkpoint.py FOLDER` makes a checkpoint.) The second asks a worker that runs already. Each
 user streams answers, one after the other, each to another prompt. Prompts and answers have fixed lengths, or with
 `--lengths sharegpt` those of people's chats: log-normal, with a few long ones. Clients, worker and shards share this
-machine. Leaves worker_load.json and worker_load.png in --out.
+machine. Numbers of users take turns, --rounds times, and figures are medians of the rounds. Leaves worker_load.json and
+worker_load.png in --out.
 """
 
 from __future__ import annotations
@@ -135,11 +136,17 @@ def served(checkpoint: Path, max_batch: int) -> Iterator[str]:
 
 
 def measure(url: str, tokens: int, chats: bool, seconds: float, users_of: list[int]) -> list[Level]:
-    """Measure every number of users, after a few answers to warm up."""
+    """Measure numbers of users, one after the other, after a few answers to warm up."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     users = Users(url, model, tokens, chats)
     asyncio.run(users.level(2, 2))
     return [asyncio.run(users.level(number, seconds)) for number in users_of]
+
+
+def medians(turns: list[Level]) -> Level:
+    """Of each figure, over turns of one number of users."""
+    names = vars(turns[0])
+    return Level(**{name: type(names[name])(np.median([vars(turn)[name] for turn in turns])) for name in names})
 
 
 def show(levels: list[Level]) -> None:
@@ -177,20 +184,26 @@ def main() -> None:
     parser.add_argument("--lengths", choices=("fixed", "sharegpt"), default="fixed", help="of prompts and answers")
     parser.add_argument("--users", type=int, nargs="+", default=USERS, help="numbers of them, one after the other")
     parser.add_argument("--seconds", type=float, default=15, help="for each number of users")
+    parser.add_argument("--rounds", type=int, default=1, help="of all numbers of users")
     parser.add_argument("--max-batch", type=int, default=32, help="of the worker, with --checkpoint")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    chats = given.lengths == "sharegpt"
+    chats, users = given.lengths == "sharegpt", list(given.users) * given.rounds
     if given.url:
-        levels = measure(given.url.rstrip("/"), given.tokens, chats, given.seconds, given.users)
+        turns = measure(given.url.rstrip("/"), given.tokens, chats, given.seconds, users)
         batch = ""
     else:
         with served(given.checkpoint, given.max_batch) as url:
-            levels = measure(url, given.tokens, chats, given.seconds, given.users)
+            turns = measure(url, given.tokens, chats, given.seconds, users)
         batch = f", one replica, batch of {given.max_batch}"
+    levels = [medians([turn for turn in turns if turn.users == number]) for number in given.users]
     show(levels)
     about = f"{'chats' if chats else f'answers of {given.tokens} tokens'}{batch}"
-    found: dict[str, Any] = {"about": about, "levels": [asdict(each) for each in levels]}
+    found: dict[str, Any] = {
+        "about": about,
+        "levels": [asdict(each) for each in levels],
+        "turns": [asdict(each) for each in turns],
+    }
     (given.out / "worker_load.json").write_text(json.dumps(found, indent=2) + "\n")
     plot(levels, about, given.out / "worker_load.png")
 
