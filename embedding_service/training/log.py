@@ -1,8 +1,8 @@
 """The redo log of a share: pushes as they came, in the order in which they were accepted.
 
-A record is a header, then pieces. The header has the record's kind, its step, how many pieces there are with their
-lengths, and a digest of all that follows. Whoever reads the log stops at the first record whose digest does not hold:
-that one was being written when the process or its machine died.
+A record is a header, then pieces, each after its length. The header has the record's kind, its step, and a digest of
+all. It is written last, so pieces may be written while others are on their way. Whoever reads the log stops at the
+first record whose digest does not hold: that one was being written when the process or its machine died.
 
 The log is cut into files. A checkpoint begins a new one, and old ones go with the checkpoints that needed them.
 """
@@ -31,9 +31,10 @@ from embedding_service.training.branch import replace
 log = logging.getLogger(__name__)
 
 PUSH, SESSION = 1, 2
-_MAGIC = b"ESL1"
-# Magic, kind, pieces, step, bytes of the body, digest of all but itself.
-_HEAD = struct.Struct("<4sHHQQ16s")
+_MAGIC = b"ESL2"
+# Magic, kind, step, bytes of the body, digest of the body and of all but itself.
+_HEAD = struct.Struct("<4sIQQ16s")
+_LENGTH = struct.Struct("<Q")
 NEVER, ALWAYS = -1.0, 0.0
 
 
@@ -43,6 +44,29 @@ class Record(NamedTuple):
     kind: int
     step: int
     pieces: Sequence[bytes | memoryview]
+
+
+class Draft:
+    """A record that is written while its pieces come, behind all that are whole. It counts once `Log.append` ends it.
+
+    Another one takes its place, and so does any other record. Then `append` writes it from the beginning.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log, self._begun = log, False
+        self.writer: _Writer | None = None  # while it is the log's
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """The next piece. On any thread, one at a time. What the disk does not take, `append` tells."""
+        with self._log.writing:
+            try:
+                if not self._begun:
+                    self._begun = True
+                    self._log.begin_draft(self)
+                if self.writer:
+                    self.writer.add(piece)
+            except OSError:
+                self.writer = None
 
 
 class Log:
@@ -68,7 +92,10 @@ class Log:
         if not name.exists():
             replace(name, secrets.token_hex(8).encode())
         self.identity = name.read_text()
+        self.writing = threading.Lock()  # held while files change
         self._file: int | None = None
+        self._path, self._end = Path(), 0  # of that file, and of the whole records in it
+        self._draft: Draft | None = None
         self._dirty, self._in_use = threading.Condition(), threading.Lock()
         self._written = self._synced = 0
         self._mark = self._durable = 0
@@ -78,8 +105,9 @@ class Log:
 
     def read(self) -> Iterator[Record]:
         """All whole records. What follows the last one is cut off."""
-        for number, path in enumerate(files := self._files()):
-            good, data = 0, _mapped(path)
+        files = self._files()
+        for number, (path, data) in enumerate(self._mapped()):
+            good = 0
             for record, end in _records(data):
                 good = end
                 yield record
@@ -92,27 +120,46 @@ class Log:
 
     def snapshot(self) -> Iterator[Record]:
         """All records as they are now, read when they are asked for, though the log goes on."""
-        data = [_mapped(path) for path in self._files()]
-        return (record for each in data for record, _ in _records(each))
+        return (record for _, data in self._mapped() for record, _ in _records(data))
+
+    def _mapped(self) -> list[tuple[Path, bytes | mmap.mmap]]:
+        """Files and what they hold now, but for a draft."""
+        with self.writing:
+            return [(path, _mapped(path, self._end if path == self._path else None)) for path in self._files()]
 
     def clear(self, step: int) -> None:
         """Forget all, and go on after `step`."""
-        self._close_file()
-        for path in reversed(self._files()):
-            path.unlink()
-        self._open(self._path(step))
+        with self.writing:
+            self._close_file()
+            for path in reversed(self._files()):
+                path.unlink()
+            self._open(self._path_of(step))
 
-    def append(self, record: Record) -> None:
-        """Write a record. Raises Overloaded if the disk does not take it: then nothing of it is there."""
+    def append(self, record: Record, draft: Draft | None = None) -> None:
+        """Write a record. Raises Overloaded if the disk does not take it: then nothing of it is there.
+
+        draft: Has the record's pieces.
+        """
         self.check()
+        with self.writing:
+            self._append(record, draft)
+        self._written += 1
+        if self._sync > 0:
+            with self._dirty:
+                self._dirty.notify()
+
+    def _append(self, record: Record, draft: Draft | None) -> None:
         assert self._file is not None
-        end = os.fstat(self._file).st_size
         try:
-            _write(self._file, record)
+            if draft is None or draft.writer is None:
+                self._cut()
+                end = _write(self._file, self._end, record)
+            else:
+                end = draft.writer.finish(record)
             if self._sync == ALWAYS:
                 _to_disk(self._file)
         except OSError as error:
-            os.ftruncate(self._file, end)
+            self._cut()
             if error.errno == errno.EIO:
                 self._fail(error)
                 self.check()
@@ -120,10 +167,27 @@ class Log:
                 f"the log {self.folder} takes no more ({error.strerror}): free space there. What was accepted is kept, "
                 "rows are read and served on, and this push may be sent again"
             ) from error
-        self._written += 1
-        if self._sync > 0:
-            with self._dirty:
-                self._dirty.notify()
+        self._end = end
+        self._set_draft(None)
+
+    def begin_draft(self, draft: Draft) -> None:
+        """Have its pieces written from here on. The caller holds `writing`."""
+        if self._file is not None:
+            self._cut()
+            draft.writer = _Writer(self._file, self._end)
+            self._set_draft(draft)
+
+    def _set_draft(self, draft: Draft | None) -> None:
+        if self._draft:
+            self._draft.writer = None
+        self._draft = draft
+
+    def _cut(self) -> None:
+        """Take away what is no whole record: what a client left of it could look like one."""
+        assert self._file is not None
+        self._set_draft(None)
+        if os.fstat(self._file).st_size > self._end:
+            os.ftruncate(self._file, self._end)
 
     @property
     def has_failed(self) -> bool:
@@ -146,7 +210,8 @@ class Log:
     def ready(self, step: int) -> None:
         """All was read, up to `step`. What the process before left to the kernel comes to disk, too."""
         if self._file is None:
-            self._open((self._files() or [self._path(0)])[-1])
+            with self.writing:
+                self._open((self._files() or [self._path_of(0)])[-1])
         self.applied(step)
         with self._dirty:
             self._written += 1
@@ -177,15 +242,19 @@ class Log:
         Raises Overloaded if the disk does not take it. Then all is as before.
         """
         self.check()
-        path = self._path(step)
+        path = self._path_of(step)
         if path.exists():  # a checkpoint of this step was begun before
             for record in records:
                 self.append(record)
             return
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with self.writing:
+            self._begin_file(path, records)
+
+    def _begin_file(self, path: Path, records: Sequence[Record]) -> None:
+        file, end = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), 0
         try:
             for record in records:
-                _write(file, record)
+                end = _write(file, end, record)
             sync_folder(self.folder)
             self._close_file()
         except OSError as error:
@@ -195,7 +264,7 @@ class Log:
                 self._fail(error)
                 self.check()
             raise Overloaded(f"the log {self.folder} takes no more ({error.strerror}): free space there") from error
-        self._file = file
+        self._file, self._path, self._end = file, path, end
 
     def forget_before(self, step: int) -> None:
         """Remove files that hold nothing after `step`."""
@@ -206,14 +275,18 @@ class Log:
 
     def rewrite(self, records: Sequence[Record]) -> None:
         """Have these records in place of all."""
+        with self.writing:
+            self._rewrite(records)
+
+    def _rewrite(self, records: Sequence[Record]) -> None:
         self._close_file()
         files = self._files()
-        first = files[0] if files else self._path(0)
+        first = files[0] if files else self._path_of(0)
         new = first.with_suffix(".new")
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        file, end = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 0
         try:
             for record in records:
-                _write(file, record)
+                end = _write(file, end, record)
             os.fsync(file)
         finally:
             os.close(file)
@@ -227,7 +300,8 @@ class Log:
         with self._dirty:
             self._closed = True
             self._dirty.notify()
-        self._close_file()
+        with self.writing:
+            self._close_file()
         self._lock.close()
 
     def _keep_synced(self) -> None:
@@ -249,20 +323,22 @@ class Log:
             self._synced, self._durable = written, mark
 
     def _open(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file, self._path = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), path
+        self._end = os.fstat(self._file).st_size
         sync_folder(self.folder)
 
     def _close_file(self) -> None:
         with self._in_use:
             if self._file is not None:
+                self._cut()
                 os.fdatasync(self._file)
                 os.close(self._file)
-                self._file = None
+                self._file, self._path = None, Path()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("log-*.records"))
 
-    def _path(self, step: int) -> Path:
+    def _path_of(self, step: int) -> Path:
         return self.folder / f"log-{step:015}.records"
 
 
@@ -270,38 +346,72 @@ def _first_step(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def _digest(head: tuple[bytes, int, int, int, int], body: Sequence[bytes | memoryview]) -> bytes:
-    digest = xxhash.xxh3_128(_HEAD.pack(*head, bytes(16)))
-    for each in body:
-        digest.update(each)
-    return digest.digest()
-
-
-def _mapped(path: Path) -> bytes | mmap.mmap:
+def _mapped(path: Path, end: int | None) -> bytes | mmap.mmap:
     """A file's bytes, not read yet: one may be larger than memory."""
     with path.open("rb") as file:
-        empty = os.fstat(file.fileno()).st_size == 0
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        nbytes = os.fstat(file.fileno()).st_size if end is None else end
+        return mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY) if nbytes else b""
 
 
 def _records(data: bytes | mmap.mmap) -> Iterator[tuple[Record, int]]:
     """Whole records with where each one ends."""
     view, at = memoryview(data), 0
     while at + _HEAD.size <= len(data):
-        *head, digest = _HEAD.unpack_from(data, at)
-        magic, kind, pieces, step, nbytes = head
+        magic, kind, step, nbytes, digest = _HEAD.unpack_from(data, at)
         begin = at + _HEAD.size
         body = view[begin : begin + nbytes]
-        whole = magic == _MAGIC and len(body) == nbytes and nbytes >= 8 * pieces
-        if not whole or _digest((magic, kind, pieces, step, nbytes), [body]) != digest:
+        if magic != _MAGIC or len(body) != nbytes or _digest(xxhash.xxh3_128(body), kind, step, nbytes) != digest:
             return
-        lengths = struct.unpack_from(f"<{pieces}Q", body)
-        found, place = [], 8 * pieces
-        for length in lengths:
+        found, place = [], 0
+        while place < nbytes:
+            [length] = _LENGTH.unpack_from(body, place)
+            place += _LENGTH.size
             found.append(body[place : place + length])
             place += length
         at = begin + nbytes
         yield Record(kind, step, found), at
+
+
+def _digest(body: xxhash.xxh3_128, kind: int, step: int, nbytes: int) -> bytes:
+    body.update(_HEAD.pack(_MAGIC, kind, step, nbytes, bytes(16)))
+    return body.digest()
+
+
+class _Writer:
+    """A record on its way into a file, where nobody takes it for one before `finish`."""
+
+    def __init__(self, file: int, at: int) -> None:
+        self._file, self._at, self._end = file, at, at + _HEAD.size
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """The next piece."""
+        for each in (_LENGTH.pack(len(piece)), piece):
+            _write_at(self._file, self._end, each)
+            self._digest.update(each)
+            self._end += len(each)
+
+    def finish(self, record: Record) -> int:
+        """All pieces are here. Returns where the record ends."""
+        nbytes = self._end - self._at - _HEAD.size
+        digest = _digest(self._digest, record.kind, record.step, nbytes)
+        _write_at(self._file, self._at, _HEAD.pack(_MAGIC, record.kind, record.step, nbytes, digest))
+        return self._end
+
+
+def _write(file: int, at: int, record: Record) -> int:
+    """Write a whole record at a file's end. Returns where it ends."""
+    writer = _Writer(file, at)
+    for piece in record.pieces:
+        writer.add(piece)
+    return writer.finish(record)
+
+
+def _write_at(file: int, at: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, at)
+        view, at = view[written:], at + written
 
 
 def _to_disk(file: int) -> None:
@@ -309,12 +419,3 @@ def _to_disk(file: int) -> None:
     place. New memory for that costs many times the copy in a virtual machine, and pushes rows of files out."""
     os.fdatasync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _write(file: int, record: Record) -> None:
-    body = [struct.pack(f"<{len(record.pieces)}Q", *map(len, record.pieces)), *record.pieces]
-    head = (_MAGIC, record.kind, len(record.pieces), record.step, sum(map(len, body)))
-    for buffer in (_HEAD.pack(*head, _digest(head, body)), *body):
-        view = memoryview(buffer)
-        while view:
-            view = view[os.write(file, view) :]

@@ -14,6 +14,7 @@ from xxhash import xxh3_64
 from embedding_service.client.gradients import DTYPES, GRADIENTS, IDS, ascend, check_finite, from_data
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from embedding_service.training.branch import Branch
+from embedding_service.training.log import Draft
 from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
 from embedding_service.wire.lookup_codec import Bytes
@@ -28,6 +29,7 @@ class Push:
 
     Attributes:
         pieces: As they came.
+        draft: Has them, if they were written to the log as they came.
         tables: For each table its rows, a piece after the other. Ids ascend over all of them, each once.
     """
 
@@ -37,6 +39,7 @@ class Push:
     learning_rate: float
     pieces: Sequence[bytes | memoryview]
     tables: dict[str, list[Rows]] = field(default_factory=dict)
+    draft: Draft | None = None
 
 
 class PushReader:
@@ -45,17 +48,24 @@ class PushReader:
     Args:
         check: Without it, what was checked before it came into a log is not checked again.
         locate: Raises for ids of a table that are not here.
+        draft_of: Where to write the pieces of a push that begins so, while others travel. None: nowhere.
     """
 
     def __init__(
-        self, branch: Branch, *, check: bool = True, locate: Callable[[str, Tensor], object] = lambda table, ids: None
+        self,
+        branch: Branch,
+        *,
+        check: bool = True,
+        locate: Callable[[str, Tensor], object] = lambda table, ids: None,
+        draft_of: Callable[[wire.PushPiece], Draft | None] = lambda first: None,
     ) -> None:
-        self._branch, self._check, self._locate = branch, check, locate
+        self._branch, self._check, self._locate, self._draft_of = branch, check, locate, draft_of
         self._widths = {table.name: table.dim for table in branch.tables}
         self._pieces: list[bytes | memoryview] = []
         self._first = self._last = wire.PushPiece()
         self._tables: dict[str, list[Rows]] = {}
         self._checksum = xxh3_64()
+        self._draft: Draft | None = None
         self._failure: EmbeddingServiceError | None = None
 
     def add(self, data: bytes | memoryview) -> None:
@@ -64,7 +74,9 @@ class PushReader:
             piece, (ids, gradients) = large.read(wire.PushPiece, data, IDS, GRADIENTS)
         except DecodeError as error:
             raise InvalidRequest(f"a piece of the push is malformed: {error}") from None
-        self._first, self._last = self._first if self._pieces else piece, piece
+        if not self._pieces:
+            self._first, self._draft = piece, self._draft_of(piece)
+        self._last = piece
         self._pieces.append(data)
         if self._check:
             self._checksum.update(ids.data)
@@ -74,6 +86,8 @@ class PushReader:
                 self._add_rows(piece, ids, gradients)
             except EmbeddingServiceError as error:  # the checksum may say why
                 self._failure = error
+        if self._draft and self._failure is None:
+            self._draft.add(data)
 
     def end(self) -> Push:
         """The push. Raises InvalidRequest naming the field, the table and the id, and what `locate` does."""
@@ -92,7 +106,8 @@ class PushReader:
             )
         if self._failure:
             raise self._failure
-        return Push(first.session, first.worker, first.step, last.learning_rate, self._pieces, self._tables)
+        about = first.session, first.worker, first.step, last.learning_rate
+        return Push(*about, self._pieces, self._tables, self._draft)
 
     def _add_rows(self, piece: wire.PushPiece, ids: Bytes, gradients: Bytes) -> None:
         table = piece.table

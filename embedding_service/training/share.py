@@ -34,11 +34,12 @@ from embedding_service.store.reading import part_rows, replaced_rows
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
 from embedding_service.training.branch import Branch, branch_folder
-from embedding_service.training.log import PUSH, SESSION, Log, Record
+from embedding_service.training.log import PUSH, SESSION, Draft, Log, Record
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.training.push import Push, PushReader, read_push
 from embedding_service.training.seats import change_seat, leading, read_seat
 from embedding_service.training.tables import Ids, TrainedTable, trained_bytes
+from embedding_service.wire import training_pb2 as wire
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +266,15 @@ class Share:
 
     def reader(self) -> PushReader:
         """`read`, a piece at a time."""
-        return PushReader(self.branch, locate=lambda table, ids: self._table(table).local(ids.numpy()))
+        return PushReader(
+            self.branch,
+            locate=lambda table, ids: self._table(table).local(ids.numpy()),
+            draft_of=lambda first: Draft(self._log) if self._is_next(first) else None,
+        )
+
+    def _is_next(self, push: wire.PushPiece) -> bool:
+        """Whether the log's next record is this push, as far as its first piece says."""
+        return push.session == self.session and self.workers == 1 and push.step == self.accepted[0] + 1
 
     def accept(self, push: Push) -> None:
         """`admit` and `advance`."""
@@ -291,7 +300,7 @@ class Share:
             raise OutOfTurn(
                 f"worker {push.worker} pushed step {push.step} of {self.branch.full_name}, step {expected} is expected"
             )
-        self._log.append(Record(PUSH, push.step, push.pieces))
+        self._log.append(Record(PUSH, push.step, push.pieces), push.draft)
         self._take(push)
         self._on_change(Change("push", push.step, push.pieces))
 

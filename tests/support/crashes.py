@@ -25,8 +25,8 @@ from embedding_service.training.share import Share
 from support.training import MODEL, ROWS, TABLE, InProcess, changes, new_branch, pieces_of, store_to_train
 
 STEPS, BACK_TO, EVERY_STEPS = 11, 7, 3
-# What changes files. os.write is cut in half first, as a process dies in the middle of one.
-_CALLS = ("write", "fdatasync", "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "link", "open")
+# What changes files. What is written is cut in half first, as a process dies in the middle of it.
+_CALLS = ("write", "pwrite", "fdatasync", "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "link", "open")
 
 
 class Deadline:
@@ -42,8 +42,9 @@ class Deadline:
             self.seen += 1
             if self.seen == self.left:
                 self._tell(name)
-                if name == "write":
-                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                if name in ("write", "pwrite"):
+                    file, data, *where = arguments
+                    call(file, bytes(data)[: len(data) // 2], *where)
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 

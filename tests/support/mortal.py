@@ -24,7 +24,7 @@ HALF_WRITTEN = "half a record"
 # Functions of the package, by module, that each kind of process may die in.
 FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "shard": {
-        "training.log": ("Log.append", "Log.begin_file", "Log.forget_before", "Log.rewrite", "Log.clear"),
+        "training.log": ("Draft.add", "Log.append", "Log.begin_file", "Log.forget_before", "Log.rewrite", "Log.clear"),
         "training.share": (
             "Share.begin",
             "Share.rewind",
@@ -138,15 +138,15 @@ class _Fate:
 
         return now
 
-    def half(self, write: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
-        """os.write, which may write half and die."""
+    def half(self, write: Callable[[int, Any, int], int]) -> Callable[[int, Any, int], int]:
+        """os.pwrite, which may write half and die."""
 
-        def written(file: int, data: Any) -> int:
+        def written(file: int, data: Any, at: int) -> int:
             if len(data) > 100 and self.at(HALF_WRITTEN):  # no other part of the service writes so much by it
-                write(file, bytes(data)[: len(data) // 2])
+                write(file, bytes(data)[: len(data) // 2], at)
                 print(f"dies in {HALF_WRITTEN}", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(file, data)
+            return write(file, data, at)
 
         return written
 
@@ -168,7 +168,7 @@ def make_mortal(file: Path, kind: str) -> None:
                 if getattr(each, "__name__", "").startswith(PACKAGE) and getattr(each, short, None) is function:
                     setattr(each, short, wrapped)
     if kind == "shard":
-        os.write = fate.half(os.write)  # type: ignore[assignment]
+        os.pwrite = fate.half(os.pwrite)  # type: ignore[assignment]
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
 from embedding_service.training.branch import Branch, create_branch
 from embedding_service.training.checkpoints import Snapshot
-from embedding_service.training.log import NEVER, PUSH, Log, Record
+from embedding_service.training.log import NEVER, PUSH, Draft, Log, Record
+from embedding_service.training.push import PushReader
 from embedding_service.training.share import Share
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
@@ -393,16 +394,16 @@ def test_t2_a_push_that_the_disk_does_not_take_changes_nothing(make: Make, monke
     shares = make(shards=1)
     shares.begin(1)
     shares.push(1, 1)
-    write = os.write
+    write = os.pwrite
 
-    def full(file: int, data: bytes) -> int:
+    def full(file: int, data: bytes, at: int) -> int:
         if len(data) > 100:
-            write(file, data[:50])
+            write(file, data[:50], at)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data)
+        return write(file, data, at)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", full)
+        patched.setattr(os, "pwrite", full)
         with pytest.raises(Overloaded, match=r"takes no more \(No space left on device\): free space"):
             shares.push(1, 2)
     assert shares.open["s0"].applied == 1
@@ -412,6 +413,44 @@ def test_t2_a_push_that_the_disk_does_not_take_changes_nothing(make: Make, monke
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
     assert shares.crash("s0").applied == 3
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
+
+
+def test_t2_a_push_that_was_given_up_leaves_nothing_that_looks_like_one(tmp_path: Path) -> None:
+    """Its pieces were in the log, and what comes next is as long as that part of them which is no record."""
+    (forged := Log(tmp_path / "forged", NEVER)).ready(0)
+    forged.append(Record(PUSH, 9, [b"forged"]))
+    [path] = (tmp_path / "forged").glob("*.records")
+    (log := Log(tmp_path / "log", NEVER)).ready(0)
+    log.append(Record(PUSH, 1, [b"first"]))
+    draft = Draft(log)
+    for piece in (bytes(8), path.read_bytes()):
+        draft.add(piece)
+    log.append(Record(PUSH, 2, [bytes(8 + 8)]))
+    log._lock.close()  # the process dies
+    assert [record.step for record in Log(log.folder, NEVER).read()] == [1, 2]
+
+
+def test_t3_pieces_count_once_their_push_is_whole(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedding_service.client.gradients.PIECE_BYTES", 16 * DIM)
+    shares = make(shards=1)
+    shares.begin(1)
+
+    def begun(step: int) -> PushReader:
+        reader = shares.open["s0"].reader()
+        for piece in pieces_of(shares.branch, 1, step, *changes(step)):
+            reader.add(piece)
+        return reader
+
+    begun(1)
+    assert shares.crash("s0").applied == 0
+    for step in range(1, 5):
+        begun(step)  # a trainer that gave up
+        early = begun(step)
+        if step == 3:
+            shares.open["s0"]._begin_log_file(2)  # a checkpoint, between the last piece and the push
+        shares.open["s0"].accept(early.end())
+    assert shares.crash("s0").applied == 4
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(4))
 
 
 def test_t9_a_checkpoint_that_finds_the_disk_full_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
