@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +39,11 @@ from embedding_service.client.gradients import summed
 from embedding_service.client.training import Session
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
-from embedding_service.training.branch import branch_folder, read_branch
+from embedding_service.training.branch import Branch, branch_folder, create_branch, read_branch
 from embedding_service.training.log import NEVER
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.training.share import Share
+from embedding_service.wire import training_pb2 as wire
 
 DIM, TOUCHED = 256, 12_288
 OPTIMIZER = RowwiseAdagrad(lr=0.01)
@@ -298,20 +300,37 @@ def around_a_checkpoint(client: EmbeddingClient, rows: int) -> None:
 
 
 def replay(url: Path) -> None:
-    """Open a share again, by its log alone."""
+    """Open a share again, by its log alone. Loading the rows that the branch began from is measured apart."""
     store = Store(url)
     branch = read_branch(store, "m@b")
     [(name, shard)] = branch.homes.items()
+    empty = create_branch(store, "m@empty", wire.OpenRequest(optimizer=branch.optimizer.message), {}, [shard])
+    loading = opening(store, empty, url.parent / "empty")
     log = branch_folder(store, branch.model, branch.name) / "logs" / name / shard
+    both = opening(store, branch, log)
+    count, seconds, cpu = (here - there for here, there in zip(both, loading, strict=True))
+    print(
+        f"replay: {count:,.0f} rows in {seconds:.2f} s, {count / seconds / 1e6:.2f} M rows/s on one thread, "
+        f"{count / cpu / 1e6:.2f} M rows a CPU second; with loading {count / both.cpu / 1e6:.2f}"
+    )
+
+
+class Opening(NamedTuple):
+    """Rows of pushes that were done again, and what it took."""
+
+    rows: float
+    seconds: float
+    cpu: float
+
+
+def opening(store: Store, branch: Branch, log: Path) -> Opening:
+    """Open a branch's only share, and close it."""
+    [(name, shard)] = branch.homes.items()
     begun, cpu = time.perf_counter(), time.process_time()
     share = Share(store, branch, name, log, NEVER, shard=shard)
-    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    took = Opening(share.applied * TOUCHED, time.perf_counter() - begun, time.process_time() - cpu)
     share.close()
-    count = share.applied * TOUCHED
-    print(
-        f"replay: {count:,} rows in {seconds:.2f} s, {count / seconds / 1e6:.2f} M rows/s on one thread, "
-        f"{count / cpu / 1e6:.2f} M rows a CPU second"
-    )
+    return took
 
 
 def tell(times: Times) -> None:
