@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -29,6 +28,7 @@ from embedding_service.methods import MEMBERS, RIGHTS, Context, Method, Places
 from embedding_service.placement.routing import Routing
 from embedding_service.security.identity import Caller
 from embedding_service.security.server import Security
+from embedding_service.threads import apart
 from embedding_service.wire import embedding_pb2 as wire
 
 log = logging.getLogger("embedding_service")
@@ -40,6 +40,8 @@ STREAMS, IDLE_STREAMS = (4096, 2048), (16384, 12288)
 BUDGET_BYTES = 256 << 20
 # The health service's name for "this process answers", even without a routing. Restart it only without that.
 ALIVE = "alive"
+# Seconds after which a task is cancelled again that did not end.
+_CANCEL_AGAIN = 0.5
 # Views of the routing that are kept, one for each set of models that somebody may read.
 _VIEWS = 64
 
@@ -153,9 +155,9 @@ class Server:
         """Take no more calls, let those under way end for STOP_GRACE seconds, then cut them."""
         await self.health.end()
         await asyncio.gather(*(front.stop() for front in self._fronts))
-        await asyncio.to_thread(self._guard.stop)
+        await apart(self._guard.stop)
         if self._security:
-            await asyncio.to_thread(self._security.guard.close)
+            await apart(self._security.guard.close)
         if self._watching:
             await cancel([self._watching])
 
@@ -241,14 +243,6 @@ async def abort(context: Context, error: EmbeddingServiceError) -> NoReturn:
     raise AssertionError("unreachable: abort raises")
 
 
-def told_to_end() -> asyncio.Event:
-    """Set by each SIGTERM and SIGINT from now on."""
-    told = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, told.set)
-    return told
-
-
 async def first_of(*awaitables: Awaitable[object]) -> None:
     """Wait until one of them ends, and raise what it raised. Then cancel coroutines among them, but no tasks."""
     tasks = [asyncio.ensure_future(each) for each in awaitables]
@@ -261,10 +255,17 @@ async def first_of(*awaitables: Awaitable[object]) -> None:
 
 
 async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """End tasks and wait until they did."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    """End tasks and wait until they did.
+
+    They are told again and again. gRPC swallows a cancellation that comes while a call fails, and raises the call's
+    error in place of it. A task that tries again whatever fails would never end.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN)
+    await asyncio.gather(*tasks, return_exceptions=True)  # whose errors nobody asks for
 
 
 def log_to_stderr(name: str) -> None:

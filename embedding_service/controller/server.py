@@ -43,6 +43,7 @@ from embedding_service.controller.planning import Planning
 from embedding_service.controller.presenter import metrics_of, status_of
 from embedding_service.controller.state import ControllerState, Settings
 from embedding_service.controller.watch import StoreWatch
+from embedding_service.ending import end_within, told_to_end
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, PermissionDenied
 from embedding_service.front import Kind
 from embedding_service.machine import spare_collections, split_address
@@ -66,7 +67,6 @@ from embedding_service.serving import (
     first_of,
     reachable_address,
     run_process,
-    told_to_end,
 )
 from embedding_service.store.store import Store
 from embedding_service.web import WebServer
@@ -419,6 +419,7 @@ async def _serve(options: ControllerOptions) -> None:
         await first_of(told_to_end().wait(), deciding, server.death())
     finally:
         log.info("ending")
+        end_within()
         await cancel([deciding])
         metrics.close()
         if page:

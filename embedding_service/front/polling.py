@@ -6,7 +6,6 @@ For a small lookup that costs more than everything else together.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from embedding_service.front.base import (
 from embedding_service.front.kinds import take
 from embedding_service.grpc_core import Event, Port, ServerCall
 from embedding_service.sockets import hang_up
+from embedding_service.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class PollingFront(Front):
         """See `Front`."""
         self.ending = True
         if self._thread.ident:
-            await asyncio.to_thread(self._thread.join)
+            await apart(self._thread.join)  # those of `to_thread` may all be stuck
 
     def _live(self) -> None:
         try:

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 PATIENCE = 1.0
 # Seconds between a process's death and its successor's start.
 PAUSE = 1.0
+# Seconds that one has for its end. Then it is killed.
+END_PATIENCE = 5.0
 # How often the main process hears the counts.
 REPORT_SECONDS = 1.0
 
@@ -152,6 +154,13 @@ class Processes:
                     self._tell(process, _Stop())
                 else:
                     process.popen.kill()  # it answers nobody yet
+        deadline = time.monotonic() + END_PATIENCE
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        with self._lock:
+            for process in self._running:
+                log.warning("process %d does not end: killed", process.popen.pid)
+                process.popen.kill()
         for thread in self._threads:
             thread.join()
 

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.client.steps import run_async
 from embedding_service.client.transport import GrpcTransport
+from embedding_service.ending import END_SECONDS, end_within, told_to_end
 from embedding_service.errors import InvalidRequest
 from embedding_service.front import Front, Kind
 from embedding_service.machine import check_free, spare_collections
@@ -44,7 +46,6 @@ from embedding_service.serving import (
     first_of,
     reachable_address,
     run_process,
-    told_to_end,
 )
 from embedding_service.shard.held import SERVICE, Counters
 from embedding_service.shard.holdings import Holdings
@@ -56,6 +57,7 @@ from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import SERVICE as TRAINING
 from embedding_service.shard.training import TrainingService
 from embedding_service.store.store import Store
+from embedding_service.threads import apart
 from embedding_service.wire import control_pb2 as control
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class ShardOptions:
         cache: Folder for parts of a remote store.
         load_rate: Bytes a second at which parts are read while lookups are served. 0: no limit.
         topology: A zone or a node. Copies of a part go to different ones.
-        drain_seconds: The most seconds to wait, after SIGTERM, until others hold this shard's parts.
+        drain_seconds: The most seconds to wait, after SIGTERM, until others have this shard's branches and parts.
         threads: torch threads a gather may use.
         processes: Processes that answer lookups, this one included.
         near: Path of the Unix socket at which clients of this machine get the files of its parts; None: nowhere.
@@ -125,6 +127,7 @@ async def _serve(options: ShardOptions) -> None:
         await shard.run()
     finally:
         log.info("ending")
+        end_within()
         await shard.close()
         tracing.stop()
 
@@ -237,17 +240,18 @@ class _Shard:
         )
         doing = registration.run(), _look_around(self._router, self._transport), self._shares.run()
         self._tasks = [asyncio.create_task(each) for each in doing]
-        registering, told = self._tasks[0], told_to_end()
-        await first_of(told.wait(), registering, self._server.death())
+        told = told_to_end(options.drain_seconds + END_SECONDS)
+        await first_of(told.wait(), *self._tasks, self._server.death())
         told.clear()
-        await first_of(told.wait(), self._drain(registration), registering, self._server.death())
+        await first_of(told.wait(), self._drain(registration), *self._tasks, self._server.death())
 
     async def _drain(self, registration: Registration) -> None:
-        """Have others take over branches, then parts."""
+        """Have others take over branches, in half of the time at most, then parts in what is left."""
+        seconds, began = self._options.drain_seconds, time.monotonic()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._options.drain_seconds):
+            async with asyncio.timeout(seconds / 2):
                 await self._shares.drain()
-        await registration.drain(self._options.drain_seconds)
+        await registration.drain(max(seconds - (time.monotonic() - began), 0))
 
     def _collect(self) -> Iterator[Metric]:
         """For Prometheus, on its thread."""
@@ -276,7 +280,7 @@ class _Shard:
 
     async def close(self) -> None:
         """Let calls under way end, those that other processes passed on too, and give everything back."""
-        await asyncio.gather(asyncio.to_thread(self._others.stop), *(front.stop() for front in self._fronts))
+        await asyncio.gather(apart(self._others.stop), *(front.stop() for front in self._fronts))
         await self._server.stop()
         if self._folder:
             self._folder.close()

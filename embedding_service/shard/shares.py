@@ -224,7 +224,9 @@ class Shares:
     async def run(self) -> None:
         """Look at the seats, until cancelled."""
         known: set[str] = set()
-        while not self._why_not:
+        if self._why_not:
+            await asyncio.Event().wait()
+        while True:
             self._look.clear()
             try:
                 names = await asyncio.to_thread(branches, self._store)
@@ -234,7 +236,7 @@ class Shares:
                         await asyncio.to_thread(say_leaving, self._folder_of(name), self._shard, self._draining)
                         known.add(name)
                     await self._look_at_branch(await asyncio.to_thread(read_branch, self._store, name))
-            except (EmbeddingServiceError, OSError) as error:
+            except Exception as error:
                 self._say(("", ""), error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._look_seconds):
@@ -273,12 +275,13 @@ class Shares:
                 elif opened := self._open.get(key):
                     await self._do_duty(opened)
                 self._told.pop(key, None)
-            except (EmbeddingServiceError, OSError) as error:
+            except Exception as error:  # the other shares are looked at all the same
                 self._say(key, error)
 
     def _say(self, key: tuple[str, str], error: Exception) -> None:
         if self._told.get(key) != str(error):  # it is tried again and again
-            log.warning("%s: %s", "/".join(key), error)
+            foreseen = isinstance(error, EmbeddingServiceError | OSError)
+            log.warning("%s: %s", "/".join(key), error, exc_info=None if foreseen else error)
             self._told[key] = str(error)
 
     async def _take_up(self, branch: Branch, share: str) -> Opened | None:
@@ -300,8 +303,9 @@ class Shares:
                 if opened:
                     await self._adopt(opened, seat)
                 return opened
-            if opened and opened.following is None:  # it was the primary
-                log.info("%s/%s is at shard %s now", *key, seat.primary)
+            if opened and (opened.following is None or opened.following.done()):
+                if opened.following is None:
+                    log.info("%s/%s is at shard %s now", *key, seat.primary)
                 await self._close(key)
                 opened = None
             if self._shard not in seat.holders:
@@ -553,7 +557,7 @@ class Shares:
                 await follow_once(opened, self._shard, address, self._access)
             except grpc.aio.AioRpcError as error:
                 self._say((opened.branch.full_name, opened.name), error_of(error.code(), error.details() or ""))
-            except (EmbeddingServiceError, OSError) as error:
+            except Exception as error:
                 opened.run = 0  # what is here may not be what the primary has
                 self._say((opened.branch.full_name, opened.name), error)
             self._look.set()

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from embedding_service.errors import InvalidRequest, NotFound, StoreError
+from embedding_service.errors import InvalidRequest, NotFound, StoreError, Unavailable
 from embedding_service.machine import write_durably, write_synced
 from embedding_service.store.manifest import Manifest, check_name
 from embedding_service.store.store import Store
@@ -33,6 +33,8 @@ DEFAULT_CHECKPOINT_EVERY = 1000
 _EXACT = ("fp32", "fp16", "bf16")
 # So long after its last push a branch counts as being trained.
 _TRAINED_SECONDS = 30
+# For how long a lock is waited for, which is held for a few milliseconds, and how often it is looked.
+_LOCK_SECONDS, _LOCK_TICK = 10.0, 0.005
 _FOLDER = re.compile(r"\.(.+)\.branch")
 
 
@@ -298,7 +300,25 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else is in here with the same file, on any machine that sees the folder."""
+    """Nobody else is in here with the same file, on any machine that sees the folder.
+
+    Raises Unavailable if somebody is for long. A process that hangs in here keeps others out for good.
+    """
     with path.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _lock(lock):
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"another process has had {path} locked for {_LOCK_SECONDS:g} s: end the one that hangs, ask again"
+                )
+            time.sleep(_LOCK_TICK)
         yield
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether it was had."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
