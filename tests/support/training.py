@@ -125,7 +125,7 @@ class InThread:
         memory: int = 1 << 30,
     ) -> None:
         self._memory = memory
-        self._store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
+        self.store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
         self.addresses: dict[str, str] = {}
         self.shares: dict[str, Shares] = {}
         self.holdings: dict[str, Holdings] = {}
@@ -146,9 +146,9 @@ class InThread:
     async def _start(self, shard: str) -> None:
         limits, budget = RequestLimits(), self.budgets.setdefault(shard, Budget(1 << 30))
         router = self._routers[shard] = Router(["127.0.0.1:1"])
-        self.holdings[shard] = Holdings(self._store, TIERS.find("ram"), self._memory, self._logs / "cache")
+        self.holdings[shard] = Holdings(self.store, TIERS.find("ram"), self._memory, self._logs / "cache")
         shares = self.shares[shard] = Shares(
-            self._store,
+            self.store,
             shard,
             router,
             self._logs,
@@ -158,7 +158,7 @@ class InThread:
             look_seconds=0.1,
         )
         server = self._servers[shard] = Server(limits, budget)
-        server.add(TrainingService.add_to, TrainingService(self._store, shard, router, limits, budget, shares), SERVICE)
+        server.add(TrainingService.add_to, TrainingService(self.store, shard, router, limits, budget, shares), SERVICE)
         front = await server.listen(self.addresses.get(shard, "127.0.0.1:0"))
         shares.address = self.addresses[shard] = front.address
 
@@ -200,7 +200,7 @@ class InThread:
 
     def logs_of(self, branch: str, share: str, shard: str | None = None) -> Path:
         """The folder of a share's log at a shard, or at the one that it is named after."""
-        made = read_branch(self._store, branch).made
+        made = read_branch(self.store, branch).made
         return self._logs / branch / made / share / (shard or share)
 
     def close(self) -> None:

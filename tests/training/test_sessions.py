@@ -35,7 +35,9 @@ from embedding_service.client.gradients import summed
 from embedding_service.formats import get_format
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
+from embedding_service.training.branch import branch_folder, read_branch
 from embedding_service.training.optimizers import optimizer_of
+from embedding_service.training.seats import read_seats
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
 from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
@@ -427,6 +429,33 @@ def test_t3_what_was_not_on_disk_is_sent_again(own: EmbeddingClient, shards: InT
             reference.step(number)
         assert losses == reference.losses
         assert torch.equal(session.lookup(NGRAMS, torch.arange(len(table))), reference.rows)
+
+
+def test_t6_rows_of_a_branch_are_not_kept_and_not_had_from_a_copy(shards: InThread) -> None:
+    table, name = longcat_table(), "fp32@current"
+    ids = torch.arange(0, len(table), len(table) // 30)
+    with (
+        EmbeddingClient(list(shards.addresses.values()), timeout=30, cache_bytes=1 << 20) as client,
+        client.train(name, optimizer=SGD(lr=1.0), copies=2) as session,
+    ):
+        about = read_branch(shards.store, name)
+        folder = branch_folder(shards.store, about.model, about.name)
+        until(lambda: all(len(seat.in_sync) == 2 for seat in read_seats(folder, about).values()), "both in sync")
+        for step in range(4):
+            for _ in range(2):
+                torch.testing.assert_close(client.lookup(f"{name}/{NGRAMS}", ids), table[ids] - step)
+            session.add_gradients(NGRAMS, ids, torch.ones(len(ids), NGRAM_DIM))
+            session.step()
+        assert client.cache and client.cache.stats.rows == client.cache.stats.hits == 0
+        for share, seat in read_seats(folder, about).items():
+            [copy] = set(seat.in_sync) - {seat.primary}
+            read = wire.ReadRequest(branch=name, share=share, session=session.number, table=NGRAMS)
+            read.encoding = base_wire.ROW_ENCODING_FLOAT32
+            with (
+                grpc.insecure_channel(shards.addresses[copy]) as port,
+                pytest.raises(grpc.RpcError, match=f"share {share} of {name} is at shard {seat.primary}"),
+            ):
+                TrainingServiceStub(port).Read(read, timeout=30)
 
 
 def test_t7_a_log_that_is_gone_is_told_with_parts_and_steps(own: EmbeddingClient, shards: InThread) -> None:
