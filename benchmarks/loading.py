@@ -72,7 +72,7 @@ def running(data: Data, folder: Path, rate: str) -> Iterator[Shard]:
     """A controller and one shard that loads at `rate`."""
     store = folder / rate
     shutil.copytree(data.store, store, copy_function=os.link)
-    controller, address = (f"{HOST}:{free_port(HOST)}" for _ in range(2))
+    controller, address = (f"{HOST}:{free_port()}" for _ in range(2))
     children: list[subprocess.Popen[bytes]] = []
     common = (f"--store={store}",)
     try:

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.distributed import rpc
 
 from benchmarks.peers import torch_rpc
-from benchmarks.peers.base import START_SECONDS, child, free_port, receive, service, wait_for_end
+from benchmarks.peers.base import START_SECONDS, child, receive, service, wait_for_end
 from embedding_service import EmbeddingClient, RemoteEmbedding, RowwiseAdagrad
 from embedding_service.client.gradients import summed
 from embedding_service.client.training import Session
+from embedding_service.machine import free_port
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 from embedding_service.training.branch import Branch, branch_folder, create_branch, read_branch

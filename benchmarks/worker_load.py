@@ -35,7 +35,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.base import command, free_port, says, service
+from benchmarks.peers.base import command, says, service
+from embedding_service.machine import free_port
 
 USERS = (1, 2, 4, 8, 16, 32)
 PROMPT_WORDS = 30

@@ -102,7 +102,7 @@ def check_free(address: str, option: str = "port") -> None:
             raise InvalidRequest(f"cannot listen on {printable(address)} ({error.strerror}): {remedy}") from error
 
 
-def free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     """A port of an address of this machine that nobody listens on at the moment."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host.strip("[]"), 0))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.peers.base import START_SECONDS, child, command, free_port, receive, says
+from benchmarks.peers.base import START_SECONDS, child, command, receive, says
 from benchmarks.rounds import cpu_seconds
 from embedding_service.client.channels import CHANNEL_OPTIONS
 from embedding_service.client.status import get_status
+from embedding_service.machine import free_port
 from embedding_service.placement.routing import Routing
 from embedding_service.shard.registration import HEARTBEAT_SECONDS
 from embedding_service.store.manifest import Manifest, Part, Table

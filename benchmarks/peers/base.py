@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.data import Data, Ids
+from embedding_service.machine import free_port
 
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
@@ -64,13 +65,6 @@ class Peer(ABC):
     @abstractmethod
     def connect(self, data: Data, target: Any) -> AbstractContextManager[Lookup]:
         """In a client's process: a lookup of its own for one thread."""
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

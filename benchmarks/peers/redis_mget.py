@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data import DIM, ROW_BYTES, Data, Ids, Rows
-from benchmarks.peers.base import Lookup, Peer, Server, Unusable, command, free_port, listening
+from benchmarks.peers.base import Lookup, Peer, Server, Unusable, command, listening
+from embedding_service.machine import free_port
 
 CHUNK_ROWS = 8192
 # SET key value, as it goes over the wire. All have one size, so that numpy writes many at once.

@@ -21,10 +21,10 @@ from benchmarks.peers.base import (
     Server,
     Unusable,
     child,
-    free_port,
     receive,
     wait_for_end,
 )
+from embedding_service.machine import free_port
 
 OWNER = "owner"
 # In the owner's process, the rows.
