@@ -22,7 +22,9 @@ def main(nodes: int) -> None:
     folder = tempfile.mkdtemp(prefix="ray-")  # not the tests' own: sockets lie in it, whose paths must be short
     node: dict[str, Any] = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 1, "memory": 8 << 30}
     node |= {"object_store_memory": 80 << 20}
-    head = {**node, "include_dashboard": False, "temp_dir": folder, "_system_config": {"worker_niceness": 0}}
+    # That a node is gone is known after five of its checks, which are 3 s apart by default.
+    system = {"worker_niceness": 0, "health_check_period_ms": 1000}
+    head = {**node, "include_dashboard": False, "temp_dir": folder, "_system_config": system}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes - 1):

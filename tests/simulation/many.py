@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 from collections import Counter
@@ -27,9 +28,14 @@ class Summary(NamedTuple):
 
 
 def outcome_of(seed: int) -> Outcome:
-    """Of one seed; what the service logs is not for the console."""
-    logging.disable(logging.CRITICAL)
+    """Of one seed."""
     return run(draw_schedule(seed))
+
+
+def begin() -> None:
+    """In a process of many seeds: what the service logs is not for the console, and modules are no garbage."""
+    logging.disable(logging.CRITICAL)
+    gc.freeze()
 
 
 def run_seeds(first: int, seeds: int, workers: int, progress: Progress | None = None) -> Summary:
@@ -38,7 +44,7 @@ def run_seeds(first: int, seeds: int, workers: int, progress: Progress | None = 
     broken: dict[str, list[int]] = {}
     task = progress.add_task("seeds", total=seeds, found="") if progress else None
     # Not forked: the caller may have threads, and each process imports what it needs in a second or two.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, begin) as pool:
         for outcome in pool.imap_unordered(outcome_of, range(first, first + seeds), chunksize=TAKEN):
             totals.update(events=outcome.events, answers=outcome.answers, failures=outcome.failures)
             if outcome.broken:

@@ -131,7 +131,7 @@ def early(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def serve(requests: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request. Returns it in the child; None when nobody can ask any more."""
+    """Fork for each request. Returns it in the child; None when nobody can ask any more, after its children's end."""
     children: dict[int, socket.socket] = {}
 
     def reap(*_: object) -> None:
@@ -152,7 +152,9 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end what they started
     while True:
         data, handed, _, _ = socket.recv_fds(requests, REQUEST_BYTES, MOST_FILES)
-        if not data:
+        if not data:  # the tests have ended; had they been killed, their services would stay
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
             return None
         reports, files = socket.socket(fileno=handed[0]), handed[1:]
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until the child is entered

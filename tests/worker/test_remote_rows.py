@@ -140,9 +140,9 @@ def test_a_compiled_model_gives_the_same_logits(
     """The graphs are those of the model's own code, which breaks them where it asks which experts were hit."""
     torch.compiler.reset()
     counters.clear()
-    counted = CompileCounterWithBackend("aot_eager")
+    counted = CompileCounterWithBackend("eager")
     compiled, graphs = torch.compile(remote_model, backend=counted), []
-    for length in (6, 9, 13, 11):
+    for length in (6, 9, 13):
         ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(length))
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         graphs.append(counted.frame_count)

@@ -22,7 +22,7 @@ from test_serve import PROMPT, Server
 pytestmark = [pytest.mark.service, pytest.mark.heavy]
 
 # Seconds that a long answer takes: more than it takes until a replica goes that is not needed.
-LONG_SECONDS = 45.0
+LONG_SECONDS = 30.0
 LONGEST, MEASURED = 20_000, 200
 
 
@@ -32,7 +32,7 @@ def server(model_folder: Path, tables: Up, tmp_path_factory: pytest.TempPathFact
     folder = Path(shutil.copytree(model_folder, tmp_path_factory.mktemp("long") / "model"))
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2 * LONGEST}
     (folder / "config.json").write_text(json.dumps(config))
-    scaling = ("--max-replicas=2", "--max-batch=4", "--upscale-delay=1", "--downscale-delay=20", "--drain-seconds=250")
+    scaling = ("--max-replicas=2", "--max-batch=4", "--upscale-delay=1", "--downscale-delay=12", "--drain-seconds=250")
     options = (*scaling, "--cache-bytes=1MiB", "--no-near")
     running = Server(folder.parent / "log", folder, tables.address, *options, host="::1")
     try:
