@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from embedding_service.errors import Overloaded, Unavailable
+from embedding_service.errors import Overloaded, StoreError, Unavailable
 from embedding_service.machine import sync_folder
 from embedding_service.training.branch import replace
 
@@ -104,9 +104,18 @@ class Log:
             threading.Thread(target=self._keep_synced, name="log-sync", daemon=True).start()
 
     def read(self) -> Iterator[Record]:
-        """All whole records. What follows the last one is cut off."""
+        """All whole records. What follows the last one is cut off.
+
+        Raises StoreError for a log that another release wrote in its own way: none of it is cut off.
+        """
         files = self._files()
         for number, (path, data) in enumerate(self._mapped()):
+            found = bytes(data[: len(_MAGIC)])
+            if found != _MAGIC and found[:-1] == _MAGIC[:-1]:
+                raise StoreError(
+                    f"{path} is a log of version {found[-1:]!r}, and this release reads {_MAGIC[-1:]!r}: start the shard "
+                    f"with the release that wrote it, or remove {self.folder} to go back to the last checkpoint"
+                )
             good = 0
             for record, end in _records(data):
                 good = end

@@ -36,6 +36,7 @@ from embedding_service.errors import (
     Overloaded,
     Redirect,
     SessionEnded,
+    StoreError,
 )
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
@@ -284,6 +285,19 @@ def test_t7_recovery_stops_at_the_first_record_that_is_not_whole(make: Make, tmp
     broken[len(data) // 2] ^= 4  # in the second push
     path.write_bytes(broken)
     assert shares.start("s0").applied == 1
+
+
+def test_t7_a_log_of_another_release_is_refused_and_stays(make: Make, tmp_path: Path) -> None:
+    shares = make(shards=1)
+    shares.begin(1)
+    shares.push(1, 1)
+    shares.open.pop("s0").close()
+    [path] = tmp_path.glob("0/s0/log-*.records")
+    other = path.read_bytes().replace(b"ESL2", b"ESL9")
+    path.write_bytes(other)
+    with pytest.raises(StoreError, match=r"log of version b'9', and this release reads b'2': start .*/s0 to go back"):
+        shares.start("s0")
+    assert path.read_bytes() == other
 
 
 def test_t7_a_log_that_is_gone_makes_another_timeline(make: Make, tmp_path: Path) -> None:
