@@ -113,8 +113,8 @@ class Log:
             found = bytes(data[: len(_MAGIC)])
             if found != _MAGIC and found[:-1] == _MAGIC[:-1]:
                 raise StoreError(
-                    f"{path} is a log of version {found[-1:]!r}, and this release reads {_MAGIC[-1:]!r}: start the shard "
-                    f"with the release that wrote it, or remove {self.folder} to go back to the last checkpoint"
+                    f"{path} is a log of version {found[-1:]!r}, and this release reads {_MAGIC[-1:]!r}: start the "
+                    f"shard with the release that wrote it, or remove {self.folder} to go back to the last checkpoint"
                 )
             good = 0
             for record, end in _records(data):

@@ -465,7 +465,7 @@ def test_t7_a_log_that_is_gone_is_told_with_parts_and_steps(own: EmbeddingClient
     with own.train(name, optimizer=optimizer, checkpoint_every=3, timeout=60) as session:
         module = RemoteEmbedding(own, f"{name}/{NGRAMS}")
         train(own, module, len(table), range(1, 6))
-        for shard in session._shares:  # the client has no push of before any more
+        for shard in session._calls.shares:  # the client has no push of before any more
             shard.kept.clear()
         shards.stop("s1")
         for path in shards.logs_of(name, "s1").iterdir():
