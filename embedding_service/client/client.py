@@ -138,8 +138,8 @@ class EmbeddingClient:
         self._in_child = forks.in_child()
         tracing.start(tracing.CLIENT)
         self._sessions: dict[str, Session] = {}  # a child of a fork is no trainer
-        self._transport = GrpcTransport(self._access)
         router = self._router = Router(self._seeds, routing, hedge=self._hedge, topology=self._topology)
+        self._transport = GrpcTransport(self._access, lambda: router.addresses)
         self._kept = Keeper(KeptRows(self._cache_bytes), lambda: router.current) if self._cache_bytes else None
         self._near = NearRows(self._access) if self._reads_near else None  # has no thread before a shard is near
         self._ahead = ThreadPoolExecutor(MOST_AHEAD, "embedding-prefetch")  # has no thread before it is used

@@ -116,6 +116,11 @@ class Router:
         """The newest routing it has seen."""
         return self._routing
 
+    @property
+    def addresses(self) -> set[str]:
+        """Whom it may ask: the shards of the routing, and the seeds."""
+        return {*self._seeds, *(self._routing.addresses if self._routing else ())}
+
     def adopt(self, routing: Routing) -> None:
         """Take a routing from elsewhere, if it is newer."""
         if self._routing is None or routing.age > self._routing.age:

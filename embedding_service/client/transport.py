@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -40,15 +40,18 @@ class GrpcTransport:
 
     Args:
         access: What connections show and believe. None: plain text.
+        named: The addresses that may still be asked. Connections to others are closed after a while. None: all may.
     """
 
-    def __init__(self, access: Access | None = None) -> None:
+    def __init__(self, access: Access | None = None, named: Callable[[], Collection[str]] | None = None) -> None:
         _let_malloc_keep_answers()
-        self._access = access
+        self._access, self._named = access, named
         self._stamp = access.stamp() if access else ()
         self._looks_at = 0.0
-        # Connections that show files of before, until their calls have ended.
+        # Connections that show files of before, or are to who is gone, until their calls have ended.
         self._outdated: list[_Outdated] = []
+        # Since when nobody names an address that there is a connection to.
+        self._unnamed: dict[str, float] = {}
         # Those that others make calls on, which nobody counts.
         self._lent: set[grpc.Channel] = set()
         self._channels: dict[str, grpc.Channel] = {}
@@ -146,32 +149,53 @@ class GrpcTransport:
             self._under_way.add(this)
 
     def _look_now_and_then(self) -> None:
-        if self._access is not None and time.monotonic() > self._looks_at:
-            self._look(self._access)
+        if time.monotonic() > self._looks_at:
+            self._look()
 
-    def _look(self, access: Access) -> None:
-        """Make connections again where the files that they show have changed. Those of before end with their calls."""
+    def _look(self) -> None:
+        """Let go of connections that show files of before, or are to who is gone. They end with their calls."""
         now = time.monotonic()
         with self._lock:
             self._looks_at = now + _LOOK_SECONDS
-            stamp = access.stamp()
+            stamp = self._access.stamp() if self._access else ()
             if stamp != self._stamp:
                 self._stamp = stamp
-                lent = bool(self._lent)
-                self._outdated.append(
-                    _Outdated(now + _OUTDATED_SECONDS, lent, frozenset(self._under_way), self._take_all())
-                )
+                self._outdate(bool(self._lent), self._take(list(self._channels)))
+            if gone := self._gone(now):
+                self._outdate(False, self._take(gone))
             over = [each for each in self._outdated if each.has_ended(now, self._under_way)]
             self._outdated = [each for each in self._outdated if each not in over]
         for each in over:
             _close(each.connections, _OUTDATED)
 
-    def _take_all(self) -> _Connections:
-        """All connections, which nobody finds any more. With the lock."""
-        taken = [*self._pools.values()], [*self._channels.values()]
-        self._channels, self._methods, self._pools = {}, {}, {}
-        self._lent.clear()
-        return taken
+    def _outdate(self, lent: bool, connections: _Connections) -> None:
+        """Close these when what is under way now has ended. With the lock."""
+        until = time.monotonic() + _OUTDATED_SECONDS
+        self._outdated.append(_Outdated(until, lent, frozenset(self._under_way), connections))
+
+    def _gone(self, now: float) -> list[str]:
+        """Addresses that nobody has named for a while, and that nobody else makes calls to. With the lock."""
+        if self._named is None:
+            return []
+        unnamed = self._channels.keys() - self._named()
+        self._unnamed = {address: self._unnamed.get(address, now) for address in unnamed}
+        return [
+            address
+            for address, since in self._unnamed.items()
+            if now - since > _GONE_SECONDS and self._channels[address] not in self._lent
+        ]
+
+    def _take(self, addresses: Iterable[str]) -> _Connections:
+        """Connections, which nobody finds any more. With the lock."""
+        pools, channels = [], []
+        for address in addresses:
+            channels.append(self._channels.pop(address))
+            self._lent.discard(channels[-1])
+            if pool := self._pools.pop(address, None):
+                pools.append(pool)
+            for kind in _METHODS:
+                self._methods.pop((address, kind), None)
+        return pools, channels
 
     def _wait_for_ends(self, deadline: float) -> None:
         while self._under_way and time.monotonic() < deadline:
@@ -179,7 +203,7 @@ class GrpcTransport:
 
     def _drop(self, why: str) -> None:
         with self._lock:
-            dropped = [self._take_all(), *(each.connections for each in self._outdated)]
+            dropped = [self._take(list(self._channels)), *(each.connections for each in self._outdated)]
             self._outdated = []
         for each in dropped:
             _close(each, why)
@@ -246,12 +270,12 @@ _Connections = tuple[list[Pool], list[grpc.Channel]]
 
 
 class _Outdated(NamedTuple):
-    """Connections that show files of before.
+    """Connections that nobody finds any more.
 
     Attributes:
         until: When they end at the latest.
         lent: Somebody else makes calls on them too.
-        under_way: What had begun when the files changed.
+        under_way: What had begun when they were taken away.
     """
 
     until: float
@@ -266,7 +290,9 @@ class _Outdated(NamedTuple):
 
 # Seconds between two looks at the files that are shown, and those that calls on connections of before may take.
 _LOOK_SECONDS, _OUTDATED_SECONDS = 1.0, 60.0
-_OUTDATED = "the connection shows files of before"
+# Seconds that an address is not named until it is gone. One that is cut off for a moment keeps its connection.
+_GONE_SECONDS = 60.0
+_OUTDATED = "the connection shows files of before, or is to an address that the routing names no more"
 _CLOSED = "this client is closed"
 _PAUSED = "cancelled, for this process forks"
 # Seconds between two looks whether calls have ended, and seconds that cancelled ones may take to end.

@@ -96,14 +96,21 @@ def covers(names: Sequence[str], host: str) -> bool:
     return host in dns or ("." in host and f"*.{host.partition('.')[2]}" in dns)
 
 
+def speaks_for(names: Sequence[str], shard: str) -> bool:
+    """Whether a certificate is the one of a shard.
+
+    Its names hold the id: as a name, as the first label of a name, by a wildcard, or as the last piece of a URI.
+    """
+    known, shard = [name.lower() for name in names], shard.lower()
+    return any(
+        name.endswith(f"/{shard}") if "://" in name else name == shard or name.startswith((f"{shard}.", "*."))
+        for name in known
+    )
+
+
 def stands_for(names: Sequence[str], host: str, shard: str) -> bool:
     """Whether a shard's certificate may speak for this address and this shard id.
 
-    Its names hold the host, as it is or by a wildcard of DNS. They also hold the id: as a name, as the first label of a
-    name, by a wildcard, or as the last piece of a URI.
+    Its names hold the host, as it is or by a wildcard of DNS, and it `speaks_for` the id.
     """
-    dns, shard = [name.lower() for name in names if "://" not in name], shard.lower()
-    knows_id = any(name == shard or name.startswith((f"{shard}.", "*.")) for name in dns)
-    return covers(names, host) and (
-        knows_id or any(name.lower().endswith(f"/{shard}") for name in names if "://" in name)
-    )
+    return covers(names, host) and speaks_for(names, shard)

@@ -151,7 +151,7 @@ class _Shard:
         self._security = Security(options.security) if options.security else None
         self._access = options.security.access if options.security else None
         self._router = Router([options.controller], topology=options.topology)
-        self._transport = GrpcTransport(self._access)
+        self._transport = GrpcTransport(self._access, lambda: self._router.addresses)
         rows_here = memory_limit if tier.lies_in is LiesIn.HOST else 0
         self._budget = Budget(memory_for_requests(rows_here, options.processes))
         self._service = LookupService(self._holdings, self._router, self._transport, options.limits, self._budget)

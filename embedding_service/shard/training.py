@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import numpy as np
@@ -28,6 +28,8 @@ from embedding_service.errors import (
 )
 from embedding_service.methods import Context
 from embedding_service.security.audit import Audit
+from embedding_service.security.certificates import speaks_for
+from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits, Server, abort
 from embedding_service.shard.service import Unread
 from embedding_service.shard.shares import Shares
@@ -128,7 +130,7 @@ class TrainingService:
     ) -> AsyncIterator[wire.Followed]:
         """See the proto."""
         try:
-            async with aclosing(self._shares.follow(requests)) as changes:
+            async with aclosing(self._shares.follow(self._followers(requests, context))) as changes:
                 async for change in changes:
                     yield change
         except EmbeddingServiceError as error:
@@ -303,13 +305,26 @@ class TrainingService:
         rows = manifest.replaced_rows if manifest.base else sum(table.rows for table in manifest.tables)
         return wire.PublishResponse(version=manifest.version, rows=rows)
 
+    async def _followers(
+        self, requests: AsyncIterator[wire.FollowRequest], context: Context
+    ) -> AsyncIterator[wire.FollowRequest]:
+        """What a copy says. What it has counts, so it has to show the certificate of the shard that it speaks for."""
+        caller = context.caller
+        async for request in requests:
+            if caller and request.shard and not speaks_for(caller.credential.names, request.shard):
+                self._deny(context, caller, request.branch, f"follow as {request.shard}: its certificate is another's")
+            yield request
+
     def _check_right(self, context: Context, right: str, name: str, other: str = "") -> None:
         """Raise PermissionDenied unless the caller has a right for a branch, where there is a policy."""
         caller = context.caller
         if caller and not any(caller.rights.may(each, name) for each in (right, other) if each):
-            why = f"{caller.name} has no right to {right} {name}: the policy does not give it"
-            self._audit.note("denied", caller.name, model=name, peer=context.peer(), why=why)
-            raise PermissionDenied(why)
+            self._deny(context, caller, name, f"{right} {name}: the policy does not give it")
+
+    def _deny(self, context: Context, caller: Caller, name: str, what: str) -> NoReturn:
+        why = f"{caller.name} has no right to {what}"
+        self._audit.note("denied", caller.name, model=name, peer=context.peer(), why=why)
+        raise PermissionDenied(why)
 
 
 def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> bytes:

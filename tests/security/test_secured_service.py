@@ -26,7 +26,6 @@ from support.security import (
     POLICY,
     SEEN,
     Secured,
-    begin,
     call,
     channel_to,
     code_of,
@@ -48,6 +47,7 @@ from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
+from embedding_service.wire import training_pb2 as training
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
 from embedding_service.wire.embedding_pb2_grpc import (
     EmbeddingServiceServicer,
@@ -225,15 +225,21 @@ def test_s3_s4_any_bytes_over_tls_bring_the_rows_that_they_ask_for_or_a_refusal(
     secured: Secured, channel: grpc.Channel, drawn: bytes, path: str, token: str
 ) -> None:
     """And nothing to who has no token that counts, whatever his message is."""
-    for message in alike(drawn):
-        check_answer(channel, message, path, token)
-
-
-def check_answer(channel: grpc.Channel, message: bytes, path: str, token: str) -> None:
-    """Ask, and look at what comes."""
+    # One message a call, whatever the method takes: so no thread of the client's has to send them.
+    method, shown = channel.unary_stream(f"/{path}"), [("authorization", f"Bearer {token}")]
     streamed = path.endswith("StreamLookup")
-    sent = b"\x08\x07\x12" + varint(len(message)) + message if streamed else message
-    under_way = begin(channel, path, sent, [("authorization", f"Bearer {token}")])
+
+    def asked(message: bytes) -> Any:
+        sent = b"\x08\x07\x12" + varint(len(message)) + message if streamed else message
+        return method(sent, timeout=120, metadata=shown)
+
+    for message, under_way in [(message, asked(message)) for message in alike(drawn)]:
+        check_answer(under_way, message, path, token)
+
+
+def check_answer(under_way: Any, message: bytes, path: str, token: str) -> None:
+    """Look at what comes."""
+    streamed = path.endswith("StreamLookup")
     try:
         answer = next(under_way)
     except grpc.RpcError as error:
@@ -318,6 +324,17 @@ def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
     assert call(secured.members.control, register, own, message) is grpc.StatusCode.ALREADY_EXISTS
     after = secured.members.status()
     assert (after.term, len(after.shards)) == (before.term, 2)
+
+
+def test_s6_a_member_follows_a_branch_as_its_own_shard_alone(secured: Secured) -> None:
+    """What a copy says it has counts as kept. So nobody else may say it, nor who has no certificate."""
+    [address] = [address for name, address in secured.addresses().items() if name == "shard-0"]
+    follow = "embedding.v1.TrainingService/Follow"
+    message = training.FollowRequest(branch=f"{SEEN}@live", share="0", shard="shard-1").SerializeToString()
+    refused, not_there = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND
+    for name, code in (("shard/shard-7", refused), ("controller", refused), ("shard/shard-1", not_there)):
+        assert call(address, follow, secured.certificate(name), message) is code, name
+    assert call(address, follow, secured.token("admin"), message) is refused
 
 
 def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(secured: Secured) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
+import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import longcat_checkpoint
+from support.json_values import JUNK, alike, changed
+from support.wire_bytes import ALIKE
 from test_manifest import entry, overlaid_entry
-from test_tensorfile import JUNK
 
 from embedding_service.errors import EmbeddingServiceError, StoreError
 from embedding_service.store import Manifest
@@ -23,51 +26,24 @@ from embedding_service.store.manifest import MOST_BYTES
 
 pytestmark = pytest.mark.fuzz
 
-NAMES = st.sampled_from(["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "\n", "\x1b[31m", "m", "é", "a" * 200])
-NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**48, 2**63, 2**64, 10**30, 0.5, 1e308, math.inf, math.nan, True])
-VALUES = JUNK | NAMES | NUMBERS | st.integers(-3, 3000)
-
-
-def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each value within an object."""
-    if here:
-        yield here
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from places(child, (*here, name))
-
-
-@st.composite
-def changed(draw: st.DrawFn, *originals: dict[str, Any]) -> Any:
-    """An object with a few values that are others, or gone, or there twice."""
-    found = json.loads(json.dumps(draw(st.sampled_from(originals))))
-    for _ in range(draw(st.integers(1, 3))):
-        ways = list(places(found))
-        if not ways:
-            break
-        *way, last = draw(st.sampled_from(ways))
-        parent = found
-        for each in way:
-            parent = parent[each]
-        match draw(st.sampled_from(["other", "other", "gone", "more"])):
-            case "other":
-                parent[last] = draw(VALUES)
-            case "gone":
-                del parent[last]
-            case "more" if isinstance(parent, list):
-                parent.append(parent[last])
-            case "more":
-                parent[draw(st.text(max_size=4))] = parent[last]
-    return found
+# `make fuzz` counts all that are made of what is drawn.
+few_with_others = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 3 * ALIKE)) // ALIKE)
 
 
 def fits_a_line(error: Exception) -> bool:
     return str(error).isprintable() and len(str(error)) < 2000
 
 
-@given(document=changed(entry(), overlaid_entry()) | JUNK, cut=st.none() | st.integers(1, 2000))
-def test_s10_a_manifest_leads_nowhere_else_and_every_row_lies_in_its_part(document: Any, cut: int | None) -> None:
-    text = json.dumps(document).encode()[:cut]
+@few_with_others
+@given(document=changed(entry(), overlaid_entry()) | JUNK, cut=st.integers(1, 2000))
+def test_s10_a_manifest_leads_nowhere_else_and_every_row_lies_in_its_part(document: Any, cut: int) -> None:
+    for each in alike(document):
+        check_manifest(json.dumps(each).encode())
+    check_manifest(json.dumps(document).encode()[:cut])
+
+
+def check_manifest(text: bytes) -> None:
+    """It is right, or refused."""
     try:
         manifest = Manifest.from_json(text, "a manifest")
     except StoreError as error:
@@ -87,33 +63,57 @@ def test_s10_a_manifest_leads_nowhere_else_and_every_row_lies_in_its_part(docume
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return longcat_checkpoint(tmp_path_factory.mktemp("fuzzed") / "checkpoint")
+def folder() -> Iterator[Path]:
+    """A checkpoint, and room for a store beside it, in memory. Its tensors' header has room for a longer one."""
+    with tempfile.TemporaryDirectory(prefix="fuzzed-", dir="/dev/shm") as made:
+        file = longcat_checkpoint(Path(made) / "checkpoint") / "model.safetensors"
+        content = file.read_bytes()
+        (length,) = struct.unpack_from("<Q", content)
+        header, rows = content[8 : 8 + length], content[8 + length :]
+        file.write_bytes(struct.pack("<Q", ROOM) + header.ljust(ROOM) + rows)
+        yield Path(made)
 
 
-# Each writes a store.
-IMPORTS = max(20, int(os.environ.get("FUZZ_EXAMPLES", 0)) // 50)
+ROOM, PART_BYTES = 8192, 512 << 10
 CONFIG = {
     "architectures": ["LongcatFlashNgramForCausalLM"], "model_type": "longcat_flash_ngram", "vocab_size": 997,
     "hidden_size": 96, "eos_token_id": 2, "ngram_vocab_size_ratio": 3.25, "emb_neighbor_num": 4, "emb_split_num": 2,
 }  # fmt: skip
 
 
-@settings(max_examples=IMPORTS)
+@few_with_others
 @given(config=changed(CONFIG))
-def test_s10_an_import_brings_the_whole_version_or_nothing(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, config: Any
-) -> None:
-    store = tmp_path_factory.mktemp("store")
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    beside = sorted(store.parent.iterdir())
+def test_s10_an_import_brings_the_whole_version_or_nothing(folder: Path, config: Any) -> None:
+    for each in alike(config):
+        (folder / "checkpoint/config.json").write_text(json.dumps(each))
+        check_import(folder)
+
+
+@few_with_others
+@given(data=st.data())
+def test_s10_tensors_of_any_header_are_a_whole_version_or_nothing(folder: Path, data: st.DataObject) -> None:
+    (folder / "checkpoint/config.json").write_text(json.dumps(CONFIG))
+    with (folder / "checkpoint/model.safetensors").open("r+b", buffering=0) as file:
+        original = file.read(8 + ROOM)[8:]
+        try:
+            for each in alike(data.draw(changed(json.loads(original)))):
+                os.pwrite(file.fileno(), json.dumps(each).encode().ljust(ROOM)[:ROOM], 8)
+                check_import(folder)
+        finally:
+            os.pwrite(file.fileno(), original, 8)
+
+
+def check_import(folder: Path) -> None:
+    """The version is whole, or is not there, and nothing else was written."""
+    store, beside = folder / "store", sorted(folder.rglob("*"))
     try:
-        import_checkpoint(checkpoint, str(store), "m", dtype="fp32")
+        import_checkpoint(folder / "checkpoint", str(store), "m", dtype="fp32", part_bytes=PART_BYTES)
     except EmbeddingServiceError as error:
         assert fits_a_line(error)
         assert not list(store.rglob("manifest.json"))
     else:
         manifest = Manifest.from_json((store / "m/1/manifest.json").read_bytes(), "the import's")
-        assert manifest.bytes == sum((store / "m/1" / part.file).stat().st_size > 0 and part.bytes
-                                     for table in manifest.tables for part in table.parts)  # fmt: skip
-    assert sorted(store.parent.iterdir()) == beside
+        for part in (part for table in manifest.tables for part in table.parts):
+            assert (store / "m/1" / part.file).stat().st_size > part.bytes
+    shutil.rmtree(store, ignore_errors=True)
+    assert sorted(folder.rglob("*")) == beside

@@ -12,15 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.json_values import JUNK
 
 from embedding_service.errors import BadTensorFile
 from embedding_service.tensorfile import read_spans
-
-JUNK: Any = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 def write(path: Path, header: object, data: int = 16) -> Path:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -146,6 +147,12 @@ READ = {
     "bygone": (["longcat+code@0", "longcat@2"], set[str]()),
     "elsewhere": (["qwen4_exp+legal"], set[str]()),
 }
+# Names that are nearly a domain's, and are none.
+OTHER_WAYS = (
+    *("", " ", "+code", "longcat+", "longcat+code ", " longcat+code", "longcat+CODE", "Longcat+code", "longcat%2Bcode"),
+    *("longcat+code@1", "longcat+code\0", "longcat++code", "longcat\uff0bcode", "longcat+code/..", "longcat+*"),
+    *("longcat+legal,longcat+code", "longcat+cod[e]", "longcat+code\nlongcat+legal"),
+)
 
 
 def test_s8_a_key_uses_the_tables_of_the_domains_that_it_may_read(
@@ -176,6 +183,13 @@ def test_s8_a_key_uses_the_tables_of_the_domains_that_it_may_read(
                     assert answer.json()["error"]["message"] == absent.replace("longcat+none", name)
                     told = absent.replace("longcat+none", "")
                     assert not any(other in told for other in names - may), told
+            for name in OTHER_WAYS:
+                assert complete(http, name, "all").status_code in (400, 404), name
+                card = http.get(f"/v1/models/{quote(name, safe='')}", headers={"Authorization": "Bearer all"})
+                assert card.status_code == 404, name
+            for way in ("longcat%2Bcode", "%6congcat%2bcode", "../models/longcat+code", "./longcat%2Bcode"):
+                card = http.get(f"/v1/models/{way}", headers={"Authorization": "Bearer lawyer"})
+                assert card.status_code == 404, way
             assert complete(http, "longcat+legal", "thrifty").status_code == 200
             assert complete(http, "longcat+code", "thrifty").status_code == 429
     finally:
