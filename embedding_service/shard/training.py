@@ -141,7 +141,7 @@ class TrainingService:
         try:
             return await answer
         except EmbeddingServiceError as error:
-            await abort(context, error)
+            await abort(context, _told(error, context.caller))
 
     async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenResponse:
         self._check_right(context, "train", request.branch)
@@ -325,6 +325,13 @@ class TrainingService:
         why = f"{caller.name} has no right to {what}"
         self._audit.note("denied", caller.name, model=name, peer=context.peer(), why=why)
         raise PermissionDenied(why)
+
+
+def _told(error: EmbeddingServiceError, caller: Caller | None) -> EmbeddingServiceError:
+    """An error without the list of what there is, unless all of that is the caller's to know."""
+    if not isinstance(error, NotFound) or caller is None or "*" in (*caller.rights.train, *caller.rights.publish):
+        return error
+    return NotFound(str(error).partition("; ")[0])
 
 
 def _rows(share: Share, table: str, ids: np.ndarray[Any, np.dtype[np.int64]], dtype: torch.dtype) -> bytes:

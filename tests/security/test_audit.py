@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import stat
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from embedding_service.budget import Budget
 from embedding_service.client.router import Router
 from embedding_service.errors import PermissionDenied, Unauthenticated
 from embedding_service.methods import RIGHTS, Aborted, Context
+from embedding_service.placement.routing import Routing
 from embedding_service.security import audit
 from embedding_service.security.audit import Audit
 from embedding_service.security.authority import prepare_folder
@@ -28,6 +30,7 @@ from embedding_service.serving import RequestLimits
 from embedding_service.shard.shares import Shares
 from embedding_service.shard.training import TrainingService
 from embedding_service.store.store import Store
+from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import training_pb2 as training
 
 
@@ -103,18 +106,50 @@ def test_s9_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: 
     Audit(None).note("drain", "shard-1")
 
 
-def test_s9_who_may_not_train_a_branch_is_noted(tmp_path: Path) -> None:
-    path = tmp_path / "audit.jsonl"
-    caller = Caller("reader", Identity(read=("m",), train=("other@*",)), Credential())
+def refused(folder: Path, caller: Caller, ask: Callable[[TrainingService, Context], Awaitable[object]]) -> Aborted:
+    """How a shard refuses what somebody asks of branches."""
 
-    async def begin() -> None:
-        store, router = Store(tmp_path), Router(["127.0.0.1:1"])
+    async def asked() -> Aborted:
+        one = wire.Routing(term=1, epoch=1, shards=[wire.ShardAddress(id="shard-0", address="127.0.0.1:1")])
+        store, router = Store(folder), Router(["127.0.0.1:1"], Routing(one))
         shares = Shares(store, "shard-0", router, None, 0.1)
-        service = TrainingService(store, "shard-0", router, RequestLimits(), Budget(1 << 20), shares, audit=Audit(path))
+        audit = Audit(folder / "audit.jsonl")
+        service = TrainingService(store, "shard-0", router, RequestLimits(), Budget(1 << 20), shares, audit)
         with pytest.raises(Aborted) as raised:
-            await service.Begin(training.BeginRequest(branch="m@b"), Context("a peer", math.inf, caller))
-        assert raised.value.code is grpc.StatusCode.PERMISSION_DENIED
+            await ask(service, Context("a peer", math.inf, caller))
+        return raised.value
 
-    asyncio.run(begin())
-    [line] = lines(path)
+    return asyncio.run(asked())
+
+
+def test_s9_who_may_not_train_a_branch_is_noted(tmp_path: Path) -> None:
+    caller = Caller("reader", Identity(read=("m",), train=("other@*",)), Credential())
+    error = refused(tmp_path, caller, lambda service, of: service.Begin(training.BeginRequest(branch="m@b"), of))
+    assert error.code is grpc.StatusCode.PERMISSION_DENIED
+    [line] = lines(tmp_path / "audit.jsonl")
     assert (line["action"], line["who"], line["model"], line["peer"]) == ("denied", "reader", "m@b", "a peer")
+
+
+FILE, SUM = "t/part-00000.safetensors", "xxh3-128:" + "ab" * 16
+MANIFEST: dict[str, Any] = {
+    "format_version": 1, "model": "hidden", "version": "1", "family": "longcat", "hash_params": {"vocab_size": 7},
+    "tables": [{
+        "name": "t", "rows": 1, "dim": 12, "dtype": "int8", "row_bytes": 16, "rows_per_part": 1024,
+        "parts": [{"index": 0, "first_row": 0, "rows": 1, "bytes": 16, "file": FILE, "checksum": SUM}],
+    }],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("patterns", "hears"), [(["mine@*"], False), (["*"], True)])
+def test_s4_a_trainer_hears_of_no_models_and_branches_of_others(
+    tmp_path: Path, patterns: list[str], hears: bool
+) -> None:
+    caller = Caller("trainer", Identity(train=tuple(patterns)), Credential())
+    for path, content in (("mine/.hidden.branch/branch.json", {}), ("hidden/1/manifest.json", MANIFEST)):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(json.dumps(content))
+    for new_session in (False, True):
+        request = training.OpenRequest(branch="mine@new", new_session=new_session)
+        error = refused(tmp_path, caller, lambda service, of, request=request: service.Open(request, of))
+        assert error.code is grpc.StatusCode.NOT_FOUND and "mine" in error.details
+        assert ("hidden" in error.details) is hears, error.details
