@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING
 
 from embedding_service.client.steps import working
 from embedding_service.near.reader import NearReader, Place, Rows, SomeRows
 from embedding_service.placement.routing import Ids, Model, Routing, Table
-from embedding_service.security.access import NEAR, Access, Shown
+from embedding_service.security.access import Access, Shown, near_host
 
 if TYPE_CHECKING:
     from embedding_service.client.router import Router
@@ -31,7 +30,9 @@ class NearRows:
     def __init__(self, access: Access | None = None) -> None:
         """`access`: what says to shards which parts it may read."""
         shown = Shown(access) if access else None
-        self._reader = NearReader(partial(shown.header, NEAR) if shown else str)
+        self._reader = (
+            NearReader(lambda place: shown.header(near_host(place.boot_id, place.path))) if shown else NearReader()
+        )
         self._followed: Routing | None = None
         self._doubtful_until = 0.0
         self._finalizer = weakref.finalize(self, self._reader.close)

@@ -211,7 +211,7 @@ class NearReader:
         authorization: Gives what says to a shard what this reader may read; see near.proto. Asked at each connection.
     """
 
-    def __init__(self, authorization: Callable[[], str] = str) -> None:
+    def __init__(self, authorization: Callable[[Place], str] = lambda place: "") -> None:
         self._authorization = authorization
         self._view = View({}, ())
         self._lock = threading.Lock()
@@ -387,7 +387,7 @@ class NearReader:
 
     def _greet(self, place: Place) -> None:
         try:
-            authorization = self._authorization()
+            authorization = self._authorization(place)
         except (EmbeddingServiceError, ValueError) as error:
             return self._fail(place.shard, str(error))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)

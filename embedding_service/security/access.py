@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -28,8 +29,6 @@ TLS_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
 )
 # Names of files in a folder of credentials.
 _FILES = {"ca": "ca.crt", "certificate": "tls.crt", "key": "tls.key", "token_file": "token"}
-# The host that a proof is for, at a socket of this machine.
-NEAR = "localhost"
 # Seconds that a proof is used, of those that it counts.
 _PROOF_SECONDS = 200.0
 
@@ -130,6 +129,11 @@ class Shown(grpc.AuthMetadataPlugin):
         if access.token_file:
             return read(access.token_file).decode(errors="replace").strip()
         return access.prove(host)
+
+
+def near_host(boot_id: str, path: str) -> str:
+    """The host that a proof is for, at a near socket: none that a certificate may name, and another for each socket."""
+    return "near-" + hashlib.sha256(f"{boot_id} {path}".encode()).hexdigest()
 
 
 def access_of(tls: str | os.PathLike[str] | bool | Access | None, token: str | None) -> Access | None:

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from embedding_service.errors import InvalidRequest, Unauthenticated
 from embedding_service.security import proofs, tokens
-from embedding_service.security.access import NEAR
 from embedding_service.security.certificates import names_in
 from embedding_service.security.files import Reloaded, read
 from embedding_service.security.identity import Caller, Credential
@@ -55,7 +54,7 @@ class Guard:
         nobody: tuple[str, ...] = ()
         self._own = _content(certificate, names_in, nobody, complain)
         self._complain = complain
-        self._known: dict[bytes, Credential] = {}
+        self._known: dict[tuple[bytes, str], Credential] = {}
         self._callers: dict[Credential, Caller] = {}
         self._quotas: dict[str, Quota] = {}
         self._listeners: list[Callable[[], object]] = []
@@ -107,13 +106,16 @@ class Guard:
                     self._quotas[name].limit(identity)
             log.info("the policy was read again")
 
-    def caller(self, bearer: str | None, certificate: bytes | None = None, passed_on: str | None = None) -> Caller:
+    def caller(
+        self, bearer: str | None, certificate: bytes | None = None, passed_on: str | None = None, near: str = ""
+    ) -> Caller:
         """Whose a call is.
 
         Args:
             bearer: The metadata `authorization`.
             certificate: PEM, as TLS verified it.
             passed_on: The identity that a process of this service found. Empty if it named none.
+            near: The host that a proof has to be for, in place of those of the server's certificate.
 
         Raises:
             Unauthenticated: Nobody's. The message says what is missing, or does not count.
@@ -129,32 +131,32 @@ class Guard:
             return self._find(Credential(names=names))
         if bearer is None:
             raise Unauthenticated(MISSING)
-        return self._find(self._of_bearer(bearer))
+        return self._find(self._of_bearer(bearer, near))
 
     def again(self, caller: Caller) -> Caller:
         """Who that is by now. Raises Unauthenticated for one that is nobody any more."""
         return self._find(caller.credential)
 
-    def _of_bearer(self, bearer: str) -> Credential:
+    def _of_bearer(self, bearer: str, near: str) -> Credential:
         token = bearer[len(SCHEME) :].strip()
         if bearer[: len(SCHEME)].lower() != SCHEME or not token or len(token) > MOST_TOKEN:
             raise Unauthenticated("the metadata 'authorization' must be 'Bearer TOKEN'")
         digest = hashlib.sha256(token.encode()).digest()
         known = self._known
-        credential = known.get(digest)
+        credential = known.get((digest, near))
         if credential is None:
-            credential = self._check(token, digest)
+            credential = self._check(token, digest, near)
             if len(known) < MOST_KNOWN:
-                known[digest] = credential
+                known[digest, near] = credential
         return credential
 
-    def _check(self, token: str, digest: bytes) -> Credential:
+    def _check(self, token: str, digest: bytes, near: str) -> Credential:
         if not tokens.is_jwt(token):
             return Credential(digest=digest)
         if proofs.is_proof(token):
             if not self._authorities.now:
                 raise Unauthenticated("certificates do not count here: send a token of the policy")
-            names, until = proofs.check_proof(token, self._authorities.now, (*self._own.now, NEAR))
+            names, until = proofs.check_proof(token, self._authorities.now, (near,) if near else self._own.now)
             return Credential(names=names, until=until)
         if self._issuer.now is None:
             raise Unauthenticated("the token does not count: the policy has no table [jwt]")

@@ -26,7 +26,7 @@ from embedding_service.client.transport import GrpcTransport
 from embedding_service.ending import END_SECONDS, end_within, told_to_end
 from embedding_service.errors import InvalidRequest
 from embedding_service.front import Front, Kind
-from embedding_service.machine import check_free, spare_collections
+from embedding_service.machine import boot_id, check_free, spare_collections
 from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge, info
 from embedding_service.placement.demand import MOST_MEMORY
@@ -34,7 +34,7 @@ from embedding_service.placement.parts import PartKey
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn, TableRows
-from embedding_service.security.access import Access
+from embedding_service.security.access import Access, near_host
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 from embedding_service.security.policy import Identity
@@ -322,7 +322,8 @@ def _near(
     if not can_seal():
         log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
         return None
-    rights_of = partial(near_rights, security.guard) if security else all_parts
+    host = near_host(boot_id(), os.path.realpath(options.near))
+    rights_of = partial(near_rights, security.guard, host) if security else all_parts
     near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
     if security:
         security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
@@ -383,9 +384,9 @@ class NearRights:
         return self.caller.may_read(key.model, key.version)
 
 
-def near_rights(guard: Guard, authorization: str) -> NearRights:
-    """Whose a near client is. Raises Unauthenticated, PermissionDenied."""
-    caller = guard.caller(authorization or None)
+def near_rights(guard: Guard, host: str, authorization: str) -> NearRights:
+    """Whose a near client is. `host`: what its proof is for. Raises Unauthenticated, PermissionDenied."""
+    caller = guard.caller(authorization or None, near=host)
     caller.require(("read",), "read rows in place")
     return NearRights(caller.name, caller.rights, caller)
 

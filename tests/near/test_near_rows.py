@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -284,7 +283,7 @@ def test_n5_a_client_learns_only_of_models_that_it_may_read(store: Path, tmp_pat
         shard.hold()
         place = shard.rows.location(shard.table.parts[0], shard._store.part_path(shard.manifest, shard.table.parts[0]))
         shard.server.hold(secret, shard.table, place)
-        readers = {who: NearReader(partial(str, who)) for who in ("all", "some", "none")}
+        readers = {who: NearReader(lambda place, who=who: who) for who in ("all", "some", "none")}
         for reader in readers.values():
             reader.follow([shard.place])
         for who in ("all", "some"):

@@ -20,6 +20,7 @@ from support.security import write_policy
 
 from embedding_service.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from embedding_service.security import proofs
+from embedding_service.security.access import near_host
 from embedding_service.security.authority import Authority
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.guard import Guard
@@ -117,13 +118,13 @@ def test_s4_patterns_for_everybody_are_not_for_nobody(tmp_path: Path) -> None:
 def test_n5_a_policy_that_changes_for_others_leaves_a_near_client_where_it_is(tmp_path: Path) -> None:
     one = {"tokens": ["one"], "read": ["m"]}
     guard = Guard(write_policy(tmp_path, {"a": one}), *_authority(tmp_path))
-    before = near_rights(guard, "Bearer one")
+    before = near_rights(guard, "", "Bearer one")
     write_policy(tmp_path, {"a": one, "b": {"tokens": ["two"]}})
     guard.look()
-    assert near_rights(guard, "Bearer one") == before
+    assert near_rights(guard, "", "Bearer one") == before
     write_policy(tmp_path, {"a": {**one, "read": ["n"]}})
     guard.look()
-    assert near_rights(guard, "Bearer one") != before
+    assert near_rights(guard, "", "Bearer one") != before
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,13 @@ def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authori
     for token in wrong:
         with pytest.raises(Unauthenticated):
             guard.caller(f"Bearer {token}")
+    near, other_near = near_host("a boot", "/run/a"), near_host("a boot", "/run/b")
+    of_near = "Bearer " + proofs.prove(near, *files("shard"))
+    assert guard.caller(of_near, near=near).name == "members"
+    of_all = [(of_near, ""), (of_near, other_near), ("Bearer " + proofs.prove("localhost", *files("shard")), near)]
+    for bearer, host in of_all:  # what one was sent counts nowhere else
+        with pytest.raises(Unauthenticated, match="another server"):
+            guard.caller(bearer, near=host)
     with pytest.raises(ValueError, match="not the certificate's"):
         proofs.prove("x", files("shard")[0], files("false")[1])
 

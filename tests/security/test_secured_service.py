@@ -41,7 +41,7 @@ from embedding_service.controller.claims import NOT_THE_STORES
 from embedding_service.grpc_codes import PUSHBACK
 from embedding_service.methods import RIGHTS
 from embedding_service.near.reader import NearReader, Place
-from embedding_service.security.access import NEAR, Access
+from embedding_service.security.access import Access, near_host
 from embedding_service.security.authority import URI, Authority, write_private
 from embedding_service.security.proofs import Signer
 from embedding_service.security.routing import sign_routing
@@ -148,7 +148,7 @@ def test_n5_the_near_socket_lets_in_whom_the_table_says_and_nobody_else(secured:
         places = [shard.near for shard in client._router.current.message.shards]  # type: ignore[union-attr]
     assert len(places) == 2
     for place in places:
-        for shown in shown_by(secured, NEAR):
+        for shown in shown_by(secured, near_host(place.boot_id, place.path)):
             answer = near_hello(place, dict(shown.metadata).get("authorization", ""))
             assert answer.board is ("read" in rights_of(shown.identity)), (shown, answer)
             assert bool(answer.refusal) is not answer.board
