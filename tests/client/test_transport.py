@@ -36,7 +36,7 @@ class _Shard(EmbeddingServiceServicer):
 
 
 @pytest.fixture
-def shard() -> Iterator[_Shard]:
+def shard() -> _Shard:
     return _Shard()
 
 

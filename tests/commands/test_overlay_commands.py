@@ -32,14 +32,17 @@ def said(*arguments: object) -> list[str]:
 
 def test_rows_are_published_compared_and_taken_back(own: Path, tmp_path: Path) -> None:
     file = rows_file(tmp_path / "rows", np.array([5, 9]), 7)
-    [line] = said("publish", "--base", "int8@1", "--rows", file, "--store", own)
+    log = tmp_path / "audit.jsonl"
+    [line] = said("publish", "--base", "int8@1", "--rows", file, "--store", own, "--audit", log)
     assert line.startswith("int8@2: 2 of ") and "rows in place of int8@1's" in line
     [line] = said("diff", "int8@1", "int8", "--store", own)
     assert line.startswith("ngram: 2 of ") and "in 1 parts (ids 5, 9); mean distance" in line
     [answer] = map(json.loads, said("diff", "int8@1", "int8@2", "--store", own, "--json"))
     assert (answer["tables"][0]["differ"], answer["tables"][0]["first_ids"]) == (2, [5, 9])
-    [answer] = map(json.loads, said("rollback", "int8", "--store", own, "--json"))
+    [answer] = map(json.loads, said("rollback", "int8", "--store", own, "--audit", log, "--json"))
     assert (answer["version"], answer["restores"], answer["replaced_rows"]) == ("3", "1", 0)
+    noted = [(line["action"], line["model"]) for line in map(json.loads, log.read_text().splitlines())]
+    assert noted == [("publish", "int8@2"), ("rollback", "int8@3")]
     [line] = said("diff", "int8@1", "int8", "--store", own)
     assert line.startswith("ngram: none of ")
     line, note = said("publish", "--base", "int8@1", "--rows", file, "--store", own, "--version", "0")

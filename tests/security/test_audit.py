@@ -8,6 +8,7 @@ import math
 import stat
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,10 @@ def test_s9_who_may_not_train_a_branch_is_noted(tmp_path: Path) -> None:
     assert (line["action"], line["who"], line["model"], line["peer"]) == ("denied", "reader", "m@b", "a peer")
 
 
+def open_branch(request: training.OpenRequest, service: TrainingService, of: Context) -> Awaitable[object]:
+    return service.Open(request, of)
+
+
 FILE, SUM = "t/part-00000.safetensors", "xxh3-128:" + "ab" * 16
 MANIFEST: dict[str, Any] = {
     "format_version": 1, "model": "hidden", "version": "1", "family": "longcat", "hash_params": {"vocab_size": 7},
@@ -150,6 +155,6 @@ def test_s4_a_trainer_hears_of_no_models_and_branches_of_others(
         (tmp_path / path).write_text(json.dumps(content))
     for new_session in (False, True):
         request = training.OpenRequest(branch="mine@new", new_session=new_session)
-        error = refused(tmp_path, caller, lambda service, of, request=request: service.Open(request, of))
+        error = refused(tmp_path, caller, partial(open_branch, request))
         assert error.code is grpc.StatusCode.NOT_FOUND and "mine" in error.details
         assert ("hidden" in error.details) is hears, error.details

@@ -17,6 +17,7 @@ from embedding_service.client.gradients import push_pieces, summed
 from embedding_service.client.router import Router
 from embedding_service.placement.routing import Routing
 from embedding_service.rows import TIERS
+from embedding_service.security.server import Files, Security
 from embedding_service.serving import RequestLimits, Server, cancel
 from embedding_service.shard.holdings import Holdings
 from embedding_service.shard.shares import Shares
@@ -113,7 +114,10 @@ def spread(branch: Branch, ids: Tensor, gradients: Tensor) -> Iterator[tuple[str
 
 
 class InThread:
-    """Servers that train branches of a store, each as a shard of its own, on one thread of this process."""
+    """Servers that train branches of a store, each as a shard of its own, on one thread of this process.
+
+    `secure`: a folder with their certificates and a policy, as `up --secure` makes it. Their audit comes there.
+    """
 
     def __init__(
         self,
@@ -123,8 +127,9 @@ class InThread:
         sync: float = NEVER,
         patience: float = 60,
         memory: int = 1 << 30,
+        secure: Path | None = None,
     ) -> None:
-        self._memory = memory
+        self._memory, self._secure = memory, secure
         self.store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
         self.addresses: dict[str, str] = {}
         self.shares: dict[str, Shares] = {}
@@ -146,6 +151,7 @@ class InThread:
     async def _start(self, shard: str) -> None:
         limits, budget = RequestLimits(), self.budgets.setdefault(shard, Budget(1 << 30))
         router = self._routers[shard] = Router(["127.0.0.1:1"])
+        security = self._security(shard) if self._secure else None
         self.holdings[shard] = Holdings(self.store, TIERS.find("ram"), self._memory, self._logs / "cache")
         shares = self.shares[shard] = Shares(
             self.store,
@@ -156,11 +162,19 @@ class InThread:
             memory=self.holdings[shard],
             patience=self._patience,
             look_seconds=0.1,
+            access=security.files.access if security else None,
         )
-        server = self._servers[shard] = Server(limits, budget)
-        server.add(TrainingService.add_to, TrainingService(self.store, shard, router, limits, budget, shares), SERVICE)
+        server = self._servers[shard] = Server(limits, budget, security)
+        audit = security.audit if security else None
+        service = TrainingService(self.store, shard, router, limits, budget, shares, audit)
+        server.add(TrainingService.add_to, service, SERVICE)
         front = await server.listen(self.addresses.get(shard, "127.0.0.1:0"))
         shares.address = self.addresses[shard] = front.address
+
+    def _security(self, shard: str) -> Security:
+        assert self._secure
+        own = (self._secure / shard / name for name in ("tls.crt", "tls.key", "ca.crt"))
+        return Security(Files(*own, self._secure / "policy.toml", self._secure / "audit.jsonl"))
 
     def route(self, shards: Sequence[str], told: Sequence[str] | None = None) -> None:
         """Say to all, or to some, which shards are there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -21,6 +22,8 @@ from embedding_service import EmbeddingClient, InvalidRequest, RowwiseAdagrad
 from embedding_service.cli import app
 from embedding_service.client.training import Session
 from embedding_service.errors import EmbeddingServiceError
+from embedding_service.security.access import Access, access_of
+from embedding_service.security.authority import prepare_folder
 from embedding_service.shard.training import SERVICE
 from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_branch
@@ -84,9 +87,11 @@ def check(session: Session) -> None:
 
 
 @contextmanager
-def training(shards: InThread, name: str, copies: int = 1, at_step: int | None = None) -> Iterator[Session]:
+def training(
+    shards: InThread, name: str, copies: int = 1, at_step: int | None = None, access: Access | None = None
+) -> Iterator[Session]:
     with (
-        EmbeddingClient(list(shards.addresses.values()), timeout=60) as client,
+        EmbeddingClient(list(shards.addresses.values()), timeout=60, tls=access or False) as client,
         client.train(
             f"{MODEL}@{name}",
             optimizer=RowwiseAdagrad(lr=LR),
@@ -156,6 +161,30 @@ def test_t10_a_copy_in_sync_leads_when_the_primary_dies_and_one_that_fell_out_is
     with training(shards, "copied", 2, at_step=session.steps - 19) as again:
         assert again.begun_at == session.steps - 19 > 20
         check(again)
+
+
+def test_s6_s9_copies_follow_by_their_own_certificates_and_who_trains_is_noted(store: Path, tmp_path: Path) -> None:
+    secure = tmp_path / "secure"
+    prepare_folder(secure, ["127.0.0.1"], ["s0", "s1"])
+    shards = InThread(store, tmp_path / "logs", ["s0", "s1"], secure=secure)
+    access = access_of(secure / "client", None)
+    try:
+        with training(shards, "noted", copies=2, access=access) as session:
+            push(session)
+            wait_for(store, "noted", all_in_sync)
+            check(session)
+            published_as = session.publish(version=None, dtype=None, base=None)
+            number = str(session.number)
+        lines = [json.loads(line) for line in (secure / "audit.jsonl").read_text().splitlines()]
+        begun, published = (
+            [(each["who"], each["model"], each.get("session")) for each in lines if each["action"] == action]
+            for action in ("train", "publish")
+        )
+        assert begun and set(begun) == {("admin", f"{MODEL}@noted", number)}
+        assert published == [("admin", published_as, None)]
+        assert not any(each["action"] == "denied" for each in lines)
+    finally:
+        shards.close()
 
 
 def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> None:
