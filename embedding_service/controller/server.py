@@ -204,7 +204,8 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
                 tasks.append(asyncio.create_task(claims.run(lambda report: self._handle(Reported(stream, report)))))
                 first = await claims.begin(first)
             self._handle(Joined(stream, first))
-            tasks.append(asyncio.create_task(self._listen(stream, reports, claims, context.caller)))
+            drains = self._note_drain(first, False, context.caller)
+            tasks.append(asyncio.create_task(self._listen(stream, reports, claims, context.caller, drains)))
             while not stream.is_over and not self._ending:
                 message = self.state.message(stream)
                 if message is not None:
@@ -226,13 +227,11 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         reports: AsyncIterator[control.ShardReport],
         claims: ShardClaims | None,
         caller: Caller | None,
+        drains: bool,
     ) -> None:
-        drains = False
         try:
             async for report in reports:
-                if caller and report.draining and not drains:
-                    drains = True
-                    self._audit.note("drain", caller.name, shard=report.shard_id, address=report.address)
+                drains = self._note_drain(report, drains, caller)
                 if self._signer:
                     self._check_term(report)
                 self._handle(Reported(stream, claims.hear(report) if claims else report))
@@ -240,6 +239,12 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
             stream.end(error)
         finally:
             self._handle(Left(stream))
+
+    def _note_drain(self, report: control.ShardReport, before: bool, caller: Caller | None) -> bool:
+        """Whether the shard drains by now. `before`: whether it did already."""
+        if caller and report.draining and not before:
+            self._audit.note("drain", caller.name, shard=report.shard_id, address=report.address)
+        return before or report.draining
 
     def _check_term(self, report: control.ShardReport) -> None:
         """Raise InvalidRequest if a member would raise the term by more than clocks differ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import threading
 import time
@@ -375,6 +376,19 @@ def test_s3_a_revoked_token_is_refused_within_two_seconds_on_open_streams_too(se
             until(lambda: not lets_in(), "the end of near rows too")
         finally:
             policy.write_text(kept)
+    until(lambda: GUEST not in secured.addresses(), "the end of the guest")
+
+
+def test_s9_what_is_served_and_who_drains_is_noted(secured: Secured) -> None:
+    def noted(action: str) -> list[tuple[str, str]]:
+        lines = map(json.loads, (secured.folder / "audit.jsonl").read_text().splitlines())
+        return [(each["who"], each.get("model") or each.get("shard")) for each in lines if each["action"] == action]
+
+    assert {(SEEN, "controller"), (HIDDEN, "controller")} <= {(of.partition("@")[0], who) for who, of in noted("serve")}
+    with OpenStreams() as open_streams:
+        member = secured.certificate(f"shard/{GUEST}")
+        open_streams.open(secured.members.control, "embedding.v1.ControlService/Register", member)
+        assert ("members", GUEST) in noted("drain")
     until(lambda: GUEST not in secured.addresses(), "the end of the guest")
 
 

@@ -84,7 +84,8 @@ def secured_service(folder: Path, store: Path, shards: int = 2) -> Iterator[Secu
     """Shards with `POLICY`; the second one is two processes."""
     policy = write_policy(folder, POLICY).read_text()
     port = free_port()
-    more = {"controller": [f"--http-port={port}"], "shard-1": ["--processes=2"]}
+    audit = folder / "secure" / "audit.jsonl"
+    more = {"controller": [f"--http-port={port}", f"--audit={audit}"], "shard-1": ["--processes=2"]}
     more = {name: each for name, each in more.items() if shards > 1 or name != "shard-1"}
     members = Members(folder, store, shards, 1, 64 << 20, folder / "secure", policy, more)
     members.access = Access(folder / "secure" / "ca.crt", token="admin")
