@@ -96,6 +96,7 @@ class Security:
         bearer: str | bytes | None = None,
         certificate: Callable[[], bytes | None] | None = None,
         passed_on: str | None = None,
+        near: str = "",
         peer: str = "",
     ) -> Caller | None:
         """Whose a new call is. None where it may be anybody's.
@@ -106,6 +107,7 @@ class Security:
             bearer: The metadata `authorization`.
             certificate: The client's, at a port that asks for one, where nothing else counts.
             passed_on: The identity that another process of this shard found.
+            near: The host that a proof has to be for, in place of those of this process.
             peer: Whose connection it is.
 
         Raises:
@@ -117,7 +119,7 @@ class Security:
             bearer = bearer.decode(errors="replace")
         caller = None
         try:
-            caller = self.guard.caller(bearer, certificate() or b"" if certificate else None, passed_on)
+            caller = self.guard.caller(bearer, certificate() or b"" if certificate else None, passed_on, near)
             _require(caller, rights, path)
         except EmbeddingServiceError as error:
             self._denied(caller, path, error, peer)

@@ -35,7 +35,6 @@ from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn, TableRows
 from embedding_service.security.access import Access, near_host
-from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
 from embedding_service.security.policy import Identity
 from embedding_service.security.server import Files, Security
@@ -323,7 +322,7 @@ def _near(
         log.warning("no client reads rows in place: this kernel does not seal memory, which Linux 5.1 does")
         return None
     host = near_host(boot_id(), os.path.realpath(options.near))
-    rights_of = partial(near_rights, security.guard, host) if security else all_parts
+    rights_of = partial(near_rights, security, host) if security else all_parts
     near = NearServer(options.near, incarnation, lambda: _age(router), holdings.add_accesses, rights_of)
     if security:
         security.guard.watch(partial(asyncio.get_running_loop().call_soon_threadsafe, near.look_again))
@@ -384,10 +383,10 @@ class NearRights:
         return self.caller.may_read(key.model, key.version)
 
 
-def near_rights(guard: Guard, host: str, authorization: str) -> NearRights:
+def near_rights(security: Security, host: str, authorization: str) -> NearRights:
     """Whose a near client is. `host`: what its proof is for. Raises Unauthenticated, PermissionDenied."""
-    caller = guard.caller(authorization or None, near=host)
-    caller.require(("read",), "read rows in place")
+    caller = security.admit(("read",), b"/near rows", bearer=authorization or None, near=host)
+    assert caller
     return NearRights(caller.name, caller.rights, caller)
 
 

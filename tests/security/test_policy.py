@@ -21,11 +21,12 @@ from support.security import write_policy
 from embedding_service.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from embedding_service.security import proofs
 from embedding_service.security.access import near_host
-from embedding_service.security.authority import Authority
+from embedding_service.security.authority import Authority, prepare_folder
 from embedding_service.security.certificates import stands_for
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Credential
 from embedding_service.security.policy import MODEL_RIGHTS, SERVICE_RIGHTS, Identity, Policy, digest_of, read_policy
+from embedding_service.security.server import Files, Security
 from embedding_service.shard.server import near_rights
 
 NAMES = st.text("ab@*?[]", max_size=6)
@@ -117,14 +118,23 @@ def test_s4_patterns_for_everybody_are_not_for_nobody(tmp_path: Path) -> None:
 
 def test_n5_a_policy_that_changes_for_others_leaves_a_near_client_where_it_is(tmp_path: Path) -> None:
     one = {"tokens": ["one"], "read": ["m"]}
-    guard = Guard(write_policy(tmp_path, {"a": one}), *_authority(tmp_path))
-    before = near_rights(guard, "", "Bearer one")
+    prepare_folder(tmp_path, ["127.0.0.1"], ["s"])
+    own = [tmp_path / "s" / name for name in ("tls.crt", "tls.key", "ca.crt")]
+    security = Security(Files(*own, write_policy(tmp_path, {"a": one}), tmp_path / "audit"))
+    before = near_rights(security, "near", "Bearer one")
     write_policy(tmp_path, {"a": one, "b": {"tokens": ["two"]}})
-    guard.look()
-    assert near_rights(guard, "", "Bearer one") == before
+    security.guard.look()
+    assert near_rights(security, "near", "Bearer one") == before
+    for bearer in ("", "Bearer three", "Bearer two"):
+        with pytest.raises(Unauthenticated if bearer != "Bearer two" else PermissionDenied):
+            near_rights(security, "near", bearer)
+    denied = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [(each["who"], each["method"]) for each in denied] == [
+        (who, "near rows") for who in ("nobody", "nobody", "b")
+    ]
     write_policy(tmp_path, {"a": {**one, "read": ["n"]}})
-    guard.look()
-    assert near_rights(guard, "", "Bearer one") != before
+    security.guard.look()
+    assert near_rights(security, "near", "Bearer one") != before
 
 
 @pytest.mark.parametrize(
