@@ -6,7 +6,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -518,14 +518,17 @@ def test_s7_what_is_over_a_quota_is_refused_and_comes_when_the_client_waited(sec
     with grpc.secure_channel(address, access.credentials()) as channel:
         stub = EmbeddingServiceStub(channel)
 
-        def refused() -> grpc.RpcError | None:
+        def refused(ask: Callable[..., object], request: object) -> grpc.RpcError | None:
             try:
-                stub.Lookup(wanted, timeout=30)
+                ask(request, timeout=30)
             except grpc.RpcError as error:
                 return error
             return None
 
-        error: Any = until(refused, "a lookup over the quota")
+        ngrams = wire.LookupNgramsRequest(model=SEEN, token_ids=[1, 2] * 500)
+        error: Any = until(lambda: refused(stub.LookupNgrams, ngrams), "n-grams over the quota")
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = until(lambda: refused(stub.Lookup, wanted), "a lookup over the quota")
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "limited has used its quota" in error.details()
         assert 0 < int(dict(error.trailing_metadata())[PUSHBACK]) < 60_000
         # On a stream too, and calls that are open count.
