@@ -146,7 +146,7 @@ def test_s3_what_is_no_token_is_nobody(tmp_path: Path, bearer: str | None) -> No
         guard.caller(bearer)
 
 
-def test_s3_a_json_web_token_counts_by_its_issuers_keys_alone(tmp_path: Path) -> None:
+def test_s3_a_json_web_token_counts_by_its_issuers_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     public = jwt.algorithms.ECAlgorithm.to_jwk(ours.public_key(), as_dict=True)
     (tmp_path / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "k", "use": "sig", "alg": "ES256"}]}))
@@ -168,6 +168,13 @@ def test_s3_a_json_web_token_counts_by_its_issuers_keys_alone(tmp_path: Path) ->
     for each in wrong:
         with pytest.raises(Unauthenticated):
             guard.caller(each)
+    token = bearer()
+    caller = guard.caller(token)
+    assert guard.again(caller) is caller
+    monkeypatch.setattr(time, "time", lambda: now + 100.0)
+    for ask in (lambda: guard.caller(token), lambda: guard.again(caller)):  # it is known, and expires all the same
+        with pytest.raises(Unauthenticated, match="has expired"):
+            ask()
 
 
 def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authority(tmp_path: Path) -> None:
