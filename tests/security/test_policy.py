@@ -119,8 +119,8 @@ def test_s4_patterns_for_everybody_are_not_for_nobody(tmp_path: Path) -> None:
 def test_n5_a_policy_that_changes_for_others_leaves_a_near_client_where_it_is(tmp_path: Path) -> None:
     one = {"tokens": ["one"], "read": ["m"]}
     prepare_folder(tmp_path, ["127.0.0.1"], ["s"])
-    own = [tmp_path / "s" / name for name in ("tls.crt", "tls.key", "ca.crt")]
-    security = Security(Files(*own, write_policy(tmp_path, {"a": one}), tmp_path / "audit"))
+    own, policy = tmp_path / "s", write_policy(tmp_path, {"a": one})
+    security = Security(Files(own / "tls.crt", own / "tls.key", own / "ca.crt", policy, tmp_path / "audit"))
     before = near_rights(security, "near", "Bearer one")
     write_policy(tmp_path, {"a": one, "b": {"tokens": ["two"]}})
     security.guard.look()

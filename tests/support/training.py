@@ -173,8 +173,8 @@ class InThread:
 
     def _security(self, shard: str) -> Security:
         assert self._secure
-        own = (self._secure / shard / name for name in ("tls.crt", "tls.key", "ca.crt"))
-        return Security(Files(*own, self._secure / "policy.toml", self._secure / "audit.jsonl"))
+        own, policy, audit = self._secure / shard, self._secure / "policy.toml", self._secure / "audit.jsonl"
+        return Security(Files(own / "tls.crt", own / "tls.key", own / "ca.crt", policy, audit))
 
     def route(self, shards: Sequence[str], told: Sequence[str] | None = None) -> None:
         """Say to all, or to some, which shards are there."""
