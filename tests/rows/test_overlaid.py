@@ -94,7 +94,14 @@ def test_t12_each_version_has_its_own_rows_over_the_base(over: Overlaid) -> None
             assert np.array_equal(rows.gather(ids[:count], "stored"), stored.numpy()[:count])
         for begin in range(0, len(ids), 211):  # few at a time are found in another way
             few = ids[begin : begin + 1 + begin % 30]
-            assert np.array_equal(rows.gather(few, "stored"), over.expected[name][few])
+            stored = torch.from_numpy(over.expected[name][few])
+            assert np.array_equal(rows.gather(few, "stored"), stored.numpy())
+            for encoding, dtype in TORCH.items():
+                values = get_format(over.table.dtype).decode(stored, over.table.dim, dtype=dtype)
+                out = np.empty((len(few), over.table.dim * dtype.itemsize), np.uint8)
+                assert rows.gather(few, encoding, out) is out
+                assert torch.equal(torch.from_numpy(out).view(dtype), values)
+                assert torch.equal(torch.from_numpy(rows.gather(few, encoding)).view(dtype), values)
 
 
 def test_parts_of_one_version_come_and_go_without_the_others(store: Path, tier: str, tmp_path: Path) -> None:
