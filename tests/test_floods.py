@@ -21,6 +21,8 @@ from embedding_service.front.base import MOST_FIELDS
 from embedding_service.security.identity import Caller
 from embedding_service.sockets import Connection, address_of, connections_at, cut, keep_out
 
+pytestmark = pytest.mark.slow
+
 ECHO = f"/{TOY}/Echo"
 OWN = [("grpc.use_local_subchannel_pool", 1)]
 

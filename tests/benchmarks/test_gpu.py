@@ -7,6 +7,8 @@ from rich.console import Console
 
 from benchmarks import gpu
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_tables_are_made_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "BATCHES", (12,))

@@ -22,6 +22,8 @@ from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import embedding_pb2_grpc
 
+pytestmark = pytest.mark.service
+
 TABLES = {"qwen": qwen4_exp_tables, "engram": engram_tables}
 WORDS = torch.randn(700, 24, generator=torch.Generator().manual_seed(5))
 

@@ -40,6 +40,7 @@ def seconds_of(router: Router, shards: Shards, clock: Clock, ids: list[int]) -> 
     return clock.now - before
 
 
+@pytest.mark.slow
 def test_a_shard_that_hangs_costs_no_lookup_its_whole_try(clock: Clock) -> None:
     """From its first lookup on to long after, while the breaker lets it be tried now and then."""
     router, shards = started(clock)

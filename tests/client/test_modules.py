@@ -27,6 +27,8 @@ from embedding_service import EmbeddingClient, RemoteEmbedding
 from embedding_service.errors import InvalidRequest, NoGradients, NotFound
 from embedding_service.torchrec import RemoteEmbeddingBagCollection, RemoteEmbeddingCollection
 
+pytestmark = pytest.mark.service
+
 ROWS = len(longcat_table())
 IDS = torch.tensor([[5, 7], [19_000, 5]])
 CONFIG: dict[str, Any] = {"name": "ngram", "embedding_dim": DIM, "num_embeddings": ROWS, "feature_names": ["ngram"]}

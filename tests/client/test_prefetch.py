@@ -12,6 +12,8 @@ from support.cluster import Up
 from embedding_service import EmbeddingClient, errors
 from embedding_service.client import client as client_module
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture
 def busy(service: Up, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EmbeddingClient, threading.Event]]:

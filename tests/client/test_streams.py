@@ -26,6 +26,8 @@ from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 from embedding_service.wire.lookup_codec import Shape, encode_lookup
 
+pytestmark = pytest.mark.service
+
 KINDS = [streams._PollingStream, streams._PublicStream]
 
 

@@ -30,6 +30,8 @@ from embedding_service.errors import InvalidRequest, NoGradients, NotFound, OutO
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.torchrec import RemoteEmbeddingBagCollection, RemoteEmbeddingCollection
 
+pytestmark = pytest.mark.service
+
 DIM, BATCH = 16, 6
 ROWS = {"users": 5003, "goods": 2000, "words": 700, "tiny": 1}
 FEATURES = {"users": ["user"], "goods": ["bought", "seen"], "words": ["title", "seen"], "tiny": ["always"]}

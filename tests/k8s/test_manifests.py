@@ -38,7 +38,8 @@ from model_worker.options import POLICY_VARIABLE
 
 DOCKERFILE = K8S.parent / "Dockerfile"
 
-pytestmark = pytest.mark.skipif(not can_render(), reason="kubectl is not installed, and it is what renders k8s/")
+NO_KUBECTL = "kubectl is not installed, and it is what renders k8s/"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_render(), reason=NO_KUBECTL)]
 
 KUBERNETES = "1.37"
 # A part of an overlay, applied at a time of its own.

@@ -158,6 +158,7 @@ def test_primes() -> None:
     assert _is_prime(2**61 - 1)
 
 
+@pytest.mark.slow
 def test_a_map_that_inflates_without_end() -> None:
     bomb = base64.b85encode(zlib.compress((5).to_bytes(4, "little") + bytes(100 << 20))).decode()
     for text in (bomb, base64.b85encode(zlib.compress(b"\xff" * 16)).decode()):

@@ -97,6 +97,7 @@ def assert_balanced(parts: Sequence[PartDemand], nodes: Sequence[Node], placemen
         assert abs(held[node.shard] - share) <= max(largest, share * TOLERANCE)
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(2, 12), st.integers(1, 3), st.integers(1, 300), st.booleans())
 def test_one_of_equal_shards_joins_or_leaves(count: int, replicas: int, parts_: int, joins: bool) -> None:

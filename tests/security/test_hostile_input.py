@@ -25,6 +25,7 @@ def runs_bytes(text: str) -> Iterator[str]:
             yield ast.unparse(node)
 
 
+@pytest.mark.slow
 def test_s10_nothing_is_unpickled_or_run() -> None:
     for package in ("embedding_service", "model_worker"):
         for file in sorted((ROOT / package).rglob("*.py")):

@@ -151,6 +151,7 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
     asyncio.run(use())
 
 
+@pytest.mark.slow
 def test_fifty_tables_of_domains_cost_their_own_rows_each(store: Path, tmp_path: Path) -> None:
     own = linked_store(store, "int8", tmp_path / "store")
     base = own.manifest("int8")

@@ -17,6 +17,8 @@ from embedding_service.formats import FORMATS, get_format
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceStub
 
+pytestmark = pytest.mark.service
+
 ROWS = len(longcat_table())
 
 

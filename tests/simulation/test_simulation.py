@@ -61,6 +61,7 @@ def test_shards_that_leave_are_not_waited_for_in_the_end() -> None:
     assert len([shard for shard in simulation.live() if not shard.duties.draining]) >= len(shards)
 
 
+@pytest.mark.slow
 def test_a_failing_seed_is_made_short_and_still_fails() -> None:
     promise, mutant = next(iter(MUTANTS.items()))
     with mutant():

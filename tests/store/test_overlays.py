@@ -291,6 +291,7 @@ def test_an_import_over_a_base_of_other_tables_is_refused(
         diff(store, "tiny", "few")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_the_same_publish_ends_well_whenever_the_first_one_was_killed(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -69,6 +69,7 @@ def killed_while_publishing(cls: type[Draft], step: int) -> Iterator[list[bool]]
         yield had_it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -30,6 +30,8 @@ from embedding_service.training.branch import branch_folder, read_branch
 from embedding_service.training.seats import Seat, read_seats
 from embedding_service.wire import training_pb2 as wire
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:

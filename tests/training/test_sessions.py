@@ -321,6 +321,7 @@ def test_rows_of_ngrams_learn_as_tables_in_this_process(own: EmbeddingClient) ->
         assert torch.equal(own.lookup(f"fp32@ngrams/{NGRAMS}", every), reference.rows)
 
 
+@pytest.mark.slow
 def test_compiled_modules_learn_as_eager_ones(own: EmbeddingClient) -> None:
     """Two calls alike give their gradients twice, though a compiler may make one of them."""
     found = []

@@ -24,7 +24,7 @@ from small_models import SmallModel
 from support.cluster import Up, free_port, until
 from test_vllm_engine import ENGINES, ROUNDS, SHORT
 
-pytestmark = [needs_vllm, pytest.mark.timeout(1800)]
+pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 START_SECONDS = 900
 WORDS = "--dtype float32 --enforce-eager --max-model-len 256"
