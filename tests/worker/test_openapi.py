@@ -91,7 +91,7 @@ def test_s8_bodies_are_taken_where_the_document_says_so(
 
 def short(body: dict[str, Any]) -> dict[str, Any]:
     """The same for a few tokens. They do."""
-    few = {name: min(body[name], 3) for name in LIMITS if type(body.get(name)) is int}
+    few = {name: min(body[name], 3) for name in LIMITS if isinstance(body.get(name), int | float)}
     if isinstance(prompts := body.get("prompt"), list) and len(prompts) > 1:
         few["n"] = 1  # there are places for all prompts, each once
     if body.get("max_tokens") is None:
