@@ -21,7 +21,7 @@ from small_model import write_tokenizer
 from embedding_service.client.client import ModelDescription
 from embedding_service.commands.console import PlainConsole
 from embedding_service.commands.waiting import Waiting
-from model_worker import cli, serving
+from model_worker import cli, serving, worker
 from model_worker.http_app import build_app
 from model_worker.worker import Worker, WorkerConfig
 
@@ -126,6 +126,7 @@ def test_an_unknown_model(
 
 
 def test_no_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
+    monkeypatch.setattr(worker, "LOOKUP_TIMEOUT", 1.0)
     code, error = run(monkeypatch, capsys, "serve", str(model_folder), "--embeddings=127.0.0.1:1")
     assert code == 1
     assert "127.0.0.1:1" in error
@@ -222,10 +223,10 @@ def test_chat_needs_a_template_that_takes_it(
         file.unlink()
     (folder / "chat_template.jinja").unlink()
     write_tokenizer(folder, template)
-    worker = Worker(WorkerConfig(folder, embeddings, name="small", version="1"))
+    replica = Worker(WorkerConfig(folder, embeddings, name="small", version="1"))
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(worker))
+        transport = httpx.ASGITransport(build_app(replica))
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
             return await client.post("/v1/chat/completions", json=body)
@@ -233,7 +234,7 @@ def test_chat_needs_a_template_that_takes_it(
     try:
         answer = asyncio.run(ask())
     finally:
-        worker.close()
+        replica.close()
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == "messages"
