@@ -54,7 +54,8 @@ from model_worker.text import Spelling, TextStream
 FinishReason = Literal["stop", "length"]
 # Tokens of prompts that are run between two steps, and the most of one prompt in a pass.
 PREFILL_TOKENS = 256
-# Where more requests wait for their first token than run: up to so many times as many, and in one pass.
+# Where more requests wait for their first token than half of those that run: up to so many times as many, and in one
+# pass.
 _IN_A_BURST, _IN_A_PASS = 8, 4
 
 _log = logging.getLogger(__name__)
@@ -333,8 +334,8 @@ class Engine:
 
     def _prefill(self) -> None:
         """Run the next tokens of prompts, a turn's, and take requests into the batch that have theirs."""
-        waiting_for_each = ceil(len(self._joining) / max(1, len(self._running)))
-        room = PREFILL_TOKENS * max(1, min(waiting_for_each, _IN_A_BURST))
+        waiting_for_two = ceil(2 * len(self._joining) / max(2, len(self._running)))
+        room = PREFILL_TOKENS * max(1, min(waiting_for_two, _IN_A_BURST))
         while self._joining:
             self._joining = deque(run for run in self._joining if not run.request.cancelled)
             self._find_beginnings()
