@@ -208,6 +208,12 @@ class InThread:
         """It does not look at the seats any more."""
         self._do(cancel([self._looking[shard]]))
 
+    def end_following(self, shard: str, branch: str, share: str) -> None:
+        """The task of a copy ends, as by an error that nobody foresaw."""
+        following = self.shares[shard]._open[branch, share].following
+        assert following
+        self._do(cancel([following]))
+
     def drain(self, shard: str) -> None:
         """It hands over what it has."""
         self._do(self.shares[shard].drain())

@@ -189,6 +189,21 @@ def test_s6_s9_copies_follow_by_their_own_certificates_and_who_trains_is_noted(s
         shards.close()
 
 
+def test_t10_a_copy_that_stopped_following_follows_again(store: Path, shards: InThread) -> None:
+    with training(shards, "stopped", 2) as session:
+        wait_for(store, "stopped", all_in_sync)
+        push(session)
+        shards.end_following("s1", f"{MODEL}@stopped", "s0")
+        for _ in range(3):  # they wait for the copy
+            push(session)
+        wait_for(store, "stopped", all_in_sync)
+        shards.stop("s0")
+        shards.route(["s1"])
+        wait_for(store, "stopped", led_by("s1", "s1"))
+        push(session)
+        check(session)
+
+
 def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> None:
     """It is cut off from all but the trainer, and does not know that its copy leads."""
     shards = InThread(store, tmp_path / "logs", ["s0", "s1"], patience=0.5)

@@ -81,8 +81,8 @@ class Shares:
         for share in self.open.values():
             share.begin(session, workers)
 
-    def push(self, session: int, step: int, worker: int = 0) -> None:
-        for shard, ids, gradients in spread(self.branch, *changes(step, worker)):
+    def push(self, session: int, step: int, worker: int = 0, most: int = 200) -> None:
+        for shard, ids, gradients in spread(self.branch, *changes(step, worker, most)):
             share = self.open[shard]
             share.accept(share.read(pieces_of(self.branch, session, step, ids, gradients, worker)))
 
@@ -146,29 +146,32 @@ def test_t1_a_push_counts_once_and_one_out_of_turn_not_at_all(make: Make) -> Non
     shares = make(shards=1)
     shares.begin(7)
     [share] = shares.open.values()
-    first, second = (share.read(pieces_of(shares.branch, 7, step, *changes(step))) for step in (1, 2))
+    first, second, third = (share.read(pieces_of(shares.branch, 7, step, *changes(step))) for step in (1, 2, 3))
     with pytest.raises(OutOfTurn, match=r"step 2 .* step 1 is expected"):
         share.accept(second)
-    for push in (first, first, second, first, second):
+    for push in (first, first, second, second, first, third):
         share.accept(push)
-    assert share.applied == 2
-    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
+    assert share.applied == 3
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
+    assert [change.step for change in share.source()[1] if change.kind == "push"] == [1, 2, 3]
     share.begin(8, 1)
     with pytest.raises(SessionEnded, match=r"session 7 .* session 8 began"):
-        share.accept(share.read(pieces_of(shares.branch, 7, 3, *changes(3))))
+        share.accept(share.read(pieces_of(shares.branch, 7, 4, *changes(4))))
     with pytest.raises(SessionEnded):
         share.begin(7, 1)
-    assert share.applied == 2
+    assert share.applied == 3
 
 
 def test_t1_a_step_waits_for_all_workers_and_adds_in_their_order(make: Make) -> None:
-    shares = make(shards=2)
+    """Many rows are in the pushes of all three: a sum of two is the same in any order."""
+    shares, reference = make(shards=2), InProcess("rowwise_adagrad")
     shares.begin(1, workers=3)
     for step in range(1, 5):
         for worker in (2, 0, 1) if step % 2 else (1, 2, 0):
             assert all(share.applied == step - 1 for share in shares.open.values())
-            shares.push(1, step, worker)
-    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(4, workers=3))
+            shares.push(1, step, worker, ROWS)
+        reference.step(*(changes(step, worker, ROWS) for worker in range(3)))
+    assert torch.equal(shares.rows(), reference.rows)
 
 
 def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], str]]:
