@@ -94,9 +94,12 @@ SECURE ?=
 chaos: setup
 	PYTHONPATH=tests $(BIN)/python -m support.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(SECURE),--secure --rotate)
 
-# The same while two branches are trained, with a trainer that dies too. Many die at named points of their code.
+# The same while two branches are trained, with a trainer that dies too. Many die at named points of their code, and it is
+# told how often at which: 10 minutes come to nearly all of them. Then a share dies at each of its operations on a file.
+COPIES ?= 2
 train-chaos: setup
-	folder=$$(mktemp -d) && PYTHONPATH=tests $(BIN)/python -m support.training_chaos $$folder --seconds $(SECONDS) --seed $(SEED) && rm -r $$folder
+	folder=$$(mktemp -d) && PYTHONPATH=tests $(BIN)/python -m support.training_chaos $$folder --seconds $(SECONDS) --seed $(SEED) --copies $(COPIES) && \
+	  PYTHONPATH=tests $(BIN)/python -m support.crashes $$folder/files && rm -r $$folder
 
 # Controller, shards, routers, network and store in one thread, each seed another run of 500 events: 1,000 take about a
 # minute of two cores. A failing seed is made short and told step by step.

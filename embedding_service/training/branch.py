@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,7 +248,7 @@ def _check_trainable(manifest: Manifest, dequantize: bool) -> None:
 
 def _write_first(path: Path, text: str) -> None:
     """Write a file unless it is there. At any moment it is whole or not there."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own = path.with_name(path.name + _own())
     write_synced(own, text.encode())
     try:
         os.link(own, path)
@@ -294,8 +295,13 @@ def leaving_shards(folder: Path) -> set[str]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """`write_durably`, where several shards write to one folder."""
-    write_durably(path, data, own=f".{os.getpid()}")
+    """`write_durably`, where several shards write to one folder, and several threads of each."""
+    write_durably(path, data, own=_own())
+
+
+def _own() -> str:
+    """What sets this thread's file apart from others' of the same name."""
+    return f".{os.getpid()}.{threading.get_ident()}"
 
 
 @contextmanager

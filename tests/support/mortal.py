@@ -1,7 +1,8 @@
 """A process that dies where it is told to: `python -m support.mortal FILE KIND MODULE ARGUMENT...`.
 
 FILE says where, as `arm` writes it: at the n-th time that a function is entered or left, or in the middle of a write to
-a file. Processes may share a FILE. The first one that gets there takes it away, and kills itself.
+a file. Processes may share a FILE. The first one that gets there takes it away, and kills itself. FILE.passed gets a
+line for each process and each point that it came to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import runpy
 import secrets
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -24,7 +26,7 @@ HALF_WRITTEN = "half a record"
 # Functions of the package, by module, that each kind of process may die in.
 FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "shard": {
-        "training.log": ("Draft.add", "Log.append", "Log.begin_file", "Log.forget_before", "Log.rewrite", "Log.clear"),
+        "training.log": ("Log.append", "Log.begin_file", "Log.forget_before", "Log.rewrite", "Log.clear"),
         "training.share": (
             "Share.begin",
             "Share.rewind",
@@ -88,12 +90,26 @@ def arm(file: Path, point: str, times: int) -> None:
     new.replace(file)
 
 
+def passed(file: Path) -> Counter[str]:
+    """To how many processes of a file each point came."""
+    return Counter(_passed(file).read_text().splitlines()) if _passed(file).exists() else Counter()
+
+
+def _passed(file: Path) -> Path:
+    return file.with_suffix(".passed")
+
+
 class _Fate:
     def __init__(self, file: Path) -> None:
         self._file, self._order, self._left = file, "", 0
+        self._passed: set[str] = set()
 
     def at(self, point: str) -> bool:
         """Whether to die here."""
+        if point not in self._passed:
+            self._passed.add(point)
+            with _passed(self._file).open("a") as passed:
+                passed.write(f"{point}\n")
         try:
             order, times, where = self._file.read_text().split(" ", 2)
         except FileNotFoundError:
@@ -138,15 +154,15 @@ class _Fate:
 
         return now
 
-    def half(self, write: Callable[[int, Any, int], int]) -> Callable[[int, Any, int], int]:
-        """os.pwrite, which may write half and die."""
+    def half(self, write: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
+        """os.write, which may write half and die."""
 
-        def written(file: int, data: Any, at: int) -> int:
+        def written(file: int, data: Any) -> int:
             if len(data) > 100 and self.at(HALF_WRITTEN):  # no other part of the service writes so much by it
-                write(file, bytes(data)[: len(data) // 2], at)
+                write(file, bytes(data)[: len(data) // 2])
                 print(f"dies in {HALF_WRITTEN}", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(file, data, at)
+            return write(file, data)
 
         return written
 
@@ -168,7 +184,20 @@ def make_mortal(file: Path, kind: str) -> None:
                 if getattr(each, "__name__", "").startswith(PACKAGE) and getattr(each, short, None) is function:
                     setattr(each, short, wrapped)
     if kind == "shard":
-        os.pwrite = fate.half(os.pwrite)  # type: ignore[assignment]
+        os.write = fate.half(os.write)  # type: ignore[assignment]
+    be_impatient(kind)
+
+
+def be_impatient(kind: str) -> None:
+    """Have shards and trainers miss those that hang within 2 s, and look at the seats more often."""
+    if kind == "shard":
+        defaults = importlib.import_module(f"{PACKAGE}.shard.shares").Shares.__init__.__kwdefaults__
+        assert {"patience", "look_seconds"} <= defaults.keys()
+        defaults.update(patience=2.0, look_seconds=0.25)
+    elif kind == "trainer":
+        training = importlib.import_module(f"{PACKAGE}.client.training")
+        assert hasattr(training, "_QUIET")
+        training._QUIET = 1.0
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 One learns by row-wise Adagrad. Its rows are compared bit by bit with training in this process. The other is a ledger:
 it learns by SGD at a rate of 1, and each push writes into its rows that it was there. So a row tells how many pushes
-changed it, and which. FOLDER/progress has the last step that all shards have. When FOLDER/end is there it stops.
+changed it, and which. FOLDER/progress has the last step that all shards have. When FOLDER/end is there it stops. When
+FOLDER/back is there, the next trainer begins some steps before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from support.training import DIM, LR, MODEL, ROWS, TABLE, InProcess, changes, st
 
 BITS, LEDGER = f"{MODEL}@bits", "ledger@pushes"
 CHECKPOINT_EVERY = 20
+# Steps from one checkpoint that the trainer asks for, too, to the next.
+ASKED_EVERY = 3 * CHECKPOINT_EVERY
 # Columns of the ledger: the row's id, the pushes, the sum of their steps, then a bit for each step in turn.
 _COLUMNS, _BITS = DIM - 3, 20
 # Steps from one note of the reference to the next.
@@ -113,7 +116,9 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     torch.set_num_threads(1)
     progress = folder / "progress"
     done = int(progress.read_text()) if progress.exists() else 0
-    back = random.randrange(CHECKPOINT_EVERY) if random.random() < 0.5 else None
+    asked = folder / "back"
+    back = random.randrange(1, CHECKPOINT_EVERY) if asked.exists() or random.random() < 0.25 else None
+    asked.unlink(missing_ok=True)
     at_step = max(done - back, 0) if back is not None else None
     about: dict[str, Any] = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
     with (
@@ -130,6 +135,8 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
         while not (folder / "end").exists():
             step(sessions)
             note(sessions, progress)
+            if bits.steps % ASKED_EVERY == 0:
+                bits.checkpoint()
             time.sleep(0.01)
         check(sessions, folder)
         print(f"right at {[session.steps for session in sessions]}", flush=True)

@@ -2,8 +2,9 @@
 
     python -m support.training_chaos FOLDER [--seconds N] [--seed N] [--copies N]
 
-Some die at points of their code (`support.mortal`), each point in turn, others at drawn moments. `support.trainer`
-checks what the shards have each time it begins, and at the end.
+Some die at points of their code (`support.mortal`), each point in turn, others at drawn moments. What leads to a point
+is done until somebody died there. `support.trainer` checks what the shards have each time it begins, and at the end.
+Then it is told how often somebody died at which point, and which points nobody came to.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_branch
 from embedding_service.training.seats import Seat, read_seats
 from support.cluster import Cluster, Process, cluster, until
-from support.mortal import arm, points
+from support.mortal import FUNCTIONS, arm, passed, points
 from support.trainer import BITS, LEDGER, stores
 
 SHARDS, SHARES, LOST_AFTER = 3, 6, 2.0
@@ -69,11 +70,13 @@ class Run:
 
     def kill(self, name: str) -> None:
         """SIGKILL."""
+        if not self.process(name).runs:  # it died where it was told to
+            self.reap()
         self.process(name).end(signal.SIGKILL)
 
-    def dead(self) -> list[str]:
-        """Those that died where they were told to. Fails if one ended otherwise."""
-        found = [name for name, process in self.cluster.processes.items() if not process.runs]
+    def dead(self, but: str = "") -> list[str]:
+        """Those that died where they were told to. Fails if one ended otherwise, other than `but`."""
+        found = [name for name, process in self.cluster.processes.items() if not process.runs and name != but]
         for name in found:
             process = self.process(name)
             assert process.wait() == -signal.SIGKILL, f"{name} ended by itself:\n{process.output()[-5000:]}"
@@ -90,21 +93,25 @@ class Run:
         """Where one of a kind is to die and has not yet; or empty."""
         return self._armed.get(kind, "") if (self.folder / kind).exists() else ""
 
-    def reap(self) -> list[str]:
-        """Note which points were reached. Returns who died there."""
-        found = self.dead()
+    def reap(self, but: str = "") -> list[str]:
+        """Note which points were reached. Returns who died, other than `but`."""
+        found = self.dead(but)
         for name in found:
             kind = name if name in (TRAINER, CONTROLLER) else "shard"
             if not (self.folder / kind).exists() and (point := self._armed.pop(kind, "")):
                 self.died[f"{kind} {point}"] += 1
         return found
 
+    def bring_back(self, but: str = "") -> None:
+        """Start those again who died, other than `but`."""
+        for name in self.reap(but):
+            self.start(name)
+
     def disarm(self) -> None:
         """Nobody is to die any more."""
         for kind in list(self._armed):
             (self.folder / kind).unlink(missing_ok=True)
-        for name in self.reap():
-            self.start(name)
+        self.bring_back()
         self._armed.clear()
 
     # What is looked at
@@ -120,8 +127,7 @@ class Run:
 
         def done() -> bool:
             nonlocal trainer, target
-            for name in self.reap():
-                self.start(name)
+            self.bring_back()
             if self.process(TRAINER) is not trainer:  # it may go back
                 trainer, target = self.process(TRAINER), -1
             if target < 0 and "begins at" in trainer.output().rpartition("dies")[2]:
@@ -159,8 +165,7 @@ class Run:
         """Until all copies are in sync."""
 
         def whole() -> bool:
-            for name in self.reap():
-                self.start(name)
+            self.bring_back()
             return self.is_whole()
 
         self.wait(whole, "all copies in sync")
@@ -180,12 +185,31 @@ class Run:
         if joining:
             self.kill(joining[0])
             self.start(joining[0])
-            self.died["a joining copy"] += 1
+            self.died["joining_copy"] += 1
+
+    def fail_over(self) -> None:
+        """A shard that leads dies, and comes back when another one leads in its place."""
+        self.wait_whole()
+        number = self._chance.randrange(len(self.seats()))
+        dead = self.seats()[number].primary
+        self.kill(dead)
+
+        def led_by_another() -> bool:
+            self.bring_back(but=dead)
+            return self.seats()[number].primary != dead
+
+        self.wait(led_by_another, f"another shard to lead than {dead}")
+        self.start(dead)
 
     def kill_trainer(self) -> None:
         """The trainer dies, and another one begins."""
         self.kill(TRAINER)
         self.start(TRAINER)
+
+    def go_back(self) -> None:
+        """The trainer dies, and another one begins some steps before."""
+        (self.folder / "back").touch()
+        self.kill_trainer()
 
     def kill_controller(self) -> None:
         """The controller dies, and comes back."""
@@ -200,13 +224,13 @@ class Run:
         time.sleep(self._chance.uniform(0.5, 3 * LOST_AFTER))
         process.send_signal(signal.SIGCONT)
 
-    def hang_primary(self) -> None:
+    def hang_primary(self, steps: int = 5) -> None:
         """A shard that leads hangs until the trainer goes on without it."""
         self.wait_whole()
         process = self.process(self.seats()[0].primary).popen
         process.send_signal(signal.SIGSTOP)
         try:
-            self.goes_on()
+            self.goes_on(steps)
         finally:
             process.send_signal(signal.SIGCONT)
 
@@ -214,8 +238,16 @@ class Run:
         """A shard hands all over, ends, and another one starts."""
         name = self._chance.choice(self.names)
         self.process(name).popen.terminate()
-        self.wait(lambda: not self.process(name).runs, f"{name} to hand over and end")
-        del self.cluster.processes[name]
+
+        def ended() -> bool:
+            self.bring_back(but=name)
+            return not self.process(name).runs
+
+        self.wait(ended, f"{name} to hand over and end")
+        if self.process(name).wait() == 0:
+            del self.cluster.processes[name]
+        else:
+            self.reap()
         self.start(name)
 
     def replace_shard(self) -> None:
@@ -244,51 +276,109 @@ class Run:
 
 EVENTS = {
     Run.kill_shard: 4,
+    Run.fail_over: 1,
     Run.kill_joining: 3,
-    Run.kill_trainer: 2,
+    Run.kill_trainer: 1,
+    Run.go_back: 1,
     Run.kill_controller: 1,
     Run.hang_shard: 2,
     Run.hang_primary: 1,
     Run.drain_shard: 1,
     Run.replace_shard: 1,
 }
-NEED_COPIES = (Run.hang_primary, Run.replace_shard)
+NEED_COPIES = (Run.fail_over, Run.hang_primary, Run.replace_shard)
+JOINING = ("_open_copy", "Share.source", "Share.restart", "Share.do", "Log.clear", "_admit", "change_seat")
+# What leads to a point. To others somebody comes while the trainer goes on.
+LEADS_TO: dict[Callable[[Run], None], tuple[str, ...]] = {
+    Run.kill_trainer: ("Share.begin", "Session.begin", "_read"),
+    Run.go_back: ("Share.rewind", "Log.rewrite", "load_checkpoint", "forget_checkpoints"),
+    Run.kill_shard: ("_open_primary", "_recover", "_send_again", "_find", "._join", "._publish", "._assign", *JOINING),
+    Run.fail_over: ("Share.lead", "Shares._lead", "_take_over", "._leave"),
+    Run.drain_shard: ("_hand_over", *JOINING),
+}
+# After so many rounds somebody else is to die somewhere else.
+PATIENCE = 4
+# What nobody comes to with one copy: no copy is in sync but while a share moves.
+NEEDS_COPIES = ("Shares._take_over",)
+
+
+class Tour:
+    """Which point is next for each kind of process: all in drawn order, those first at which fewest died."""
+
+    def __init__(self, run: Run, chance: random.Random) -> None:
+        self._run, self._chance = run, chance
+        self._rounds: Counter[str] = Counter()
+        self._tried: Counter[str] = Counter()
+
+    def arm(self) -> list[str]:
+        """Arm a point for each kind that has none. Returns those where nobody has died yet."""
+        waiting = []
+        for kind in FUNCTIONS:
+            point = self._run.waits_at(kind)
+            self._rounds[kind] += 1
+            if not point or self._rounds[kind] > PATIENCE:
+                point = self._next(kind)
+                self._rounds[kind] = 0
+                often = not any(_leads_to(event, point) for event in LEADS_TO)
+                self._run.arm(kind, point, self._chance.choice((1, 2, 5)) if often else 1)
+            waiting.append(point)
+        return waiting
+
+    def _next(self, kind: str) -> str:
+        could = [each for each in points(kind) if self._run.copies > 1 or not each.endswith(NEEDS_COPIES)]
+        self._chance.shuffle(could)
+        found = min(could, key=lambda point: (self._run.died[f"{kind} {point}"], self._tried[f"{kind} {point}"]))
+        self._tried[f"{kind} {found}"] += 1
+        return found
+
+
+def _leads_to(event: Callable[[Run], None], point: str) -> bool:
+    return any(each in point for each in LEADS_TO[event])
 
 
 def chaos(run: Run, seconds: float, chance: random.Random) -> None:
-    """Events in drawn order for a time, each with points where somebody dies besides."""
-    left: dict[str, list[str]] = {}
+    """Events for a time, each with points where somebody dies besides: what leads to those, or a drawn one."""
+    tour = Tour(run, chance)
     deadline = time.monotonic() + seconds
+    events = EVENTS if run.copies > 1 else {each: EVENTS[each] for each in EVENTS if each not in NEED_COPIES}
     run.goes_on()
     while time.monotonic() < deadline:
-        for kind, share in (("shard", 1.0), (TRAINER, 0.5), (CONTROLLER, 0.2)):
-            queue = left.setdefault(kind, [])
-            if point := run.waits_at(kind):  # nobody has come there yet
-                if chance.random() < 0.7:
-                    continue
-                queue.insert(0, point)
-            if chance.random() < share:
-                if not queue:
-                    queue += chance.sample(points(kind), len(points(kind)))
-                run.arm(kind, queue.pop(), chance.choice((1, 1, 2, 5)))
-        if chance.random() < 0.5:  # where they die is enough
+        waiting = tour.arm()
+        leading = [event for event in LEADS_TO if event in events and any(_leads_to(event, each) for each in waiting)]
+        drawn = chance.random()
+        if drawn < 0.3 and not leading:  # where they die is enough
             run.goes_on(2)
             continue
-        events = EVENTS if run.copies > 1 else {each: EVENTS[each] for each in EVENTS if each not in NEED_COPIES}
-        [event] = chance.choices(list(events), [*events.values()])
-        for name in run.reap():
-            run.start(name)
+        event = chance.choice(leading) if drawn < 0.8 and leading else chance.choices([*events], [*events.values()])[0]
+        run.bring_back()
         print(f"{time.monotonic() - deadline + seconds:5.0f} s, step {run.progress()}: {event.__name__}", flush=True)
         run.died[event.__name__] += 1
         event(run)
-        run.goes_on(chance.choice((1, 5, 30)))
-        if chance.random() < 0.3:
+        run.goes_on(chance.choice((1, 2, 10)))
+        if chance.random() < 0.2:
             run.wait_whole()
+
+
+def report(run: Run) -> list[str]:
+    """How often somebody died at each point and how many processes came there, and how often what happened."""
+    lines, died = [], 0
+    for kind in FUNCTIONS:
+        came = passed(run.folder / kind)
+        for point in points(kind):
+            times = run.died[f"{kind} {point}"]
+            died += times > 0
+            why = "" if times else ": nobody was to die here in the time" if came[point] else ": nobody came here"
+            if run.copies == 1 and point.endswith(NEEDS_COPIES):
+                why = ": needs --copies 2"
+            lines.append(f"{times:4} died of {came[point]:4} that came: {kind} {point}{why}")
+    of = sum(len(points(kind)) for kind in FUNCTIONS)
+    lines += [f"{count:4} {what}" for what, count in sorted(run.died.items()) if " " not in what]
+    return [*lines, f"{died} of {of} points reached"]
 
 
 def main(
     folder: Path,
-    seconds: Annotated[float, typer.Option(min=0)] = 120,
+    seconds: Annotated[float, typer.Option(min=0)] = 600,
     seed: int = 1,
     copies: Annotated[int, typer.Option(min=1, max=SHARDS)] = 2,
 ) -> None:
@@ -304,8 +394,7 @@ def main(
         chaos(run, seconds, chance)
         run.wait_whole()
         run.end()
-    for what, count in sorted(run.died.items()):
-        print(f"{count:4} {what}")
+    print(*report(run), sep="\n")
     print(f"right at step {run.progress()}, {sum(run.died.values())} events", flush=True)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from embedding_service.security.access import Access, access_of
 from embedding_service.security.authority import prepare_folder
 from embedding_service.shard.training import SERVICE
 from embedding_service.store.store import Store
-from embedding_service.training.branch import branch_folder, read_branch
+from embedding_service.training.branch import branch_folder, read_address, read_branch, write_address
 from embedding_service.training.seats import Seat, read_seats
 from embedding_service.wire import training_pb2 as wire
 
@@ -187,6 +188,13 @@ def test_s6_s9_copies_follow_by_their_own_certificates_and_who_trains_is_noted(s
         assert not any(each["action"] == "denied" for each in lines)
     finally:
         shards.close()
+
+
+def test_shares_that_open_at_once_say_where_their_shard_is(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: write_address(tmp_path, "s1", f"10.0.0.1:{number}"), range(10, 60)))
+    assert read_address(tmp_path, "s1").startswith("10.0.0.1:")
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["s1"]
 
 
 def test_t10_a_copy_that_stopped_following_follows_again(store: Path, shards: InThread) -> None:

@@ -122,11 +122,12 @@ def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_
     """`python -m support.training_chaos FOLDER` does it for long, at many points."""
     run.arm("shard", "after training.share:Share.admit", 3)
     run.arm(TRAINER, "after client.training:Session._begin_push", 20)
-    run.start(TRAINER)
-    run.goes_on()
     run.kill(CONTROLLER)
     run.start(CONTROLLER)
-    run.hang_primary()
+    run.start(TRAINER)
+    run.goes_on(2)
+    run.cluster.wait_until(lambda status: len(status.shards) == 3, "the controller to know who hangs then")
+    run.hang_primary(2)
     run.end()
     assert run.died["shard after training.share:Share.admit"] == 1
     assert run.died["trainer after client.training:Session._begin_push"] == 1

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -121,13 +122,16 @@ def make(base: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_t4_rows_are_those_of_training_in_process_on_any_number_of_shards(make: Make, kind: str) -> None:
+    """One of the shards dies after a checkpoint, and once more before the next."""
     reference = InProcess(kind).until(12)
     for shards in (1, 3):
-        shares = make(kind, shards)
+        shares = make(kind, shards, every=5)
         shares.begin(1)
         assert torch.equal(shares.rows(), start_rows())
         for step in range(1, 13):
             shares.push(1, step)
+            if step in (5, 8):
+                shares.crash("s0")
         assert torch.equal(shares.rows(), reference)
 
 
@@ -172,6 +176,33 @@ def test_t1_a_step_waits_for_all_workers_and_adds_in_their_order(make: Make) -> 
             shares.push(1, step, worker, ROWS)
         reference.step(*(changes(step, worker, ROWS) for worker in range(3)))
     assert torch.equal(shares.rows(), reference.rows)
+
+
+def test_t5_rows_are_of_the_step_that_is_said_though_pushes_go_on(make: Make) -> None:
+    shares, reference = make("sgd", 1), InProcess("sgd")
+    shares.begin(1)
+    [share] = shares.open.values()
+    every, expected, over = torch.arange(ROWS).numpy(), [start_rows()], threading.Event()
+    for step in range(1, 81):
+        reference.step(changes(step, 0, ROWS))
+        expected.append(reference.rows.clone())
+
+    def read() -> set[int]:
+        seen: set[int] = set()
+        while not over.is_set():
+            rows, step = share.rows(TABLE, every)
+            assert torch.equal(rows, expected[step]), f"rows of another step than {step}"
+            seen.add(step)
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        reading = [threads.submit(read) for _ in range(2)]
+        try:
+            for step in range(1, 81):
+                shares.push(1, step, 0, ROWS)
+        finally:
+            over.set()
+    assert all(len(each.result()) > 1 for each in reading)
 
 
 def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], str]]:
