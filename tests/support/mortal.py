@@ -154,15 +154,15 @@ class _Fate:
 
         return now
 
-    def half(self, write: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
-        """os.write, which may write half and die."""
+    def half(self, write: Callable[[int, Any, int], int]) -> Callable[[int, Any, int], int]:
+        """os.pwrite, which may write half and die. Logs alone write by it."""
 
-        def written(file: int, data: Any) -> int:
-            if len(data) > 100 and self.at(HALF_WRITTEN):  # no other part of the service writes so much by it
-                write(file, bytes(data)[: len(data) // 2])
+        def written(file: int, data: Any, at: int) -> int:
+            if len(data) > 100 and self.at(HALF_WRITTEN):
+                write(file, bytes(data)[: len(data) // 2], at)
                 print(f"dies in {HALF_WRITTEN}", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(file, data)
+            return write(file, data, at)
 
         return written
 
@@ -184,7 +184,7 @@ def make_mortal(file: Path, kind: str) -> None:
                 if getattr(each, "__name__", "").startswith(PACKAGE) and getattr(each, short, None) is function:
                     setattr(each, short, wrapped)
     if kind == "shard":
-        os.write = fate.half(os.write)  # type: ignore[assignment]
+        os.pwrite = fate.half(os.pwrite)  # type: ignore[assignment]
     be_impatient(kind)
 
 

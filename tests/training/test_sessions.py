@@ -14,6 +14,7 @@ import torch
 from support.checkpoints import DIM as NGRAM_DIM
 from support.checkpoints import HEADS, VOCAB, longcat_table
 from support.cluster import cluster, until
+from support.mortal import HALF_WRITTEN, passed
 from support.trainer import stores
 from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows
 from support.training_chaos import CONTROLLER, LOST_AFTER, TRAINER, Run
@@ -131,6 +132,7 @@ def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_
     run.end()
     assert run.died["shard after training.share:Share.admit"] == 1
     assert run.died["trainer after client.training:Session._begin_push"] == 1
+    assert passed(run.folder / "shard")[HALF_WRITTEN]  # somebody could have died there, too
 
 
 @pytest.mark.service
