@@ -197,7 +197,9 @@ def test_shares_that_open_at_once_say_where_their_shard_is(tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["s1"]
 
 
-def test_t10_a_copy_that_stopped_following_follows_again(store: Path, shards: InThread) -> None:
+def test_t10_a_copy_that_stopped_following_follows_again(
+    store: Path, shards: InThread, caplog: pytest.LogCaptureFixture
+) -> None:
     with training(shards, "stopped", 2) as session:
         wait_for(store, "stopped", all_in_sync)
         push(session)
@@ -205,6 +207,7 @@ def test_t10_a_copy_that_stopped_following_follows_again(store: Path, shards: In
         for _ in range(3):  # they wait for the copy
             push(session)
         wait_for(store, "stopped", all_in_sync)
+        assert "are dropped" not in caplog.text  # nobody waited until it was given up
         shards.stop("s0")
         shards.route(["s1"])
         wait_for(store, "stopped", led_by("s1", "s1"))
