@@ -104,8 +104,19 @@ class Opened:
             "again"
         )
 
+    async def make(self, share: Callable[[], Share]) -> None:
+        """Have the share made on its own thread. `close` closes it though the caller has gone by then."""
+
+        def make() -> None:
+            self.share = share()
+
+        await self.on(make)
+
     async def close(self) -> None:
-        """Bring the log to disk."""
+        """Bring the log to disk. It is closed though the caller goes: nobody could open that log again."""
+        await asyncio.shield(asyncio.ensure_future(self._close()))
+
+    async def _close(self) -> None:
         if self.copies:
             for shard in list(self.copies.links):
                 self.copies.drop(shard)
@@ -113,6 +124,9 @@ class Opened:
         self.wake()
         if self.following:
             await cancel([self.following])
-        if hasattr(self, "share"):
-            await self.on(self.share.close)
+        await self.on(self._close_share)
         self._thread.shutdown(wait=False)
+
+    def _close_share(self) -> None:
+        if hasattr(self, "share"):
+            self.share.close()

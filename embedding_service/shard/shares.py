@@ -250,6 +250,9 @@ class Shares:
         self._look.set()
         while any([await self._others(name) for name, _ in list(self._open)]):
             await asyncio.sleep(self._look_seconds / 4)
+        for turn in list(self._turns.values()):  # what is being closed is closed, and its log removed
+            async with turn:
+                continue
 
     async def _others(self, name: str) -> set[str]:
         """Other shards that may have shares of a branch."""
@@ -361,7 +364,7 @@ class Shares:
             self._memory.reserve(nbytes, f"share {share} of {branch.full_name}")
         try:
             await asyncio.to_thread(write_address, self._folder(branch), self._shard, self.address)
-            opened.share = await opened.on(make)
+            await opened.make(make)
         except BaseException:
             self._release(opened)
             await opened.close()
@@ -381,8 +384,10 @@ class Shares:
 
     async def _close(self, key: tuple[str, str]) -> None:
         if opened := self._open.pop(key, None):
-            await opened.close()
-            self._release(opened)
+            try:
+                await opened.close()
+            finally:
+                self._release(opened)
 
     def _release(self, opened: Opened) -> None:
         if self._memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,19 +17,35 @@ import grpc
 import pytest
 import torch
 from support.cluster import until
-from support.training import DIM, LR, MODEL, ROWS, TABLE, InProcess, InThread, changes, pieces_of, store_to_train
+from support.training import (
+    DIM,
+    LR,
+    MODEL,
+    ROWS,
+    TABLE,
+    InProcess,
+    InThread,
+    changes,
+    new_branch,
+    pieces_of,
+    store_to_train,
+)
 from typer.testing import CliRunner
 
 from embedding_service import EmbeddingClient, InvalidRequest, RowwiseAdagrad
 from embedding_service.cli import app
 from embedding_service.client.training import Session
-from embedding_service.errors import EmbeddingServiceError
+from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.security.access import Access, access_of
 from embedding_service.security.authority import prepare_folder
+from embedding_service.serving import cancel
+from embedding_service.shard.opened import Opened
 from embedding_service.shard.training import SERVICE
 from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_address, read_branch, write_address
+from embedding_service.training.log import NEVER, Log
 from embedding_service.training.seats import Seat, read_seats
+from embedding_service.training.share import Share
 from embedding_service.wire import training_pb2 as wire
 
 pytestmark = pytest.mark.slow
@@ -195,6 +212,42 @@ def test_shares_that_open_at_once_say_where_their_shard_is(tmp_path: Path) -> No
         list(threads.map(lambda number: write_address(tmp_path, "s1", f"10.0.0.1:{number}"), range(10, 60)))
     assert read_address(tmp_path, "s1").startswith("10.0.0.1:")
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["s1"]
+
+
+def test_a_share_whose_opening_is_given_up_lets_go_of_its_log(store: Path, tmp_path: Path) -> None:
+    """Whoever asked for it dies meanwhile. The process could not open that log again for as long as it lived."""
+    branch = new_branch(store, "sgd", ["s0"])
+    begun, goes_on, made = threading.Event(), threading.Event(), threading.Event()
+
+    def make() -> Share:
+        begun.set()
+        goes_on.wait()
+        share = Share(Store(store), branch, "s0", tmp_path / "log", NEVER)
+        made.set()
+        return share
+
+    async def use() -> None:
+        opened = Opened(branch, "s0", asyncio.get_running_loop())
+        opened.seat = Seat(primary="s0", in_sync={"s0": ""})
+        making = asyncio.create_task(opened.make(make))
+        await asyncio.to_thread(begun.wait)
+        await cancel([making])
+        closing = asyncio.create_task(opened.close())
+        await asyncio.sleep(0)
+        await cancel([closing])
+        goes_on.set()
+        await asyncio.to_thread(made.wait)
+        while not await asyncio.to_thread(can_be_opened):
+            await asyncio.sleep(0.01)
+
+    def can_be_opened() -> bool:
+        try:
+            Log(tmp_path / "log", NEVER).close()
+        except Unavailable:
+            return False
+        return True
+
+    asyncio.run(asyncio.wait_for(use(), 60))
 
 
 def test_t10_a_copy_that_stopped_following_follows_again(
