@@ -240,6 +240,10 @@ def chain(branch_folder: Path, share: str, step: int) -> list[Saved]:
     """A full checkpoint, and those over it up to a step. Raises StoreError."""
     found = [read_saved(checkpoint_folder(branch_folder, step), share)]
     while (over := found[-1].over) is not None:
+        if over >= found[-1].step:
+            raise StoreError(
+                f"the checkpoint of step {found[-1].step} lies over that of step {over}, which is not before"
+            )
         found.append(read_saved(checkpoint_folder(branch_folder, over), share))
     return found[::-1]
 

@@ -396,6 +396,8 @@ class Share:
         self._wait_for_writer()
         step = self.applied
         self._wanted.discard(step)
+        if step in checkpoints.saved_steps(self.folder, self.name):  # it was being written
+            return
         try:
             self._begin_log_file(step)
         except Overloaded as error:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -499,6 +499,36 @@ def test_t3_pieces_count_once_their_push_is_whole(make: Make, monkeypatch: pytes
         shares.open["s0"].accept(early.end())
     assert shares.crash("s0").applied == 4
     assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(4))
+
+
+def test_t9_a_checkpoint_that_is_asked_for_while_it_is_written_is_written_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written twice, it lay over itself, and nobody could load it."""
+    shares, goes_on = make(shards=1, every=4), threading.Event()
+    [share] = shares.open.values()
+    write, wait = checkpoints.write_checkpoint, share._wait_for_writer
+
+    def write_later(*arguments: Any) -> None:
+        goes_on.wait()
+        write(*arguments)
+
+    def wait_for_it() -> None:
+        goes_on.set()
+        wait()
+
+    shares.begin(1)
+    for step in range(1, 8):
+        shares.push(1, step)
+    wait()
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_later)
+    shares.push(1, 8)
+    monkeypatch.setattr(share, "_wait_for_writer", wait_for_it)
+    share.want_checkpoint(8)
+    wait()
+    assert [saved.step for saved in checkpoints.chain(share.folder, share.name, 8)] == [4, 8]
+    assert shares.crash("s0").applied == 8
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(8))
 
 
 def test_t9_a_checkpoint_that_finds_the_disk_full_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
