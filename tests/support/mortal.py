@@ -53,14 +53,17 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "client.training": (
             "Session.begin",
             "Session.step",
-            "Session._begin_push",
             "Session._end_push",
-            "Session._recover",
-            "Session._send_again",
-            "Session._find",
             "Session._begin_read",
             "Session._end_read",
             "Session.checkpoint",
+        ),
+        "client.branch_calls": (
+            "BranchCalls.begin_push",
+            "BranchCalls.end_pushes",
+            "BranchCalls._recover",
+            "BranchCalls._send_again",
+            "BranchCalls._find",
         ),
     },
     "controller": {
@@ -195,7 +198,7 @@ def be_impatient(kind: str) -> None:
         assert {"patience", "look_seconds"} <= defaults.keys()
         defaults.update(patience=2.0, look_seconds=0.25)
     elif kind == "trainer":
-        constants = vars(importlib.import_module(f"{PACKAGE}.client.training"))
+        constants = vars(importlib.import_module(f"{PACKAGE}.client.branch_calls"))
         assert "_QUIET" in constants
         constants["_QUIET"] = 1.0
 

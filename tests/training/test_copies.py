@@ -215,7 +215,7 @@ def test_shares_that_open_at_once_say_where_their_shard_is(tmp_path: Path) -> No
 
 
 def test_a_share_whose_opening_is_given_up_lets_go_of_its_log(store: Path, tmp_path: Path) -> None:
-    """Whoever asked for it dies meanwhile. The process could not open that log again for as long as it lived."""
+    """Its trainer dies. The process could not open that log again for as long as it lived."""
     branch = new_branch(store, "sgd", ["s0"])
     begun, goes_on, made = threading.Event(), threading.Event(), threading.Event()
 

@@ -122,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_bit_and_no_count(run: Run) -> None:
     """`python -m support.training_chaos FOLDER` does it for long, at many points."""
     run.arm("shard", "after training.share:Share.admit", 3)
-    run.arm(TRAINER, "after client.training:Session._begin_push", 20)
+    run.arm(TRAINER, "after client.branch_calls:BranchCalls.begin_push", 20)
     run.kill(CONTROLLER)
     run.start(CONTROLLER)
     run.start(TRAINER)
@@ -131,7 +131,7 @@ def test_t1_t7_t10_what_dies_or_hangs_while_two_branches_are_trained_changes_no_
     run.hang_primary(2)
     run.end()
     assert run.died["shard after training.share:Share.admit"] == 1
-    assert run.died["trainer after client.training:Session._begin_push"] == 1
+    assert run.died["trainer after client.branch_calls:BranchCalls.begin_push"] == 1
     assert passed(run.folder / "shard")[HALF_WRITTEN]  # somebody could have died there, too
 
 
