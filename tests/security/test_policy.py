@@ -198,6 +198,10 @@ def test_s3_a_proof_counts_for_the_certificates_names_and_not_of_another_authori
     odd: list[Any] = [str(now), "now", float(now), math.inf, math.nan, [now], {}, None, True]
     false += [{"iat": each} for each in odd]
     wrong += [proofs.sign({**right, **claims}, *files("shard")) for claims in false]
+    # With the shard's certificate, which everybody may see, but not signed by its key, or signed for something else.
+    head, _, mark = proofs.sign(right, *files("shard")).split(".")
+    _, body, other_mark = proofs.sign({**right, "exp": now + 61}, *files("false")).split(".")
+    wrong += [f"{head}.{body}.{each}" for each in (mark, other_mark, "")]
     for token in wrong:
         with pytest.raises(Unauthenticated):
             guard.caller(f"Bearer {token}")
