@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/*.md")])
 ROOMS = [
     *sorted(path.parent for path in ROOT.glob("embedding_service/*/__init__.py")),
-    *(ROOT / name for name in ("model_worker", "benchmarks", "docs", "examples", "protos", "tests")),
+    *(ROOT / name for name in ("model_worker", "benchmarks", "docs", "examples", "protos")),
+    pytest.param(ROOT / "tests", marks=pytest.mark.slow),
 ]
 # Words that send a reader back to the sentence's beginning.
 _HARD = re.compile(r"\b(so many|anew|shall|whoever|meanwhile)\b", re.IGNORECASE)
