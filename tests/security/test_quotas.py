@@ -8,6 +8,7 @@ import grpc
 import pytest
 from support.shards import IDS, Clock, Shards, fetch, lookups_of, routing
 
+from embedding_service.client import transport
 from embedding_service.client.calls import Call, Failure
 from embedding_service.client.router import Router
 from embedding_service.errors import Overloaded, QuotaExceeded
@@ -48,6 +49,10 @@ def test_s7_calls_at_once_are_counted_over_a_change_of_the_policy() -> None:
     quota.limit(Identity(calls=2))
     with pytest.raises(QuotaExceeded):
         quota.enter()
+    quota.leave()
+    quota.enter()  # in the place of the one that ended
+    with pytest.raises(QuotaExceeded):
+        quota.enter()
     quota.limit(Identity(rows_per_second=5))
     quota.enter()
 
@@ -82,3 +87,10 @@ def test_s7_a_client_waits_as_long_as_it_is_told() -> None:
     with pytest.raises(Overloaded, match="the quota is used"):
         for _ in range(3):
             fetch(router, shards, IDS, seconds=0.5)
+
+
+def test_s7_what_a_server_says_of_the_time_to_wait_is_what_its_client_hears() -> None:
+    said = trailing_of(QuotaExceeded("the quota is used", 1.2345))
+    assert transport._pushback([("other", b"x"), *said]) == 1.235
+    for odd in ([], trailing_of(Overloaded("busy")), [(PUSHBACK, "-1")], [(PUSHBACK, "soon")], [(PUSHBACK, b"7")]):
+        assert transport._pushback(odd) == 0
