@@ -39,8 +39,8 @@ azurite:
 	npm install --silent --no-audit --no-fund --prefix .azurite azurite@3.37.0
 
 # Workers of pytest-xdist: many tests wait more than they compute.
-TEST_WORKERS ?= 2
-SIDE_BY_SIDE := --numprocesses=$(TEST_WORKERS) --dist=loadfile --no-loadscope-reorder
+TEST_WORKERS ?= 3
+SIDE_BY_SIDE = --numprocesses=$(TEST_WORKERS) --dist=loadfile --no-loadscope-reorder
 test: setup test-packages
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
@@ -49,6 +49,7 @@ train-demo: setup
 	$(BIN)/python examples/train/train_tables.py
 
 # The tests that start no service, in less than a minute.
+quick: TEST_WORKERS = 2
 quick: setup
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not service and not slow" $(PYTEST_ARGS)
 

@@ -129,9 +129,7 @@ def service(store: Path, traced: dict[str, str], tmp_path_factory: pytest.TempPa
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:
             dead_proxies(environment)
-            for name, value in traced.items():
-                environment.setenv(name, value)
-            running = stack.enter_context(serving(tmp_path_factory.mktemp("service"), store, 3))
+            running = stack.enter_context(serving(tmp_path_factory.mktemp("service"), store, 3, variables=traced))
         yield running
 
 

@@ -148,7 +148,7 @@ class Registration:
                 log.warning("no controller to drain with")
                 return
             await asyncio.sleep(0.05)
-        log.info("drained" if self._duties.released else f"not drained after {seconds:g} s")
+        log.info("drained" if self._duties.released else f"not drained after {seconds:.1f} s")
 
     async def _reports(self) -> AsyncIterator[control.ShardReport]:
         """Everything first, then heartbeats. A change is reported at once."""

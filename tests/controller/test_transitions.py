@@ -98,7 +98,7 @@ def test_a_shard_nobody_can_take_over_from_ends_after_its_time(own_store: Path, 
             running.start_shard(name, f"--memory={size * 2 // 3}", "--drain-seconds=3")
         running.wait_serving()
         assert running.processes["a"].end(signal.SIGTERM) == 0
-        assert "not drained after 3 s" in running.processes["a"].output()
+        assert "not drained after 3.0 s" in running.processes["a"].output()
 
 
 def test_the_last_shards_need_not_wait_for_anybody(own_store: Path, tmp_path: Path) -> None:

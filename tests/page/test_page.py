@@ -59,12 +59,9 @@ def served(checkpoint: Path, traced: dict[str, str], tmp_path_factory: pytest.Te
         import_checkpoint(checkpoint, str(folder / "store"), f"longcat-{dtype}", dtype=dtype, part_bytes=64 << 10)
     page = {"controller": [f"--http-port={port}"]}
     metrics = ports_in_a_row(4)
-    members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page, metrics_port=metrics[0])
+    members = Members(folder, folder / "store", 3, 2, 64 << 20, more=page, metrics_port=metrics[0], variables=traced)
     try:
-        with pytest.MonkeyPatch.context() as environment:
-            for name, value in traced.items():
-                environment.setenv(name, value)
-            members.restart()
+        members.restart()
         train(members.address)
         yield Served(members, f"http://127.0.0.1:{port}", metrics)
     finally:
@@ -191,9 +188,7 @@ def test_it_shows_the_cluster_to_everybody(page: Page, served: Served, said: lis
     assert not said
 
 
-def test_it_follows_shards_that_die_and_come_without_a_reload(
-    page: Page, served: Served, traced: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_follows_shards_that_die_and_come_without_a_reload(page: Page, served: Served, said: list[str]) -> None:
     page.evaluate("window.same = true")
     gone = ("shard-1", "shard-2")
     for name in gone:
@@ -206,8 +201,6 @@ def test_it_follows_shards_that_die_and_come_without_a_reload(
     expect(page.locator("#state")).to_have_text("1 problem")
     assert not violations(page)
     picture(page, "problem")
-    for name, value in traced.items():
-        monkeypatch.setenv(name, value)
     for name in gone:
         served.members.restart_member(name)
     expect(page.locator("#shard-rows tr")).to_have_count(3)

@@ -235,6 +235,7 @@ class Members:
         policy: In place of the policy that is made there.
         more: Further arguments of members.
         metrics_port: As of `up`.
+        variables: Of the environment, at each of their starts.
 
     Attributes:
         client_address: The controller's, for clients.
@@ -254,11 +255,12 @@ class Members:
         policy: str = "",
         more: Mapping[str, Sequence[str]] | None = None,
         metrics_port: int = 0,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         from embedding_service.commands.up import UpOptions, controller_command, prepare, shard_command
 
         self.address = f"127.0.0.1:{free_port()}"
-        self._folder = folder
+        self._folder, self._variables = folder, variables or {}
         self.client_address = f"127.0.0.1:{free_port()}"
         port = int(self.address.rpartition(":")[2])
         options = UpOptions(str(store), shards, replicas, "127.0.0.1", port, "ram", memory, None, 1, secure)
@@ -281,8 +283,7 @@ class Members:
 
         from embedding_service.commands.up import wait_until_serving
 
-        started = ((name, Process(self._folder / f"{name}.log", *each)) for name, each in self._commands.items())
-        self.processes = dict(started)
+        self.processes = {name: self._start(name) for name in self._commands}
         with (self._folder / "waiting.log").open("w") as said:
             wait_until_serving(
                 self.client_address, self._check, len(self._commands) - 1, Console(file=said), self.access
@@ -291,7 +292,11 @@ class Members:
     def restart_member(self, name: str) -> None:
         """End a member, if it runs, and start it again. Does not wait for it."""
         self.processes[name].end()
-        self.processes[name] = Process(self._folder / f"{name}.log", *self._commands[name])
+        self.processes[name] = self._start(name)
+
+    def _start(self, name: str) -> Process:
+        with _environment(self._variables):
+            return Process(self._folder / f"{name}.log", *self._commands[name])
 
     def end(self) -> None:
         """End them."""
@@ -319,14 +324,35 @@ class Members:
 
 
 @contextmanager
-def serving(folder: Path, store: Path, shards: int, *, replicas: int = 1, memory: int | None = None) -> Iterator[Up]:
-    """A running service that is ready; ended afterwards. `memory`: bytes a shard, None for what `up` gives it."""
+def _environment(variables: Mapping[str, str]) -> Iterator[pytest.MonkeyPatch]:
+    """Have these variables until the end, or `undo`."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in variables.items():
+            environment.setenv(name, value)
+        yield environment
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    store: Path,
+    shards: int,
+    *,
+    replicas: int = 1,
+    memory: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Up]:
+    """A running service that is ready; ended afterwards.
+
+    memory: Bytes a shard; None for what `up` gives it. variables: Of the environment, at each start of a process.
+    """
     if sys.executable != PYTHON:
         options = (f"--replicas={replicas}", *([f"--memory={memory}"] if memory else []))
-        with up(folder, store, shards, *options) as running:
+        with _environment(variables or {}) as environment, up(folder, store, shards, *options) as running:
+            environment.undo()
             yield running
         return
-    members = Members(folder, store, shards, replicas, memory)
+    members = Members(folder, store, shards, replicas, memory, variables=variables)
     try:
         members.restart()
         yield members

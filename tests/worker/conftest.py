@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -58,11 +57,7 @@ def model_store(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tables(model_store: Path, traced: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The service that serves the small model. A test may end it, and must restart it."""
-    with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as environment:
-            for name, value in traced.items():
-                environment.setenv(name, value)
-            running = stack.enter_context(serving(tmp_path_factory.mktemp("tables"), model_store, 2, memory=64 << 20))
+    with serving(tmp_path_factory.mktemp("tables"), model_store, 2, memory=64 << 20, variables=traced) as running:
         yield running
 
 
