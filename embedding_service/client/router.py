@@ -249,6 +249,9 @@ class Router:
             before, routing = routing, self._routing or routing
             if routing.age < before.age:
                 return False
+            if routing is before:
+                # They do not hold the rows, and nobody knows who does. One that was late may.
+                avoid.update(dict.fromkeys(redirects, JUST_FAILED))
             if pause and (routing is before or pushback):
                 yield Pause(pause)
             model = routing.model(model.full_name)

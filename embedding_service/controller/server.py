@@ -151,7 +151,7 @@ class _Stream:
         self.why: EmbeddingServiceError | None = None
 
     def end(self, why: EmbeddingServiceError | None = None) -> None:
-        self.is_over, self.why = True, why
+        self.is_over, self.why = True, self.why or why  # the first error is the cause
         self.outbox.set()
 
 

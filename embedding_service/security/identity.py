@@ -88,6 +88,11 @@ class Caller:
         if self.quota:
             self.quota.spend(rows, nbytes)
 
+    def give_back(self, rows: int, nbytes: int) -> None:
+        """It was not answered them after all."""
+        if self.quota:
+            self.quota.give_back(rows, nbytes)
+
     @property
     def expired(self) -> bool:
         """Whether what it showed counts no more."""

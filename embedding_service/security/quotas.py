@@ -70,9 +70,17 @@ class Quota:
 
     def owe(self, tokens: int) -> None:
         """Take tokens that nobody could count before."""
+        self._take(tokens=tokens)
+
+    def give_back(self, rows: int, nbytes: int) -> None:
+        """What was spent was not had."""
+        self._take(-rows, -nbytes)
+
+    def _take(self, rows: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
         with self._lock:
-            if "tokens" in self._buckets:
-                self._buckets["tokens"].level -= tokens
+            for each, amount in zip(_KINDS, (rows, nbytes, tokens), strict=True):
+                if each in self._buckets:
+                    self._buckets[each].level -= amount
 
     def spend(self, rows: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
         """Take so much, or raise QuotaExceeded with the seconds to wait."""

@@ -176,7 +176,12 @@ class HeldRows:
         if caller:
             caller.spend(lookup.shape.count, lookup.shape.nbytes)
         message, rows = allocate(lookup.shape)
-        lookup.held.gather(lookup.ids, lookup.encoding, rows)
+        try:
+            lookup.held.gather(lookup.ids, lookup.encoding, rows)
+        except EmbeddingServiceError:  # other shards have some of the rows, so this counts where they are gathered
+            if caller:
+                caller.give_back(lookup.shape.count, lookup.shape.nbytes)
+            raise
         span = None
         if tracing.tracer is not None and (asked.request.traceparent or not asked.request.epoch):
             about = about_lookup(asked.request, lookup.shape)

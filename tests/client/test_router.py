@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from support.shards import GONE, IDS, ROWS, Clock, Shards, fetch, lookups_of, routing
+from support.shards import GONE, IDS, LATE, ROWS, Clock, Shards, fetch, lookups_of, routing
 
 from embedding_service import errors
 from embedding_service.client import owners
@@ -79,6 +79,26 @@ def test_rows_that_several_shards_sent_away_are_found_each_in_its_place() -> Non
         router = Router(["h:0"], Routing(routing(before)))
         ids = chance.permutation(ROWS)[: chance.integers(1, 12)].tolist()
         assert fetch(router, Shards(routing(after, epoch=2)), ids)[:, 0].tolist() == ids, (before, after, ids)
+
+
+def test_an_owner_that_came_back_without_its_rows_is_asked_after_one_that_was_late() -> None:
+    """No controller is there to say so: the routing stays."""
+
+    class LateOnce(Shards):
+        def answer(self, call: Call) -> Any:
+            outcome = super().answer(call)
+            if outcome is LATE:
+                self.hanging.clear()
+            return outcome
+
+    for first in range(4):
+        clock = Clock()
+        router, shards = Router(["h:0"], Routing(routing([[0, 1]] * 4)), clock=clock), LateOnce(routing([[0]] * 4))
+        shards.pass_time, shards.hanging = clock.pass_time, {"h:0"}
+        for _ in range(first):
+            next(router._turn)
+        assert fetch(router, shards, [7])[:, 0].tolist() == [7]
+        assert [call.address for call in lookups_of(shards)].count("h:1") <= 2
 
 
 def test_an_older_routing_is_never_adopted() -> None:

@@ -8,7 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +349,36 @@ def test_an_import_of_something_else_begins_again(make_checkpoint: Make, tmp_pat
     assert torch.equal(stored_rows(store, manifest), get_format(options["dtype"]).encode(checkpoint.rows))
     files = sorted(path.name for path in (store / "tiny" / "1" / "ngram").iterdir())
     assert files == [Path(part.file).name for part in manifest.tables[0].parts]
+
+
+def test_all_of_a_version_is_on_disk_before_it_has_its_name(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power then has all of it, or none. A part is on disk before the journal says so."""
+    fsync, rename, published = os.fsync, os.rename, []
+    synced: dict[int, int] = {}  # bytes that are on disk, by inode
+
+    def note_sync(file: int) -> None:
+        fsync(file)
+        synced[os.fstat(file).st_ino] = os.fstat(file).st_size
+        if Path(f"/proc/self/fd/{file}").readlink().name == "journal":
+            assert_synced((tmp_path / "store").rglob("*.safetensors"))
+
+    def note_name(source: Any, target: Any) -> None:
+        if Path(source).is_dir():
+            published.append(target)
+            whole = [path for path in Path(source).rglob("*") if path.name != "lock"]
+            assert len(whole) > 6
+            assert_synced([Path(source), *whole])
+        rename(source, target)
+
+    def assert_synced(paths: Iterable[Path]) -> None:
+        assert not [path for path in paths if synced.get(path.stat().st_ino) != path.stat().st_size]
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_name)
+    import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny", dtype="fp32", part_bytes=PART_BYTES)
+    assert len(published) == 1 and Path(published[0]).parent.stat().st_ino in synced
 
 
 def test_a_full_disk_is_named_and_the_import_goes_on_later(checkpoint: Any, tmp_path: Path) -> None:
