@@ -49,7 +49,6 @@ train-demo: setup
 	$(BIN)/python examples/train/train_tables.py
 
 # The tests that start no service, in less than a minute.
-quick: TEST_WORKERS = 2
 quick: setup
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not service and not slow" $(PYTEST_ARGS)
 
