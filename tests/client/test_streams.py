@@ -147,7 +147,6 @@ def test_where_grpcs_internals_differ_the_public_stream_is_used(service: Up, mon
     until(lambda: threading.active_count() <= before, "its threads to end")
 
 
-@pytest.mark.service
 def test_streams_that_ended_while_idle_are_replaced_without_a_failure(store: Path, tmp_path: Path) -> None:
     with cluster(tmp_path, store) as running:
         running.start_shard("a", "--drain-seconds=0")

@@ -286,7 +286,6 @@ def test_bad_features_are_named(rec: EmbeddingClient) -> None:
         remote(outside)
 
 
-@pytest.mark.service
 def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
     tables = {name: WEIGHTS[name][:700] for name in ("goods", "words")}
     made = [EmbeddingConfig(name=name, num_embeddings=700, embedding_dim=DIM) for name in tables]
@@ -314,7 +313,6 @@ def test_a_newer_version_is_taken_whole_or_refused(tmp_path: Path) -> None:
             until(lambda: not is_new(), "a refusal of version 3")
 
 
-@pytest.mark.service
 def test_the_page_on_other_models_does_what_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "other-models.md").read_text()
     save_file({"users": torch.randn(5000, DIM), "items": torch.randn(2000, DIM)}, tmp_path / "model.safetensors")

@@ -106,7 +106,6 @@ def _validate(manifest: Manifest) -> None:
     Draft202012Validator(schema, registry=registry).validate(manifest)
 
 
-@pytest.mark.slow
 @each_folder
 def test_every_object_is_valid(folder: Path) -> None:
     objects = objects_of(folder)
