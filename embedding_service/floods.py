@@ -7,6 +7,10 @@ connections that send such bytes without pause would keep all others waiting, fo
 A thread looks at short intervals how much of a core gRPC's threads took. Where that is much, it compares what came on
 each connection with the messages that we were given from it. Honest connections are never compared while nothing is
 wrong: what they cost is a few microseconds a look.
+
+A large message that is on its way looks like a flood, so the time must not be explained by anything else: by what this
+process sends, reads from other servers or is given on sockets of this machine, by threads that were not seen before, or
+by a moment in which the machine did something else.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from embedding_service.sockets import MOST_HOSTS, Connection, address_of, connections_at, cut, keep_out
+from embedding_service.sockets import MOST_HOSTS, Connection, address_of, connections, cut, keep_out
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ FREE_BYTES, FREE_BYTES_AGAIN = 128 << 10, 32 << 10
 CALL_BYTES = 8 << 10
 # For how long a host is remembered, and for how long none of its connections come in once it was cut again.
 MEMORY_SECONDS, OUT_SECONDS = 10.0, 1.0
+# So many looks in a row must find too much time before anyone is cut.
+LOOKS = 3
 # For how long it is looked where nothing is found.
 DOUBT_SECONDS = 0.05
 # After looks that cost so much time and found nothing, that many times it passes before the next one.
@@ -51,12 +57,13 @@ class Arrivals:
 
     Attributes:
         count_of_all: Calls and messages since `begin`.
+        nbytes_of_all: Their bytes.
         blamed: Hosts, as gRPC names them, that sent what they were told not to.
     """
 
     def __init__(self) -> None:
         self._nbytes: dict[str, int] | None = None
-        self.count_of_all = 0
+        self.count_of_all = self.nbytes_of_all = 0
         self.blamed: set[str] = set()
 
     def count(self, peer: str, nbytes: int) -> None:
@@ -66,6 +73,7 @@ class Arrivals:
             # Frames have a header for each 16 KiB.
             counted[peer] = counted.get(peer, 0) + nbytes + (nbytes >> 10) + 16
             self.count_of_all += 1
+            self.nbytes_of_all += nbytes
 
     def blame(self, host: str) -> None:
         """A host does not keep to what it was told. Only one that has an address can be kept out."""
@@ -74,7 +82,7 @@ class Arrivals:
 
     def begin(self) -> None:
         """Count from now on."""
-        self._nbytes, self.count_of_all = {}, 0
+        self._nbytes, self.count_of_all, self.nbytes_of_all = {}, 0, 0
 
     def end(self) -> None:
         """Count no more."""
@@ -98,13 +106,17 @@ class FloodGuard:
         self._ports: set[int] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="floods", daemon=True)
-        self._readers: list[int] = []
-        self._spent = self._looked = self._flooded = self._logged = 0.0
+        # CPU that each of gRPC's reading threads took, by the kernel's number of the thread.
+        self._spent: dict[int, float] = {}
+        self._looked = self._flooded = self._logged = 0.0
         self._listed = -LIST_SECONDS
         # During looks: how many bytes had come when they began, and what there was at the last one.
         self._at_first: dict[str, int] | None = None
         self._there: dict[str, Connection] = {}
-        self._arrived = 0
+        self._moved: dict[tuple[int, str], int] = {}
+        self._arrived = self._arrived_bytes = 0
+        # How many of the last looks found too much time.
+        self._excesses = 0
         # Bytes that were no messages, by connection, and by host those of connections that have gone.
         self._extras: dict[str, int] = {}
         self._gone: dict[str, int] = {}
@@ -139,19 +151,19 @@ class FloodGuard:
 
     def _look(self, now: float) -> float:
         """One look; seconds until the next one."""
-        spent = self._reading_seconds()
-        used, self._spent = spent - self._spent, spent
+        before, self._spent = self._spent, self._reading_seconds()
+        used = sum(spent - before[each] for each, spent in self._spent.items() if each in before)
         passed, self._looked = now - self._looked, now
         self._keep_out(now)
         if self._at_first is None:
             if used > BUSY * passed:
                 self._begin(now)
             return CALM_SECONDS if self._at_first is None else LOOK_SECONDS
-        there = self._connections()
-        excess = used - self._honest_seconds(there)
-        self._there = there
-        if excess > BUSY * passed:
+        excess = used - self._honest_seconds(self._see())
+        self._excesses = self._excesses + 1 if excess > BUSY * passed else 0
+        if self._excesses:
             self._flooded = now
+        if self._excesses >= LOOKS:
             self._judge(now)
         took = time.monotonic() - now
         if now - self._flooded > (MEMORY_SECONDS if self._cut_at else DOUBT_SECONDS):
@@ -161,35 +173,44 @@ class FloodGuard:
 
     def _begin(self, now: float) -> None:
         self._arrivals.begin()
-        self._arrived = 0
-        self._there = self._connections()
+        self._arrived = self._arrived_bytes = self._excesses = 0
+        self._moved = {}
+        self._see()
         self._at_first = {peer: each.read for peer, each in self._there.items()}
         self._flooded = now
 
-    def _connections(self) -> dict[str, Connection]:
-        """Those that are there, by peer. What peers left behind that have gone is dropped: nobody waits for answers."""
-        there = {}
-        for each in connections_at(self._ports):
+    def _see(self) -> int:
+        """Note who is there. Drop what peers left behind that have gone, for nobody waits for answers to that.
+
+        Returns:
+            Bytes that moved on connections of this process since the last time.
+        """
+        self._there, before, self._moved = {}, self._moved, {}
+        for each in connections(self._ports):
+            self._moved[each.file, each.peer] = each.read + each.sent
+            if not each.incoming:
+                continue
             if each.peer:
-                there[each.peer] = each
+                self._there[each.peer] = each
             elif each.unread:
                 cut(each)
-        return there
+        return sum(moved - before.get(each, 0) for each, moved in self._moved.items())
 
     def _end(self) -> None:
         self._arrivals.end()
         self._at_first = None
-        self._there, self._extras = {}, {}
+        self._there, self._moved, self._extras = {}, {}, {}
         self._cut_at, self._gone = {}, {}
 
-    def _honest_seconds(self, there: dict[str, Connection]) -> float:
-        """What gRPC's threads may have taken for what moved since the last look."""
-        moved = 0
-        for peer, each in there.items():
-            before = self._there.get(peer)
-            moved += each.read + each.sent - (before.read + before.sent if before else 0)
-        arrived = self._arrivals.count_of_all
+    def _honest_seconds(self, moved: int) -> float:
+        """What gRPC's threads may have taken since the last look, in which so many bytes moved.
+
+        What comes on sockets of this machine is known only when it has arrived.
+        """
+        arrived, nbytes = self._arrivals.count_of_all, self._arrivals.nbytes_of_all
         messages, self._arrived = arrived - self._arrived, arrived
+        moved = max(moved, nbytes - self._arrived_bytes)
+        self._arrived_bytes = nbytes
         return BYTE_SECONDS * moved + MESSAGE_SECONDS * messages
 
     def _judge(self, now: float) -> None:
@@ -237,17 +258,18 @@ class FloodGuard:
                 f"{self.cuts:,}",
             )
 
-    def _reading_seconds(self) -> float:
-        """CPU that gRPC's reading threads took so far. New ones count from half a second after they began."""
+    def _reading_seconds(self) -> dict[int, float]:
+        """CPU that each of gRPC's reading threads took so far. New ones are found within half a second."""
         now = time.monotonic()
+        threads = list(self._spent)
         if now - self._listed > LIST_SECONDS:
             self._listed = now
-            self._readers = _readers()
-        spent = 0.0
-        for thread in self._readers:
+            threads = _readers()
+        spent = {}
+        for thread in threads:
             with contextlib.suppress(OSError):  # ended since
                 # The kernel's number of a thread's CPU clock.
-                spent += time.clock_gettime(~thread << 3 | 6)
+                spent[thread] = time.clock_gettime(~thread << 3 | 6)
         return spent
 
 

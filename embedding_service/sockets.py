@@ -1,4 +1,4 @@
-"""The TCP sockets at this process's own ports: what came on them, and how to end them from outside of gRPC."""
+"""This process's TCP sockets: what came on them, and how to end those at its own ports from outside of gRPC."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ MOST_HOSTS = 100
 
 @dataclass(frozen=True)
 class Connection:
-    """One that came to a port of this process, at one moment.
+    """One of this process, at one moment.
 
     Attributes:
         file: This process's descriptor.
+        incoming: Whether it came to one of the ports that were asked for. The others are mostly to other servers.
         peer: Its other side, as gRPC names it. Nothing where one of the two has ended it, though gRPC may read on.
         read: Bytes that this process took from it so far.
         unread: Bytes that came and that it did not take.
@@ -41,6 +42,7 @@ class Connection:
     """
 
     file: int
+    incoming: bool
     peer: str
     read: int
     unread: int
@@ -57,16 +59,17 @@ def address_of(host: str) -> str:
     return host.partition(":")[2].removeprefix("%5B").removesuffix("%5D")
 
 
-def connections_at(ports: Collection[int]) -> list[Connection]:
-    """Those that are open at these ports of this process; none where the kernel does not tell what came on them."""
+def connections(ports: Collection[int]) -> list[Connection]:
+    """Those that are open, and which came to these ports; none where the kernel does not tell what came on them."""
     found = []
-    for file, each in _sockets_at(ports):
+    for file, each in _sockets():
         with contextlib.suppress(OSError, struct.error):
             info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
             if info[0] != _LISTENING:
                 (received,), (sent,) = (struct.unpack_from("Q", info, at) for at in (_RECEIVED, _SENT))
                 (unread,) = struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, bytes(4)))
-                found.append(Connection(file, _peer(each, info[0]), received - unread, unread, sent))
+                incoming = each.getsockname()[1] in ports
+                found.append(Connection(file, incoming, _peer(each, info[0]), received - unread, unread, sent))
     return found
 
 
@@ -128,6 +131,14 @@ def hang_up(address: str) -> None:
 
 
 def _sockets_at(ports: Collection[int]) -> Iterator[tuple[int, socket.socket]]:
+    """Those at these ports, as `_sockets` has them."""
+    for file, each in _sockets():
+        with contextlib.suppress(OSError):  # closed since
+            if each.getsockname()[1] in ports:
+                yield file, each
+
+
+def _sockets() -> Iterator[tuple[int, socket.socket]]:
     """This process's descriptor, and the socket under a further one, which is closed afterwards."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (a tenth of iterdir's time)
         with contextlib.suppress(OSError):  # closed since
@@ -138,7 +149,7 @@ def _sockets_at(ports: Collection[int]) -> Iterator[tuple[int, socket.socket]]:
                 os.close(copy)
                 continue
             with each:
-                if each.family in _TCP and each.getsockname()[1] in ports:
+                if each.family in _TCP:
                     yield int(name), each
 
 

@@ -16,10 +16,10 @@ from support.hostile import Raw, further_headers
 from support.toy import TOY, Request, ToyServer, toy_server
 
 from embedding_service import floods
-from embedding_service.floods import FREE_BYTES, FREE_BYTES_AGAIN, LOOK_SECONDS, Arrivals, FloodGuard
+from embedding_service.floods import FREE_BYTES, FREE_BYTES_AGAIN, LOOK_SECONDS, LOOKS, Arrivals, FloodGuard
 from embedding_service.front.base import MOST_FIELDS
 from embedding_service.security.identity import Caller
-from embedding_service.sockets import Connection, address_of, connections_at, cut, keep_out
+from embedding_service.sockets import Connection, address_of, connections, cut, keep_out
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,10 @@ def dial(listening: socket.socket, timeout: float = 30) -> socket.socket:
     return socket.create_connection(listening.getsockname()[:2], timeout)
 
 
+def connections_at(ports: set[int]) -> list[Connection]:
+    return [each for each in connections(ports) if each.incoming]
+
+
 def only(found: list[Connection]) -> Connection:
     (connection,) = found
     return connection
@@ -64,6 +68,8 @@ def test_what_came_on_a_connection(listener: socket.socket) -> None:
         host, port = theirs.getsockname()[:2]
         assert there.peer == (f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}")
         assert address_of(there.host) == host
+        (outgoing,) = [each for each in connections(ports) if each.file == theirs.fileno()]
+        assert (outgoing.incoming, outgoing.read + outgoing.unread, outgoing.sent) == (False, 20, 1000)
 
 
 def test_a_cut_connection_has_nothing_to_read(listener: socket.socket) -> None:
@@ -96,7 +102,7 @@ def test_what_a_peer_left_behind_that_reset_its_connection_can_be_dropped(listen
 def test_another_connection_under_the_same_descriptor_is_not_cut(listener: socket.socket) -> None:
     with dial(listener) as theirs, listener.accept()[0] as ours:
         there = only(connections_at({port_of(listener)}))
-        cut(Connection(ours.fileno(), "ipv4:192.0.2.1:5", there.read, there.unread, there.sent))
+        cut(Connection(ours.fileno(), True, "ipv4:192.0.2.1:5", there.read, there.unread, there.sent))
         theirs.sendall(b"x")
         assert ours.recv(1) == b"x"
 
@@ -128,19 +134,22 @@ class Scene:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.arrivals = Arrivals()
         self.guard = FloodGuard(self.arrivals)
-        self.now = self.spent = 0.0
+        self.now = 0.0
+        self.spent = {1: 0.0}  # by thread
         self.there: dict[str, list[int]] = {}
+        self.forwarded = 0
         self.cut: list[str] = []
         self.out: set[str] = set()
-        monkeypatch.setattr(self.guard, "_reading_seconds", lambda: self.spent)
-        monkeypatch.setattr(floods, "connections_at", lambda ports: self._connections())
+        self.guard._spent = self.spent.copy()
+        monkeypatch.setattr(self.guard, "_reading_seconds", self.spent.copy)
+        monkeypatch.setattr(floods, "connections", lambda ports: self._connections())
         monkeypatch.setattr(floods, "cut", self._cut)
         monkeypatch.setattr(floods, "keep_out", self._keep_out)
 
     def look(self, *, busy: float, seconds: float = LOOK_SECONDS) -> None:
         """Time passes, of which gRPC's threads took so much."""
         self.now += seconds
-        self.spent += busy * seconds
+        self.spent[1] += busy * seconds
         self.guard._look(self.now)
 
     def bring(self, peer: str, read: int, unread: int = 0) -> None:
@@ -155,7 +164,8 @@ class Scene:
         self.arrivals.count(peer, nbytes)
 
     def _connections(self) -> list[Connection]:
-        return [Connection(5, peer, read, unread, 0) for peer, (read, unread) in self.there.items()]
+        there = [Connection(5, True, peer, read, unread, 0) for peer, (read, unread) in self.there.items()]
+        return [*there, Connection(6, False, SHARD, self.forwarded, 0, 0)]
 
     def _cut(self, connection: Connection) -> None:
         self.cut.append(connection.peer)
@@ -170,7 +180,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(monkeypatch)
 
 
-HONEST, FLOOD = "ipv4:192.0.2.1:5", "ipv4:192.0.2.2:6"
+HONEST, FLOOD, SHARD = "ipv4:192.0.2.1:5", "ipv4:192.0.2.2:6", "ipv4:192.0.2.9:7071"
 
 
 def test_a_flood_is_cut_and_kept_out_and_honest_peers_are_not(scene: Scene) -> None:
@@ -197,6 +207,38 @@ def test_nothing_is_cut_while_honest_traffic_explains_what_it_costs(scene: Scene
     assert scene.cut == []
 
 
+def test_nothing_is_cut_while_answers_of_other_servers_explain_what_it_costs(scene: Scene) -> None:
+    for _ in range(300):
+        scene.bring(HONEST, 100_000)
+        scene.forwarded += 2 << 20
+        scene.look(busy=2.0)
+    assert scene.cut == []
+
+
+def test_nothing_is_cut_while_what_comes_on_this_machine_explains_what_it_costs(scene: Scene) -> None:
+    for _ in range(300):
+        scene.bring(HONEST, 100_000)
+        scene.arrivals.count("unix:", 2 << 20)
+        scene.look(busy=2.0)
+    assert scene.cut == []
+
+
+def test_what_a_thread_took_before_it_was_seen_does_not_count(scene: Scene) -> None:
+    """A large message is on its way meanwhile."""
+    for number in range(300):
+        scene.bring(HONEST, 60_000)
+        scene.spent[2 + number] = 0.4
+        scene.look(busy=0.08)
+    assert scene.cut == []
+
+
+def test_moments_in_which_the_machine_does_something_else_are_no_flood(scene: Scene) -> None:
+    for number in range(300):
+        scene.bring(HONEST, 60_000)
+        scene.look(busy=2.0 if number % LOOKS else 0.05)
+    assert scene.cut == []
+
+
 def test_many_small_messages_are_no_flood(scene: Scene) -> None:
     for _ in range(300):
         for _ in range(200):
@@ -216,7 +258,9 @@ def test_nothing_is_counted_or_cut_while_grpc_has_little_to_do(scene: Scene) -> 
 def test_a_host_that_was_cut_has_less_left_and_the_others_as_much_as_before(scene: Scene) -> None:
     scene.look(busy=2.0)
     scene.bring(FLOOD, FREE_BYTES + 1)
-    scene.look(busy=2.0)
+    for _ in range(LOOKS):
+        assert scene.cut == []
+        scene.look(busy=2.0)
     assert scene.cut == [FLOOD]
     again, other = "ipv4:192.0.2.2:7", "ipv4:192.0.2.3:7"
     scene.bring(again, 0, FREE_BYTES_AGAIN + 1)
