@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 Action = Literal["publish", "rollback", "gc", "train", "drain", "serve", "denied"]
 # Bytes of a file, and characters of a value.
 MOST_BYTES, MOST_CHARACTERS = 16 << 20, 300
+# Seconds to wait for another process that writes, and between two tries. Servers note lines on their event loops, so
+# it is waited once for a process that does not go on.
+LOCK_SECONDS, TRY_SECONDS = 0.05, 0.001
 # Lines a second of one action. Those that are left out are counted in the next one.
 MOST_LINES = 100
 
@@ -40,6 +43,7 @@ class Audit:
         self._lock = threading.Lock()
         self._lines: dict[str, tuple[int, int, int]] = {}
         self._said = ""
+        self._wait = LOCK_SECONDS
 
     def note(self, action: Action, who: str, **about: str) -> None:
         """Write what happened.
@@ -61,7 +65,8 @@ class Audit:
             if left_out:
                 line["left_out"] = left_out
             try:
-                _append(self._path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                locked = _append(self._path, json.dumps(line, ensure_ascii=False).encode() + b"\n", self._wait)
+                self._wait = LOCK_SECONDS if locked else 0.0
                 self._said = ""
             except OSError as error:
                 why = f"the audit {self._path} cannot be written: {error.strerror}"
@@ -90,15 +95,29 @@ def this_user() -> str:
         return f"user {os.getuid()}"
 
 
-def _append(path: Path, line: bytes) -> None:
+def _append(path: Path, line: bytes, wait: float) -> bool:
+    """Returns whether other processes let us have the file for ourselves. Lines come whole and last without it, too."""
     while True:
         with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as file:  # noqa: PTH123
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = _lock(file.fileno(), wait)
             about = os.fstat(file.fileno())
-            if not about.st_nlink or not path.exists() or path.stat().st_ino != about.st_ino:
+            if locked and (not about.st_nlink or not path.exists() or path.stat().st_ino != about.st_ino):
                 continue  # another process has put it aside since
-            if about.st_size and about.st_size + len(line) > MOST_BYTES:
+            if locked and about.st_size and about.st_size + len(line) > MOST_BYTES:
                 path.replace(path.with_name(path.name + ".1"))
                 continue
             file.write(line)
-            return
+            return locked
+
+
+def _lock(file: int, wait: float) -> bool:
+    give_up = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(TRY_SECONDS)
+        else:
+            return True

@@ -302,6 +302,7 @@ class Log:
         for path in reversed(files[1:]):  # the last one first: what is left is a log that ends earlier
             path.unlink()
         new.replace(first)
+        sync_folder(self.folder)
         self._open(first)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import math
 import stat
@@ -77,6 +78,23 @@ def test_s9_writers_share_a_file_that_is_put_aside_when_it_is_full(
         own = [int(each["step"]) for each in found if each["who"] == f"writer-{number}"]
         assert own == list(range(count))
     assert all(file.stat().st_size <= 45_000 for file in tmp_path.iterdir())
+
+
+def test_s9_a_process_that_stopped_while_it_wrote_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock stays. The file is put aside when it is gone."""
+    path = tmp_path / "audit.jsonl"
+    monkeypatch.setattr(audit, "MOST_BYTES", 1000)
+    writer = Audit(path)
+    writer.note("drain", "shard-1")
+    with path.open("rb") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        for number in range(20):
+            writer.note("drain", f"shard-{number}")
+        assert len(lines(path)) == 21
+    writer.note("drain", "shard-1")
+    assert (len(lines(tmp_path / "audit.jsonl.1")), len(lines(path))) == (21, 1)
 
 
 def test_s9_who_is_denied_is_noted_without_what_was_shown(tmp_path: Path) -> None:

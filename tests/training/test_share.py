@@ -570,6 +570,36 @@ def test_t7_a_new_file_of_the_log_that_was_not_finished_takes_nothing_away(make:
     assert (share.applied, share.accepted) == (2, [2, 3])
 
 
+def test_t8_a_log_that_is_rewritten_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power then has the records before, or those after."""
+    log = Log(tmp_path / "log", sync=NEVER)
+    log.ready(0)
+    log.append(Record(PUSH, 1, [b"before"]))
+    synced: set[int] = set()
+    names: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def note_sync(file: int) -> None:
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def note_name(path: Path, target: Path) -> Path:
+        assert path.stat().st_ino in synced
+        names.append(target.name)
+        synced.clear()  # the folder's names are to be brought there after this
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_name)
+    log.rewrite([Record(PUSH, 1, [b"after"])])
+    assert len(names) == 1
+    assert log.folder.stat().st_ino in synced
+    assert [[bytes(piece) for piece in record.pieces] for record in log.read()] == [[b"after"]]
+    log.close()
+
+
 def test_t3_a_step_is_durable_though_its_record_was_on_disk_before_the_step_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
