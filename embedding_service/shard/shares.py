@@ -103,7 +103,8 @@ class Shares:
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
         self._look = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._told: dict[tuple[str, str], str] = {}
+        # What was said last of a share, by what was tried.
+        self._told: dict[tuple[str, str, str], str] = {}
         self._loop = asyncio.get_running_loop()
 
     # What is asked
@@ -237,7 +238,7 @@ class Shares:
                         known.add(name)
                     await self._look_at_branch(await asyncio.to_thread(read_branch, self._store, name))
             except Exception as error:
-                self._say(("", ""), error)
+                self._say(("", ""), "look", error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._look_seconds):
                     await self._look.wait()
@@ -277,15 +278,15 @@ class Shares:
                     await self._stand_in(branch, share)
                 elif opened := self._open.get(key):
                     await self._do_duty(opened)
-                self._told.pop(key, None)
+                self._told.pop((*key, "look"), None)
             except Exception as error:  # the other shares are looked at all the same
-                self._say(key, error)
+                self._say(key, "look", error)
 
-    def _say(self, key: tuple[str, str], error: Exception) -> None:
-        if self._told.get(key) != str(error):  # it is tried again and again
+    def _say(self, key: tuple[str, str], tried: str, error: Exception) -> None:
+        if self._told.get((*key, tried)) != str(error):  # it is tried again and again
             foreseen = isinstance(error, EmbeddingServiceError | OSError)
             log.warning("%s: %s", "/".join(key), error, exc_info=None if foreseen else error)
-            self._told[key] = str(error)
+            self._told[*key, tried] = str(error)
 
     async def _take_up(self, branch: Branch, share: str) -> Opened | None:
         """Be what the seat says: primary, copy, or neither. Returns the share if this shard leads it."""
@@ -556,14 +557,20 @@ class Shares:
 
     async def _follow(self, opened: Opened) -> None:
         """Have what the primary has, for as long as this is a copy."""
+        key = opened.branch.full_name, opened.name
         while True:
+            position = opened.position
+            failure: Exception | None = None
             try:
                 address = await asyncio.to_thread(read_address, self._folder(opened.branch), opened.seat.primary)
                 await follow_once(opened, self._shard, address, self._access)
             except grpc.aio.AioRpcError as error:
-                self._say((opened.branch.full_name, opened.name), error_of(error.code(), error.details() or ""))
+                failure = error_of(error.code(), error.details() or "")
             except Exception as error:
-                opened.run = 0  # what is here may not be what the primary has
-                self._say((opened.branch.full_name, opened.name), error)
+                opened.run, failure = 0, error  # what is here may not be what the primary has
+            if opened.position != position:  # it had gone on
+                self._told.pop((*key, "follow"), None)
+            if failure:
+                self._say(key, "follow", failure)
             self._look.set()
             await asyncio.sleep(self._look_seconds / 4)

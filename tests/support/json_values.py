@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -43,13 +44,13 @@ def change(found: Any, choose: Callable[[Sequence[Any]], Any], other: Callable[[
         parent = parent[each]
     match choose(["other", "other", "gone", "more"]):
         case "other":
-            parent[last] = other()
+            parent[last] = copy.deepcopy(other())  # it may be changed next
         case "gone":
             del parent[last]
         case "more" if isinstance(parent, list):
-            parent.append(parent[last])
+            parent.append(copy.deepcopy(parent[last]))
         case "more":
-            parent[f"{last}s"] = parent[last]
+            parent[f"{last}s"] = copy.deepcopy(parent[last])
 
 
 @st.composite

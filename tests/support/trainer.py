@@ -104,10 +104,10 @@ def step(sessions: list[Session]) -> None:
     ledger.step()
 
 
-def note(sessions: list[Session], progress: Path) -> None:
+def note(step: int, progress: Path) -> None:
     """Note the last step that all shards have."""
     new = progress.with_suffix(".new")
-    new.write_text(str(min(session.steps for session in sessions)))
+    new.write_text(str(step))
     new.replace(progress)
 
 
@@ -120,6 +120,8 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     back = random.randrange(1, CHECKPOINT_EVERY) if asked.exists() or random.random() < 0.25 else None
     asked.unlink(missing_ok=True)
     at_step = max(done - back, 0) if back is not None else None
+    if at_step is not None:
+        note(at_step, progress)  # the trainer after this one may find that it went back, and died
     about: dict[str, Any] = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
     with (
         EmbeddingClient(addresses, timeout=60) as client,
@@ -130,11 +132,11 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
         begun = bits.begun_at, ledger.begun_at
         print(f"begins at {begun}, asked for {at_step} after {done}", flush=True)
         assert begun == (at_step, at_step) if at_step is not None else min(begun) >= done
-        note(sessions, progress)  # it may have gone back
+        note(min(begun), progress)
         check(sessions, folder)
         while not (folder / "end").exists():
             step(sessions)
-            note(sessions, progress)
+            note(min(session.steps for session in sessions), progress)
             if bits.steps % ASKED_EVERY == 0:
                 bits.checkpoint()
             time.sleep(0.01)

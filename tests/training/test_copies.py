@@ -8,10 +8,12 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -39,6 +41,8 @@ from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.security.access import Access, access_of
 from embedding_service.security.authority import prepare_folder
 from embedding_service.serving import cancel
+from embedding_service.shard import shares as shares_module
+from embedding_service.shard.following import follow_once
 from embedding_service.shard.opened import Opened
 from embedding_service.shard.training import SERVICE
 from embedding_service.store.store import Store
@@ -251,8 +255,16 @@ def test_a_share_whose_opening_is_given_up_lets_go_of_its_log(store: Path, tmp_p
 
 
 def test_t10_a_copy_that_stopped_following_follows_again(
-    store: Path, shards: InThread, caplog: pytest.LogCaptureFixture
+    store: Path, shards: InThread, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tries = 0
+
+    async def count(*about: Any) -> None:
+        nonlocal tries
+        tries += 1
+        await follow_once(*about)
+
+    monkeypatch.setattr(shares_module, "follow_once", count)
     with training(shards, "stopped", 2) as session:
         wait_for(store, "stopped", all_in_sync)
         push(session)
@@ -262,6 +274,9 @@ def test_t10_a_copy_that_stopped_following_follows_again(
         wait_for(store, "stopped", all_in_sync)
         assert "are dropped" not in caplog.text  # nobody waited until it was given up
         shards.stop("s0")
+        until(lambda: tries > 40, "that many tries")
+        said = Counter(line for line in caplog.messages if "Failed to connect" in line)
+        assert len(said) <= 2 and set(said.values()) == {1}  # once of each share
         shards.route(["s1"])
         wait_for(store, "stopped", led_by("s1", "s1"))
         push(session)
