@@ -494,14 +494,18 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_s8_what_is_over_a_quota_is_429_and_says_for_how_long(guarded: TestClient, worker: Worker) -> None:
+    assert worker.keys
+    spent = worker.keys.caller("Bearer thrifty").quota
+    assert spent
+    spent._clock = lambda now=time.monotonic(): now  # nothing comes back while this runs
     thrifty = with_key(guarded, "thrifty")
-    text = "".join(chunk.choices[0].text for chunk in thrifty.completions.create(stream=True, **ASKED) if chunk.choices)
-    assert text
+    *chunks, last = thrifty.completions.create(stream=True, stream_options={"include_usage": True}, **ASKED)
+    assert "".join(chunk.choices[0].text for chunk in chunks)
     with pytest.raises(openai.RateLimitError, match="quota of 1 tokens a second") as raised:
         thrifty.completions.create(**ASKED)
     # Of the prompt, and of what was generated.
-    assert int(raised.value.response.headers["retry-after"]) > 2
-    assert worker.keys
+    assert last.usage and last.usage.completion_tokens == 4
+    assert int(raised.value.response.headers["retry-after"]) == last.usage.total_tokens
     one = worker.keys.caller("Bearer busy").quota
     assert one
     one.enter()
