@@ -107,6 +107,7 @@ def settled(
     returning: bool,
     settle: float,
     patience: float,
+    lost: float,
     awaited: bool = False,
 ) -> bool:
     """Whether to place now, or to wait for more shards first.
@@ -119,6 +120,8 @@ def settled(
         returning: Shards are there that served before. There may be more of them by now than were expected.
         settle: Seconds without a new shard that are enough.
         patience: The most seconds to wait in all.
+        lost: Seconds after which those that served before and have not come are gone. A controller that had gone on
+            would have given them up by then.
         awaited: Shards that served before are to be expected now. A routing without them would serve nothing.
     """
     if not shards:
@@ -127,9 +130,9 @@ def settled(
         return True
     if awaited and not returning:
         return False
-    if expected:
-        return shards >= expected and (quiet > settle or not returning)
-    return quiet > settle
+    if shards < expected:
+        return returning and min(waited, quiet) > lost
+    return quiet > settle or bool(expected and not returning)
 
 
 def still_copied(

@@ -304,6 +304,7 @@ class ControllerState:
             awaited=not self._is_first and (self._is_unread() or now < self._returns_until),
             settle=settings.settle,
             patience=settings.patience,
+            lost=RETURN_SECONDS + settings.lost_after,
         )
 
     def _is_unread(self) -> bool:

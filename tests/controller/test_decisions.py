@@ -294,11 +294,15 @@ def test_an_import_that_is_not_the_newest_is_named() -> None:
         (1, 2, 3, 3, False, False),
         (2, 2, 3, 0, False, True),
         (2, 2, 3, 0, True, False),  # a restart: there may be more
+        (2, 2, 3, 2.5, True, True),
+        (1, 2, 9, 7, True, False),  # the other one may come back, too
+        (1, 2, 9, 9, True, True),
+        (1, 2, 9, 9, False, False),
         (1, 2, 61, 61, False, True),
     ],
 )
 def test_settling(shards: int, expected: int, waited: float, quiet: float, returning: bool, enough: bool) -> None:
-    assert decisions.settled(shards, expected, waited, quiet, returning, settle=2, patience=60) is enough
+    assert decisions.settled(shards, expected, waited, quiet, returning, settle=2, patience=60, lost=8) is enough
 
 
 def test_a_shard_that_registers_again_and_again_does_not_look_like_new_ones() -> None:

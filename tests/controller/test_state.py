@@ -556,6 +556,18 @@ def test_a_controller_that_was_restarted_waits_for_shards_that_served(noted: int
     come_back(world)
 
 
+def test_a_controller_that_was_restarted_gives_a_shard_up_as_the_one_before_would_have() -> None:
+    """One that hangs does not come back. Those that are there have its copies."""
+    world = World(expect_shards=2)
+    world.noted = 7
+    world.join("a", held=KEYS, term=CLOCK_MS - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.feed(Looked(Catalogue({"m": [ONE]}), noted=7))
+    world.pass_time(RETURN_SECONDS)
+    assert world.state.routing is None
+    world.pass_time(world.state.settings.lost_after + 1)
+    assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@1"]
+
+
 def test_a_controller_that_finds_an_empty_store_waits_for_shards_that_served() -> None:
     """It may be a folder that nothing is mounted on."""
     world = World(expect_shards=1)

@@ -79,7 +79,8 @@ class Run:
         found = [name for name, process in self.cluster.processes.items() if not process.runs and name != but]
         for name in found:
             process = self.process(name)
-            assert process.wait() == -signal.SIGKILL, f"{name} ended by itself:\n{process.output()[-5000:]}"
+            code = process.wait()
+            assert code == -signal.SIGKILL, f"{name} ended by itself with {code}:\n{process.output()[-5000:]}"
         return found
 
     # Failpoints
@@ -244,7 +245,7 @@ class Run:
             return not self.process(name).runs
 
         self.wait(ended, f"{name} to hand over and end")
-        if self.process(name).wait() == 0:
+        if self.process(name).wait() in (0, -signal.SIGTERM):  # one that is just starting ends at once
             del self.cluster.processes[name]
         else:
             self.reap()
