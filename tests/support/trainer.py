@@ -3,7 +3,7 @@
 One learns by row-wise Adagrad. Its rows are compared bit by bit with training in this process. The other is a ledger:
 it learns by SGD at a rate of 1, and each push writes into its rows that it was there. So a row tells how many pushes
 changed it, and which. FOLDER/progress has the last step that all shards have. When FOLDER/end is there it stops. When
-FOLDER/back is there, the next trainer begins some steps before.
+FOLDER/back is there, the next trainer begins some steps before: at FOLDER/wanted, until one has begun.
 """
 
 from __future__ import annotations
@@ -104,24 +104,33 @@ def step(sessions: list[Session]) -> None:
     ledger.step()
 
 
-def note(step: int, progress: Path) -> None:
-    """Note the last step that all shards have."""
-    new = progress.with_suffix(".new")
+def note(step: int, path: Path) -> None:
+    """Write a step to a file, all of it or nothing."""
+    new = path.with_suffix(".new")
     new.write_text(str(step))
-    new.replace(progress)
+    new.replace(path)
+
+
+def noted(path: Path, default: int) -> int:
+    """What `note` wrote last."""
+    return int(path.read_text()) if path.exists() else default
 
 
 def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     """Go on from where the shards are, or from some steps before. See the module."""
     torch.set_num_threads(1)
-    progress = folder / "progress"
-    done = int(progress.read_text()) if progress.exists() else 0
-    asked = folder / "back"
-    back = random.randrange(1, CHECKPOINT_EVERY) if asked.exists() or random.random() < 0.25 else None
-    asked.unlink(missing_ok=True)
-    at_step = max(done - back, 0) if back is not None else None
-    if at_step is not None:
-        note(at_step, progress)  # the trainer after this one may find that it went back, and died
+    progress, wanted = folder / "progress", folder / "wanted"
+    done = noted(progress, 0)
+    at_step = None
+    if wanted.exists():  # a trainer before this one died on its way back, before or after it was there
+        least = noted(wanted, done)
+        at_step = random.choice((least, None))
+    else:
+        least = done
+        if (folder / "back").exists() or random.random() < 0.25:
+            at_step = least = max(done - random.randrange(1, CHECKPOINT_EVERY), 0)
+            note(least, wanted)
+    (folder / "back").unlink(missing_ok=True)
     about: dict[str, Any] = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
     with (
         EmbeddingClient(addresses, timeout=60) as client,
@@ -131,8 +140,9 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
         sessions = [bits, ledger]
         begun = bits.begun_at, ledger.begun_at
         print(f"begins at {begun}, asked for {at_step} after {done}", flush=True)
-        assert begun == (at_step, at_step) if at_step is not None else min(begun) >= done
+        assert begun == (at_step, at_step) if at_step is not None else min(begun) >= least
         note(min(begun), progress)
+        wanted.unlink(missing_ok=True)
         check(sessions, folder)
         while not (folder / "end").exists():
             step(sessions)
