@@ -142,14 +142,17 @@ class Scene:
         self.out: set[str] = set()
         self.guard._spent = self.spent.copy()
         monkeypatch.setattr(self.guard, "_reading_seconds", self.spent.copy)
+        self.ticks = [0, 0]  # own and the kernel's
+        monkeypatch.setattr(self.guard, "_ticks", lambda: {1: tuple(self.ticks)})
         monkeypatch.setattr(floods, "connections", lambda ports: self._connections())
         monkeypatch.setattr(floods, "cut", self._cut)
         monkeypatch.setattr(floods, "keep_out", self._keep_out)
 
-    def look(self, *, busy: float, seconds: float = LOOK_SECONDS) -> None:
-        """Time passes, of which gRPC's threads took so much."""
+    def look(self, *, busy: float, seconds: float = LOOK_SECONDS, kernels: bool = False) -> None:
+        """Time passes, of which gRPC's threads took so much, or the kernel for them."""
         self.now += seconds
         self.spent[1] += busy * seconds
+        self.ticks[kernels] += 1
         self.guard._look(self.now)
 
     def bring(self, peer: str, read: int, unread: int = 0) -> None:
@@ -220,6 +223,14 @@ def test_nothing_is_cut_while_what_comes_on_this_machine_explains_what_it_costs(
         scene.bring(HONEST, 100_000)
         scene.arrivals.count("unix:", 2 << 20)
         scene.look(busy=2.0)
+    assert scene.cut == []
+
+
+def test_time_of_the_kernel_is_no_flood(scene: Scene) -> None:
+    """It takes the memory of large answers back, and a large message is on its way."""
+    for _ in range(300):
+        scene.bring(HONEST, 60_000)
+        scene.look(busy=2.0, kernels=True)
     assert scene.cut == []
 
 
