@@ -269,10 +269,12 @@ class SavedRows:
 def kept_steps(branch_folder: Path, branch: Branch, share: str, held: Iterable[int] = ()) -> list[int]:
     """The steps of a share's checkpoints that stay, oldest first, but for those that they lie over.
 
+    What the branch began from is one, too: that of step 0, which nobody has to write.
+
     held: Steps of checkpoints that are needed besides.
     """
-    mine, whole = saved_steps(branch_folder, share), whole_steps(branch_folder, branch)
-    oldest = min([*whole[-1:], *mine[-KEPT:], *held], default=0)
+    mine, whole = [0, *saved_steps(branch_folder, share)], whole_steps(branch_folder, branch)
+    oldest = min([*whole[-1:], *mine[-KEPT:], *held])
     return [step for step in mine if step >= oldest]
 
 
@@ -290,7 +292,7 @@ def forget_checkpoints(branch_folder: Path, share: str, gone: Iterable[int]) -> 
 
 def old_steps(branch_folder: Path, share: str, kept: Iterable[int]) -> list[int]:
     """Steps whose checkpoints may go if these stay, also of checkpoints that were never finished."""
-    needed = {saved.step for step in kept for saved in chain(branch_folder, share, step)}
+    needed = {saved.step for step in kept if step for saved in chain(branch_folder, share, step)}
     begun = (_NAME.fullmatch(path.parent.name) for path in branch_folder.glob(f"checkpoint-*/{share}"))
     newest = max(needed, default=0)
     return [step for match in begun if match and (step := int(match[1])) < newest and step not in needed]

@@ -442,7 +442,7 @@ class Share:
             checkpoints.write_checkpoint(self.folder, self.name, step, self.tables, snapshot, self._lock, alone)
             kept = checkpoints.kept_steps(self.folder, self.branch, self.name, self._held)
             checkpoints.forget_checkpoints(self.folder, self.name, checkpoints.old_steps(self.folder, self.name, kept))
-            self._log.forget_before(min(kept, default=0))
+            self._log.forget_before(kept[0])
         except (OSError, EmbeddingServiceError) as error:
             self._fail_checkpoint(step, error)
         finally:
@@ -521,7 +521,7 @@ class Share:
             if change.step != self.applied:
                 raise StoreError(f"the primary is at step {change.step}, its copy at step {self.applied}")
             self._begin_log_file(change.step)
-            self._log.forget_before(min(checkpoints.kept_steps(self.folder, self.branch, self.name), default=0))
+            self._log.forget_before(checkpoints.kept_steps(self.folder, self.branch, self.name)[0])
 
     def lead(self, timeline: int) -> None:
         """A copy becomes the primary."""

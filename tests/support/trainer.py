@@ -128,7 +128,9 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
     else:
         least = done
         if (folder / "back").exists() or random.random() < 0.25:
-            at_step = least = max(done - random.randrange(1, CHECKPOINT_EVERY), 0)
+            # Two checkpoints are kept: of the furthest step that it ever had, and the one before.
+            oldest = (noted(folder / "furthest", 0) // CHECKPOINT_EVERY - 1) * CHECKPOINT_EVERY
+            at_step = least = max(done - random.randrange(1, CHECKPOINT_EVERY), oldest, 0)
             note(least, wanted)
     (folder / "back").unlink(missing_ok=True)
     about: dict[str, Any] = {"checkpoint_every": CHECKPOINT_EVERY, "copies": copies, "shares": shares, "timeout": 170}
@@ -145,6 +147,8 @@ def main(folder: Path, copies: int, shares: int, addresses: list[str]) -> None:
         wanted.unlink(missing_ok=True)
         check(sessions, folder)
         while not (folder / "end").exists():
+            furthest = max(noted(folder / "furthest", 0), *(session.steps + 1 for session in sessions))
+            note(furthest, folder / "furthest")
             step(sessions)
             note(min(session.steps for session in sessions), progress)
             if bits.steps % ASKED_EVERY == 0:

@@ -372,6 +372,26 @@ def test_t8_a_branch_goes_back_to_any_step(make: Make, kind: str) -> None:
         shares.open["s0"].rewind(12)
 
 
+def test_t8_a_branch_goes_back_over_its_first_checkpoint_and_not_over_two(make: Make) -> None:
+    """What it began from counts as one of the two that are kept."""
+    shares = make("rowwise_adagrad", 1, every=5)
+    shares.begin(1)
+    [share] = shares.open.values()
+    for step in range(1, 7):
+        shares.push(1, step)
+    share._wait_for_writer()
+    assert checkpoints.saved_steps(share.folder, "s0") == [5]
+    shares.begin(2)
+    share.rewind(2)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(2))
+    for step in range(3, 11):
+        shares.push(2, step)
+    share._wait_for_writer()
+    shares.begin(3)
+    with pytest.raises(InvalidRequest, match="can go back to step 5 and no further"):
+        share.rewind(4)
+
+
 def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make) -> None:
     for full in (True, False):
         shares = make("adagrad", 1)
