@@ -51,7 +51,7 @@ class Looked:
 
 @dataclass(frozen=True)
 class TermRead:
-    """Answers `ReadTerm`: the term that this service noted in the store, 0 for none, and the clock in milliseconds.
+    """Answers `ReadTerm`: the term that this service noted in the store, 0 for none, and the clock in microseconds.
 
     `others` is the highest one that controllers at other addresses noted.
     """

@@ -12,7 +12,7 @@ MOST_PARTS = 1 << 18
 MOST_VERSIONS = 10_000
 # Characters of an address, an id, a topology. Host names have at most 253.
 MOST_CHARACTERS = 300
-# Terms are milliseconds of the clock. A higher one would leave no controller any to follow with.
+# Terms are microseconds of the clock. A higher one would leave no controller any to follow with.
 MOST_TERM = 1 << 52
 # Failures to load that a shard reports.
 MOST_FAILURES, FAILURE_CHARACTERS = 1_000, 500

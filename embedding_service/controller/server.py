@@ -77,8 +77,8 @@ from embedding_service.wire.embedding_pb2_grpc import EmbeddingServiceServicer, 
 
 log = logging.getLogger(__name__)
 
-# Milliseconds that a member's term may be ahead of the clock, or of this controller's own.
-TERM_AHEAD = 86_400_000
+# Microseconds that a member's term may be ahead of the clock, or of this controller's own.
+TERM_AHEAD = 86_400_000_000
 # Pause before the routing is signed by other files again, which take their time to change.
 SIGN_SECONDS = 1.0
 
@@ -248,7 +248,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
 
     def _check_term(self, report: control.ShardReport) -> None:
         """Raise InvalidRequest if a member would raise the term by more than clocks differ."""
-        most = max(time.time_ns() // 1_000_000, self.state.term) + TERM_AHEAD
+        most = max(time.time_ns() // 1_000, self.state.term) + TERM_AHEAD
         if report.term > most:
             raise InvalidRequest(f"term must be at most {most:,}, a day ahead of this clock, got {report.term:,}")
 
@@ -336,7 +336,7 @@ class Controller(RoutingService, ControlServiceServicer, EmbeddingServiceService
         match question:
             case ReadTerm():
                 noted, others = await self._watch.noted_term(), await self._watch.others_term()
-                return TermRead(noted, time.time_ns() // 1_000_000, others)
+                return TermRead(noted, time.time_ns() // 1_000, others)
             case NoteTerm(term):
                 return TermNoted(await self._watch.note_term(term))
             case Plan(parts, nodes, replicas):

@@ -58,8 +58,8 @@ from embedding_service.wire import embedding_pb2 as wire
 log = logging.getLogger(__name__)
 
 TICK_SECONDS, SETTLING_TICK_SECONDS = 0.25, 0.05
-# Terms are milliseconds of the clock, and up to this many more.
-TERM_SPREAD = 8192
+# Terms are microseconds of the clock, and up to this many more, which is 8 s.
+TERM_SPREAD = 1 << 23
 # So long shards that serve have to come again to a controller that was restarted: they try every 2 s.
 RETURN_SECONDS = 3.0
 # And so long after a store is back: a controller that is still there has to see first that there is another.

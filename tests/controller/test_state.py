@@ -47,7 +47,7 @@ from embedding_service.store.manifest import Manifest
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
 
-CLOCK_MS = 5_000
+CLOCK_US = 5_000
 
 
 class NoChance(random.Random):
@@ -85,7 +85,7 @@ class World:
     def answer(self, instruction: Instruction) -> Event | None:
         match instruction:
             case ReadTerm():
-                return TermRead(self.noted, CLOCK_MS)
+                return TermRead(self.noted, CLOCK_US)
             case NoteTerm(term):
                 if self.takes_notes:
                     self.noted = max(self.noted, term)
@@ -178,20 +178,20 @@ def test_from_its_first_shards_to_a_served_model() -> None:
     assert world.feed(Looked(Catalogue({"m": [ONE]}))) == []
     assert world.feed(Tick()) == [ReadTerm()]
     assert world.pass_time(1) == [] and world.state.phase is Phase.QUIET
-    assert world.feed(TermRead(7, CLOCK_MS)) == [NoteTerm(CLOCK_MS)]
+    assert world.feed(TermRead(7, CLOCK_US)) == [NoteTerm(CLOCK_US)]
     assert world.feed(TermNoted(True)) == []
     [question] = world.feed(Tick())
     assert world.state.phase is Phase.DECIDING
     assert isinstance(question, Plan) and len(question.parts) == 3 and question.replicas == 1
     done = world.feed(Planned(plan(question.parts, question.nodes, question.replicas)))
     assert kinds(done) == ["Publish", "Tell", "Tell"]
-    assert world.state.routing and world.state.routing.age == (CLOCK_MS, 1) and not world.state.routing.models
+    assert world.state.routing and world.state.routing.age == (CLOCK_US, 1) and not world.state.routing.models
     assert world.assigned("a") | world.assigned("b") == set(KEYS)
     assert not world.assigned("a") & world.assigned("b")
     for name in "ab":
         world.obey(name)
     assert kinds(world.pass_time(0.25)) == ["Publish", "Tell", "Tell"]
-    assert world.state.routing.age == (CLOCK_MS, 2)
+    assert world.state.routing.age == (CLOCK_US, 2)
     assert sorted(name for [name] in world.owners()) in (["a", "a", "b"], ["a", "b", "b"])
 
 
@@ -228,15 +228,15 @@ def test_it_stays_quiet_where_nothing_changes() -> None:
     assert world.pass_time(30) == []
 
 
-@pytest.mark.parametrize("noted", [0, CLOCK_MS + 1000])
+@pytest.mark.parametrize("noted", [0, CLOCK_US + 1000])
 def test_its_term_is_above_the_clock_the_note_and_what_shards_know(noted: int) -> None:
-    for known in (0, CLOCK_MS + 2000):
+    for known in (0, CLOCK_US + 2000):
         world = World()
         world.noted = noted
         world.join("a", term=known, epoch=3)
         world.feed(Looked(Catalogue({"m": [ONE]})))
         world.pass_time(3)
-        assert world.state.term == max(CLOCK_MS, noted + 1 if noted else 0, known + 1 if known else 0)
+        assert world.state.term == max(CLOCK_US, noted + 1 if noted else 0, known + 1 if known else 0)
         assert world.noted == world.state.term
 
 
@@ -310,9 +310,9 @@ def test_two_controllers_that_go_above_one_term_take_two() -> None:
         world.state = ControllerState(world.settings, lambda world=world: world.now, random.Random(seed))  # type: ignore[misc]
         world.feed(Looked(None))
         world.feed(Tick())
-        world.join("a", term=CLOCK_MS + TERM_SPREAD)
+        world.join("a", term=CLOCK_US + TERM_SPREAD)
         world.pass_time(RETURN_SECONDS)
-        assert world.state.routing and world.state.term > CLOCK_MS + TERM_SPREAD
+        assert world.state.routing and world.state.term > CLOCK_US + TERM_SPREAD
         terms.add(world.state.term)
     assert len(terms) == 2
 
@@ -404,7 +404,7 @@ def test_1000_shards_are_heard_while_a_plan_is_made_and_told_once_a_second() -> 
         world.join(name)
     world.feed(Looked(Catalogue({"m": [ONE]})))
     world.pass_time(0.5)
-    world.feed(TermRead(0, CLOCK_MS))
+    world.feed(TermRead(0, CLOCK_US))
     world.feed(TermNoted(True))
     [question] = world.feed(Tick())
     assert isinstance(question, Plan)
@@ -521,7 +521,7 @@ def test_what_shards_serve_that_come_after_the_first_routing_is_served_on(
     world.pass_time(0.75)
     world.answers = not planning
     world.pass_time(RETURN_SECONDS)
-    serves = {"term": CLOCK_MS - 1, "epoch": 7, "served": ["m@1"], "models": [decisions.model_info(ONE)]}
+    serves = {"term": CLOCK_US - 1, "epoch": 7, "served": ["m@1"], "models": [decisions.model_info(ONE)]}
     world.join("a", held=KEYS[:2], **serves)  # the third part was lost with its shard
     world.answers = True
     if planning:
@@ -560,7 +560,7 @@ def test_a_controller_that_was_restarted_gives_a_shard_up_as_the_one_before_woul
     """One that hangs does not come back. Those that are there have its copies."""
     world = World(expect_shards=2)
     world.noted = 7
-    world.join("a", held=KEYS, term=CLOCK_MS - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.join("a", held=KEYS, term=CLOCK_US - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
     world.feed(Looked(Catalogue({"m": [ONE]}), noted=7))
     world.pass_time(RETURN_SECONDS)
     assert world.state.routing is None
@@ -592,15 +592,15 @@ def test_a_store_that_is_back_gives_shards_time_to_leave_the_controller_before()
 def test_a_term_is_above_what_was_noted_though_the_store_is_away_when_it_is_taken() -> None:
     world = World()
     world.noted = 0
-    world.feed(Looked(Catalogue({"m": [ONE]}), noted=2 * CLOCK_MS))
+    world.feed(Looked(Catalogue({"m": [ONE]}), noted=2 * CLOCK_US))
     world.pass_time(1)
-    assert world.state.term > 2 * CLOCK_MS
+    assert world.state.term > 2 * CLOCK_US
 
 
 def test_a_version_that_the_store_has_no_more_is_not_served_for_a_late_shard() -> None:
     world = World()
     world.serve(TWO)
-    world.join("c", held=KEYS, term=CLOCK_MS - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
+    world.join("c", held=KEYS, term=CLOCK_US - 1, epoch=7, served=["m@1"], models=[decisions.model_info(ONE)])
     world.pass_time(1)
     assert world.state.routing and [each.full_name for each in world.state.routing.models] == ["m@2"]
     world.feed(Looked(Catalogue({"n": [manifest("1", "n")]})))
@@ -665,7 +665,7 @@ def test_a_planner_that_failed_is_asked_again_later() -> None:
     world.join("a")
     world.feed(Looked(Catalogue({"m": [ONE]})))
     world.pass_time(2)
-    world.feed(TermRead(0, CLOCK_MS))
+    world.feed(TermRead(0, CLOCK_US))
     world.feed(TermNoted(True))
     world.feed(Tick())
     assert world.state.phase is Phase.DECIDING

@@ -317,7 +317,7 @@ def test_s6_a_member_registers_as_its_own_shard_alone(secured: Secured) -> None:
         message = control.ShardReport(**report).SerializeToString()  # type: ignore[arg-type]
         assert call(secured.members.control, register, other, message) is grpc.StatusCode.PERMISSION_DENIED
     own = secured.certificate("shard/shard-0")
-    later = 2 * 86_400_000 + time.time_ns() // 1_000_000
+    later = 2 * 86_400_000_000 + time.time_ns() // 1_000
     for term in (later, 2**51, 2**64 - 1):
         message = control.ShardReport(**{**sound, "term": term}).SerializeToString()  # type: ignore[arg-type]
         assert call(secured.members.control, register, own, message) is grpc.StatusCode.INVALID_ARGUMENT
@@ -405,7 +405,7 @@ class _Astray(EmbeddingServiceServicer):
 
     def __init__(self, routing: wire.Routing, address: str, files: Access) -> None:
         self.asked = 0
-        self._routing = wire.Routing(term=2**50, epoch=1, limits=routing.limits, models=routing.models)
+        self._routing = wire.Routing(term=2**51, epoch=1, limits=routing.limits, models=routing.models)
         self._routing.shards.add(id="shard-0", address=address)
         for model in self._routing.models:
             for table in model.tables:

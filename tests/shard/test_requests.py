@@ -231,7 +231,7 @@ def test_rows_that_are_held_are_answered_whatever_epoch_led_there(service: Up) -
     part = next(index for index, owners in enumerate(model.tables[0].parts) if 0 in owners.shards)
     row = part * model.model.tables[0].rows_per_part
     with grpc.insecure_channel(routing.shards[0].address) as channel:
-        for age in ({"epoch": 1}, {"term": routing.term, "epoch": routing.epoch + 5}, {"term": 2**50, "epoch": 1}):
+        for age in ({"epoch": 1}, {"term": routing.term, "epoch": routing.epoch + 5}, {"term": 2**51, "epoch": 1}):
             answer = EmbeddingServiceStub(channel).Lookup(request(model="fp32@1", ids=[row], **age))
             assert torch.equal(values(answer), longcat_table()[[row]])
 

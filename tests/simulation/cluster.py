@@ -223,7 +223,7 @@ class Controller(Process):
                 self.world.after(1.0, self.start_again, self)
 
     def _read_term(self) -> None:
-        self.handle(TermRead(self.store.read_term(), self.world.wall_ms()))
+        self.handle(TermRead(self.store.read_term(), self.world.wall_us()))
 
     def _note_term(self, term: int) -> None:
         store = self.store

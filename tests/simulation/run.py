@@ -249,7 +249,7 @@ class Simulation:
 
     def set_clock(self, draw: random.Random) -> None:
         """By up to an hour, ahead or back."""
-        self.world.clock_ms += draw.randint(-3_600_000, 3_600_000)
+        self.world.clock_us += 1000 * draw.randint(-3_600_000, 3_600_000)
 
     def planner_fails(self, draw: random.Random) -> None:
         """Once."""
@@ -370,7 +370,7 @@ class Simulation:
         for process in (*self.live(), *(each for each in self.controllers if each.is_there)):
             process.end()
         if draw.random() < 0.5:
-            self.world.clock_ms -= 86_400_000
+            self.world.clock_us -= 86_400_000_000
         if draw.random() < 0.5:
             self.store.noted = 0
         self.start_controller()

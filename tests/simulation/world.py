@@ -23,7 +23,7 @@ class World:
 
     Attributes:
         now: Seconds since the beginning, for everybody's monotonic clock.
-        clock_ms: What the wall clock is ahead of that, in milliseconds; somebody may set it.
+        clock_us: What the wall clock is ahead of that, in microseconds; somebody may set it.
         events: Events that ran. Timers that had nothing to do any more do not count.
         loss: Share of messages that get lost. `slowness`: what the network's delays are multiplied by.
         trace: Lines of what happened, where they are wanted.
@@ -31,7 +31,7 @@ class World:
 
     def __init__(self, seed: int, tracing: bool = False) -> None:
         self.now = 0.0
-        self.clock_ms = 1_700_000_000_000
+        self.clock_us = 1_700_000_000_000_000
         self.events = 0
         self.loss = 0.0
         self.slowness = 1.0
@@ -55,9 +55,9 @@ class World:
         """The monotonic clock of everybody."""
         return self.now
 
-    def wall_ms(self) -> int:
+    def wall_us(self) -> int:
         """The wall clock of everybody."""
-        return self.clock_ms + int(self.now * 1000)
+        return self.clock_us + int(self.now * 1_000_000)
 
     def say(self, text: str, *arguments: object) -> None:
         """A line of the trace."""
