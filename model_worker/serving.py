@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 from embedding_service.commands.waiting import Say
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import one_line, printable
-from embedding_service.machine import LOCAL_RAY
+from embedding_service.machine import start_ray
 from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics
@@ -103,17 +103,17 @@ def join_ray(address: str) -> None:
 
 
 def start_local_ray(scaling: Scaling, metrics_port: int | None = None) -> None:
-    """Start Ray on this machine alone, with room for all replicas. None exports metrics on any free port."""
+    """Start Ray on this machine alone, with room for all replicas. None exports metrics on any free port.
+
+    Raises Unavailable.
+    """
     os.environ.update(_PROXY_ENVIRONMENT | os.environ)
-    ray.init(
-        address="local",
+    start_ray(
         namespace=APP,
         num_cpus=max(os.cpu_count() or 1, math.ceil(scaling.most * scaling.num_cpus)),
         num_gpus=None if scaling.num_gpus else 0,
         _metrics_export_port=metrics_port,
-        logging_level=logging.ERROR,
         log_to_driver=False,
-        **LOCAL_RAY,
     )
 
 

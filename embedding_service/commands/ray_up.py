@@ -32,7 +32,7 @@ from embedding_service.commands.secured import check_plain
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.machine import LOCAL_RAY, check_free, join_address, split_address
+from embedding_service.machine import check_free, join_address, split_address, start_ray
 from embedding_service.placement.demand import CUDA
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS
@@ -135,11 +135,11 @@ def _check_address(address: str) -> None:
 
 def _join(options: UpOptions, address: str) -> None:
     """Become a driver, so that all that this process starts ends with it."""
-    local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, options.shards),
-        "num_gpus": None if _on_gpu(options) else 0,  # None: Ray finds out how many there are
-    } | LOCAL_RAY
-    ray.init(address=address, logging_level=logging.ERROR, **(local if address == LOCAL else {}))
+    if address == LOCAL:
+        gpus = None if _on_gpu(options) else 0  # None: Ray finds out how many there are
+        start_ray(num_cpus=max(os.cpu_count() or 1, options.shards), num_gpus=gpus)
+    else:
+        ray.init(address=address, logging_level=logging.ERROR)
 
 
 def _on_gpu(options: UpOptions) -> bool:
