@@ -7,7 +7,6 @@ import ctypes
 import errno
 import gc
 import json
-import logging
 import os
 import re
 import resource
@@ -20,16 +19,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from embedding_service.errors import InvalidRequest, Unavailable
-from embedding_service.foreign import one_line, printable, shown
+from embedding_service.errors import InvalidRequest
+from embedding_service.foreign import printable, shown
 
-# Options of `ray.init` for a Ray that starts here and is ours alone.
-LOCAL_RAY: dict[str, Any] = {
-    "object_store_memory": 80 << 20,
-    "include_dashboard": False,
-    # Ray runs actors at niceness 15: beside busy processes of others, they would get a thirtieth of a core.
-    "_system_config": {"worker_niceness": 0},
-}
 # No config or index comes near it.
 MOST_TEXT_BYTES = 64 << 20
 MOST_PORT = 65535
@@ -51,26 +43,6 @@ _HINTS = (
     (r"^(\[.*\]|[^:]*):?$", "the port is missing, as in localhost:7070"),
 )
 _libc = ctypes.CDLL(None)  # loaded here, because a child that was just forked must load nothing
-
-
-def start_ray(**options: Any) -> None:
-    """Start a Ray here that is ours alone: `ray.init` with LOCAL_RAY and further options.
-
-    It is tried twice. Ray gives its processes 30 s, which they may not have on a busy machine. Raises Unavailable.
-    """
-    import ray
-
-    for is_last in (False, True):
-        try:
-            ray.init(address="local", logging_level=logging.ERROR, **LOCAL_RAY, **options)
-            return
-        except Exception as error:  # Ray raises bare ones
-            ray.shutdown()
-            if is_last:
-                raise Unavailable(
-                    f"Ray does not start on this machine ({one_line(error)}): free CPU and memory and try again, or "
-                    "name a cluster that runs. /tmp/ray/session_latest/logs has more"
-                ) from error
 
 
 def split_address(address: str, *, least: int = 0) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 from embedding_service.commands.waiting import Say
 from embedding_service.errors import EmbeddingServiceError
 from embedding_service.foreign import one_line, printable
-from embedding_service.machine import start_ray
+from embedding_service.local_ray import start_ray
 from model_worker import http_limits
 from model_worker.http_app import build_app
 from model_worker.metrics import ReplicaMetrics

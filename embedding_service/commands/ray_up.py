@@ -32,7 +32,8 @@ from embedding_service.commands.secured import check_plain
 from embedding_service.commands.text import format_bytes
 from embedding_service.commands.up import UpOptions
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, PlacementError, Unavailable
-from embedding_service.machine import check_free, join_address, split_address, start_ray
+from embedding_service.local_ray import start_ray
+from embedding_service.machine import check_free, join_address, split_address
 from embedding_service.placement.demand import CUDA
 from embedding_service.private_folder import PrivateFolder
 from embedding_service.rows import TIERS

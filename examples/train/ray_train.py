@@ -27,7 +27,7 @@ from torch import Tensor, distributed, nn
 
 from embedding_service import EmbeddingClient, RemoteEmbedding, RowwiseAdagrad
 from embedding_service.client.training import Session
-from embedding_service.machine import LOCAL_RAY
+from embedding_service.local_ray import LOCAL_RAY
 
 BATCH, CLASSES = 64, 8
 REPORT_EVERY = 20

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from embedding_service import local_ray
 from embedding_service.errors import Unavailable
-from embedding_service.machine import LOCAL_RAY, start_ray
+from embedding_service.local_ray import LOCAL_RAY, start_ray
 
 
 class Busy:
@@ -33,7 +32,7 @@ def test_a_ray_that_does_not_start_is_tried_once_more_and_then_told(
     tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = Busy(tries)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=busy.init, shutdown=busy.shutdown))  # type: ignore[arg-type]
+    monkeypatch.setattr(local_ray, "ray", busy)
     if tries == 2:
         with pytest.raises(Unavailable, match=r"does not start on this machine \(The current node timed out.*logs has"):
             start_ray(num_cpus=3)
