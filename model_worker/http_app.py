@@ -19,7 +19,8 @@ from embedding_service.errors import EmbeddingServiceError, NotFound, ServiceErr
 from embedding_service.security.identity import Caller
 from embedding_service.security.quotas import Quota
 from model_worker.engine import EngineBusy
-from model_worker.http_limits import RETRY_AFTER, WholeBodies, error_body
+from model_worker.http_errors import RETRY_AFTER, error_body
+from model_worker.http_limits import WholeBodies
 from model_worker.keys import CALLER, Admission, NotAllowed, refusal, require, spend
 from model_worker.openapi import (
     CreateChatCompletionResponse,

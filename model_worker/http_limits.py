@@ -8,7 +8,8 @@ Rules
   counts as waiting, and has HEAD_SECONDS.
 
 `WholeBodies` is an ASGI middleware. Ray Serve's proxy holds the connections. It calls `guard_proxy` when it starts
-(PROXY_ENVIRONMENT tells it to) and so gets all limits. It imports this file, so nothing heavy may be imported here.
+(PROXY_ENVIRONMENT tells it to) and so gets all limits, and `WholeAnswers`. It imports this file, so nothing heavy may
+be imported here.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from model_worker.http_errors import RETRY_AFTER, WholeAnswers, error_body
+
 # A prompt of a million tokens is about half of this.
 MAX_BODY_BYTES = 8 * 2**20
 # Of all requests together, from their first byte to the end of their answer.
@@ -45,16 +48,9 @@ BODY_SECONDS = 20.0
 UNREAD_SECONDS = 60.0
 # With these a client tells Ray Serve to wait less for an answer, or to work on when the client has gone.
 _SERVE_HEADERS = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
-# Seconds after which a refused request may well succeed.
-RETRY_AFTER = {"Retry-After": "1"}
 
 PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:guard_proxy"}
 """For the processes of Ray Serve's proxies."""
-
-
-def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class _Refused(Exception):
@@ -385,4 +381,4 @@ def guard_proxy() -> list[Middleware]:
     guarded: Callable[..., uvicorn.Config] = partial(_Config, http=GuardedHttp, ws="none")
     # Serve has no options for this.
     uvicorn.Config = guarded  # type: ignore[assignment, misc]
-    return [Middleware(WholeBodies)]
+    return [Middleware(WholeBodies), Middleware(WholeAnswers)]

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from embedding_service.errors import PermissionDenied, QuotaExceeded, Unauthenticated
 from embedding_service.security.guard import Guard
 from embedding_service.security.identity import Caller
-from model_worker.http_limits import error_body
+from model_worker.http_errors import error_body
 
 # Where a request's caller is, in its scope.
 CALLER = "caller"

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_service.errors import PermissionDenied
-from model_worker.http_limits import RETRY_AFTER, error_body
+from model_worker.http_errors import RETRY_AFTER, error_body
 from model_worker.keys import CALLER, refusal
 
 # They ask vLLM's engine for work. All else is little.

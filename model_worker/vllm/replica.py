@@ -23,7 +23,8 @@ from starlette.types import ASGIApp
 from embedding_service.commands.text import parse_bytes
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, Unavailable
 from embedding_service.foreign import one_line, printable
-from model_worker.http_limits import WholeBodies, error_body
+from model_worker.http_errors import error_body
+from model_worker.http_limits import WholeBodies
 from model_worker.keys import Admission, Keys
 from model_worker.metrics import ReplicaMetrics
 from model_worker.vllm.admission import OneModel, Placed, Places

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from support.cluster import until
 
@@ -41,9 +41,10 @@ class Server:
     def __init__(self, seconds: float, **tls: Any) -> None:
         self.running = 0
         self.cut_off = threading.Event()
-        [middleware] = guard_proxy()
+        bodies, answers = guard_proxy()
         GuardedHttp.most = MOST
-        app = middleware.cls(self.app, *middleware.args, seconds=seconds, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
+        app = bodies.cls(self.app, *bodies.args, seconds=seconds, held_bytes=2 * MAX_BODY_BYTES)  # type: ignore[arg-type]
+        app = answers.cls(app)  # type: ignore[call-arg]
         config = uvicorn.Config(
             app, host="127.0.0.1", port=0, lifespan="off", log_level="critical", access_log=False, **tls
         )
@@ -63,6 +64,18 @@ class Server:
                     pass
             elif scope["path"] == "/flood":
                 await StreamingResponse(self.flood())(scope, receive, send)
+            elif scope["path"] == "/lost":
+                pass
+            elif scope["path"] == "/lost-in-the-middle":
+                headers = [(b"content-type", b"text/event-stream")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            elif scope["path"].endswith("/plain-404"):
+                await PlainTextResponse("no such path", 404)(scope, receive, send)
+            elif scope["path"] == "/plain-408":
+                await PlainTextResponse("too slow", 408)(scope, receive, send)
+            elif scope["path"] == "/json-404":
+                await JSONResponse({"told": "by the application"}, 404)(scope, receive, send)
             else:
                 told = {"bytes": len(message["body"]), "more": message["more_body"]}
                 if scope["path"] == "/headers":
@@ -265,6 +278,30 @@ def test_a_client_that_reads_nothing_is_cut_off(hasty: Server) -> None:
     connection = hasty.connect(b"POST /flood HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
     assert hasty.cut_off.wait(180)
     connection.close()
+
+
+def test_a_replica_that_is_gone_is_503_in_openais_form(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/lost", timeout=60)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == ("server_error", "unavailable")
+    assert "the replica was gone" in answer.json()["error"]["message"]
+
+
+def test_a_stream_whose_replica_is_gone_ends_with_an_error(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/lost-in-the-middle", timeout=60)
+    first, last = answer.text.rstrip().split("\n\n")
+    assert first == "data: {}"
+    assert "the replica was gone" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_errors_of_ray_serve_are_in_openais_form(server: Server) -> None:
+    told = {path: httpx.get(f"{server.url}{path}", timeout=60) for path in ("/plain-404", "/plain-408", "/json-404")}
+    assert [answer.status_code for answer in told.values()] == [503, 408, 404]
+    assert "no replica of this worker" in told["/plain-404"].json()["error"]["message"]
+    assert told["/plain-404"].headers["Retry-After"] == "1"
+    assert told["/plain-408"].json()["error"]["message"] == "too slow"
+    assert told["/json-404"].json() == {"told": "by the application"}
+    assert httpx.get(f"{server.url}/-/plain-404", timeout=60).text == "no such path"
 
 
 def test_the_client_that_goes_while_it_sends() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -152,3 +154,20 @@ def test_replicas_come_with_the_load_and_go_when_it_is_over(server: Server, tabl
             answer.result()
     until(lambda: len(replicas(server)) == 1, "the second replica to go")
     assert {process.pid for process in tables.family()} == shards
+
+
+def test_a_replica_that_is_killed_is_told_to_those_that_it_answered(server: Server) -> None:
+    body = {"model": "small", "prompt": PROMPT, "max_tokens": LONGEST, "ignore_eos": True}
+    url = f"{server.url}/v1/completions"
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(httpx.post, url, json=body, timeout=240)
+        streamed = pool.submit(httpx.post, url, json={**body, "stream": True}, timeout=240)
+        until(lambda: sum(server.info()[name] for name in ("running", "waiting")) == 2, "both to run")
+        for each in replicas(server):
+            os.kill(each, signal.SIGKILL)
+        assert (whole.result().status_code, whole.result().headers["Retry-After"]) == (503, "1")
+        last = streamed.result().text.rstrip().split("\n\n")[-1]
+        for told in (whole.result().text, last.removeprefix("data: ")):
+            assert "the replica was gone" in json.loads(told)["error"]["message"]
+    until(lambda: httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200, "another replica")
+    assert answer_of(server, 12)

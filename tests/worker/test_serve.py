@@ -83,7 +83,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(model_folder: Path, embeddings: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    options = [f"--max-batch={MAX_BATCH}", f"--max-queue={MAX_QUEUE}"]
+    options = [f"--max-batch={MAX_BATCH}", f"--max-queue={MAX_QUEUE}", "--drain-seconds=250"]
     running = Server(log, model_folder, embeddings, *options)
     try:
         running.wait_until_ready()
@@ -553,6 +553,11 @@ def test_half_sent_requests_are_408(half_sent: list[socket.socket]) -> None:
     assert {connection.recv(65536).split(maxsplit=2)[1] for connection in half_sent} == {b"408"}
 
 
+def _refusal(server: Server) -> dict[str, Any] | None:
+    answer = httpx.get(f"{server.url}/v1/models", timeout=60)
+    return answer.json() if answer.status_code == 503 and answer.headers["Retry-After"] else None
+
+
 def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> None:
     family = server.family()
     assert len(family) > 5  # Ray is there
@@ -561,7 +566,11 @@ def test_sigterm_ends_everything_once_what_runs_has_ended(server: Server) -> Non
         running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=280)
         until(lambda: server.info()["running"] == 1, "the request to run")
         server.popen.send_signal(signal.SIGTERM)
-        assert running.result().json()["usage"]["completion_tokens"] == 1500
+        refused = until(lambda: _refusal(server), "new requests to be refused")
+        assert "no replica of this worker" in refused["error"]["message"]
+        answer = running.result()
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 1500
     assert server.popen.wait(180) == 0
     assert psutil.wait_procs(family, timeout=60)[1] == []
     lines = server.log.read_text().splitlines()
