@@ -63,7 +63,7 @@ def serve(
         str | None, typer.Option(help="Join this Ray cluster ('auto' for the one around) instead of starting one here.")
     ] = None,
 ) -> None:
-    """Serve a LongCat or Qwen4-Exp checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM.
+    """Serve a LongCat, Qwen4-Exp or Gemma checkpoint over an OpenAI-compatible HTTP API, until SIGINT or SIGTERM.
 
     Then it takes no more requests, and ends when those that run have ended. It ends at the latest after
     --drain-seconds, or at a second signal.

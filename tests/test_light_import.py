@@ -91,7 +91,42 @@ def test_the_commands_say_what_to_install_where_only_the_client_side_is() -> Non
         assert "Traceback" not in done.stderr
 
 
+def test_training_says_what_to_install_where_only_the_client_side_is() -> None:
+    code = (
+        "import sys; sys.modules['xxhash'] = None\n"
+        "from embedding_service import SGD, EmbeddingClient, InvalidRequest\n"
+        "try: EmbeddingClient('localhost:1').train('model@branch', optimizer=SGD(lr=0.1))\n"
+        "except InvalidRequest as error: print(error)"
+    )
+    assert "pip install 'embedding-service[train]'" in run_python(code)
+
+
 def test_plain_install_asks_for_nothing_heavy() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
     assert names == {"grpcio", "protobuf", "numpy", "torch"}
+
+
+@pytest.mark.slow
+def test_the_extra_worker_brings_all_that_a_worker_loads() -> None:
+    """In the worker's process no package can be imported that the extra does not ask for, by itself or by others."""
+    loaded = run_python(
+        "import importlib.metadata as metadata, sys\n"
+        "from packaging.requirements import Requirement\n"
+        "asked, wanted = set(), [('embedding-service', 'worker')]\n"
+        "while wanted:\n"
+        "    if (pair := wanted.pop()) in asked: continue\n"
+        "    asked.add(pair)\n"
+        "    try: lines = metadata.requires(pair[0]) or []\n"
+        "    except metadata.PackageNotFoundError: continue  # of other machines\n"
+        "    for asks in map(Requirement, lines):\n"
+        "        if asks.marker is None or asks.marker.evaluate({'extra': pair[1]}):\n"
+        "            wanted += [(asks.name.lower().replace('_', '-'), extra) for extra in ('', *asks.extras)]\n"
+        "names = {name for name, _ in asked}\n"
+        "for module, packages in metadata.packages_distributions().items():\n"
+        "    if names.isdisjoint(each.lower().replace('_', '-') for each in packages):\n"
+        "        sys.modules.setdefault(module, None)\n"
+        "import model_worker.cli, model_worker.http_app, model_worker.serving\n"
+        "print(*(name for name, module in sys.modules.items() if module))"
+    ).split()
+    assert {"model_worker.worker", "transformers", "ray", "jwt"} <= set(loaded)

@@ -460,7 +460,10 @@ class EmbeddingClient:
         return self._sessions.get(name.partition("/")[0])
 
     def _session(self, name: str, **options: Any) -> Session:
-        from embedding_service.client.training import Session  # not needed for lookups
+        try:
+            from embedding_service.client.training import Session  # not needed for lookups
+        except ModuleNotFoundError as error:
+            raise InvalidRequest(f"training needs {error.name}: pip install 'embedding-service[train]'") from None
 
         def seeds() -> list[str]:
             routing = self._router.current

@@ -136,7 +136,7 @@ def up(
         raise typer.BadParameter("--secure and --insecure exclude each other")
     if ray is None:
         if not secure:
-            check_plain(insecure, host, http_host)
+            check_plain(insecure, host, http_host, remedy="--secure DIR")
         run(options)
     elif host != LOOPBACK:
         raise typer.BadParameter("with --ray, shards listen on the addresses of their nodes: leave --host out")

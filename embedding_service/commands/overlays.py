@@ -25,7 +25,7 @@ VersionOption = Annotated[str | None, typer.Option(help="The new version. Defaul
 def publish(
     base: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The version whose rows are replaced.")],
     rows: Annotated[
-        Path, typer.Option(metavar="FILE", help="Safetensors file of TABLE.ids int64 [n] and TABLE.rows [n, dim].")
+        Path, typer.Option(metavar="FILE", help="Safetensors file of TABLE.ids, n int64, and of TABLE.rows, n x dim.")
     ],
     store: StoreOption,
     name: Annotated[

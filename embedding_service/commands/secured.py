@@ -85,13 +85,18 @@ def files_of(
     return Files(certificate, key, ca, policy, audit)
 
 
-def check_plain(insecure: bool, *listens: str | None) -> None:
-    """Raise InvalidRequest if plain text would be spoken beyond loopback, and nobody said that it may."""
+def check_plain(
+    insecure: bool, *listens: str | None, remedy: str = "--tls-cert, --tls-key, --tls-ca and --policy"
+) -> None:
+    """Raise InvalidRequest if plain text would be spoken beyond loopback, and nobody said that it may.
+
+    remedy: the options that secure this command.
+    """
     for listen in listens:
         if listen and not insecure and not is_loopback(listen):
             raise InvalidRequest(
                 f"{listen} is reached from other machines, and everybody there could read and change everything: give "
-                "--tls-cert, --tls-key, --tls-ca and --policy, or --insecure inside a network that you trust"
+                f"{remedy}, or --insecure inside a network that you trust"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ Say = Callable[[str], object]
 
 
 class Waiting:
-    """A line that changes on a terminal. Elsewhere a line for each thing, and again every REPEAT_SECONDS.
+    """A line that changes on a terminal. Elsewhere a line for each thing, said again about every REPEAT_SECONDS.
 
     Used in a `with`.
 
@@ -36,26 +37,43 @@ class Waiting:
         self._task = self._shown.add_task("")
         self._started = time.monotonic()
         self._printed = float("-inf")
-        self._said = ""
+        self._line = self._said = ""
+        self._lock = threading.Lock()
+        self._over = threading.Event()
 
     def __enter__(self) -> Waiting:
         if self._console.is_terminal:
             self._shown.start()
+        else:
+            self._over.clear()
+            threading.Thread(target=self._repeat, name="waiting", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
             self._shown.stop()
+        self._over.set()
 
     def say(self, line: str) -> None:
         """This is what is waited for now."""
-        line = printable(line)
-        if self._console.is_terminal:
-            self._shown.update(self._task, description=line)
-        elif self._is_due(line):
-            self._console.print(f"{self._name}{line} ({time.monotonic() - self._started:.0f} s)", soft_wrap=True)
-            self._said, self._printed = line, time.monotonic()
+        with self._lock:
+            self._line = printable(line)
+            if self._console.is_terminal:
+                self._shown.update(self._task, description=self._line)
+            elif self._line != self._said and self._since_said() >= self._least_seconds:
+                self._print()
 
-    def _is_due(self, line: str) -> bool:
-        since = time.monotonic() - self._printed
-        return since >= (self.REPEAT_SECONDS if line == self._said else self._least_seconds)
+    def _repeat(self) -> None:
+        """Say again what takes long. Whoever loads a library or starts Ray cannot do so meanwhile."""
+        while not self._over.wait(self.REPEAT_SECONDS):
+            with self._lock:
+                if self._line and self._since_said() >= self.REPEAT_SECONDS / 2:
+                    self._print()
+
+    def _since_said(self) -> float:
+        return time.monotonic() - self._printed
+
+    def _print(self) -> None:
+        waited = time.monotonic() - self._started
+        self._console.print(f"{self._name}{self._line} ({waited:.0f} s)", soft_wrap=True)
+        self._said, self._printed = self._line, time.monotonic()

@@ -56,6 +56,8 @@ def ray_nodes() -> Iterator[RayNodes]:
     command = [sys.executable, str(Path(__file__).with_name("nodes.py")), str(NODES)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for drivers too: see nodes.py
+        # Else nodes and drivers ask for the token in the user's home, each if it is there when they start.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", sabotage.python_path())
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
             yield RayNodes(nodes)

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import ray
 from small_model import write_tokenizer
+from support.cluster import until
 
 from embedding_service.client.client import ModelDescription
 from embedding_service.commands.console import PlainConsole
@@ -164,15 +165,19 @@ def test_ports_that_are_none(
 
 
 def test_it_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Waiting, "REPEAT_SECONDS", float("inf"))
+    """What takes long is said again, though the one who waits is busy."""
+    monkeypatch.setattr(Waiting, "REPEAT_SECONDS", 600.0)
     with Waiting(PlainConsole(stderr=True), "model-worker") as progress:
         for line in ("checking /a [b]/c", "starting Ray", "starting Ray", "waiting\x1b[2J"):
             progress.say(line)
-        monkeypatch.setattr(Waiting, "REPEAT_SECONDS", 0.0)
-        progress.say("waiting\x1b[2J")
     lines = [line.rpartition(" (")[0] for line in capsys.readouterr().err.splitlines()]
     waiting = "model-worker: waiting\\x1b[2J"
-    assert lines == ["model-worker: checking /a [b]/c", "model-worker: starting Ray", waiting, waiting]
+    assert lines == ["model-worker: checking /a [b]/c", "model-worker: starting Ray", waiting]
+    monkeypatch.setattr(Waiting, "REPEAT_SECONDS", 0.05)
+    with Waiting(PlainConsole(stderr=True), "model-worker") as progress:
+        progress.say("waiting\x1b[2J")
+        assert waiting in capsys.readouterr().err
+        until(lambda: waiting in capsys.readouterr().err, "the line to be said again")
 
 
 @pytest.mark.parametrize(
