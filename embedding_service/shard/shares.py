@@ -295,6 +295,10 @@ class Shares:
             opened = self._open.get(key)
             if opened and opened.moving:
                 return opened
+            if opened and opened.share.is_broken:
+                log.warning("%s/%s failed while its rows changed, and is opened again", *key)
+                await self._close(key)
+                opened = None
             seat = await asyncio.to_thread(read_seat, self._folder(branch), branch, share)
             if seat.primary == self._shard:
                 if opened is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -80,6 +81,7 @@ class Share:
         applied: The step that all rows are of.
         accepted: Of each worker, the last step that was accepted.
         timeline: How often updates that were accepted were lost.
+        is_broken: Rows were being changed when something failed, and are of no step. Open the share again.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Share:
         }
         self.session, self.workers, self.timeline = 0, 1, 0
         self.applied, self.accepted = 0, [0]
+        self.is_broken = False
         self._loaded = 0  # the step of the checkpoint that was loaded
         self._held: list[int] = []  # of checkpoints that copies are loading
         self._pending: dict[int, dict[int, Push]] = {}
@@ -238,7 +241,7 @@ class Share:
         kept = [each for each in self._log.read() if each.kind == SESSION or each.step <= step]
         self._log.rewrite(kept)
         if step < self.applied:
-            with self._lock:
+            with self._changing_rows():
                 self._recover(step)
             if self.applied != step:
                 raise StoreError(f"the log of {self.branch.full_name} ends at step {self.applied}, before step {step}")
@@ -295,6 +298,7 @@ class Share:
             )
         expected = self.accepted[push.worker] + 1
         if push.step < expected:
+        self._check_whole()
             return
         if push.step > expected:
             raise OutOfTurn(
@@ -314,6 +318,7 @@ class Share:
                 self._checkpoint_if_due()
         if self.applied > before:
             self._on_applied()
+        self._check_whole()
 
     def check_has(self, session: int, worker: int, step: int) -> None:
         """Raise OutOfTurn if a worker of this session pushed a step that is not here. It may have been lost."""
@@ -335,7 +340,7 @@ class Share:
         return [waiting[worker] for worker in range(self.workers)] if len(waiting) == self.workers else []
 
     def _apply(self, pushes: list[Push]) -> None:
-        """Do one step. Everything was checked, so nothing of it fails."""
+        """Do one step. Everything was checked, so nothing of it fails but for a lack of memory."""
         number, changes = self.applied + 1, []
         for name, trained in self.tables.items():
             rows = [each for push in pushes for each in push.tables.get(name, ())]
@@ -356,8 +361,26 @@ class Share:
         """Rows float32 [n, dim], and the step that they are of."""
         trained = self._table(table)
         local = trained.local(ids)
-        with self._lock:
+        with self._changing_rows():
             return trained.rows.index_select(0, local), self.applied
+    @contextmanager
+    def _changing_rows(self) -> Iterator[None]:
+        """Nobody else sees rows. If this fails half-way, nobody sees them any more."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self.is_broken = True
+                raise
+
+    def _check_whole(self) -> None:
+        """Raise Unavailable if rows are of no step."""
+        if self.is_broken:
+            raise Unavailable(
+                f"share {self.name} of {self.branch.full_name} failed while its rows changed, and is opened again from "
+                "its checkpoint and log: ask again"
+            )
+
 
     def _table(self, name: str) -> TrainedTable:
         if name not in self.tables:
@@ -365,6 +388,7 @@ class Share:
                 f"share {self.name} has no part of table {name!r} of {self.branch.full_name}; it has parts of "
                 f"{', '.join(self.tables) or 'none'}"
             )
+            self._check_whole()
         return self.tables[name]
 
     # Checkpoints
@@ -384,6 +408,7 @@ class Share:
         self._checkpoint_if_due()
 
     def has_checkpoint(self, step: int) -> bool:
+        self._check_whole()
         """Whether it is on disk. Raises Overloaded if the disk did not take it."""
         if step in self._failures:
             raise self._failures.pop(step)
@@ -497,7 +522,7 @@ class Share:
 
     def restart(self, step: int) -> None:
         """A copy that begins again, from a checkpoint or with step 0 from what the branch began from."""
-        with self._lock:
+        with self._changing_rows():
             self._load(step)
         self.session, self.workers = 0, 1
         self._enter(0, 1)
@@ -507,6 +532,7 @@ class Share:
     def do(self, change: Change) -> None:
         """A copy does what the primary did. Raises what shows that it cannot have the same rows."""
         if change.kind == "push":
+        self.is_broken = False
             push = self.read(change.pieces)
             if push.step > self.applied:
                 self.admit(push)

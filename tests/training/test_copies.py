@@ -50,6 +50,7 @@ from embedding_service.training.branch import branch_folder, read_address, read_
 from embedding_service.training.log import NEVER, Log
 from embedding_service.training.seats import Seat, read_seats
 from embedding_service.training.share import Share
+from embedding_service.training.tables import TrainedTable
 from embedding_service.wire import training_pb2 as wire
 
 pytestmark = pytest.mark.slow
@@ -281,6 +282,29 @@ def test_t10_a_copy_that_stopped_following_follows_again(
         wait_for(store, "stopped", led_by("s1", "s1"))
         push(session)
         check(session)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_t1_t10_a_share_that_fails_while_its_rows_change_is_opened_again_and_the_trainer_goes_on(
+    store: Path, shards: InThread, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    name, really, failed = f"fails-{copies}", TrainedTable.step, threading.Event()
+
+    def fails_once(*arguments: Any) -> None:
+        really(*arguments)
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError
+
+    with training(shards, name, copies) as session:
+        wait_for(store, name, lambda seats: all(len(seat.in_sync) == copies for seat in seats.values()))
+        for _ in range(3):
+            push(session)
+        monkeypatch.setattr(TrainedTable, "step", fails_once)
+        for _ in range(3):
+            push(session)
+        check(session)
+        assert failed.is_set() and session.steps == 6
 
 
 def test_t10_a_deposed_primary_accepts_nothing(store: Path, tmp_path: Path) -> None:

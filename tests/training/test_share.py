@@ -38,6 +38,7 @@ from embedding_service.errors import (
     Redirect,
     SessionEnded,
     StoreError,
+    Unavailable,
 )
 from embedding_service.store.store import Store
 from embedding_service.training import checkpoints
@@ -46,6 +47,7 @@ from embedding_service.training.checkpoints import Snapshot
 from embedding_service.training.log import NEVER, PUSH, Draft, Log, Record
 from embedding_service.training.push import PushReader
 from embedding_service.training.share import Share
+from embedding_service.training.tables import TrainedTable
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
 
@@ -176,6 +178,39 @@ def test_t1_a_step_waits_for_all_workers_and_adds_in_their_order(make: Make) -> 
             shares.push(1, step, worker, ROWS)
         reference.step(*(changes(step, worker, ROWS) for worker in range(3)))
     assert torch.equal(shares.rows(), reference.rows)
+
+
+def test_t1_t4_a_step_that_fails_half_way_is_not_done_twice(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done again from the checkpoint and the log. Nobody sees the rows of before."""
+    shares = make(shards=1, every=3)
+    shares.begin(1)
+    [share] = shares.open.values()
+    for step in range(1, 5):
+        shares.push(1, step)
+    share._wait_for_writer()
+    really = TrainedTable.step
+
+    def fails(*arguments: Any) -> None:
+        really(*arguments)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainedTable, "step", fails)
+        with pytest.raises(MemoryError):
+            shares.push(1, 5)
+    uses: list[Callable[[], object]] = [
+        shares.rows,
+        share.advance,
+        lambda: shares.push(1, 6),
+        lambda: shares.begin(2),
+        lambda: share.rewind(4),
+        lambda: share.want_checkpoint(4),
+    ]
+    for use in uses:
+        with pytest.raises(Unavailable, match=r"share s0 of .* failed while its rows changed, and is opened again"):
+            use()
+    assert share.is_broken and not shares.crash("s0").is_broken
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(5))
 
 
 def test_t5_rows_are_of_the_step_that_is_said_though_pushes_go_on(make: Make) -> None:
