@@ -4,7 +4,8 @@ A record is a header, then pieces, each after its length. The header has the rec
 all. It is written last, so pieces may be written while others are on their way. Whoever reads the log stops at the
 first record whose digest does not hold: that one was being written when the process or its machine died.
 
-The log is cut into files. A checkpoint begins a new one, and old ones go with the checkpoints that needed them.
+The log is cut into files. A checkpoint begins a new one, and old ones go with the checkpoints that needed them. A file
+is whole on disk before the next one is there. So only the last one can be torn.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import os
 import secrets
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from embedding_service.errors import Overloaded, StoreError, Unavailable
+from embedding_service.errors import CorruptPart, Overloaded, StoreError, Unavailable
 from embedding_service.machine import sync_folder
 from embedding_service.training.branch import replace
 
@@ -100,16 +101,20 @@ class Log:
         self._written = self._synced = 0
         self._mark = self._durable = 0
         self._closed, self._failure = False, ""
+        self._finish_rewriting()
         if sync > 0:
             threading.Thread(target=self._keep_synced, name="log-sync", daemon=True).start()
 
-    def read(self) -> Iterator[Record]:
+    def read(self, loaded: int = 0) -> Iterator[Record]:
         """All whole records. What follows the last one is cut off.
 
-        Raises StoreError for a log that another release wrote in its own way: none of it is cut off.
+        Raises CorruptPart for a torn file that others go on after, and StoreError for a log that another release wrote
+        in its own way. None of it is cut off then.
+
+        loaded: The step of a checkpoint. Files that were needed only before it are set aside if they are corrupt.
         """
-        files = self._files()
-        for number, (path, data) in enumerate(self._mapped()):
+        files = self._mapped()
+        for number, (path, data) in enumerate(files):
             found = bytes(data[: len(_MAGIC)])
             if found != _MAGIC and found[:-1] == _MAGIC[:-1]:
                 raise StoreError(
@@ -121,11 +126,30 @@ class Log:
                 good = end
                 yield record
             if good < len(data):
-                with path.open("r+b") as file:
-                    file.truncate(good)
-                for later in files[number + 1 :]:
-                    later.unlink()
-                return
+                self._repair(files, number, good, loaded)
+
+    def _repair(self, files: list[tuple[Path, bytes | mmap.mmap]], number: int, good: int, loaded: int) -> None:
+        """A file is whole up to `good` only: see `read`."""
+        (path, _), later = files[number], files[number + 1 :]
+        is_open = self._file is not None
+        if later and _first_step(later[0][0]) <= loaded and not is_open:
+            for each, _ in files[: number + 1]:  # the log goes back no further than to the next file
+                each.rename(each.with_suffix(".corrupt"))
+            log.warning(
+                "%s is corrupt at byte %d. The checkpoint of step %d has all of it, so it and what was before are set "
+                "aside as *.corrupt: remove them, and check the disk",
+                path,
+                good,
+                loaded,
+            )
+        elif is_open or any(record.kind == PUSH for _, data in later for record, _ in _records(data)):
+            raise CorruptPart(
+                f"{path} is corrupt at byte {good:,}, and the log goes on after it, so nothing of it is cut off: put "
+                f"a whole copy of the file there, or remove {self.folder} to go back to the last checkpoint"
+            )
+        else:  # the process died when it wrote this record
+            with path.open("r+b") as file:
+                file.truncate(good)
 
     def snapshot(self) -> Iterator[Record]:
         """All records as they are now, read when they are asked for, though the log goes on."""
@@ -169,13 +193,8 @@ class Log:
                 _to_disk(self._file)
         except OSError as error:
             self._cut()
-            if error.errno == errno.EIO:
-                self._fail(error)
-                self.check()
-            raise Overloaded(
-                f"the log {self.folder} takes no more ({error.strerror}): free space there. What was accepted is kept, "
-                "rows are read and served on, and this push may be sent again"
-            ) from error
+            kept = "What was accepted is kept, rows are read and served on, and this push may be sent again"
+            raise self._refusal(error, f". {kept}") from error
         self._end = end
         self._set_draft(None)
 
@@ -208,6 +227,13 @@ class Log:
         if self._failure:
             raise Overloaded(self._failure)
 
+    def _refusal(self, error: OSError, more: str = "") -> Overloaded:
+        """What to raise for something that the disk did not take. See `check`, too."""
+        if error.errno == errno.EIO:
+            self._fail(error)
+            return Overloaded(self._failure)
+        return Overloaded(f"the log {self.folder} takes no more ({error.strerror}): free space there{more}")
+
     def _fail(self, error: OSError) -> None:
         self._failure = (
             f"the disk of the log {self.folder} has failed ({error.strerror}), and may not have the pushes after step "
@@ -227,7 +253,10 @@ class Log:
             self._dirty.notify()
 
     def applied(self, step: int) -> None:
-        """All pushes up to `step` were appended."""
+        """All pushes up to `step` were appended, and none after it is there."""
+        if step < self._mark:  # it went back
+            with self._in_use:
+                self._mark, self._durable = step, min(step, self._durable)
         self._mark = step
         if self._sync <= 0:
             self._durable = step
@@ -257,23 +286,26 @@ class Log:
                 self.append(record)
             return
         with self.writing:
-            self._begin_file(path, records)
+            self._finish_file()
+            file, end = self._write_new(path, records)
+            self._close_file()
+            self._file, self._path, self._end = file, path, end
 
-    def _begin_file(self, path: Path, records: Sequence[Record]) -> None:
-        file, end = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), 0
+    def _write_new(self, path: Path, records: Sequence[Record]) -> tuple[int, int]:
+        """A new file with these records on disk, and where they end. Raises Overloaded. Then it is not there."""
+        file = None
         try:
+            file, end = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 0
             for record in records:
                 end = _write(file, end, record)
+            os.fsync(file)
             sync_folder(self.folder)
-            self._close_file()
         except OSError as error:
-            os.close(file)
-            path.unlink()
-            if error.errno == errno.EIO:
-                self._fail(error)
-                self.check()
-            raise Overloaded(f"the log {self.folder} takes no more ({error.strerror}): free space there") from error
-        self._file, self._path, self._end = file, path, end
+            if file is not None:
+                os.close(file)
+            path.unlink(missing_ok=True)
+            raise self._refusal(error) from error
+        return file, end
 
     def forget_before(self, step: int) -> None:
         """Remove files that hold nothing after `step`."""
@@ -282,28 +314,45 @@ class Log:
             if _first_step(following) <= step:
                 path.unlink()
 
-    def rewrite(self, records: Sequence[Record]) -> None:
-        """Have these records in place of all."""
-        with self.writing:
-            self._rewrite(records)
+    def rewrite(self, records: Sequence[Record], before: Callable[[], object] = lambda: None) -> None:
+        """Have these records in place of all. A process that dies in here leaves all that was there, or these.
 
-    def _rewrite(self, records: Sequence[Record]) -> None:
-        self._close_file()
-        files = self._files()
-        first = files[0] if files else self._path_of(0)
-        new = first.with_suffix(".new")
-        file, end = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 0
-        try:
-            for record in records:
-                end = _write(file, end, record)
-            os.fsync(file)
-        finally:
+        Raises Overloaded if the disk does not take them. Then all is as before.
+
+        before: Done when they are on disk, before they count.
+        """
+        self.check()
+        with self.writing:
+            first = (self._files() or [self._path_of(0)])[0]
+            new = first.with_suffix(".new")
+            file, _ = self._write_new(new, records)
             os.close(file)
-        for path in reversed(files[1:]):  # the last one first: what is left is a log that ends earlier
-            path.unlink()
-        new.replace(first)
-        sync_folder(self.folder)
-        self._open(first)
+            try:
+                before()
+            except BaseException:
+                new.unlink()
+                raise
+            try:
+                new.replace(first.with_suffix(".whole"))
+                self._close_file()
+                self._finish_rewriting()
+                self._open(first)
+            except OSError as error:
+                self._fail(error)
+                raise Overloaded(self._failure) from error
+
+    def _finish_rewriting(self) -> None:
+        """Have what `rewrite` wrote in place of all, if it came so far. It may have died at any point of this."""
+        for whole in self.folder.glob("log-*.whole"):
+            sync_folder(self.folder)  # that name is on disk before others go
+            first = whole.with_suffix(".records")
+            for path in self._files():
+                if path != first:
+                    path.unlink()
+            sync_folder(self.folder)  # and they are gone before it is an ordinary file
+            whole.replace(first)
+        for new in self.folder.glob("log-*.new"):
+            new.unlink()
 
     def close(self) -> None:
         """Write all to disk, and let another process have it."""
@@ -311,8 +360,12 @@ class Log:
             self._closed = True
             self._dirty.notify()
         with self.writing:
-            self._close_file()
-        self._lock.close()
+            try:
+                if self._file is not None:
+                    self._finish_file()
+            finally:
+                self._close_file()
+                self._lock.close()
 
     def _keep_synced(self) -> None:
         while True:
@@ -322,26 +375,34 @@ class Log:
                 if self._closed:
                     return
                 self._dirty.wait_for(lambda: self._closed, self._sync)
-            written, mark = self._written, self._mark
             try:
-                with self._in_use:  # `begin_file` closes files
+                with self._in_use:  # `begin_file` closes files, and `applied` goes back
+                    written, mark = self._written, self._mark
                     if self._file is not None:
                         _to_disk(self._file)
+                    self._synced, self._durable = written, mark
             except OSError as error:
                 self._fail(error)
                 return
-            self._synced, self._durable = written, mark
 
     def _open(self, path: Path) -> None:
         self._file, self._path = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), path
         self._end = os.fstat(self._file).st_size
         sync_folder(self.folder)
 
+    def _finish_file(self) -> None:
+        """Bring it to disk, with whole records alone. Raises Overloaded."""
+        assert self._file is not None
+        try:
+            self._cut()
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise self._refusal(error) from error
+
     def _close_file(self) -> None:
+        self._set_draft(None)
         with self._in_use:
             if self._file is not None:
-                self._cut()
-                os.fdatasync(self._file)
                 os.close(self._file)
                 self._file, self._path = None, Path()
 

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -152,7 +153,7 @@ class Share:
         steps = [step for step in checkpoints.saved_steps(self.folder, self.name) if to is None or step <= to]
         self._load(steps[-1] if steps else 0)
         self._pending, self.accepted = {}, [self.applied] * self.workers
-        for record in self._log.read():
+        for record in self._log.read(self.applied):
             if record.kind == SESSION and record.step != self.session:  # files begin with the session that goes on
                 self._enter(record.step, int.from_bytes(record.pieces[0], "little"))
             elif record.kind == PUSH and (to is None or record.step <= to):
@@ -234,12 +235,9 @@ class Share:
             raise InvalidRequest(
                 f"{self.branch.full_name} can go back to step {first} and no further: older checkpoints were removed"
             )
-        if not self._copy:
-            later = [each for each in checkpoints.saved_steps(self.folder, self.name) if each > step]
-            checkpoints.forget_checkpoints(self.folder, self.name, later)
         session, workers = self.session, self.workers
         kept = [each for each in self._log.read() if each.kind == SESSION or each.step <= step]
-        self._log.rewrite(kept)
+        self._log.rewrite(kept, partial(self._forget_checkpoints_after, step))
         if step < self.applied:
             with self._changing_rows():
                 self._recover(step)
@@ -247,6 +245,16 @@ class Share:
                 raise StoreError(f"the log of {self.branch.full_name} ends at step {self.applied}, before step {step}")
         self._enter(session, workers)
         self._on_change(Change("rewind", step))
+
+    def _forget_checkpoints_after(self, step: int) -> None:
+        """Those of steps that are lost.
+
+        Raises Unavailable if somebody else leads: they are that one's.
+        """
+        later = [each for each in checkpoints.saved_steps(self.folder, self.name) if each > step]
+        if later and not self._copy:
+            with leading(self.folder, self.branch, self.name, self.shard):
+                checkpoints.forget_checkpoints(self.folder, self.name, later)
 
     def _oldest_step(self) -> int:
         """The first step that checkpoints and the log can give."""
@@ -290,6 +298,7 @@ class Share:
         One that was accepted before changes nothing. Raises SessionEnded, OutOfTurn; Overloaded if the log's disk takes
         no more.
         """
+        self._check_whole()
         self.check_session(push.session)
         if push.session > self.session or push.worker >= self.workers:
             raise InvalidRequest(
@@ -298,7 +307,6 @@ class Share:
             )
         expected = self.accepted[push.worker] + 1
         if push.step < expected:
-        self._check_whole()
             return
         if push.step > expected:
             raise OutOfTurn(
@@ -310,6 +318,7 @@ class Share:
 
     def advance(self, to: int | None = None) -> None:
         """Do the steps of which all pushes are here, up to `to`."""
+        self._check_whole()
         before = self.applied
         while (to is None or self.applied < to) and (pushes := self._next()):
             self._apply(pushes)
@@ -318,7 +327,6 @@ class Share:
                 self._checkpoint_if_due()
         if self.applied > before:
             self._on_applied()
-        self._check_whole()
 
     def check_has(self, session: int, worker: int, step: int) -> None:
         """Raise OutOfTurn if a worker of this session pushed a step that is not here. It may have been lost."""
@@ -347,7 +355,7 @@ class Share:
             if len(pushes) > 1 and rows:
                 rows = [summed([ids for ids, _ in rows], [gradients for _, gradients in rows])]
             changes += [(name, trained, trained.local(ids.numpy()), gradients.float()) for ids, gradients in rows]
-        with self._lock:
+        with self._changing_rows():
             for name, trained, local, gradients in changes:
                 if self._snapshot:
                     self._snapshot.put_aside(name, local)
@@ -355,14 +363,6 @@ class Share:
             self.applied = number
         del self._pending[number]
 
-    # Rows
-
-    def rows(self, table: str, ids: Ids) -> tuple[Tensor, int]:
-        """Rows float32 [n, dim], and the step that they are of."""
-        trained = self._table(table)
-        local = trained.local(ids)
-        with self._changing_rows():
-            return trained.rows.index_select(0, local), self.applied
     @contextmanager
     def _changing_rows(self) -> Iterator[None]:
         """Nobody else sees rows. If this fails half-way, nobody sees them any more."""
@@ -381,6 +381,15 @@ class Share:
                 "its checkpoint and log: ask again"
             )
 
+    # Rows
+
+    def rows(self, table: str, ids: Ids) -> tuple[Tensor, int]:
+        """Rows float32 [n, dim], and the step that they are of."""
+        trained = self._table(table)
+        local = trained.local(ids)
+        with self._lock:
+            self._check_whole()
+            return trained.rows.index_select(0, local), self.applied
 
     def _table(self, name: str) -> TrainedTable:
         if name not in self.tables:
@@ -388,7 +397,6 @@ class Share:
                 f"share {self.name} has no part of table {name!r} of {self.branch.full_name}; it has parts of "
                 f"{', '.join(self.tables) or 'none'}"
             )
-            self._check_whole()
         return self.tables[name]
 
     # Checkpoints
@@ -400,6 +408,7 @@ class Share:
 
     def want_checkpoint(self, step: int) -> None:
         """Have a checkpoint of a step written, now or when it is reached. Raises OutOfTurn for one that has passed."""
+        self._check_whole()
         if self.has_checkpoint(step):
             return
         if step < self.applied:
@@ -408,7 +417,6 @@ class Share:
         self._checkpoint_if_due()
 
     def has_checkpoint(self, step: int) -> bool:
-        self._check_whole()
         """Whether it is on disk. Raises Overloaded if the disk did not take it."""
         if step in self._failures:
             raise self._failures.pop(step)
@@ -524,6 +532,7 @@ class Share:
         """A copy that begins again, from a checkpoint or with step 0 from what the branch began from."""
         with self._changing_rows():
             self._load(step)
+        self.is_broken = False
         self.session, self.workers = 0, 1
         self._enter(0, 1)
         self._log.clear(step)
@@ -532,7 +541,6 @@ class Share:
     def do(self, change: Change) -> None:
         """A copy does what the primary did. Raises what shows that it cannot have the same rows."""
         if change.kind == "push":
-        self.is_broken = False
             push = self.read(change.pieces)
             if push.step > self.applied:
                 self.admit(push)

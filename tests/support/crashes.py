@@ -2,21 +2,28 @@
 
     python -m support.crashes FOLDER [EVERY]
 
+With EVERY, one of so many is tried, and each one of going back that is more than a write. What the second child finds
+is checked before it goes on: a step and a session that the first one was at, or was on its way to.
+
 One process imports torch and forks a child for each try. The children work on one thread.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from embedding_service.store.store import Store
 from embedding_service.training.branch import Branch, read_branch
@@ -30,17 +37,24 @@ _CALLS = ("write", "pwrite", "fdatasync", "fsync", "ftruncate", "rename", "repla
 
 
 class Deadline:
-    """Kills this process at its n-th operation on a file, and says in `told` which that was."""
+    """Kills this process at its n-th operation on a file, and says in `told` which that was.
 
-    def __init__(self, number: int, told: Path) -> None:
+    Attributes:
+        going_back: The numbers of those in `Share.rewind`, but for writes.
+    """
+
+    def __init__(self, number: int | None, told: Path) -> None:
         self.left, self.seen, self._told = number, 0, told
+        self.going_back: list[int] = []
         for name in _CALLS:
             setattr(os, name, self._counted(getattr(os, name), name))
 
     def _counted(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
             self.seen += 1
-            if self.seen == self.left:
+            if self.left is None:
+                self._note(name)
+            elif self.seen == self.left:
                 self._tell(name)
                 if name in ("write", "pwrite"):
                     file, data, *where = arguments
@@ -49,6 +63,13 @@ class Deadline:
             return call(*arguments, **options)
 
         return counted
+
+    def _note(self, name: str) -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame and frame.f_code is not Share.rewind.__code__:
+            frame = frame.f_back
+        if frame and name not in ("write", "pwrite"):
+            self.going_back.append(self.seen)
 
     def _tell(self, name: str) -> None:
         """Note the operation, and which of the package's functions asked for it."""
@@ -60,17 +81,48 @@ class Deadline:
             told.write(f"{name} in {where}\n")
 
 
-def train(store: Path, branch: Branch, logs: Path) -> Share:
+class Ledger:
+    """What may be found where a share was killed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def on_the_way(self, share: Share, session: int, step: int) -> Iterator[None]:
+        """The share comes to a session and a step in here."""
+        self._note([share.session, session], [share.applied, step])
+        yield
+        self._note([session], [step])
+
+    def _note(self, sessions: list[int], steps: list[int]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps([sessions, steps]) + "\n")
+
+    def check(self, share: Share, references: list[Tensor]) -> None:
+        """What is there now."""
+        if self._path.exists():
+            sessions, steps = json.loads(self._path.read_text().splitlines()[-1])
+            assert share.session in sessions, f"session {share.session} is there, of {sessions}"
+            assert share.applied in steps, f"step {share.applied} is there, of {steps}"
+        rows, step = share.rows(TABLE, torch.arange(ROWS).numpy())
+        assert torch.equal(rows, references[step]), f"other bits at step {step}"
+
+
+def train(store: Path, branch: Branch, logs: Path, references: list[Tensor]) -> Share:
     """Do all steps, go back, and do them again: as a trainer that begins where the share is."""
+    ledger, back = Ledger(logs.parent / "ledger"), logs.parent / "went-back"
     share = Share(Store(store), branch, "s", logs, ALWAYS)
-    back = logs.parent / "went-back"
+    ledger.check(share, references)
     for session in (2 * share.session + 1, 2 * share.session + 2):
-        share.begin(session, 1)
+        with ledger.on_the_way(share, session, share.applied):
+            share.begin(session, 1)
         for step in range(share.applied + 1, STEPS + 1):
-            share.accept(share.read(pieces_of(branch, session, step, *changes(step))))
+            with ledger.on_the_way(share, session, step):
+                share.accept(share.read(pieces_of(branch, session, step, *changes(step))))
             share._wait_for_writer()  # the same operations in the same order each time
         if not back.exists():
-            share.rewind(BACK_TO)
+            with ledger.on_the_way(share, session, BACK_TO):
+                share.rewind(BACK_TO)
             back.touch()
     return share
 
@@ -88,35 +140,41 @@ def child(work: Callable[[], None]) -> int:
 
 
 def main(folder: Path, every: int) -> None:
-    """Try each operation, or one of `every`, and say how many there were."""
+    """Try each operation, or some, and say how many there were."""
     torch.set_num_threads(1)
     store = store_to_train(folder)
-    expected = InProcess("rowwise_adagrad").until(STEPS)
-    died = number = 0
-    told = folder / "told"
-    while True:
-        number += every if number else 1
+    one = InProcess("rowwise_adagrad")
+    references = [one.until(step).clone() for step in range(STEPS + 1)]
+    told, counted = folder / "told", folder / "counted"
+    numbers, number, died = [0], 0, 0  # 0: nothing is killed, and all is counted
+    while numbers:
+        number = numbers.pop(0)
         branch = new_branch(store, "rowwise_adagrad", ["s"], EVERY_STEPS, f"b{number}")
         logs = folder / "logs" / str(number) / "s"
         logs.mkdir(parents=True)
 
         def dies(number: int = number, branch: Branch = branch, logs: Path = logs) -> None:
-            Deadline(number, told)
-            train(store, branch, logs)
+            deadline = Deadline(number or None, told)
+            train(store, branch, logs, references)
+            if not number:
+                counted.write_text(json.dumps([deadline.seen, deadline.going_back]))
 
         def goes_on(branch: Branch = branch, logs: Path = logs) -> None:
-            share = train(store, read_branch(Store(store), branch.full_name), logs)
+            share = train(store, read_branch(Store(store), branch.full_name), logs, references)
             rows, step = share.rows(TABLE, torch.arange(ROWS).numpy())
-            assert step == STEPS and torch.equal(rows, expected), f"other bits at step {step}"
+            assert step == STEPS and torch.equal(rows, references[STEPS]), f"other bits at step {step}"
 
         how = child(dies)
-        assert how in (0, -signal.SIGKILL), f"operation {number}: the child ended with {how}"
-        assert child(goes_on) == 0, f"operation {number}: what came back is not right"
+        if number:
+            assert how == -signal.SIGKILL, f"operation {number}: the child ended with {how}"
+            assert child(goes_on) == 0, f"operation {number}: what came back is not right"
+            died += 1
+        else:
+            assert how == 0, f"nobody was killed, and the child ended with {how}"
+            operations, going_back = json.loads(counted.read_text())
+            numbers = sorted({*range(1, operations + 1, every), *going_back})
         shutil.rmtree(logs.parent)
         shutil.rmtree(store / MODEL / f".b{number}.branch")
-        if how == 0:
-            break
-        died += 1
     for operation, count in sorted(Counter(told.read_text().splitlines()).items()):
         print(f"{count:4} {operation}")
     print(f"killed {died} times", flush=True)

@@ -13,10 +13,11 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_t7_a_share_killed_at_any_operation_on_a_file_comes_back_with_the_same_bits(tmp_path: Path) -> None:
-    """Some of the operations here. `python -m support.crashes FOLDER` tries each."""
+def test_t7_t8_a_share_killed_at_any_operation_on_a_file_comes_back_where_it_was(tmp_path: Path) -> None:
+    """Some of the operations here, and those of going back. `python -m support.crashes FOLDER` tries each."""
     command = [sys.executable, "-m", "support.crashes", str(tmp_path), "29"]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     killed = re.search(r"killed (\d+) times", done.stdout)
-    assert killed and int(killed[1]) >= 4, done.stdout
+    assert killed and int(killed[1]) >= 20, done.stdout
+    assert "replace in log:Log.rewrite" in done.stdout and "unlink in log:Log._finish_rewriting" in done.stdout

@@ -46,6 +46,7 @@ from embedding_service.training.branch import Branch, create_branch
 from embedding_service.training.checkpoints import Snapshot
 from embedding_service.training.log import NEVER, PUSH, Draft, Log, Record
 from embedding_service.training.push import PushReader
+from embedding_service.training.seats import change_seat, read_seat
 from embedding_service.training.share import Share
 from embedding_service.training.tables import TrainedTable
 from embedding_service.wire import embedding_pb2 as base_wire
@@ -356,6 +357,77 @@ def test_t7_recovery_stops_at_the_first_record_that_is_not_whole(make: Make, tmp
     assert shares.start("s0").applied == 1
 
 
+def flip(path: Path) -> None:
+    """A bit in the middle of a file is another one."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_t7_a_corrupt_file_that_a_checkpoint_covers_takes_nothing_away(make: Make, tmp_path: Path) -> None:
+    shares = make(shards=1, every=5)
+    shares.begin(1)
+    for step in range(1, 18):
+        shares.push(1, step)
+        shares.open["s0"]._wait_for_writer()
+    shares.open.pop("s0").close()
+    first, second = sorted(tmp_path.glob("0/s0/log-*.records"))
+    flip(first)
+    share = shares.start("s0")
+    assert share.applied == 17 and torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(17))
+    assert first.with_suffix(".corrupt").exists() and not first.exists() and second.exists()
+    assert share._oldest_step() == 15  # for what was between is not there
+    assert [change.step for change in share.source()[1] if change.kind == "push"] == [16, 17]
+    shares.begin(2)
+    with pytest.raises(InvalidRequest, match="can go back to step 15 and no further"):
+        share.rewind(14)
+    share.rewind(16)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(16))
+    assert shares.crash("s0").applied == 16
+
+
+def test_t7_a_corrupt_file_that_is_needed_is_named_and_nothing_is_removed(make: Make, tmp_path: Path) -> None:
+    shares = make(shards=1)
+    shares.begin(1)
+    for step in range(1, 6):
+        shares.push(1, step)
+    shares.open["s0"]._begin_log_file(5)  # its checkpoint was not written
+    shares.push(1, 6)
+    first, second = sorted(tmp_path.glob("0/s0/log-*.records"))
+    whole = first.read_bytes()
+    flip(first)
+    files = {path: path.read_bytes() for path in (first, second)}
+    shares.begin(2)
+    files[second] = second.read_bytes()
+    said = rf"{first} is corrupt at byte [\d,]+, .* put a whole copy of the file there, or remove .*/s0 to go back"
+    with pytest.raises(CorruptPart, match=said):  # a share that is open
+        shares.open["s0"].rewind(5)
+    shares.open.pop("s0").close()
+    with pytest.raises(CorruptPart, match=said):
+        shares.start("s0")
+    assert {path: path.read_bytes() for path in sorted(tmp_path.glob("0/s0/log-*"))} == files
+    first.write_bytes(whole)
+    assert shares.start("s0").applied == 6
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(6))
+
+
+def test_t7_a_torn_record_before_a_file_without_pushes_is_cut_off(make: Make, tmp_path: Path) -> None:
+    """Releases before began the next file while a push was on its way into this one."""
+    shares = make(shards=1)
+    shares.begin(1)
+    for step in (1, 2):
+        shares.push(1, step)
+    shares.open["s0"]._begin_log_file(2)
+    shares.open.pop("s0").close()
+    first, _ = sorted(tmp_path.glob("0/s0/log-*.records"))
+    with first.open("ab") as file:
+        file.write(bytes(1000))
+    assert shares.start("s0").applied == 2
+    shares.push(1, 3)
+    assert shares.crash("s0").applied == 3
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(3))
+
+
 def test_t7_a_log_of_another_release_is_refused_and_stays(make: Make, tmp_path: Path) -> None:
     shares = make(shards=1)
     shares.begin(1)
@@ -625,34 +697,104 @@ def test_t7_a_new_file_of_the_log_that_was_not_finished_takes_nothing_away(make:
     assert (share.applied, share.accepted) == (2, [2, 3])
 
 
-def test_t8_a_log_that_is_rewritten_is_on_disk_before_it_has_its_name(
+def test_t8_a_log_that_is_rewritten_is_on_disk_before_it_counts_and_counts_before_others_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that loses its power then has the records before, or those after."""
     log = Log(tmp_path / "log", sync=NEVER)
     log.ready(0)
     log.append(Record(PUSH, 1, [b"before"]))
-    synced: set[int] = set()
-    names: list[str] = []
-    fsync, rename = os.fsync, Path.replace
+    log.begin_file(1, [])
+    done: list[str] = []
+    fsync, rename, unlink = os.fsync, Path.replace, Path.unlink
 
     def note_sync(file: int) -> None:
         fsync(file)
-        synced.add(os.fstat(file).st_ino)
+        [name] = [
+            each.name for each in (log.folder, *log.folder.iterdir()) if os.path.samestat(each.stat(), os.fstat(file))
+        ]
+        done.append(f"sync {name}")
 
     def note_name(path: Path, target: Path) -> Path:
-        assert path.stat().st_ino in synced
-        names.append(target.name)
-        synced.clear()  # the folder's names are to be brought there after this
+        done.append(f"name {target.name}")
         return rename(path, target)
 
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_name)
-    log.rewrite([Record(PUSH, 1, [b"after"])])
-    assert len(names) == 1
-    assert log.folder.stat().st_ino in synced
+    def note_gone(path: Path) -> None:
+        done.append(f"remove {path.name}")
+        unlink(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", note_sync)
+        patched.setattr(Path, "replace", note_name)
+        patched.setattr(Path, "unlink", note_gone)
+        log.rewrite([Record(PUSH, 1, [b"after"])])
+    first, second = "log-000000000000000", "log-000000000000001"
+    assert done == [
+        *(f"sync {first}.new", "sync log"),
+        *(f"name {first}.whole", "sync log"),
+        *(f"remove {second}.records", "sync log"),
+        *(f"name {first}.records", "sync log"),
+    ]
     assert [[bytes(piece) for piece in record.pieces] for record in log.read()] == [[b"after"]]
     log.close()
+
+
+def test_t8_going_back_that_finds_the_disk_full_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = make(shards=1, every=3)
+    shares.begin(1)
+    [share] = shares.open.values()
+    for step in range(1, 12):
+        shares.push(1, step)
+        share._wait_for_writer()
+    shares.begin(2)
+    files = sorted(path.name for path in share._log.folder.iterdir())
+
+    def full(file: int, data: bytes, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(Overloaded, match=r"takes no more \(No space left on device\): free space"):
+            share.rewind(8)
+    assert sorted(path.name for path in share._log.folder.iterdir()) == files
+    assert share.applied == 11 and checkpoints.saved_steps(share.folder, "s0") == [3, 6, 9]
+    shares.push(2, 12)
+    share = shares.crash("s0")
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(12))
+    share.rewind(10)
+    assert torch.equal(shares.rows(), InProcess("rowwise_adagrad").until(10))
+
+
+def test_t8_going_back_that_somebody_else_forbids_changes_nothing(make: Make) -> None:
+    """This primary was deposed and does not know it. The newer checkpoints are the new primary's."""
+    shares = make(shards=1, every=3)
+    shares.begin(1)
+    [share] = shares.open.values()
+    for step in range(1, 8):
+        shares.push(1, step)
+        share._wait_for_writer()
+    files = sorted(path.name for path in share._log.folder.iterdir())
+    seat = read_seat(share.folder, shares.branch, "s0")
+    change_seat(share.folder, shares.branch, "s0", seat, primary="s1")
+    with pytest.raises(Unavailable, match=r"share s0 of .* is at shard s1 by now"):
+        share.rewind(4)
+    assert checkpoints.saved_steps(share.folder, "s0") == [3, 6] and share.applied == 7
+    assert sorted(path.name for path in share._log.folder.iterdir()) == files
+
+
+def test_t3_a_step_that_was_gone_back_over_is_not_durable_again_before_it_is_on_disk(make: Make) -> None:
+    shares = make(shards=1)
+    shares.open.pop("s0").close()
+    share = shares.start("s0", sync=0.001)
+    shares.begin(1)
+    for step in range(1, 11):
+        shares.push(1, step)
+    until(lambda: (share._log._synced, share.durable) == (share._log._written, 10), "all steps on disk")
+    share._log._sync = 3600  # from here on nothing comes to disk by itself
+    shares.begin(2)
+    share.rewind(4)
+    shares.push(2, 5)
+    assert share.applied == 5 and share.durable <= 4
 
 
 def test_t3_a_step_is_durable_though_its_record_was_on_disk_before_the_step_was_said(
