@@ -228,6 +228,7 @@ class Share:
         if step > self.applied:
             raise InvalidRequest(f"{self.branch.full_name} is at step {self.applied} and cannot begin at step {step}")
         if step == self.applied and not self._pending:
+            self._forget_checkpoints_after(step)
             return
         self._wait_for_writer()
         first = self._oldest_step()
@@ -247,7 +248,7 @@ class Share:
         self._on_change(Change("rewind", step))
 
     def _forget_checkpoints_after(self, step: int) -> None:
-        """Those of steps that are lost.
+        """Those of steps that are lost. A primary of before may have written one that nobody else was told of.
 
         Raises Unavailable if somebody else leads: they are that one's.
         """
@@ -561,6 +562,7 @@ class Share:
         """A copy becomes the primary."""
         self._copy, self.timeline = False, timeline
         self.advance()
+        self._forget_checkpoints_after(self.applied)
 
     def close(self) -> None:
         """Let go of the log, once what is written is."""

@@ -47,7 +47,7 @@ from embedding_service.training.checkpoints import Snapshot
 from embedding_service.training.log import NEVER, PUSH, Draft, Log, Record
 from embedding_service.training.push import PushReader
 from embedding_service.training.seats import change_seat, read_seat
-from embedding_service.training.share import Share
+from embedding_service.training.share import Change, Share
 from embedding_service.training.tables import TrainedTable
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
@@ -780,6 +780,49 @@ def test_t8_going_back_that_somebody_else_forbids_changes_nothing(make: Make) ->
         share.rewind(4)
     assert checkpoints.saved_steps(share.folder, "s0") == [3, 6] and share.applied == 7
     assert sorted(path.name for path in share._log.folder.iterdir()) == files
+
+
+@pytest.mark.parametrize("seen", ["at once", "late"])
+def test_t4_t10_the_checkpoint_of_a_step_that_was_lost_with_its_primary_does_not_stand(
+    base: Path, tmp_path: Path, seen: str
+) -> None:
+    """The copy did not get that step, so the trainer does another one in its place."""
+    branch = new_branch(base, "rowwise_adagrad", ["s0"], 5, f"lost-{seen.replace(' ', '-')}", copies=2)
+    sent: list[Change] = []
+    primary = Share(Store(base), branch, "s0", tmp_path / "s0", NEVER, on_change=sent.append)
+    copy = Share(Store(base), branch, "s0", tmp_path / "s1", NEVER, shard="s1", copy=True)
+    copy.restart(0)
+    primary.begin(1, 1)
+    for step in range(1, 6):
+        primary.accept(primary.read(pieces_of(branch, 1, step, *changes(step))))
+    for change in sent:
+        if change.step < 5:
+            copy.do(change)
+    primary._wait_for_writer()
+    primary._log._lock.close()  # it dies
+    assert checkpoints.saved_steps(copy.folder, "s0") == [5]
+    seat = read_seat(copy.folder, branch, "s0")
+    change_seat(copy.folder, branch, "s0", seat, primary="s1", in_sync={"s1": copy.log_identity})
+    there = checkpoints.checkpoint_folder(copy.folder, 5)
+    if seen == "late":
+        there.rename(tmp_path / "not-seen-yet")
+    copy.lead(0)
+    if seen == "late":
+        (tmp_path / "not-seen-yet").rename(there)
+    copy.begin(2, 1)
+    copy.rewind(copy.applied)
+    assert copy.applied == 4
+    reference = InProcess("rowwise_adagrad")
+    reference.until(4)
+    for step in range(5, 8):
+        other = changes(100 + step)
+        reference.step(other)
+        copy.accept(copy.read(pieces_of(branch, 2, step, *other)))
+    copy.close()
+    again = Share(Store(base), branch, "s0", tmp_path / "s1", NEVER, shard="s1")
+    rows, step = again.rows(TABLE, torch.arange(ROWS).numpy())
+    assert step == 7 and torch.equal(rows, reference.rows)
+    again.close()
 
 
 def test_t3_a_step_that_was_gone_back_over_is_not_durable_again_before_it_is_on_disk(make: Make) -> None:
