@@ -39,14 +39,18 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 class _Item:
-    """A tensor under way into its file, or some rows of it. ids: int64 [n], ascending; None: all rows."""
+    """A tensor under way into its file, or some rows of it, a chunk at a time.
+
+    ids: int64 [n], ascending; None: all rows.
+    """
 
     def __init__(self, tensor: Tensor, ids: Tensor | None = None) -> None:
         self.tensor, self.ids = tensor, ids
         self.count = len(tensor) if ids is None else len(ids)
+        self._rows = _rows_at_once(tensor)  # of a chunk
         self._next = 0  # the place of the first row that was not copied yet
         self._seen: Tensor | None = None
-        self._aside: list[tuple[Tensor, Tensor]] = []
+        self._aside: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by the chunk's number
 
     def put_aside(self, ids: Tensor) -> None:
         """Rows that are about to change. ids: int64 [n], ascending."""
@@ -60,18 +64,22 @@ class _Item:
             self._seen = torch.zeros(self.count, dtype=torch.bool)
         places = places[(places >= self._next) & ~self._seen[places]]
         self._seen[places] = True
-        self._aside.append((places, self.tensor[places if self.ids is None else self.ids[places]]))
+        values = self.tensor[places if self.ids is None else self.ids[places]]
+        numbers, counts = torch.unique_consecutive(places // self._rows, return_counts=True)
+        cuts = counts.tolist()
+        for number, where, rows in zip(numbers.tolist(), places.split(cuts), values.split(cuts), strict=True):
+            self._aside.setdefault(number, []).append((where, rows))
 
-    def copy_next(self, rows: int) -> Tensor:
+    def copy_next(self) -> Tensor:
         """The next rows as they were when it began."""
-        first, end = self._next, min(self._next + rows, self.count)
+        first, end = self._next, min(self._next + self._rows, self.count)
         chunk = self.tensor[first:end].clone() if self.ids is None else self.tensor[self.ids[first:end]]
-        for places, values in self._aside:
-            begin, stop = torch.searchsorted(places, torch.tensor([first, end])).tolist()
-            chunk[places[begin:stop] - first] = values[begin:stop]
+        if aside := self._aside.pop(first // self._rows, None):
+            places, values = map(torch.cat, zip(*aside, strict=True))
+            chunk[places - first] = values
         self._next = end
         if end == self.count:
-            self._aside, self._seen = [], None
+            self._seen = None
         return chunk
 
     @property
@@ -156,11 +164,14 @@ def write_checkpoint(
 
 
 def _chunks(item: _Item, lock: AbstractContextManager[Any]) -> Iterator[Tensor]:
-    rows = max(1, _CHUNK_BYTES // max(1, item.tensor[:1].numel() * 4))
     while item.rows_left:
         with lock:
-            chunk = item.copy_next(rows)
+            chunk = item.copy_next()
         yield chunk
+
+
+def _rows_at_once(tensor: Tensor) -> int:
+    return max(1, _CHUNK_BYTES // max(1, tensor[:1].numel() * 4))
 
 
 def _write_file(path: Path, name: str, dtype: str, shape: tuple[int, ...], chunks: Iterable[Tensor]) -> str:
@@ -199,7 +210,7 @@ def load_checkpoint(branch_folder: Path, share: str, step: int, tables: Mapping[
 
 
 def _put_over(tensor: Tensor, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.float32]) -> None:
-    some = max(1, _CHUNK_BYTES // max(1, tensor[:1].numel() * 4))
+    some = _rows_at_once(tensor)
     for begin in range(0, len(ids), some):
         places = torch.from_numpy(np.array(ids[begin : begin + some]))
         tensor[places] = torch.from_numpy(np.array(rows[begin : begin + some]))

@@ -499,22 +499,23 @@ def test_t8_a_branch_goes_back_over_its_first_checkpoint_and_not_over_two(make: 
         share.rewind(4)
 
 
-def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make) -> None:
+def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for full in (True, False):
+        monkeypatch.setattr(checkpoints, "_CHUNK_BYTES", (700 if full else 70) * 4 * DIM)
         shares = make("adagrad", 1)
         shares.begin(1)
         for step in range(1, 4):
             shares.push(1, step)
         [share] = shares.open.values()
         changed = share.tables[TABLE].changed_since(1)
-        some, at_once = (torch.arange(ROWS), 700) if full else (changed, 70)
+        some = torch.arange(ROWS) if full else changed
         expected = {name: tensor[some] for name, tensor in share.tables[TABLE].tensors.items()}
         snapshot = share._snapshot = Snapshot(share.tables, None if full else {TABLE: changed})
         step, got = 4, {}
         for (_, name), item in snapshot.items.items():
             chunks = []
             while item.rows_left:
-                chunks.append(item.copy_next(at_once))
+                chunks.append(item.copy_next())
                 shares.push(1, step)  # between any two chunks
                 step += 1
             got[name] = torch.cat(chunks)
@@ -525,6 +526,23 @@ def test_t9_a_checkpoint_is_of_one_step_though_pushes_go_on(make: Make) -> None:
         share.want_checkpoint(step - 1)
         share._wait_for_writer()
         assert checkpoints.whole_steps(share.folder, shares.branch) == [step - 1]
+
+
+def test_a_chunk_of_a_checkpoint_costs_no_more_for_steps_that_changed_none_of_its_rows(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_CHUNK_BYTES", 1024 * 4 * DIM)
+    [share] = make("sgd", 1).open.values()
+    snapshot = Snapshot(share.tables)
+    [item] = snapshot.items.values()
+    for first in (0, 1020, 2040, 2040):
+        snapshot.put_aside(TABLE, torch.arange(first, first + 8))
+    for _ in range(3):
+        snapshot.put_aside(TABLE, torch.empty(0, dtype=torch.int64))
+    assert {chunk: len(parts) for chunk, parts in item._aside.items()} == {0: 2, 1: 2}
+    item.copy_next()
+    snapshot.put_aside(TABLE, torch.arange(0, 8))
+    assert {chunk: len(parts) for chunk, parts in item._aside.items()} == {1: 2}
 
 
 def test_t8_t9_checkpoints_of_what_changed_give_all_steps_and_those_they_lie_over_are_kept(make: Make) -> None:
