@@ -43,20 +43,27 @@ def _machine(field: str) -> int:
 def containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of each control group that this process is in and that has a limit.
 
-    In a container the root of the mount is often its own group, even if the path says otherwise.
+    Pages of files that the kernel drops when memory is short are not in use: logs and checkpoints leave many. In a
+    container the root of the mount is often its own group, even if the path says otherwise.
     """
     groups = dict(line.split(":", 2)[1:] for line in own.read_text().splitlines()) if own.exists() else {}
     found = []
-    for kind, folder, limit_file, use_file in (
-        ("", root, "memory.max", "memory.current"),
-        ("memory", root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    for kind, folder, limit_file, use_file, pages in (
+        ("", root, "memory.max", "memory.current", "inactive_file"),
+        ("memory", root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         path = Path(groups.get(kind, "/"))
         for group in {folder, *(folder / each.relative_to("/") for each in (path, *path.parents))}:
             limit, use = group / limit_file, group / use_file
             if limit.exists() and (text := limit.read_text().strip()) != "max":
-                found.append((int(text), int(use.read_text())))
+                found.append((int(text), max(0, int(use.read_text()) - _count(group / "memory.stat", pages))))
     return found
+
+
+def _count(stat: Path, field: str) -> int:
+    """A field of a file of counts. 0: it is not there."""
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == field), 0)
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -76,6 +76,25 @@ def test_limits_of_the_container_are_found(
     assert sorted(memory.containers(tmp_path / "groups", tmp_path / "own")) == expected
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "use", "field"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_pages_of_files_that_the_kernel_may_drop_are_free(
+    folder: str, limit: str, use: str, field: str, tmp_path: Path
+) -> None:
+    """A shard that writes a log fills its container with them."""
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    for name, text in ((limit, "100"), (use, "90"), ("memory.stat", f"anon 30\n{field} 60\nactive_file 0")):
+        (group / name).write_text(f"{text}\n")
+    assert memory.containers(tmp_path, tmp_path / "own") == [(100, 30)]
+
+
 def test_a_container_leaves_memory_for_requests_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     for limit, rows, processes, expected in (

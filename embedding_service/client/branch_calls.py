@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from embedding_service.client.gradients import ROWS
-from embedding_service.errors import DeadlineExceeded, LostUpdates, OutOfTurn, ProtocolError, Unavailable
+from embedding_service.errors import (
+    DeadlineExceeded,
+    LostUpdates,
+    OutOfTurn,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+)
 from embedding_service.grpc_codes import error_of
 from embedding_service.wire import large
 from embedding_service.wire import training_pb2 as wire
@@ -40,6 +47,8 @@ _QUIET = 3.0
 # Pushes that are kept for a shard that loses them with its machine.
 _KEPT_BYTES = 1 << 30
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+# Reads are within the limits of the service, so it has no memory for one at the moment.
+_READ_AGAIN = (*_AGAIN, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class ReadRows(NamedTuple):
@@ -217,21 +226,26 @@ class BranchCalls:
         """Find a share that did not answer, send it what it does not have, and ask it again. Returns its answer."""
         deadline, pause = time.monotonic() + self._timeout, _FIRST_PAUSE
         has_all = not self.session  # a session's shard may have lost what it was sent
+        mended = _READ_AGAIN if isinstance(request, wire.ReadRequest) else _AGAIN
         while True:
-            if error.code() not in _AGAIN and (has_all or error.code() is not grpc.StatusCode.ABORTED):
+            full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # it answers, and lost nothing
+            if error.code() not in mended and (has_all or error.code() is not grpc.StatusCode.ABORTED):
                 raise _error(error) from None
             if time.monotonic() + pause > deadline:
+                if full:
+                    raise _error(error) from None
                 raise Unavailable(
                     f"shard {share.shard} of {self._name} did not come back within {self._timeout:g} s "
                     f"({error.details()}): start it again, with the disk that has its log, and begin a new session"
                 ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            self._find(share)
             try:
-                if not has_all and not isinstance(request, wire.BeginRequest):
-                    self._send_again(share)
-                has_all = True
+                if not full:
+                    self._find(share)
+                    if not has_all and not isinstance(request, wire.BeginRequest):
+                        self._send_again(share)
+                    has_all = True
                 if request is None:
                     return None
                 return self._result(share, self._call(share.address, request, self._timeout), share.address)
@@ -318,6 +332,8 @@ def _error(error: grpc.RpcError) -> Exception:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.ABORTED:
         return OutOfTurn(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded(details)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{details}: this service trains no tables, it is older than its client")
     return error_of(code, details)

@@ -338,8 +338,8 @@ class Session:
         With `staleness` it does not wait for that. The next step does, or `checkpoint`, or the end of the session.
 
         Raises InvalidRequest for a gradient that is not finite; SessionEnded if another trainer began; LostUpdates if a
-        shard lost what it had accepted, and Unavailable if one does not come back within the timeout. After the latter
-        two, a new session begins where all shards are.
+        shard lost what it had accepted, and Unavailable if one does not come back within the timeout. After these two a
+        new session begins where all shards are. Overloaded if a shard's memory or its log's disk is full.
         """
         if self.lr is None:
             raise InvalidRequest(f"session.lr is not set: {self.name} has its optimizer, but no learning rate yet")

@@ -31,6 +31,7 @@ from embedding_service.security.audit import Audit
 from embedding_service.security.certificates import speaks_for
 from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits, Server, abort
+from embedding_service.shard.push_room import PushRoom
 from embedding_service.shard.service import Unread
 from embedding_service.shard.shares import Shares
 from embedding_service.store.store import Store
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 SERVICE = "embedding.v1.TrainingService"
 # A push in memory: its pieces, and what is read from them. And of each piece, however small, the objects that hold it.
 _PUSH_COPIES, _PIECE_BYTES = 3, 1024
+# Seconds until the next piece of a push. Then it is given up, for others may wait for its memory.
+_SILENCE = 30.0
 T = TypeVar("T")
 
 
@@ -76,7 +79,7 @@ class TrainingService:
         audit: Audit | None = None,
     ) -> None:
         self._store, self._shard, self._router, self._shares = store, shard, router, shares
-        self._limits, self._budget, self._unread = limits, budget, Unread(budget)
+        self._limits, self._room, self._unread = limits, PushRoom(budget), Unread(budget)
         self._audit = audit or Audit(None)
 
     def add_to(self, server: Server) -> None:
@@ -224,32 +227,29 @@ class TrainingService:
 
     async def _push(self, requests: AsyncIterator[bytes], context: Context) -> wire.PushResponse:
         reading: asyncio.Task[None] | None = None
-        promised = 0
-        try:
-            async for piece in requests:
+        with self._room.enter() as take:
+            try:
+                while (piece := await _next_piece(requests)) is not None:
+                    if reading is None:
+                        name, share_name = _addressed(piece)
+                        self._check_right(context, "train", name)
+                        opened = await self._shares.leading(name, share_name)
+                        reader = opened.share.reader()
+                    else:
+                        await reading
+                    await take(_PUSH_COPIES * len(piece) + _PIECE_BYTES)
+                    reading = asyncio.create_task(asyncio.to_thread(reader.add, piece))  # while the next one travels
                 if reading is None:
-                    name, share_name = _addressed(piece)
-                    self._check_right(context, "train", name)
-                    opened = await self._shares.leading(name, share_name)
-                    reader = opened.share.reader()
-                else:
-                    await reading
-                needed = _PUSH_COPIES * len(piece) + _PIECE_BYTES
-                self._budget.promise(needed)
-                promised += needed
-                reading = asyncio.create_task(asyncio.to_thread(reader.add, piece))  # while the next one travels
-            if reading is None:
-                raise InvalidRequest("the push holds no piece")
-            await reading
-            push = reader.end()
-            await opened.on(opened.share.admit, push)
-            # The step is done while copies are sent the push, and the answer travels.
-            opened.later(_advance, opened.share)
-            await self._shares.copied(opened)
-        finally:
-            if reading:
-                await asyncio.gather(reading, return_exceptions=True)
-            self._budget.give_back(promised)
+                    raise InvalidRequest("the push holds no piece")
+                await reading
+                push = reader.end()
+                await opened.on(opened.share.admit, push)
+                # The step is done while copies are sent the push, and the answer travels.
+                opened.later(_advance, opened.share)
+                await self._shares.copied(opened)
+            finally:
+                if reading:
+                    await asyncio.gather(reading, return_exceptions=True)
         share = opened.share
         return wire.PushResponse(accepted_step=push.step, applied_step=share.applied, durable_step=share.durable)
 
@@ -347,6 +347,15 @@ def _advance(share: Share) -> None:
         share.advance()
     except Exception:  # the next push tries again, and so does who opens the log
         log.exception("%s cannot do step %d", share.branch.full_name, share.applied + 1)
+
+
+async def _next_piece(requests: AsyncIterator[bytes]) -> bytes | None:
+    """None after the last one. Raises Unavailable if it does not come."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise Unavailable(f"the next piece of the push did not come for {_SILENCE:g} s: send the push again") from None
 
 
 def _addressed(piece: bytes) -> tuple[str, str]:

@@ -128,8 +128,9 @@ class InThread:
         patience: float = 60,
         memory: int = 1 << 30,
         secure: Path | None = None,
+        budget: int = 1 << 30,
     ) -> None:
-        self._memory, self._secure = memory, secure
+        self._memory, self._secure, self._budget = memory, secure, budget
         self.store, self._logs, self._sync, self._patience = Store(store), logs, sync, patience
         self.addresses: dict[str, str] = {}
         self.shares: dict[str, Shares] = {}
@@ -149,7 +150,7 @@ class InThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
     async def _start(self, shard: str) -> None:
-        limits, budget = RequestLimits(), self.budgets.setdefault(shard, Budget(1 << 30))
+        limits, budget = RequestLimits(), self.budgets.setdefault(shard, Budget(self._budget))
         router = self._routers[shard] = Router(["127.0.0.1:1"])
         security = self._security(shard) if self._secure else None
         self.holdings[shard] = Holdings(self.store, TIERS.find("ram"), self._memory, self._logs / "cache")

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ from support.checkpoints import HEADS, VOCAB, longcat_table
 from support.cluster import cluster, until
 from support.mortal import HALF_WRITTEN, passed
 from support.trainer import stores
-from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows
+from support.training import DIM, LR, MODEL, ROWS, TABLE, InThread, start_rows, store_to_train
 from support.training_chaos import CONTROLLER, LOST_AFTER, TRAINER, Run
 from torch import Tensor, nn
 
@@ -32,8 +33,10 @@ from embedding_service import (
     RowwiseAdam,
     SessionEnded,
 )
+from embedding_service.client import gradients
 from embedding_service.client.gradients import summed
 from embedding_service.formats import get_format
+from embedding_service.shard import training
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_branch
@@ -401,18 +404,90 @@ def test_what_trainers_ask_counts_among_requests_and_answers(own: EmbeddingClien
                 ids=ids,
                 encoding=base_wire.ROW_ENCODING_FLOAT32,
             )
-            with pytest.raises(grpc.RpcError) as of_read:
+            with pytest.raises(grpc.RpcError, match="ask again in a moment") as of_read:
                 trainer.Read(read, timeout=30)
-            piece = wire.PushPiece(branch="fp32@budget", share="s0", session=number, step=1)
-            with pytest.raises(grpc.RpcError) as of_push:
-                trainer.Push(iter([piece] * 10_000), timeout=30)
+            assert "RESOURCE_EXHAUSTED" in str(of_read.value)
+            begun, goes_on = threading.Event(), threading.Event()
+
+            def pieces() -> Iterator[wire.PushPiece]:
+                yield wire.PushPiece(branch="fp32@budget", share="s0", session=number, step=1)
+                begun.set()
+                goes_on.wait()
+                yield from [wire.PushPiece()] * 1000
+
+            push = trainer.Push.future(pieces(), timeout=30)
+            until(lambda: begun.is_set() and budget.left < 0, "the push to be counted")
+            goes_on.set()
+            with pytest.raises(grpc.RpcError, match="the push has no last piece"):
+                push.result()
+            until(lambda: budget.left == 0, "its bytes to be given back")
+            with ThreadPoolExecutor(1) as other:
+                every = torch.arange(len(longcat_table()))
+                rows = other.submit(session.lookup, NGRAMS, every)
+                wait([rows], 0.5)
+                assert not rows.done()
+                budget.give_back(budget.most)
+                assert torch.equal(rows.result(), longcat_table())
         finally:
-            budget.give_back(budget.most)
-        for raised in (of_read, of_push):
-            assert "ask again in a moment" in str(raised.value)
-            assert "RESOURCE_EXHAUSTED" in str(raised.value)
+            if budget.left <= 0:
+                budget.give_back(budget.most)
         assert len(trainer.Read(read, timeout=30).rows) == 4096 * NGRAM_DIM * 4
         until(lambda: budget.left == budget.most, "all bytes to be given back")
+
+
+def test_t2_pushes_larger_than_the_budget_wait_for_each_other_and_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has many pieces, and holds more than all together may."""
+    monkeypatch.setattr(gradients, "PIECE_BYTES", 16 << 10)
+    shards, workers, failures = InThread(store_to_train(tmp_path), tmp_path / "logs", ["s0"], budget=512 << 10), 4, []
+    clients = [EmbeddingClient(shards.addresses["s0"], timeout=60) for _ in range(workers)]
+    first = clients[0].train(f"{MODEL}@large", optimizer=SGD(lr=1.0), workers=workers)
+
+    def work(worker: int) -> None:
+        try:
+            session = first
+            if worker:
+                session = clients[worker].train(f"{MODEL}@large", workers=workers, worker=worker, join=first.number)
+            session.lr = 1.0
+            for step in range(3):
+                session.add_gradients(TABLE, torch.arange(ROWS), torch.ones(ROWS, DIM))
+                session.step()
+                torch.testing.assert_close(
+                    session.lookup(TABLE, torch.arange(ROWS)), start_rows() - workers * (step + 1)
+                )
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for client in clients:
+        client.close()
+    shards.close()
+    assert not failures, failures
+
+
+def test_a_push_that_goes_on_no_more_is_given_up(
+    own: EmbeddingClient, shards: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SILENCE", 0.5)
+    name, over, budget = "fp32@silent", threading.Event(), shards.budgets["s0"]
+    with own.train(name, optimizer=SGD(lr=LR)) as session, grpc.insecure_channel(shards.addresses["s0"]) as port:
+
+        def pieces() -> Iterator[wire.PushPiece]:
+            yield wire.PushPiece(branch=name, share="s0", session=session.number, step=1)
+            over.wait()
+
+        try:
+            with pytest.raises(grpc.RpcError, match="the next piece of the push did not come") as raised:
+                TrainingServiceStub(port).Push(pieces(), timeout=60)
+            assert "UNAVAILABLE" in str(raised.value)  # a client sends it again
+        finally:
+            over.set()
+        until(lambda: budget.left == budget.most, "its bytes to be given back")
 
 
 def test_t3_what_was_not_on_disk_is_sent_again(own: EmbeddingClient, shards: InThread) -> None:
