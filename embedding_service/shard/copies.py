@@ -6,13 +6,13 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from itertools import islice
 
 from embedding_service.training.share import Change
 from embedding_service.wire import training_pb2 as wire
 
-# Bytes of changes that wait for a copy. One that is further behind begins again.
+# Bytes of changes that wait for a copy. One that pushes do not wait for, and that is further behind, begins again.
 _MOST_BYTES = 1 << 30
 # Changes that a copy may be behind when it is let in.
 _NEAR = 16
@@ -116,12 +116,12 @@ class Copies:
         self.links: dict[str, Link] = {}
         self._on_moved = on_moved
 
-    def hand_out(self, change: Change) -> None:
-        """The share changed."""
+    def hand_out(self, change: Change, required: Collection[str]) -> None:
+        """The share changed. `required`: copies that what is accepted waits for, so they are not far behind."""
         self.position += 1
         for link in list(self.links.values()):
             link.add(change)
-            if link.is_over:
+            if link.is_over and link.shard not in required:
                 self.drop(link.shard)
 
     def link(self, shard: str, log: str) -> Link:

@@ -66,7 +66,7 @@ class Opened:
 
     def _hand_out(self, change: Change) -> None:
         if self.copies:
-            self.copies.hand_out(change)
+            self.copies.hand_out(change, self.required)
 
     async def on(self, work: Callable[..., T], *arguments: Any) -> T:
         """Do it on the share's own thread. It is done even if the caller has gone by then."""

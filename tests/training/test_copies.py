@@ -41,6 +41,7 @@ from embedding_service.errors import EmbeddingServiceError, Unavailable
 from embedding_service.security.access import Access, access_of
 from embedding_service.security.authority import prepare_folder
 from embedding_service.serving import cancel
+from embedding_service.shard import copies as copies_module
 from embedding_service.shard import shares as shares_module
 from embedding_service.shard.following import follow_once
 from embedding_service.shard.opened import Opened
@@ -186,6 +187,18 @@ def test_t10_a_copy_in_sync_leads_when_the_primary_dies_and_one_that_fell_out_is
     with training(shards, "copied", 2, at_step=session.steps - 19) as again:
         assert again.begun_at == session.steps - 19 > 20
         check(again)
+
+
+def test_t10_a_copy_in_sync_stays_though_large_pushes_have_not_reached_it_yet(
+    store: Path, shards: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with training(shards, "large", 2) as session:
+        seats = wait_for(store, "large", all_in_sync)
+        monkeypatch.setattr(copies_module, "_MOST_BYTES", 1)
+        for _ in range(10):
+            push(session)
+        check(session)
+        assert seats_of(store, "large") == seats
 
 
 def test_s6_s9_copies_follow_by_their_own_certificates_and_who_trains_is_noted(store: Path, tmp_path: Path) -> None:
