@@ -94,7 +94,7 @@ class Session:
         self._gradients: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._prefetched: dict[str, _Reading] = {}
         self._pushing: list[Begun] = []
-        self._summed: set[str] = set()  # tables whose gradients are one sum, in memory of ours
+        self._summed: set[str] = set()  # tables whose gradients are one sum
 
     # Beginning and ending
 
@@ -271,11 +271,12 @@ class Session:
                 f"gradients of table {table} are {list(gradients.shape)}, for ids {list(ids.shape)}: they must be "
                 f"[*ids, {about.dim}]"
             )
-        values = gradients.detach().to("cpu").reshape(-1, about.dim)
+        # A copy: autograd may give the same memory to a parameter and add to it there.
+        own = gradients.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         with self._lock:
             all_ids, all_values = self._gradients.setdefault(table, ([], []))
             all_ids.append(flat)
-            all_values.append(values)
+            all_values.append(own.view(-1, about.dim))
             self._summed.discard(table)
 
     def add_ngram_gradients(self, token_ids: Tensor, context: Tensor | None, gradients: Tensor) -> None:
@@ -291,18 +292,12 @@ class Session:
 
         The sums may be changed in place: that is how they are clipped or unscaled.
         """
-        return self._sums(to_change=True)
-
-    def _sums(self, *, to_change: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """`to_change`: in memory that autograd does not know."""
         with self._lock:
             for table, (ids, values) in self._gradients.items():
                 if table not in self._summed:
                     some, total = summed(ids, values)
-                    if to_change:
-                        total = total.clone() if total is values[0] else total
-                        self._summed.add(table)
                     self._gradients[table] = [some], [total]
+                    self._summed.add(table)
             return {table: (ids[0], values[0]) for table, (ids, values) in self._gradients.items()}
 
     def zero_grad(self) -> None:
@@ -344,7 +339,7 @@ class Session:
         if self.lr is None:
             raise InvalidRequest(f"session.lr is not set: {self.name} has its optimizer, but no learning rate yet")
         tables = {}
-        for name, (ids, values) in self._sums().items():
+        for name, (ids, values) in self.sums().items():
             sent = values.to(self.dtype)
             check_finite(name, ids, sent)
             tables[name] = ids, sent

@@ -279,6 +279,18 @@ def test_gradients_are_clipped_unscaled_and_accumulated(own: EmbeddingClient) ->
         assert again.norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
+def test_gradients_stay_though_autograd_adds_to_a_parameter_that_shares_their_memory(own: EmbeddingClient) -> None:
+    table = longcat_table()
+    with own.train("fp32@shared", optimizer=SGD(lr=1.0)) as session:
+        rows = RemoteEmbedding(own, f"fp32@shared/{NGRAMS}", dtype=torch.float64)
+        positions = nn.Parameter(torch.zeros(4, NGRAM_DIM, dtype=torch.float64))
+        ids = torch.tensor([[5, 6, 7, 8]])
+        for scale in (1.0, 10.0):
+            ((rows(ids) + positions.unsqueeze(0)) * scale).sum().backward()
+        session.step()
+        assert torch.equal(session.lookup(NGRAMS, ids[0]), table[ids[0]] - 11)
+
+
 def test_t5_rows_a_step_behind_are_prefetched_while_pushes_go_on(own: EmbeddingClient) -> None:
     table, name, ids = longcat_table(), "fp32@behind", torch.tensor([[7, 9000], [7, 3]])
     with (
