@@ -104,7 +104,7 @@ class Session:
         about = self._describe(request)
         calls, shares = self._calls, self._calls.shares
         calls.session = join if join is not None else about.session
-        begun = [calls.ask(share, calls.beginning(share)) for share in shares]
+        begun = calls.ask_all([(share, calls.beginning(share)) for share in shares])
         if join is not None:
             self.begun_at = calls.pushed = max((each.accepted_steps[self._worker] for each in begun), default=0)
             return
@@ -112,8 +112,7 @@ class Session:
         if short := [share for share, each in zip(shares, begun, strict=True) if each.applied_step < step]:
             had = max(each.applied_step for each in begun)
             raise calls.lost(short[0], min(each.applied_step for each in begun) + 1, max(step, had))
-        for share in shares:
-            calls.ask(share, calls.beginning(share, rewind_to=step))
+        calls.ask_all([(share, calls.beginning(share, rewind_to=step)) for share in shares])
         self.begun_at = calls.pushed = step
 
     def attend(self) -> None:

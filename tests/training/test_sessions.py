@@ -42,6 +42,7 @@ from embedding_service.store.store import Store
 from embedding_service.training.branch import branch_folder, read_branch
 from embedding_service.training.optimizers import optimizer_of
 from embedding_service.training.seats import read_seats
+from embedding_service.training.share import Share
 from embedding_service.wire import embedding_pb2 as base_wire
 from embedding_service.wire import training_pb2 as wire
 from embedding_service.wire.training_pb2_grpc import TrainingServiceStub
@@ -198,6 +199,23 @@ def test_t1_a_later_trainer_ends_the_one_before(own: EmbeddingClient, shards: In
                 reference.step(number)
             every = torch.arange(len(table))
             assert torch.equal(second.lookup(NGRAMS, every), reference.rows)
+
+
+def test_a_session_begins_at_all_shards_at_the_same_time(
+    own: EmbeddingClient, shards: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going back may take each of them minutes."""
+    both, begin = threading.Barrier(len(shards.shares)), Share.begin
+
+    def begin_together(share: Share, session: int, workers: int) -> None:
+        both.wait(20)
+        begin(share, session, workers)
+
+    with own.train("fp32@together", optimizer=SGD(lr=0.1)) as session:
+        session.step()
+    monkeypatch.setattr(Share, "begin", begin_together)
+    with own.train("fp32@together", at_step=0) as session:
+        assert session.begun_at == 0
 
 
 def test_t5_workers_wait_for_each_other_and_rows_are_of_their_step(own: EmbeddingClient, shards: InThread) -> None:
