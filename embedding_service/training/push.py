@@ -118,7 +118,8 @@ class PushReader:
         if self._check:
             _check_rows(table, rows, before[-1] if before else None)
             self._locate(table, rows[0])
-        before.append(rows)
+        if len(rows[0]):  # else the next piece is compared with nothing
+            before.append(rows)
 
 
 def read_push(branch: Branch, pieces: Sequence[bytes | memoryview], *, check: bool = True) -> Push:

@@ -264,11 +264,20 @@ def bad_pushes(branch: Branch) -> dict[str, tuple[list[bytes], type[Exception], 
     in_two[0].last, in_two[1].encoding = False, base_wire.ROW_ENCODING_FLOAT16
     in_two[1].gradients = in_two[1].gradients[: 3 * DIM * 2]
     in_two[1].checksum = xxh3_64_intdigest(b"".join(each.ids + each.gradients for each in in_two))
+    around_nothing = [wire.PushPiece.FromString(good[0]) for _ in range(3)]
+    around_nothing[0].last = around_nothing[1].last = False
+    around_nothing[1].ids = around_nothing[1].gradients = b""
+    around_nothing[2].checksum = xxh3_64_intdigest(b"".join(each.ids + each.gradients for each in around_nothing))
     return {
         "an id past the end": (of([1, 5, ROWS]), OutOfRange, f"id {ROWS} at position 2"),
         "a negative id": (of([-1, 5, 9]), OutOfRange, "id -1 at position 0"),
         "an id twice": (of([1, 5, 5]), InvalidRequest, "ids of table t must ascend"),
         "ids that descend": (of([9, 5, 1]), InvalidRequest, "5 comes after 9"),
+        "an id again, after nothing": (
+            [each.SerializeToString() for each in around_nothing],
+            InvalidRequest,
+            "1 comes after 9",
+        ),
         "an id of another shard": (of([1, 5, ROWS // 8]), Redirect, f"id {ROWS // 8} of table t is of part 1"),
         "a gradient that is no number": (of([1, 5, 9], other), InvalidRequest, "table t, id 5 is not finite"),
         "an infinite one": (of([1, 5, 9], gradients / 0), InvalidRequest, "id 1 is not finite"),
