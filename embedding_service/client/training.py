@@ -264,13 +264,13 @@ class Session:
     def add_gradients(self, table: str, ids: Tensor, gradients: Tensor) -> None:
         """Add gradients of rows: integer ids [*], floating [*, dim]. Autograd's backward calls it."""
         about = self._table(table)
-        flat = ids.detach().to("cpu", torch.int64).reshape(-1)
+        # Copies: a caller may use its ids again, and autograd may add to the same memory for a parameter.
+        flat = ids.detach().to("cpu", torch.int64, copy=True).reshape(-1)
         if gradients.numel() != len(flat) * about.dim:
             raise InvalidRequest(
                 f"gradients of table {table} are {list(gradients.shape)}, for ids {list(ids.shape)}: they must be "
                 f"[*ids, {about.dim}]"
             )
-        # A copy: autograd may give the same memory to a parameter and add to it there.
         own = gradients.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         with self._lock:
             all_ids, all_values = self._gradients.setdefault(table, ([], []))

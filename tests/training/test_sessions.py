@@ -307,6 +307,12 @@ def test_gradients_stay_though_autograd_adds_to_a_parameter_that_shares_their_me
             ((rows(ids) + positions.unsqueeze(0)) * scale).sum().backward()
         session.step()
         assert torch.equal(session.lookup(NGRAMS, ids[0]), table[ids[0]] - 11)
+        reused, gradients = ids[0].clone(), torch.ones(4, NGRAM_DIM)
+        session.add_gradients(NGRAMS, reused, gradients)
+        reused.fill_(9)
+        gradients.fill_(100.0)
+        session.step()
+        assert torch.equal(session.lookup(NGRAMS, ids[0]), table[ids[0]] - 12)
 
 
 def test_t5_rows_a_step_behind_are_prefetched_while_pushes_go_on(own: EmbeddingClient) -> None:
