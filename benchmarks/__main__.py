@@ -6,6 +6,7 @@ import sys
 MODULES = (
     ["benchmarks.ngram"],
     ["benchmarks.planning"],
+    ["benchmarks.deciding"],
     ["benchmarks.import_memory", "--gib", "1"],
     ["benchmarks.loading"],
     ["benchmarks.cache"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from embedding_service.errors import InvalidRequest, StoreError
@@ -19,6 +19,10 @@ _NO_CHECKSUM = "xxh3-128:" + "0" * 32
 
 # For each model its versions, oldest first.
 Catalog = Mapping[str, Sequence[Manifest]]
+# A model and its version.
+Version = tuple[str, str]
+# For each version, for each of its parts the shards that hold it or are to hold it.
+Holders = Mapping[Version, Mapping[PartKey, Sequence[str]]]
 
 
 def part_keys(manifest: Manifest) -> list[PartKey]:
@@ -135,24 +139,33 @@ def settled(
     return quiet > settle or bool(expected and not returning)
 
 
+def copies_held(manifest: Manifest, holders: Mapping[PartKey, Sequence[str]]) -> Counter[int]:
+    """Of how many parts of a version there are how many copies. None of 0 copies: all parts are held."""
+    return Counter(len(holders.get(key, ())) for key in part_keys(manifest))
+
+
 def still_copied(
     target: Mapping[PartKey, Sequence[str]],
-    holders: Mapping[PartKey, list[str]],
-    able: Callable[[str, PartKey], bool],
+    holders: Mapping[PartKey, Sequence[str]],
+    able: Container[str],
+    unable: Container[tuple[str, PartKey]] = frozenset(),
 ) -> set[PartKey]:
-    """Parts that fewer shards hold than the plan gives them to. Only shards that are `able` to hold a part count."""
-    return {
-        key
-        for key, planned in target.items()
-        if sum(able(name, key) for name in holders.get(key, ())) < sum(able(name, key) for name in planned)
-    }
+    """Parts that fewer shards hold than the plan gives them to.
+
+    Only shards that are `able` to hold parts count, and not for the parts that they are `unable` to load.
+    """
+
+    def count(names: Iterable[str], key: PartKey) -> int:
+        return sum(name in able and (name, key) not in unable for name in names)
+
+    return {key for key, planned in target.items() if count(holders.get(key, ()), key) < count(planned, key)}
 
 
 def choose_versions(
     catalog: Catalog,
-    served: Iterable[tuple[str, str]],
-    holders: Mapping[PartKey, list[str]],
-    copying: Container[PartKey] = frozenset(),
+    served: Iterable[Version],
+    held: Container[Version],
+    copying: Container[Version] = frozenset(),
 ) -> tuple[list[Manifest], list[Manifest]]:
     """Which versions are wanted, and which of them are served.
 
@@ -163,8 +176,8 @@ def choose_versions(
     Args:
         catalog: The known versions.
         served: Those that are served now.
-        holders: The shards that hold each part.
-        copying: Parts whose copies are not all there. A sudden death might lose them.
+        held: Those of which every part is held.
+        copying: Those with parts whose copies are not all there. A sudden death might lose them.
 
     Returns:
         (wanted, to be served), each model's versions oldest first.
@@ -174,12 +187,10 @@ def choose_versions(
     serving: list[Manifest] = []
     for _, versions in sorted(catalog.items()):
         newest = versions[-1]
-        keys = part_keys(newest)
+        name = newest.model, newest.version
         before = [manifest for manifest in versions[:-1] if (manifest.model, manifest.version) in served]
-        is_held = all(key in holders for key in keys)
-        may_wait = before and all(key in holders for manifest in before for key in part_keys(manifest))
-        waits = may_wait and any(key in copying for key in keys)
-        if (newest.model, newest.version) in served or (is_held and not waits):
+        may_wait = before and all((manifest.model, manifest.version) in held for manifest in before)
+        if name in served or (name in held and not (may_wait and name in copying)):
             wanted.append(newest)
             serving.append(newest)
             continue
@@ -211,75 +222,86 @@ def too_few_shards(wanted: int, replicas: int) -> str:
 
 
 def needs_plan(
-    wanted: Iterable[Manifest], target: Mapping[PartKey, Sequence[str]], shards: set[str], replicas: int
+    manifest: Manifest, target: Mapping[PartKey, Sequence[str]], shards: Container[str], replicas: int
 ) -> bool:
-    """Whether fewer copies of a part are planned on present shards than are wanted."""
-    return any(
-        sum(shard in shards for shard in target.get(key, ())) < replicas
-        for manifest in wanted
-        for key in part_keys(manifest)
-    )
+    """Whether fewer copies of a part of a version are planned on present shards than are wanted."""
+    return any(sum(shard in shards for shard in target.get(key, ())) < replicas for key in part_keys(manifest))
 
 
-def build_routing(
-    serving: Iterable[Manifest],
+def place_version(
+    manifest: Manifest,
     target: Mapping[PartKey, Sequence[str]],
-    holders: Mapping[PartKey, list[str]],
-    shards: Mapping[str, wire.ShardAddress],
+    holders: Mapping[PartKey, Sequence[str]],
+    shards: Sequence[str],
     unable: Container[tuple[str, PartKey]] = frozenset(),
     draining: Container[str] = frozenset(),
     copies: int = 1,
     away: Container[str] = frozenset(),
-) -> wire.Routing:
-    """The routing without its age: the holders of each part.
+) -> wire.ModelPlacement:
+    """What the routing says of a version: the holders of each part.
 
     Old holders are named until all of its `target` hold it. If they were left out sooner, a copy that moves would be
     one copy less to survive a shard's death.
 
     Args:
-        serving: The versions to be served.
+        manifest: The version.
         target: The shards that the plan gives each part.
         holders: The shards that hold each part.
-        shards: All that are there, as clients see them.
+        shards: The names of all that are there, in the order of the routing.
         unable: Shards with parts that they cannot load. A shard that drains does not wait for them.
         draining: Shards that want to leave.
         copies: Wanted of each part. The plan may be from when there were fewer shards.
         away: Shards without a connection. They are named, and do not count as copies, for they may be dead.
     """
-    names = sorted(shards)
-    index = {name: position for position, name in enumerate(names)}
-    routing = wire.Routing(shards=[shards[name] for name in names])
-    for manifest in serving:
-        placement = routing.models.add(model=model_info(manifest))
-        for table in manifest.tables:
-            owners = placement.tables.add()
-            for part in table.parts:
-                key = PartKey(manifest.model, manifest.version, table.name, part.index)
-                holding, planned = holders.get(key, []), target.get(key, ())
-                chosen = {name for name in planned if name in shards and (name, key) not in unable}
-                staying = [name for name in holding if name in chosen]
-                if staying and len(staying) == len(chosen):
-                    others = [name for name in holding if name not in chosen and name not in draining]
-                    sure = sum(name not in away for name in staying)
-                    named = {*staying, *others[: max(len(planned), copies) - sure]}
-                    holding = [name for name in holding if name in named]
-                owners.parts.add(shards=[index[name] for name in holding])
-    return routing
+    index = {name: position for position, name in enumerate(shards)}
+    placement = wire.ModelPlacement(model=model_info(manifest))
+    for table in manifest.tables:
+        owners = placement.tables.add()
+        for part in table.parts:
+            key = PartKey(manifest.model, manifest.version, table.name, part.index)
+            holding, planned = holders.get(key, ()), target.get(key, ())
+            chosen = {name for name in planned if name in index and (name, key) not in unable}
+            others = [name for name in holding if name not in chosen]
+            if chosen and len(holding) - len(others) == len(chosen):
+                sure = sum(name not in away for name in chosen)
+                staying = [name for name in others if name not in draining][: max(len(planned), copies) - sure]
+                holding = [name for name in holding if name in chosen or name in staying]
+            owners.parts.add(shards=[index[name] for name in holding])
+    return placement
 
 
 def name_lost_holders(
-    routing: wire.Routing, holders: dict[PartKey, list[str]], shards: dict[str, wire.ShardAddress]
-) -> None:
+    routing: wire.Routing,
+    named: Mapping[Version, Mapping[str, frozenset[PartKey]]],
+    holders: Holders,
+    shards: Mapping[str, wire.ShardAddress],
+) -> tuple[Holders, dict[str, wire.ShardAddress]]:
     """Give parts without a holder the shards that are lost and held them by the last routing, where they may be alive.
 
     While the store cannot be read nobody else can load these parts. The shards may be cut off from this controller
     alone, or be with another one.
+
+    Args:
+        routing: The last routing.
+        named: For each version in it, for each shard the parts that it names.
+        holders: The shards that hold each part.
+        shards: All that are there, as clients see them.
+
+    Returns:
+        `holders` and `shards` with them.
     """
-    addresses, held = {shard.id: shard for shard in routing.shards if shard.id not in shards}, set(holders)
-    for name, parts in routed_parts(routing).items():
-        for key in parts - held if name in addresses else ():
-            shards[name] = addresses[name]
-            holders.setdefault(key, []).append(name)
+    lost = {shard.id: shard for shard in routing.shards if shard.id not in shards}
+    more: dict[Version, dict[PartKey, Sequence[str]]] = {}
+    there = dict(shards)
+    for version, parts in named.items() if lost else ():
+        held = holders.get(version, {})
+        missing = {name: parts[name] - held.keys() for name in lost if name in parts}
+        for name, keys in missing.items():
+            there |= {name: lost[name]} if keys else {}
+            for key in keys:
+                add = more.setdefault(version, dict(held))
+                add[key] = [*add.get(key, ()), name]
+    return {**holders, **more}, there
 
 
 def shard_address(report: control.ShardReport) -> wire.ShardAddress:
@@ -295,12 +317,30 @@ def routed_parts(routing: wire.Routing) -> dict[str, set[PartKey]]:
     parts: dict[str, set[PartKey]] = {shard.id: set() for shard in routing.shards}
     names = [shard.id for shard in routing.shards]
     for placement in routing.models:
-        model = placement.model
-        for table, owners in zip(model.tables, placement.tables, strict=True):
-            for index, part in enumerate(owners.parts):
-                for shard in part.shards:
-                    parts[names[shard]].add(PartKey(model.name, model.version, table.name, index))
+        for name, keys in placed_parts(placement, names).items():
+            parts[name] |= keys
     return parts
+
+
+def placed_parts(placement: wire.ModelPlacement, shards: Sequence[str]) -> dict[str, frozenset[PartKey]]:
+    """For each shard that it names the parts of one version. `shards`: the names in the order of the routing."""
+    model = placement.model
+    parts: dict[int, list[PartKey]] = {}
+    for table, owners in zip(model.tables, placement.tables, strict=True):
+        for index, part in enumerate(owners.parts):
+            key = PartKey(model.name, model.version, table.name, index)
+            for shard in part.shards:
+                parts.setdefault(shard, []).append(key)
+    return {shards[shard]: frozenset(keys) for shard, keys in parts.items()}
+
+
+def planned_parts(manifest: Manifest, target: Mapping[PartKey, Sequence[str]]) -> dict[str, frozenset[PartKey]]:
+    """For each shard the parts of a version that the plan gives it."""
+    parts: dict[str, list[PartKey]] = {}
+    for key in part_keys(manifest):
+        for name in target.get(key, ()):
+            parts.setdefault(name, []).append(key)
+    return {name: frozenset(keys) for name, keys in parts.items()}
 
 
 def manifest_of(info: wire.ModelInfo) -> Manifest:

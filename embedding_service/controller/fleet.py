@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from embedding_service.controller import decisions
+from embedding_service.controller.decisions import Version
 from embedding_service.controller.events import Stream
+from embedding_service.controller.last import Last, LastOfEach
 from embedding_service.controller.reports import FAILURE_CHARACTERS, MOST_FAILURES
 from embedding_service.errors import Unavailable
 from embedding_service.placement.parts import PartKey
@@ -51,7 +53,7 @@ class Shard:
     report: control.ShardReport
     connected: bool = True
     heard: float = 0.0
-    held: set[PartKey] = field(default_factory=set)
+    held: frozenset[PartKey] = frozenset()
     accesses: dict[PartKey, int] = field(default_factory=dict)
     failures: dict[PartKey, str] = field(default_factory=dict)
     described: dict[tuple[str, str], Manifest] = field(default_factory=dict)
@@ -62,16 +64,29 @@ class Shard:
     unread: dict[int, frozenset[PartKey]] = field(default_factory=dict)
     grace: dict[PartKey, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._keeps, self._parts = Last(_kept), Last(_parts_message)
+        self._keeps_of, self._held_of = Last(_by_version), Last(_by_version)
+
     @property
     def name(self) -> str:
         """Its shard id."""
         return self.report.shard_id
 
     @property
-    def keeps(self) -> Set[PartKey]:
+    def keeps(self) -> frozenset[PartKey]:
         """What it holds, without what it was told to drop and may be dropping now."""
-        held = self.held if self.assigned is None else self.held & self.assigned
-        return held - self.dropping if self.unread else held
+        return self._keeps(self.held, self.assigned, list(self.unread.values()))
+
+    @property
+    def keeps_of(self) -> Mapping[Version, frozenset[PartKey]]:
+        """`keeps`, by version."""
+        return self._keeps_of(self.keeps)
+
+    @property
+    def held_of(self) -> Mapping[Version, frozenset[PartKey]]:
+        """`held`, by version."""
+        return self._held_of(self.held)
 
     @property
     def knows(self) -> tuple[int, int]:
@@ -81,7 +96,11 @@ class Shard:
     @property
     def dropping(self) -> Set[PartKey]:
         """What it was told to drop, and may be dropping now, though it may have been told to hold it again."""
-        return set().union(*(self.held - parts for parts in self.unread.values()))
+        return _dropping(self.held, self.unread.values())
+
+    def assignment(self) -> control.Assignment:
+        """A message of its own with what it is to hold."""
+        return control.Assignment.FromString(self._parts(self.assigned))
 
     def tell(self) -> int:
         """It is sent its assignment. Returns the number of that message."""
@@ -91,6 +110,27 @@ class Shard:
         self.told += 1
         self.unread[self.told] = self.assigned or frozenset()
         return self.told
+
+
+def _dropping(held: frozenset[PartKey], unread: Iterable[frozenset[PartKey]]) -> Set[PartKey]:
+    return set().union(*(held - parts for parts in unread))
+
+
+def _kept(
+    held: frozenset[PartKey], assigned: frozenset[PartKey] | None, unread: Sequence[frozenset[PartKey]]
+) -> frozenset[PartKey]:
+    return (held if assigned is None else held & assigned) - _dropping(held, unread)
+
+
+def _by_version(keys: Iterable[PartKey]) -> dict[Version, frozenset[PartKey]]:
+    groups: dict[Version, list[PartKey]] = {}
+    for key in keys:
+        groups.setdefault(key[:2], []).append(key)
+    return {version: frozenset(group) for version, group in groups.items()}
+
+
+def _parts_message(assigned: Iterable[PartKey]) -> bytes:
+    return control.Assignment(has_parts=True, parts=[key.to_wire() for key in sorted(assigned)]).SerializeToString()
 
 
 def _described(info: wire.ModelInfo) -> Manifest:
@@ -125,6 +165,7 @@ class Fleet:
         self._listened = 0.0
         self._looked = clock()
         self._refusals: dict[str, tuple[str, float]] = {}
+        self._holders: LastOfEach[Version, dict[PartKey, list[str]]] = LastOfEach(_holders_of)
 
     def shard_of(self, stream: Stream) -> Shard | None:
         """The shard of a stream. None for a stream that counts no more."""
@@ -200,7 +241,7 @@ class Fleet:
         shard.report, shard.heard = report, self._listened
         if report.has_parts:
             held = [PartKey.from_wire(part) for part in report.parts]
-            shard.held = set(held)
+            shard.held = frozenset(held)
             shard.accesses = dict(zip(held, report.part_accesses, strict=False))
             shard.failures = {
                 PartKey.from_wire(failure.part): failure.message[:FAILURE_CHARACTERS]
@@ -235,18 +276,33 @@ class Fleet:
             total.update(shard.accesses)
         return total
 
-    def able(self, name: str, key: PartKey) -> bool:
-        """Whether a shard may be counted on to hold a part: it is connected, stays, and did not fail to load it."""
-        shard = self.shards.get(name)
-        return shard is not None and shard.connected and not shard.report.draining and key not in shard.failures
+    def able(self) -> frozenset[str]:
+        """The shards that may be counted on to hold parts: those that are connected and stay."""
+        return frozenset(name for name, shard in self.shards.items() if shard.connected and not shard.report.draining)
 
-    def holders(self) -> dict[PartKey, list[str]]:
+    def unable(self) -> dict[Version, frozenset[tuple[str, PartKey]]]:
+        """For each version the shards with parts that they could not load."""
+        unable: dict[Version, set[tuple[str, PartKey]]] = {}
+        for name, shard in self.shards.items():
+            for key in shard.failures:
+                unable.setdefault(key[:2], set()).add((name, key))
+        return {version: frozenset(pairs) for version, pairs in unable.items()}
+
+    def holders(self) -> decisions.Holders:
         """For each part the shards that hold and keep it, in the order of their topologies.
 
         If every topology holds every part once, the n-th holders of all parts are the shards of one topology.
         """
-        holders: dict[PartKey, list[str]] = {}
+        kept: dict[Version, list[tuple[str, frozenset[PartKey]]]] = {}
         for name, shard in sorted(self.shards.items(), key=lambda item: (item[1].report.topology, item[0])):
-            for key in shard.keeps:
-                holders.setdefault(key, []).append(name)
-        return holders
+            for version, keys in shard.keeps_of.items():
+                kept.setdefault(version, []).append((name, keys))
+        return self._holders({version: (shards,) for version, shards in kept.items()})
+
+
+def _holders_of(kept: Sequence[tuple[str, frozenset[PartKey]]]) -> dict[PartKey, list[str]]:
+    holders: dict[PartKey, list[str]] = {}
+    for name, keys in kept:
+        for key in keys:
+            holders.setdefault(key, []).append(name)
+    return holders

@@ -234,10 +234,10 @@ class Page:
 
     def _where_parts_are(
         self,
-    ) -> tuple[list[Manifest], list[str], dict[PartKey, list[str]], dict[PartKey, list[str]], Counter[PartKey]]:
+    ) -> tuple[list[Manifest], list[str], decisions.Holders, decisions.Holders, Counter[PartKey]]:
         state = self._state
-        holders, target, accesses = state.fleet.holders(), dict(state.placing.target), state.fleet.accesses()
-        return list(state.wanted), sorted(state.fleet.shards), holders, target, accesses
+        shards, holders, target = sorted(state.fleet.shards), state.fleet.holders(), state.placing.target
+        return list(state.wanted), shards, holders, target, state.fleet.accesses()
 
     def _model(self, name: str) -> tuple[Model, str]:
         """A served model and the folder of its checkpoint. Raises NotFound, Unavailable."""
@@ -338,8 +338,8 @@ def _checkpoint_of(manifest: Manifest, state: ControllerState) -> str:
 def _maps(
     wanted: Sequence[Manifest],
     shards: Sequence[str],
-    holders: Mapping[PartKey, list[str]],
-    target: Mapping[PartKey, list[str]],
+    holders: decisions.Holders,
+    target: decisions.Holders,
     accesses: Mapping[PartKey, int],
 ) -> Answer:
     """Of each table its cells. A cell stands for `span` parts, the last one for what is left."""
@@ -350,8 +350,9 @@ def _maps(
             PartKey(manifest.model, manifest.version, table.name, part.index)
             for part in table.parts[first : first + span]
         ]
-        held = [set(holders.get(key, ())) for key in keys]
-        to_come = [set(target.get(key, ())) - each for key, each in zip(keys, held, strict=True)]
+        version = manifest.model, manifest.version
+        held = [set(holders.get(version, {}).get(key, ())) for key in keys]
+        to_come = [set(target.get(version, {}).get(key, ())) - each for key, each in zip(keys, held, strict=True)]
         lost, moving = sum(not each for each in held), sum(bool(each) for each in to_come)
         return {
             "held": sorted(numbers[name] for name in set().union(*held)),

@@ -7,8 +7,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from embedding_service.controller import decisions
+from embedding_service.controller.decisions import Version
 from embedding_service.controller.events import Plan, Planned, Question
 from embedding_service.controller.fleet import Fleet, Shard
+from embedding_service.controller.last import LastOfEach
 from embedding_service.errors import PlacementError
 from embedding_service.placement.demand import CUDA, Node, Placement
 from embedding_service.placement.parts import PartKey
@@ -36,14 +38,15 @@ class Placing:
     """
 
     def __init__(self, replicas: int, fleet: Fleet, clock: Callable[[], float]) -> None:
-        self.target: dict[PartKey, list[str]] = {}
+        self.target: decisions.Holders = {}
         self.problem = ""
         self.replicas_problem = ""
         self._replicas, self._fleet, self._clock = replicas, fleet, clock
-        self._planned_for: tuple[list[Node], set[tuple[str, str]]] = ([], set())
+        self._planned_for: tuple[list[Node], set[Version]] = ([], set())
         self._planned_at = 0.0
         self._replan_at = 0.0
-        self._left_out: set[tuple[str, str]] = set()
+        self._left_out: set[Version] = set()
+        self._needs_plan: LastOfEach[Version, bool] = LastOfEach(decisions.needs_plan)
 
     @property
     def copies(self) -> int:
@@ -62,28 +65,30 @@ class Placing:
         gpus = any(shard.report.device == CUDA for shard in self._fleet.shards.values())
         return gpus and self._clock() - self._planned_at > HEAT_SECONDS
 
-    def update(
-        self, wanted: Sequence[Manifest], served: Sequence[tuple[str, str]]
-    ) -> Generator[Question, Planned, None]:
+    def update(self, wanted: Sequence[Manifest], served: Sequence[Version]) -> Generator[Question, Planned, None]:
         """Place when a copy is missing, or when shards or versions came, went or changed."""
         names = {(each.model, each.version): each for each in wanted}
-        nodes = [node_of(shard, names) for _, shard in sorted(self._fleet.shards.items())]
-        staying = {node.shard for node in nodes if not node.draining}
+        shards = [shard for _, shard in sorted(self._fleet.shards.items())]
+        nodes = [_empty_node(shard) for shard in shards]
+        staying = frozenset(node.shard for node in nodes if not node.draining)
         replicas = min(self.copies, len(staying))
-        about = ([replace(node, held=frozenset()) for node in nodes], set(names))
+        about = (nodes, set(names))
         changed = about != self._planned_for
         failed, retry = self._replan_at > 0, self._is_retry_due()
         if not staying or (failed and not changed and not retry):
             return
-        placed = [each for name, each in names.items() if name not in self._left_out]
-        missing = decisions.needs_plan(placed, self.target, staying, replicas)
-        if missing or changed or retry or self._is_heat_due():
+        placed = {name: each for name, each in names.items() if name not in self._left_out}
+        missing = self._needs_plan(
+            {name: (each, self.target.get(name, {}), staying, replicas) for name, each in placed.items()}
+        )
+        if any(missing.values()) or changed or retry or self._is_heat_due():
+            nodes = [node_of(shard, names) for shard in shards]
             self._planned_for, self._planned_at = about, self._clock()
             self.replicas_problem = decisions.too_few_shards(self.copies, replicas)
             yield from self._plan(decisions.by_importance(wanted, served), served, nodes, replicas)
 
     def _plan(
-        self, manifests: Sequence[Manifest], served: Sequence[tuple[str, str]], nodes: list[Node], replicas: int
+        self, manifests: Sequence[Manifest], served: Sequence[Version], nodes: list[Node], replicas: int
     ) -> Generator[Question, Planned, None]:
         """Place what is served, and as many further versions as fit."""
         fits, fails = sum((each.model, each.version) in served for each in manifests) - 1, len(manifests) + 1
@@ -114,29 +119,30 @@ class Placing:
         self.problem = problem
 
 
-def _expanded(shards_of: Mapping[PartKey, list[str]], manifests: Sequence[Manifest]) -> dict[PartKey, list[str]]:
+def _expanded(shards_of: Mapping[PartKey, list[str]], manifests: Sequence[Manifest]) -> decisions.Holders:
     """For each part of these versions its shards, which are those of the part that it has its rows from."""
     return {
-        key: list(shards_of[decisions.shared_part(key, manifest)])
+        (manifest.model, manifest.version): {
+            key: shards_of[decisions.shared_part(key, manifest)] for key in decisions.part_keys(manifest)
+        }
         for manifest in manifests
-        for key in decisions.part_keys(manifest)
     }
 
 
-def node_of(shard: Shard, wanted: Mapping[tuple[str, str], Manifest]) -> Node:
+def node_of(shard: Shard, wanted: Mapping[Version, Manifest]) -> Node:
     """A shard as the planner sees it. The planner knows nothing of versions that are not wanted.
 
     A base counts as held though it is not wanted itself, for versions that are may use its rows.
     """
-    report = shard.report
     roots = {manifest.root for manifest in wanted.values()}
     there = shard.keeps | (shard.assigned or frozenset())
     held = {decisions.shared_part(key, wanted[key[:2]]) for key in there if key[:2] in wanted}
+    return replace(_empty_node(shard), held=frozenset(held | {key for key in there if key[:2] in roots}))
+
+
+def _empty_node(shard: Shard) -> Node:
+    """A shard as if it held nothing."""
+    report = shard.report
     return Node(
-        shard.name,
-        report.memory_limit,
-        frozenset(held | {key for key in there if key[:2] in roots}),
-        device=report.device,
-        topology=report.topology,
-        draining=report.draining,
+        shard.name, report.memory_limit, device=report.device, topology=report.topology, draining=report.draining
     )

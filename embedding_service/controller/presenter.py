@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -27,18 +28,18 @@ REMEDIES: dict[int, str] = {
 
 def status_of(state: ControllerState, store: str) -> control.Status:
     """Everything that a person wants to know. `store` is its path or URL."""
-    holders = state.fleet.holders()
+    held = state.copies(state.fleet.holders())
     served = {model.full_name for model in state.routing.models} if state.routing else set()
     status = control.Status(problems=list(problems_of(state, store)))
     status.term, status.epoch = state.routing.age if state.routing else (state.term, 0)
     for _, shard in sorted(state.fleet.shards.items()):
         status.shards.append(_shard_status(shard))
     for manifest in state.wanted:
-        keys = decisions.part_keys(manifest)
+        copies = held[manifest.model, manifest.version]
         status.models.add(
             model=decisions.model_info(manifest),
-            parts=len(keys),
-            parts_ready=sum(key in holders for key in keys),
+            parts=copies.total(),
+            parts_ready=copies.total() - copies[0],
             bytes=manifest.bytes,
             serving=f"{manifest.model}@{manifest.version}" in served,
         )
@@ -47,20 +48,20 @@ def status_of(state: ControllerState, store: str) -> control.Status:
 
 def metrics_of(state: ControllerState, store: str) -> Iterator[Metric]:
     """For Prometheus."""
-    shards, holders = list(state.fleet.shards.values()), state.fleet.holders()
-    keys = [key for manifest in state.wanted for key in decisions.part_keys(manifest)]
-    copies = [len(holders.get(key, ())) for key in keys]
+    shards, held = list(state.fleet.shards.values()), state.copies(state.fleet.holders())
+    # The state may take another version in meanwhile, for this runs on a thread of the metrics.
+    copies = sum((held.get((each.model, each.version), Counter()) for each in state.wanted), Counter[int]())
     term, epoch = state.routing.age if state.routing else (state.term, 0)
     served = len(state.routing.models) if state.routing else 0
-    missing = sum(max(state.placing.copies - count, 0) for count in copies)
+    missing = sum(max(state.placing.copies - count, 0) * parts for count, parts in copies.items())
     problems = len(list(problems_of(state, store)))
     yield gauge("routing_term", "Term of the routing.", term)
     yield gauge("routing_epoch", "Epoch of the routing.", epoch)
     yield gauge("shards", "Shards that are there.", len(shards))
     yield gauge("draining_shards", "Shards that want to end.", sum(shard.report.draining for shard in shards))
     yield gauge("served_versions", "Model versions in the routing.", served)
-    yield gauge("wanted_parts", "Parts of the wanted model versions.", len(keys))
-    yield gauge("lost_parts", "Wanted parts that nobody holds.", copies.count(0))
+    yield gauge("wanted_parts", "Parts of the wanted model versions.", copies.total())
+    yield gauge("lost_parts", "Wanted parts that nobody holds.", copies[0])
     yield gauge("missing_copies", "Copies of wanted parts that are not held yet.", missing)
     yield gauge("problems", "What stands in the way; `embedding-service status` says it.", problems)
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Container, Generator
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 from typing import Any
 
 from embedding_service.controller import decisions
+from embedding_service.controller.decisions import Version
 from embedding_service.controller.events import (
     Dismiss,
     End,
@@ -45,6 +47,7 @@ from embedding_service.controller.events import (
     Tick,
 )
 from embedding_service.controller.fleet import Fleet, IdTaken
+from embedding_service.controller.last import LastOfEach
 from embedding_service.controller.placing import Placing
 from embedding_service.controller.reports import check_report
 from embedding_service.errors import EmbeddingServiceError, Unavailable
@@ -144,6 +147,16 @@ class ControllerState:
         self._decides_at = 0.0
         self._decision: Generator[Question, Any, None] | None = None
         self._out: list[Instruction] = []
+        # What the last routing says, and for each version the parts that it names of each shard.
+        self._published: tuple[list[wire.ShardAddress], list[wire.ModelPlacement]] = ([], [])
+        self._named: dict[Version, dict[str, frozenset[PartKey]]] = {}
+        self._copies: LastOfEach[Version, Counter[int]] = LastOfEach(decisions.copies_held)
+        self._copying: LastOfEach[Version, set[PartKey]] = LastOfEach(decisions.still_copied)
+        self._placed: LastOfEach[Version, wire.ModelPlacement] = LastOfEach(decisions.place_version)
+        self._placed_parts: LastOfEach[Version, dict[str, frozenset[PartKey]]] = LastOfEach(decisions.placed_parts)
+        self._planned_parts: LastOfEach[Version, dict[str, frozenset[PartKey]]] = LastOfEach(decisions.planned_parts)
+        self._united: LastOfEach[str, frozenset[PartKey]] = LastOfEach(frozenset[PartKey]().union)
+        self._leaving: LastOfEach[str, frozenset[PartKey]] = LastOfEach(frozenset.difference)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take an event in. Returns what to do about it, in that order."""
@@ -180,13 +193,8 @@ class ControllerState:
         shard = self.fleet.shard_of(stream)
         if shard is None or shard.assigned is None:
             return None
-        assignment = control.Assignment(
-            term=self.term,
-            has_parts=True,
-            parts=[key.to_wire() for key in sorted(shard.assigned)],
-            released=shard.released,
-            number=shard.tell(),
-        )
+        assignment = shard.assignment()
+        assignment.term, assignment.released, assignment.number = self.term, shard.released, shard.tell()
         if self.routing and shard.knows < self.routing.age:
             shard.sent = self.routing.age
             assignment.routing.CopyFrom(self.routing.message)
@@ -327,21 +335,33 @@ class ControllerState:
         """One decision. It yields questions, and is sent the answers."""
         if not (yield from self._keep_term()):
             return
-        served, _ = self._choose()
+        served, _ = self._choose(self.fleet.holders())
         yield from self.placing.update(self.wanted, served)
-        _, serving = self._choose()  # planning took time
-        shards, holders = self.fleet.shards, self.fleet.holders()
+        shards, holders = self.fleet.shards, self.fleet.holders()  # planning took time
+        _, serving = self._choose(holders)
         addresses = {name: decisions.shard_address(shard.report) for name, shard in shards.items()}
         if self.routing and decisions.is_away(self.found, self.catalog):
-            decisions.name_lost_holders(self.routing.message, holders, addresses)
-        unable = {(name, key) for name, shard in shards.items() for key in shard.failures}
-        draining = {name for name, shard in shards.items() if shard.report.draining}
-        away = {name for name, shard in shards.items() if not shard.connected}
-        target, copies = self.placing.target, self.placing.copies
-        self._publish(decisions.build_routing(serving, target, holders, addresses, unable, draining, copies, away))
+            holders, addresses = decisions.name_lost_holders(self.routing.message, self._named, holders, addresses)
+        draining = frozenset(name for name, shard in shards.items() if shard.report.draining)
+        away = frozenset(name for name, shard in shards.items() if not shard.connected)
+        target, unable, names = self.placing.target, self.fleet.unable(), sorted(addresses)
+        questions = {
+            (each.model, each.version): (
+                each,
+                target.get((each.model, each.version), {}),
+                holders.get((each.model, each.version), {}),
+                names,
+                unable.get((each.model, each.version), frozenset()),
+                draining,
+                self.placing.copies,
+                away,
+            )
+            for each in serving
+        }
+        self._publish([addresses[name] for name in names], self._placed(questions))
         self._assign()
 
-    def _choose(self) -> tuple[list[tuple[str, str]], list[Manifest]]:
+    def _choose(self, holders: decisions.Holders) -> tuple[list[tuple[str, str]], list[Manifest]]:
         """See which versions there are. Returns those that are served now, and those to be served from now on.
 
         A model that the routing does not name may be served all the same. The shards that serve it may have come after
@@ -352,10 +372,25 @@ class ControllerState:
         described = self.fleet.described()
         described = {name: described[name] for name in served if name in described}
         self.catalog = decisions.known_versions(self.found, self.catalog, described)
-        holders = self.fleet.holders()
-        copying = decisions.still_copied(self.placing.target, holders, self.fleet.able)
-        self.wanted, serving = decisions.choose_versions(self.catalog, served, holders, copying)
+        held = {name for name, copies in self.copies(holders).items() if not copies[0]}
+        self.wanted, serving = decisions.choose_versions(self.catalog, served, held, self._still_copied(holders))
         return served, serving
+
+    def copies(self, holders: decisions.Holders) -> dict[Version, Counter[int]]:
+        """Of each known version, of how many parts there are how many copies."""
+        known = {(each.model, each.version): each for versions in self.catalog.values() for each in versions}
+        return self._copies({name: (each, holders.get(name, {})) for name, each in known.items()})
+
+    def _still_copied(self, holders: decisions.Holders) -> set[Version]:
+        """Versions with parts that fewer shards hold than the plan gives them to."""
+        able, unable = self.fleet.able(), self.fleet.unable()
+        copying = self._copying(
+            {
+                name: (target, holders.get(name, {}), able, unable.get(name, frozenset()))
+                for name, target in self.placing.target.items()
+            }
+        )
+        return {name for name, parts in copying.items() if parts}
 
     def _take_term(self) -> Generator[Question, Any, None]:
         """At the start: above every term that a shard has seen, and above those of controllers before.
@@ -407,15 +442,24 @@ class ControllerState:
         yield from self._note_term()
         return True
 
-    def _publish(self, routing: wire.Routing) -> None:
-        routing.controller = self.settings.address
-        routing.limits.CopyFrom(self.settings.limits)
-        term, epoch = self.routing.age if self.routing else (0, 0)
-        routing.term, routing.epoch = term, epoch
+    def _publish(self, shards: list[wire.ShardAddress], placed: dict[Version, wire.ModelPlacement]) -> None:
+        published = shards, list(placed.values())
+        self._named = self._placed_parts(
+            {name: (placement, [shard.id for shard in shards]) for name, placement in placed.items()}
+        )
         renews, self._renews = self._renews, False
-        if self.routing and term == self.term and routing == self.routing.message and not renews:
+        term, epoch = self.routing.age if self.routing else (0, 0)
+        if self.routing and term == self.term and published == self._published and not renews:
             return
-        routing.term, routing.epoch = self.term, epoch + 1 if term == self.term else 1
+        self._published = published
+        routing = wire.Routing(
+            term=self.term,
+            epoch=epoch + 1 if term == self.term else 1,
+            controller=self.settings.address,
+            limits=self.settings.limits,
+            shards=published[0],
+            models=published[1],
+        )
         self.routing = Routing(routing)
         self._out.append(Publish(self.routing))
         log.info("published routing (%d, %d): %d models", routing.term, routing.epoch, len(routing.models))
@@ -423,31 +467,34 @@ class ControllerState:
     def _assign(self) -> None:
         """Tell each shard what to hold: its planned parts, and for a grace time those that clients may still want."""
         assert self.routing
-        routed = decisions.routed_parts(self.routing.message)
-        planned: dict[str, set[PartKey]] = {}
-        wanted = {key for manifest in self.wanted for key in decisions.part_keys(manifest)}
-        for key, names in self.placing.target.items():
-            for name in names if key in wanted else ():
-                planned.setdefault(name, set()).add(key)
+        target, wanted = self.placing.target, {(each.model, each.version): each for each in self.wanted}
+        planned = self._planned_parts({name: (each, target.get(name, {})) for name, each in wanted.items()})
         known = {(each.model, each.version) for versions in self.catalog.values() for each in versions}
+        kept: dict[str, list[frozenset[PartKey]]] = {}
+        for parts in (*planned.values(), *self._named.values()):
+            for name, keys in parts.items():
+                kept.setdefault(name, []).append(keys)
+        # One that is not connected cannot be told, and holds what it was told before.
+        shards = {name: shard for name, shard in self.fleet.shards.items() if shard.connected}
+        for name, shard in shards.items():
+            unknown = (keys for version, keys in shard.held_of.items() if self._may_be_there(version, known))
+            kept.setdefault(name, []).extend(unknown)
+        keep = self._united({name: tuple(kept[name]) for name in shards})
+        leaving = self._leaving({name: (shard.keeps, keep[name]) for name, shard in shards.items()})
         now = self._clock()
-        for name, shard in self.fleet.shards.items():
-            if not shard.connected:
-                continue  # it cannot be told, and holds what it was told before
-            keep = planned.get(name, set()) | routed.get(name, set())
-            keep |= {key for key in shard.held if key[:2] not in known and self._may_be_there(key)}
-            leaving = shard.keeps - keep
-            shard.grace = {key: shard.grace.get(key, now + self.settings.grace) for key in leaving}
-            assigned = frozenset(keep | {key for key, until in shard.grace.items() if now < until})
+        for name, shard in shards.items():
+            shard.grace = {key: shard.grace.get(key, now + self.settings.grace) for key in leaving[name]}
+            in_grace = {key for key, until in shard.grace.items() if now < until}
+            assigned = keep[name] | in_grace if in_grace else keep[name]
             released = shard.report.draining and (not assigned or self._all_drain())
             behind = shard.knows < self.routing.age
             if (assigned, released) != (shard.assigned, shard.released) or behind:
                 shard.assigned, shard.released = assigned, released
                 self._out.append(Tell(shard.stream))
 
-    def _may_be_there(self, key: PartKey) -> bool:
-        """Whether the store may have the part's version, as far as it could be read."""
-        return self.found is None or self.found.cannot_tell(key.model, key.version)
+    def _may_be_there(self, version: Version, known: Container[Version]) -> bool:
+        """Whether the store may have a version that is not known, as far as it could be read."""
+        return version not in known and (self.found is None or self.found.cannot_tell(*version))
 
     def _all_drain(self) -> bool:
         """Whether all shards drain, so that none is left to take parts over."""

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from embedding_service.controller.claims import NOT_THE_STORES, Claims, ShardClaims
-from embedding_service.controller.decisions import build_routing, part_keys
+from embedding_service.controller.decisions import part_keys, place_version
 from embedding_service.placement.parts import PartKey
 from embedding_service.security.access import Access
 from embedding_service.security.authority import URI, Authority
@@ -83,8 +83,8 @@ class World(NamedTuple):
         """A routing that names the shard for the first three parts."""
         address = wire.ShardAddress(id=self.report.shard_id, address=self.report.address)
         holders = {key: ["shard-0"] for key in self.keys[:3]}
-        routing = build_routing([self.manifest], holders, holders, {"shard-0": address})
-        routing.term, routing.epoch = self.report.term, self.report.epoch
+        placement = place_version(self.manifest, holders, holders, ["shard-0"])
+        routing = wire.Routing(shards=[address], models=[placement], term=self.report.term, epoch=self.report.epoch)
         Authority.load(self.folder).issue(self.folder / "signer", [f"{URI}/{name}"])
         signer = Signer(self.folder / "signer" / "tls.crt", self.folder / "signer" / "tls.key")
         routing.signature = sign_routing(routing, signer)

@@ -15,16 +15,18 @@ from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 
 
-def held(*manifests: Manifest, by: str = "a") -> dict[PartKey, list[str]]:
-    return {key: [by] for each in manifests for key in decisions.part_keys(each)}
-
-
 def test_a_model_is_served_once_all_its_parts_are_held() -> None:
     one = manifest("1")
-    holders = held(one)
-    assert decisions.choose_versions({"m": [one]}, [], holders) == ([one], [one])
-    del holders[PartKey("m", "1", "t", 2)]
-    assert decisions.choose_versions({"m": [one]}, [], holders) == ([one], [])
+    assert decisions.choose_versions({"m": [one]}, [], {("m", "1")}) == ([one], [one])
+    assert decisions.choose_versions({"m": [one]}, [], {}) == ([one], [])
+
+
+def test_copies_are_counted_part_by_part() -> None:
+    one = manifest("1")
+    first, second, _ = decisions.part_keys(one)
+    other = PartKey("m", "1", "t", 3)  # which the store does not have
+    assert decisions.copies_held(one, {first: ["a", "b"], second: ["a"], other: ["a"]}) == {0: 1, 1: 1, 2: 1}
+    assert decisions.copies_held(one, {}) == {0: 3}
 
 
 def test_a_served_model_stays_served_when_a_part_is_lost() -> None:
@@ -35,27 +37,27 @@ def test_a_served_model_stays_served_when_a_part_is_lost() -> None:
 def test_the_old_version_is_served_until_the_new_one_is_whole() -> None:
     one, two = manifest("1"), manifest("2")
     catalog = {"m": [one, two]}
-    assert decisions.choose_versions(catalog, [("m", "1")], held(one)) == ([one, two], [one])
-    assert decisions.choose_versions(catalog, [("m", "1")], held(one, two)) == ([two], [two])
+    assert decisions.choose_versions(catalog, [("m", "1")], {("m", "1")}) == ([one, two], [one])
+    assert decisions.choose_versions(catalog, [("m", "1")], {("m", "1"), ("m", "2")}) == ([two], [two])
 
 
 def test_the_old_version_is_served_until_all_copies_of_the_new_one_are_there() -> None:
     one, two = manifest("1"), manifest("2")
-    catalog, holders = {"m": [one, two]}, held(one, two)
-    copying = {PartKey("m", "2", "t", 1)}
-    assert decisions.choose_versions(catalog, [("m", "1")], holders, copying) == ([one, two], [one])
-    assert decisions.choose_versions(catalog, [], holders, copying) == ([two], [two])
-    del holders[PartKey("m", "1", "t", 0)]  # then one copy of all is better than what is served
-    assert decisions.choose_versions(catalog, [("m", "1")], holders, copying) == ([two], [two])
+    catalog, held, copying = {"m": [one, two]}, {("m", "1"), ("m", "2")}, {("m", "2")}
+    assert decisions.choose_versions(catalog, [("m", "1")], held, copying) == ([one, two], [one])
+    assert decisions.choose_versions(catalog, [], held, copying) == ([two], [two])
+    held.remove(("m", "1"))  # then one copy of all is better than what is served
+    assert decisions.choose_versions(catalog, [("m", "1")], held, copying) == ([two], [two])
 
 
 def test_copies_are_waited_for_at_shards_that_can_be_counted_on() -> None:
     key = PartKey("m", "1", "t", 0)
     target = {key: ["a", "b"]}
-    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: True) == {key}
-    assert decisions.still_copied(target, {key: ["a", "c"]}, lambda name, part: True) == set()
-    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "a") == set()
-    assert decisions.still_copied(target, {key: ["a"]}, lambda name, part: name == "b") == {key}
+    assert decisions.still_copied(target, {key: ["a"]}, {"a", "b", "c"}) == {key}
+    assert decisions.still_copied(target, {key: ["a", "c"]}, {"a", "b", "c"}) == set()
+    assert decisions.still_copied(target, {key: ["a"]}, {"a"}) == set()
+    assert decisions.still_copied(target, {key: ["a"]}, {"b"}) == {key}
+    assert decisions.still_copied(target, {key: ["a"]}, {"a", "b"}, {("b", key)}) == set()
 
 
 def test_assignments_that_a_shard_does_not_follow_are_kept_together() -> None:
@@ -79,21 +81,16 @@ def test_versions_never_served_are_skipped() -> None:
 def test_a_plan_is_needed_when_copies_are_missing_or_their_shard_is_gone() -> None:
     one = manifest("1")
     target = {key: ["a", "b"] for key in decisions.part_keys(one)}
-    assert not decisions.needs_plan([one], target, {"a", "b"}, 2)
-    assert decisions.needs_plan([one], target, {"a"}, 2)
-    assert not decisions.needs_plan([one], target, {"a"}, 1)
-    assert decisions.needs_plan([one, manifest("2")], target, {"a", "b"}, 1)
-
-
-def addresses_of(*names: str) -> dict[str, wire.ShardAddress]:
-    return {name: wire.ShardAddress(id=name, address="h:1") for name in names}
+    assert not decisions.needs_plan(one, target, {"a", "b"}, 2)
+    assert decisions.needs_plan(one, target, {"a"}, 2)
+    assert not decisions.needs_plan(one, target, {"a"}, 1)
+    assert decisions.needs_plan(manifest("2"), target, {"a", "b"}, 1)
 
 
 def test_a_shards_place_and_topology_are_in_the_routing() -> None:
     near = wire.NearPlace(path="/run/near", boot_id="this", incarnation=7)
     report = control.ShardReport(shard_id="a", address="h:1", topology="zone", near=near)
-    routing = decisions.build_routing([], {}, {}, {"a": decisions.shard_address(report)})
-    assert routing.shards[0] == wire.ShardAddress(id="a", address="h:1", topology="zone", near=near)
+    assert decisions.shard_address(report) == wire.ShardAddress(id="a", address="h:1", topology="zone", near=near)
     report.ClearField("near")
     assert not decisions.shard_address(report).HasField("near")
 
@@ -103,21 +100,22 @@ def test_routing_names_holders_until_the_planned_ones_hold() -> None:
     keys = decisions.part_keys(one)
     holders = {keys[0]: ["a", "b"], keys[1]: ["b"]}
     target = {keys[0]: ["b"], keys[1]: ["a"], keys[2]: ["a"]}
-    routing = decisions.build_routing([one], target, holders, addresses_of("a", "b"))
-    owners = [[routing.shards[index].id for index in part.shards] for part in routing.models[0].tables[0].parts]
+    placement = decisions.place_version(one, target, holders, ["a", "b"])
+    owners = [["ab"[index] for index in part.shards] for part in placement.tables[0].parts]
     # moving: the old holder answers until the new one has it; lost: nobody, and clients wait
     assert owners == [["b"], ["b"], []]
+    assert decisions.placed_parts(placement, ["a", "b"]) == {"b": {keys[0], keys[1]}}
+    routing = wire.Routing(shards=[wire.ShardAddress(id=name) for name in "ab"], models=[placement])
     assert decisions.routed_parts(routing) == {"a": set(), "b": {keys[0], keys[1]}}
 
 
 def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_their_new_ones() -> None:
     one = manifest("1", parts=1)
     [key] = decisions.part_keys(one)
-    addresses = addresses_of("a", "b", "c")
 
     def owners(target: list[str], holders: list[str]) -> list[str]:
-        routing = decisions.build_routing([one], {key: target}, {key: holders}, addresses)
-        return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
+        placement = decisions.place_version(one, {key: target}, {key: holders}, ["a", "b", "c"])
+        return ["abc"[index] for index in placement.tables[0].parts[0].shards]
 
     assert owners(target=["a", "c"], holders=["a", "b"]) == ["a", "b"]
     assert owners(target=["a", "c"], holders=["a", "b", "c"]) == ["a", "c"]
@@ -128,12 +126,12 @@ def test_a_copy_that_moves_is_asked_at_its_old_place_until_all_copies_are_at_the
 def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     one = manifest("1", parts=1)
     [key] = decisions.part_keys(one)
-    addresses = addresses_of("a", "b", "c")
+    shards = ["a", "b", "c"]
 
     def owners(holders: list[str], draining: str = "", unable: str = "c", copies: int = 2, away: str = "") -> list[str]:
         cannot, target = {(name, key) for name in unable}, {key: ["a", "c"]}
-        routing = decisions.build_routing([one], target, {key: holders}, addresses, cannot, set(draining), copies, away)
-        return [routing.shards[index].id for index in routing.models[0].tables[0].parts[0].shards]
+        placement = decisions.place_version(one, target, {key: holders}, shards, cannot, set(draining), copies, away)
+        return [shards[index] for index in placement.tables[0].parts[0].shards]
 
     assert owners(["a", "b"]) == ["a", "b"]  # b stands in for c
     assert owners(["a", "b"], draining="b") == ["a"]  # and need not, where it wants to leave
@@ -143,7 +141,7 @@ def test_a_move_to_a_shard_that_cannot_load_the_part_costs_no_copy() -> None:
     assert owners(["a", "b", "c"], unable="", copies=3) == ["a", "b", "c"]  # planned for two, and b came since
     assert owners(["a", "b", "c"], unable="", away="c") == ["a", "b", "c"]  # c may be dead
     assert owners(["a", "b", "c"], unable="", away="c", draining="b") == ["a", "c"]
-    del addresses["c"]  # gone, and no new plan was made yet
+    shards.remove("c")  # gone, and no new plan was made yet
     assert owners(["a", "b"], unable="") == ["a", "b"]
 
 
@@ -163,7 +161,7 @@ def test_a_fleet_adds_up_who_holds_and_who_was_asked() -> None:
     fleet = Fleet(60, lambda: 0.0)
     first = join(fleet, report("a", keys[:2], [5, 7]))
     join(fleet, report("b", keys[1:], [3, 4]))
-    assert fleet.holders() == {keys[0]: ["a"], keys[1]: ["a", "b"], keys[2]: ["b"]}
+    assert fleet.holders() == {("m", "1"): {keys[0]: ["a"], keys[1]: ["a", "b"], keys[2]: ["b"]}}
     assert fleet.accesses() == {keys[0]: 5, keys[1]: 10, keys[2]: 4}
     assert not fleet.hear(first, report("a", keys[:2], [50, 7]))  # more accesses alone call for nothing
     assert fleet.accesses()[keys[0]] == 50
@@ -185,21 +183,21 @@ def test_a_part_that_was_to_be_dropped_counts_as_held_only_by_a_report_from_afte
     shard.assigned = frozenset([one, two])
     assert shard.tell() == 1
     shard.assigned = frozenset([one])
-    assert fleet.holders().keys() == {one}
+    assert fleet.holders()["m", "1"].keys() == {one}
     assert shard.tell() == 2
     shard.assigned = frozenset([one, two, three])
     assert shard.tell() == 3
-    assert fleet.holders().keys() == {one}
+    assert fleet.holders()["m", "1"].keys() == {one}
     fleet.hear(shard, report(1, one, two, three))  # it was on its way, and three was loaded by an earlier assignment
-    assert fleet.holders().keys() == {one}
+    assert fleet.holders()["m", "1"].keys() == {one}
     if not dropped:
         assert fleet.hear(shard, report(2))
-        assert fleet.holders().keys() == {one, two, three}
+        assert fleet.holders()["m", "1"].keys() == {one, two, three}
         return
     assert fleet.hear(shard, report(2, one))
-    assert fleet.holders().keys() == {one}
+    assert fleet.holders()["m", "1"].keys() == {one}
     fleet.hear(shard, report(3, one, two))
-    assert fleet.holders().keys() == {one, two}
+    assert fleet.holders()["m", "1"].keys() == {one, two}
 
 
 def test_silence_counts_only_while_the_controller_listens() -> None:
@@ -231,7 +229,7 @@ def test_the_first_holders_of_all_parts_are_of_one_topology() -> None:
     for name, topology, held in (("a", "y", keys), ("b", "x", keys[:2]), ("c", "x", keys[2:])):
         parts = [key.to_wire() for key in held]
         join(fleet, control.ShardReport(shard_id=name, topology=topology, has_parts=True, parts=parts))
-    assert fleet.holders() == {keys[0]: ["b", "a"], keys[1]: ["b", "a"], keys[2]: ["c", "a"]}
+    assert fleet.holders() == {("m", "1"): {keys[0]: ["b", "a"], keys[1]: ["b", "a"], keys[2]: ["c", "a"]}}
 
 
 def names(catalog: decisions.Catalog) -> dict[str, list[str]]:
@@ -389,8 +387,9 @@ def test_t12_a_version_with_a_base_as_shards_know_it_takes_what_the_stores_takes
 
 def test_t12_rows_that_versions_share_are_placed_once() -> None:
     one, two, legal = manifest("1"), overlaid("2", rows={0: 3, 2: 1}), overlaid("1", "m+legal", rows={1: 2})
+    keys = [key for each in (one, two, legal) for key in decisions.part_keys(each)]
     alone = decisions.part_demands([one], {})
-    together = decisions.part_demands([one, two, legal], dict.fromkeys(held(one, two, legal), 2))
+    together = decisions.part_demands([one, two, legal], dict.fromkeys(keys, 2))
     assert [each.key for each in together] == [each.key for each in alone] == decisions.part_keys(one)
     row_bytes = one.tables[0].row_bytes
     assert {each.more for each in together} == {(3 + 2) * (8 + row_bytes)}  # alike, so that no part moves for it

@@ -41,14 +41,14 @@ def test_t12_a_version_over_what_is_served_moves_nothing_and_needs_no_second_mem
         fleet.join(object(), report)  # type: ignore[arg-type]
     placing = Placing(1, fleet, lambda: 0.0)
     answered(placing.update([one], [("m", "1")]))
-    before = dict(placing.target)
+    before = placing.target["m", "1"]
     answered(placing.update([legal, one, two], [("m", "1")]))
     assert not placing.problem
     for version in (one, two, legal):
         for key in decisions.part_keys(version):
-            assert placing.target[key] == before[PartKey("m", "1", *key[2:])]
+            assert placing.target[key[:2]][key] == before[PartKey("m", "1", *key[2:])]
     answered(placing.update([legal, two], [("m", "2"), ("m+legal", "1")]))  # the base is served no more
-    assert all(placing.target[key] == before[PartKey("m", "1", *key[2:])] for key in decisions.part_keys(two))
+    assert all(placing.target[key[:2]][key] == before[PartKey("m", "1", *key[2:])] for key in decisions.part_keys(two))
 
 
 def report_of(name: str, one: Manifest) -> control.ShardReport:

@@ -195,6 +195,40 @@ def test_from_its_first_shards_to_a_served_model() -> None:
     assert sorted(name for [name] in world.owners()) in (["a", "a", "b"], ["a", "b", "b"])
 
 
+def test_a_decision_works_out_only_the_versions_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a hundred domains would take seconds, in which no shard is heard."""
+    functions = ("copies_held", "still_copied", "needs_plan", "place_version", "placed_parts", "planned_parts")
+    worked_out: list[str] = []
+
+    def noting(name: str) -> Any:
+        function = getattr(decisions, name)
+
+        def note(*arguments: Any) -> Any:
+            worked_out.append(name)
+            return function(*arguments)
+
+        return note
+
+    for name in functions:
+        monkeypatch.setattr(decisions, name, noting(name))
+    world, others = World(), [manifest("1", f"m{number}") for number in range(5)]
+    world.join("a")
+    found = Looked(Catalogue({each.model: [each] for each in (ONE, *others)}))
+    world.feed(found)
+    world.pass_time(2)
+    world.obey("a")
+    world.pass_time(1)
+    assert set(worked_out) == set(functions) and world.state.routing and len(world.state.routing.models) == 6
+    worked_out.clear()
+    world.feed(found)
+    world.pass_time(1)
+    assert worked_out == []
+    del world.reports["a"].parts[[PartKey.from_wire(part) for part in world.reports["a"].parts].index(KEYS[0])]
+    world.pass_time(1)
+    assert sorted(worked_out) == ["copies_held", "place_version", "placed_parts", "still_copied"]
+    assert world.state.routing.model("m").table("t").owners.tolist() == [[-1], [0], [0]]
+
+
 def test_a_routing_travels_once_to_each_shard() -> None:
     world = World()
     world.serve(ONE)
@@ -740,5 +774,6 @@ def test_no_more_parts_than_fit_beside_branches_stay_with_a_shard() -> None:
     world.obey("b")
     world.report("a")
     world.pass_time(2)
-    assert len(world.state.placing.target) == len(KEYS) and not world.state.placing.problem
-    assert {shard for shards in world.state.placing.target.values() for shard in shards} == {"a", "b"}
+    [target] = world.state.placing.target.values()
+    assert len(target) == len(KEYS) and not world.state.placing.problem
+    assert {shard for shards in target.values() for shard in shards} == {"a", "b"}

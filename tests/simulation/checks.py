@@ -103,7 +103,7 @@ class Checks:
                     named = {routing.shard_ids[owner] for owner in owners if owner >= 0}
                     if not named and model.full_name not in self._last_named:
                         raise Broken("a version was served before all of it was there", str(key))
-                    others = staying.intersection(holders.get(key, ())) - named
+                    others = staying.intersection(holders.get(key[:2], {}).get(key, ())) - named
                     if others and len(named) < copies:
                         raise Broken("a copy that is needed was left out of the routing", f"{key}: {others}")
 

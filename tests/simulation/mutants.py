@@ -33,13 +33,13 @@ def knows_no_grace() -> AbstractContextManager[Any]:
 
 def moves_without_waiting() -> AbstractContextManager[Any]:
     """A part leaves its old place in the routing before any new place holds it."""
-    real = decisions.build_routing
+    real = decisions.place_version
 
-    def build(serving: Any, target: Any, holders: Any, *others: Any) -> wire.Routing:
+    def place(manifest: Any, target: Any, holders: Any, *others: Any) -> wire.ModelPlacement:
         planned = {key: [name for name in names if name in target.get(key, names)] for key, names in holders.items()}
-        return real(serving, target, planned, *others)
+        return real(manifest, target, planned, *others)
 
-    return patch.object(decisions, "build_routing", build)
+    return patch.object(decisions, "place_version", place)
 
 
 def takes_an_empty_store_for_empty() -> AbstractContextManager[Any]:
@@ -55,7 +55,7 @@ def lives_on_beside_another() -> AbstractContextManager[Any]:
 def serves_too_soon() -> AbstractContextManager[Any]:
     """A version takes over before all its parts are held."""
 
-    def choose(catalog: Any, served: Any, holders: Any, copying: Any) -> Any:
+    def choose(catalog: Any, served: Any, held: Any, copying: Any) -> Any:
         newest = [versions[-1] for _, versions in sorted(catalog.items())]
         return newest, newest
 
