@@ -20,7 +20,7 @@ from embedding_service.threads import apart
 log = logging.getLogger(__name__)
 
 SCAN_SECONDS = 2.0
-# A store that has not answered by then is away until it does.
+# A store that has answered nothing for so long is away until it has been looked at.
 STALL_SECONDS = 10.0
 # How long the first decision waits for the term that is noted in the store.
 TERM_SECONDS = 2.0
@@ -60,9 +60,12 @@ class StoreWatch:
             await asyncio.sleep(SCAN_SECONDS)
 
     async def _look(self) -> None:
-        looking = apart(self._read)
-        done, _ = await asyncio.wait([looking], timeout=STALL_SECONDS)
-        if not done:
+        looking, began = apart(self._read), time.monotonic()
+        while (left := max(began, self._store.answered) + STALL_SECONDS - time.monotonic()) > 0:
+            await asyncio.wait([looking], timeout=left)  # a look at many versions takes a while
+            if looking.done():
+                break
+        else:
             self._is_away(f"store {self._store.url} has not answered for {STALL_SECONDS:g} s: is it away?")
             await asyncio.wait([looking])
         try:

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,7 +56,11 @@ class Catalogue:
 
 
 class Store:
-    """Reads what is published in the store at `url`, a local path or an fsspec URL (s3://..., memory://...)."""
+    """Reads what is published in the store at `url`, a local path or an fsspec URL (s3://..., memory://...).
+
+    Attributes:
+        answered: When it last said what is there, by the monotonic clock. 0 before it did.
+    """
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
@@ -67,6 +72,7 @@ class Store:
             filesystem = filesystem.fs
         self.is_private = _in_this_process(filesystem)
         self.filesystem = filesystem if self.is_local else RemoteFiles(filesystem, self.url)
+        self.answered = 0.0
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -92,17 +98,27 @@ class Store:
         self.filesystem.invalidate_cache()  # remote ones remember what they listed
         have = {(each.model, each.version): each for each in chain(*known.manifests.values())} if known else {}
         models = [name for name in self._folders(self.root) if name not in _NO_MODELS]
-        found = Catalogue(is_empty=not models)
+        read = Catalogue(is_empty=not models)
         for model in models:
-            with _naming(found, model, "", self.location(model)):
+            with _naming(read, model, "", self.location(model)):
                 check_name(model)
                 for version in self._folders(self.location(model)):
-                    with _naming(found, model, version, self.location(model, version)):
+                    with _naming(read, model, version, self.location(model, version)):
                         check_name(version)
                         manifest = self._read_manifest(model, version, have.get((model, version)))
                         if manifest:
-                            self._check_base(manifest)
-                            found.manifests.setdefault(model, []).append(manifest)
+                            read.manifests.setdefault(model, []).append(manifest)
+        return self._with_bases(read)
+
+    def _with_bases(self, read: Catalogue) -> Catalogue:
+        """What was read, without versions whose base is not there. Nothing is asked about bases that were read."""
+        found = Catalogue(problems=read.problems, is_empty=read.is_empty)
+        there = {(each.model, each.version) for each in chain(*read.manifests.values())}
+        for manifest in chain(*read.manifests.values()):
+            with _naming(found, manifest.model, manifest.version, self.location(manifest.model, manifest.version)):
+                if manifest.root not in there:
+                    self._check_base(manifest)
+                found.manifests.setdefault(manifest.model, []).append(manifest)
         return found
 
     def _check_base(self, manifest: Manifest) -> None:
@@ -122,7 +138,9 @@ class Store:
 
     def has(self, model: str, version: str) -> bool:
         """Whether that version is published."""
-        return self.filesystem.exists(self.location(model, version, MANIFEST_FILE))
+        has = self.filesystem.exists(self.location(model, version, MANIFEST_FILE))
+        self.answered = time.monotonic()
+        return has
 
     def manifest(self, model: str, version: str | None = None) -> Manifest:
         """Return a version's manifest, the newest version's for None. Raises NotFound naming what there is."""
@@ -201,13 +219,17 @@ class Store:
         try:
             info = self.filesystem.info(location)
         except FileNotFoundError:
+            self.answered = time.monotonic()
             return None
+        self.answered = time.monotonic()
         size = info["size"] or 0
         if info["type"] != "file" or size > MOST_MANIFEST_BYTES:  # a pipe would never end
             raise StoreError(f"{location} is no manifest, which is a file of at most {MOST_MANIFEST_BYTES:,} bytes")
         if known:
             return known
-        manifest = Manifest.from_json(self.filesystem.cat_file(location), location)
+        text = self.filesystem.cat_file(location)
+        self.answered = time.monotonic()
+        manifest = Manifest.from_json(text, location)
         if (manifest.model, manifest.version) != (model, version):
             raise StoreError(
                 f"{location} is the manifest of {manifest.model}@{manifest.version}: a copied or renamed folder is not "
@@ -224,6 +246,7 @@ class Store:
                 raise
             self.filesystem.check_bucket(self.root)
             raise FileNotFoundError(f"nothing is at {location}: import into it, or correct the store's URL") from None
+        self.answered = time.monotonic()
         names = [Path(entry["name"]).name for entry in entries if entry["type"] == "directory"]
         return sorted((name for name in names if not name.startswith(".")), key=natural_order)
 

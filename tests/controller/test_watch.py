@@ -68,6 +68,24 @@ def test_a_store_that_stalls_is_away_until_it_answers_and_keeps_nobody(
     stalling.answers.set()
 
 
+def test_a_store_that_answers_is_not_away_however_long_a_look_takes(store: Path, quick: None) -> None:
+    slow = Stalling(store)
+    changes: list[str] = []
+
+    async def use() -> None:
+        watch = StoreWatch(slow, HERE, lambda: changes.append(watch.problem))
+        slow.answered = time.monotonic() + 180.0  # as if it answered again and again
+        task = asyncio.create_task(watch.run())
+        await asyncio.sleep(0.3)
+        assert slow.looks == 1 and not changes
+        slow.answers.set()
+        await until(lambda: bool(changes))
+        assert changes[0] == "" and watch.found and "fp32" in watch.found.manifests
+        task.cancel()
+
+    asyncio.run(use())
+
+
 def test_the_term_is_noted_in_the_store_and_never_lowered(store: Path, tmp_path: Path, quick: None) -> None:
     async def use() -> None:
         watch = StoreWatch(Store(tmp_path / "store"), HERE, lambda: None)

@@ -155,6 +155,27 @@ def test_a_version_whose_base_went_is_named_and_no_other_suffers(checkpoint: Any
         store.manifest("tiny+legal")
 
 
+def test_a_look_asks_nothing_about_bases_that_it_has_read(checkpoint: Any, tmp_path: Path) -> None:
+    """A bucket with a hundred domains would be asked hundreds of times."""
+    asked: list[tuple[str, str]] = []
+
+    class Noting(Store):
+        def has(self, model: str, version: str) -> bool:
+            asked.append((model, version))
+            return super().has(model, version)
+
+    store = Noting(tmp_path / "store")
+    import_checkpoint(checkpoint.folder, store, "tiny", part_bytes=PART_BYTES)
+    for name in ("another", "tiny+legal"):
+        publish_rows(store, "tiny@1", changes(tmp_path / "rows", [1]), name=name)
+    asked.clear()
+    before = store.answered
+    assert list(store.catalogue().manifests) == ["another", "tiny", "tiny+legal"]
+    assert asked == [] and store.answered > before
+    shutil.rmtree(tmp_path / "store" / "tiny")
+    assert not store.catalogue().manifests and set(asked) == {("tiny", "1")}
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "ids"])
 def test_a_damaged_overlay_is_refused(checkpoint: Any, tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path / "store")
