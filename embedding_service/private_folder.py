@@ -1,4 +1,4 @@
-"""A folder that only this user may enter, and that does not stay when its process is killed."""
+"""Folders of this user among the temporary files, where others could have made them first."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 _PREFIX = "embedding-sockets-"
+
+
+def own_folder(path: Path) -> bool:
+    """Make a folder of a known name, unless it is there. Whether it is this user's, and nobody else may write to it."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(0o700)
+    found = path.lstat()
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not others_write
 
 
 class PrivateFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from embedding_service.private_folder import PrivateFolder
+from embedding_service.private_folder import PrivateFolder, own_folder
 
 PROGRAM = (
     "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
@@ -49,3 +50,16 @@ def test_folders_of_killed_processes_are_removed_and_no_others(tmp_path: Path, m
     own.close()
     own.close()
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_of_a_known_name_is_this_user_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, link, shared, file = (tmp_path / name for name in ("own", "link", "shared", "file"))
+    assert own_folder(own) and own_folder(own)
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    link.symlink_to(own)
+    shared.mkdir()
+    shared.chmod(0o770)
+    file.touch()
+    assert not any(map(own_folder, (link, shared, file)))
+    monkeypatch.setattr(os, "geteuid", lambda: own.stat().st_uid + 1)
+    assert not own_folder(own)

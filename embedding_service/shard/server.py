@@ -31,7 +31,7 @@ from embedding_service.memory import keep_freed_memory, memory_for_requests
 from embedding_service.metrics import MetricsServer, counter, gauge, info
 from embedding_service.placement.demand import MOST_MEMORY
 from embedding_service.placement.parts import PartKey
-from embedding_service.private_folder import PrivateFolder
+from embedding_service.private_folder import PrivateFolder, own_folder
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import LiesIn, TableRows
 from embedding_service.security.access import Access, near_host
@@ -60,6 +60,8 @@ from embedding_service.threads import apart
 from embedding_service.wire import control_pb2 as control
 
 log = logging.getLogger(__name__)
+
+DEFAULT_CACHE = Path(tempfile.gettempdir()) / "embedding-service"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ShardOptions:
     shard_id: str = field(default_factory=lambda: f"shard-{os.getpid()}")
     tier: str = "ram"
     memory_limit: int = 0
-    cache: Path = Path(tempfile.gettempdir()) / "embedding-service"
+    cache: Path = DEFAULT_CACHE
     load_rate: int = 256 << 20
     topology: str = ""
     drain_seconds: float = 60.0
@@ -146,6 +148,8 @@ class _Shard:
         memory_limit = min(options.memory_limit or tier.default_limit(options.store, options.cache), MOST_MEMORY)
         tier.prepare(memory_limit)
         store = Store(options.store)
+        if options.cache == DEFAULT_CACHE and not store.is_local and not own_folder(options.cache):
+            raise InvalidRequest(f"others may write to {options.cache}: give this user a folder with --cache")
         self._holdings = Holdings(store, tier, memory_limit, options.cache, options.load_rate)
         self._security = Security(options.security) if options.security else None
         self._access = options.security.access if options.security else None

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from embedding_service.errors import CorruptPart, ImportRefused, RemoteStoreError, StoreError
 from embedding_service.machine import sync_folder, write_durably
+from embedding_service.private_folder import own_folder
 from embedding_service.store.manifest import ID_BYTES, Manifest, Overlay, Part, check_name
 from embedding_service.store.overlays import verify_overlay
 from embedding_service.store.parts import verify
@@ -49,6 +50,10 @@ class Draft:
     def __init__(self, store: Store, model: str, version: str, folder: Path) -> None:
         self.store, self.model, self.version, self.folder = store, model, version, folder
         self._finished: dict[str, Entry] = {}
+
+    def make_folder(self) -> None:
+        """Make the folder unless it is there. Raises OSError, and ImportRefused."""
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, fingerprint: str) -> None:
         """Take over what an earlier run with the same fingerprint finished, or begin from nothing."""
@@ -142,6 +147,13 @@ class Draft:
 class RemoteDraft(Draft):
     """A version of a remote store under way. It can be resumed on the same machine only."""
 
+    def make_folder(self) -> None:
+        """Make it for this user alone. Its name is known, so others could have made it, with links in it."""
+        if not own_folder(self.folder):
+            raise ImportRefused(
+                f"others may write to {self.folder}: remove it, or set TMPDIR to a folder of this user alone"
+            )
+
     def keep(self, part: Entry) -> None:
         """Copy the file to its final place. Here only the journal remembers it."""
         if isinstance(part, NoRows):
@@ -209,7 +221,7 @@ def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
         store.versions(model)  # raises without a bucket, before any part is made
     _refuse_taken(store, model, version)
     draft = _draft(store, model, version)
-    with _locked(draft.folder, f"{model}@{version}"):
+    with _locked(draft):
         try:
             _refuse_taken(store, model, version)  # again: another may just have published it
             yield draft
@@ -250,15 +262,17 @@ def _refuse_taken(store: Store, model: str, version: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold the folder's lock file. The lock dies with this process in any case."""
+def _locked(draft: Draft) -> Iterator[None]:
+    """Hold the lock file of the draft's folder. The lock dies with this process in any case."""
+    folder = draft.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        draft.make_folder()
         lock = (folder / _LOCK).open("wb", buffering=0)
     except OSError as error:
         raise ImportRefused(f"cannot write to {folder.parent}: {error.strerror}") from error
     with lock:
         if not _take(lock, folder / _LOCK):
+            what = f"{draft.model}@{draft.version}"
             raise ImportRefused(f"another import of {what} is running ({folder}): wait, or choose another --name")
         yield
 

@@ -427,6 +427,25 @@ def test_an_unwritable_store_is_refused(checkpoint: Any, tmp_path: Path) -> None
         import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny")
 
 
+def test_a_folder_that_others_may_write_to_is_not_used(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name in the folder for temporary files is known. A link there led to a file that was then emptied."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    url, theirs = f"simplecache::file://{tmp_path}/store", tmp_path / "theirs"
+    theirs.write_text("theirs")
+    with open_draft(Store(url), "tiny", "1") as draft:
+        folder = draft.folder
+    folder.chmod(0o777)
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(theirs)
+    with pytest.raises(ImportRefused, match=r"others may write to .*embedding-service-import-.*set TMPDIR"):
+        import_checkpoint(checkpoint.folder, url, "tiny")
+    assert theirs.read_text() == "theirs"
+    shutil.rmtree(folder)
+    import_checkpoint(checkpoint.folder, url, "tiny")
+
+
 def test_files_that_are_in_the_way_are_not_touched(checkpoint: Any, tmp_path: Path) -> None:
     mine = tmp_path / "store" / "tiny" / "1" / "notes.txt"
     mine.parent.mkdir(parents=True)

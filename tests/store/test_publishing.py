@@ -111,9 +111,9 @@ def test_a_version_that_was_published_after_the_first_look_is_refused(
     real = draft_module._locked
 
     @contextmanager
-    def published_meanwhile(folder: Path, what: str) -> Iterator[None]:
-        (folder.parent / "1").mkdir(parents=True)
-        with real(folder, what):
+    def published_meanwhile(draft: Draft) -> Iterator[None]:
+        (draft.folder.parent / "1").mkdir(parents=True)
+        with real(draft):
             yield
 
     monkeypatch.setattr(draft_module, "_locked", published_meanwhile)
