@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from embedding_service.errors import InvalidRequest, NotFound, OutOfRange, UnencodableRow
+from embedding_service.errors import ImportRefused, InvalidRequest, NotFound, OutOfRange, UnencodableRow
 from embedding_service.foreign import shown
 from embedding_service.formats import get_format
 from embedding_service.formats.base import check_finite
@@ -44,11 +44,12 @@ def publish_rows(
     TABLE.rows are their rows: float [n, dim], or uint8 [n, row_bytes] as the base stores rows. All is checked before
     anything is written, and nothing can be seen before all is there.
 
-    base: NAME@VERSION, or NAME for its newest version.
+    base: NAME@VERSION, or NAME for its newest version. That is still the newest one when its rows are published over.
     name: the model that gets the version. None: the base's. Another name, as NAME+legal, is served beside it.
     version: None: one that sorts last.
     Raises InvalidRequest, NotFound, OutOfRange, and UnencodableRow for what is wrong with the file. Raises
-    ImportRefused if the version is there already, and StoreError if reading or writing failed midway.
+    ImportRefused if the version is there already, or a newer one than NAME's newest was published meanwhile. Raises
+    StoreError if reading or writing failed midway.
     """
     store = store if isinstance(store, Store) else Store(store)
     below = find_version(store, base)
@@ -70,6 +71,8 @@ def publish_rows(
         except InvalidRequest:  # a row that cannot be held: the same file would fail there again
             draft.abandon()
             raise
+        if base.removesuffix("@") == name:
+            _refuse_if_older(draft, below)
         return publish_overlays(draft, below, overlays, provenance, checkpoint=below.checkpoint)
 
 
@@ -77,7 +80,8 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
     """Publish a version that has the rows of the version before the newest one, or of version `to`.
 
     The newest version is the one that is served, so a rollback is a new version. It has no rows of its own, but names
-    those of the version that it brings back. Returns its manifest. Raises NotFound where there is none before.
+    those of the version that it brings back. Returns its manifest. Raises NotFound where there is none before. Raises
+    ImportRefused if a version was published meanwhile, which would be rolled back too.
     """
     store = store if isinstance(store, Store) else Store(store)
     newest = store.manifest(name)
@@ -101,7 +105,17 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
         draft.resume(fingerprint_of("rollback", name, restores))
         draft.check_space([source.replaced_bytes])
         overlays = write_overlays(draft, source.tables, lambda table, part: replaced_rows(store, source, table, part))
+        _refuse_if_older(draft, newest)
         return publish_overlays(draft, source, overlays, provenance, checkpoint=source.checkpoint, restores=restores)
+
+
+def _refuse_if_older(draft: Draft, newest: Manifest) -> None:
+    """Raise ImportRefused if its model has a newer version by now. The draft would hide that one's rows."""
+    now = draft.store.versions(newest.model)[-1:]
+    if now != [newest.version]:
+        draft.abandon()
+        there = f"{newest.model}@{now[0]}" if now else "no version"
+        raise ImportRefused(f"{newest.full_name} was the newest version, and now {there} is: run this again")
 
 
 def find_version(store: Store, name: str) -> Manifest:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from embedding_service.errors import (
     UnencodableRow,
 )
 from embedding_service.formats import FORMATS, get_format
-from embedding_service.store import Manifest, Store, importing
+from embedding_service.store import Manifest, Store, importing, publishing
 from embedding_service.store.draft import Draft, RemoteDraft
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.overlays import read_overlay
@@ -126,6 +127,44 @@ def test_what_cannot_be_published_is_refused_and_leaves_nothing(
     with pytest.raises(error, match=message):
         publish_rows(store, "tiny@1", tmp_path / "rows")
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
+
+
+@contextmanager
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> Iterator[None]:
+    """Something happens after the rows of the next version are written, and before it is published."""
+    real = publishing.write_overlays
+
+    def written(*arguments: Any) -> Any:
+        overlays = real(*arguments)
+        monkeypatch.setattr(publishing, "write_overlays", real)
+        happens()
+        return overlays
+
+    monkeypatch.setattr(publishing, "write_overlays", written)
+    yield
+    assert publishing.write_overlays is real
+
+
+def test_rows_are_not_published_over_a_version_that_is_not_the_newest_any_more(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two publishes hid the rows of the first, and a rollback took back what nobody had seen."""
+    store = Store(tmp_path / "store")
+    import_checkpoint(checkpoint.folder, store, "tiny", part_bytes=PART_BYTES)
+    first, second = changes(tmp_path / "first", [1]), changes(tmp_path / "second", [2])
+
+    def later(version: str) -> None:
+        publish_rows(store, "tiny", first, version=version)
+
+    with meanwhile(monkeypatch, lambda: later("5")), pytest.raises(ImportRefused, match="now tiny@5 is: run this agai"):
+        publish_rows(store, "tiny", second)
+    with meanwhile(monkeypatch, lambda: later("7")), pytest.raises(ImportRefused, match="now tiny@7 is: run this agai"):
+        rollback(store, "tiny")
+    assert sorted(path.name for path in (tmp_path / "store" / "tiny").iterdir()) == ["1", "5", "7"]
+    manifest = publish_rows(store, "tiny", second)
+    assert (manifest.full_name, manifest.replaced_rows) == ("tiny@8", 2)
+    with meanwhile(monkeypatch, lambda: later("10")):  # whoever names the version gets that one's rows
+        assert publish_rows(store, "tiny@1", second, version="9").replaced_rows == 1
 
 
 def test_names_that_are_not_there_or_taken_and_files_that_are_none(checkpoint: Any, tmp_path: Path) -> None:
