@@ -13,6 +13,9 @@ from embedding_service.commands.text import JsonOption, format_bytes, say, say_j
 from embedding_service.security.audit import Audit, this_user
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from embedding_service.store.garbage import Garbage
     from embedding_service.store.manifest import Manifest
     from embedding_service.store.store import Store
 
@@ -56,24 +59,37 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove versions that newer ones have replaced. The base of a version or of a branch stays."""
-    from embedding_service.store.garbage import find_garbage, remove
+    from embedding_service.store.garbage import find_garbage
     from embedding_service.training.branch import branches, read_branch
 
     target = open_store(store)
     pinned = [(branch.model, branch.base) for branch in (read_branch(target, name) for name in branches(target))]
     found = find_garbage(target, keep, pinned, drafts)
-    for garbage in found:
-        if yes:
-            remove(target, garbage)
-            Audit(audit).note("gc", this_user(), model=garbage.name, kind=garbage.kind, store=store)
-        if not as_json:
-            say(f"{'removed' if yes else 'would remove'} {garbage.kind} {garbage.name}: {format_bytes(garbage.bytes)}")
+    if yes:
+        found = [garbage for garbage in found if _removed(target, garbage, audit, as_json)]
+    elif not as_json:
+        for garbage in found:
+            say(f"would remove {garbage.kind} {garbage.name}: {format_bytes(garbage.bytes)}")
     if as_json:
         say_json({"removed" if yes else "would_remove": [asdict(garbage) for garbage in found]})
     elif not found:
         say("nothing can go")
     elif not yes:
         say(f"{format_bytes(sum(garbage.bytes for garbage in found))} in all: say --yes to remove them")
+
+
+def _removed(store: Store, garbage: Garbage, audit: Path | None, as_json: bool) -> bool:
+    """Remove it, unless it is in use by now. Whether it went."""
+    from embedding_service.store.garbage import remove
+
+    about = f"{garbage.kind} {garbage.name}"
+    if not remove(store, garbage):
+        say(f"kept {about}: it is in use by now", err=True)
+        return False
+    Audit(audit).note("gc", this_user(), model=garbage.name, kind=garbage.kind, store=store.url)
+    if not as_json:
+        say(f"removed {about}: {format_bytes(garbage.bytes)}")
+    return True
 
 
 def remove_branch_command(

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,10 +51,24 @@ class Draft:
     def __init__(self, store: Store, model: str, version: str, folder: Path) -> None:
         self.store, self.model, self.version, self.folder = store, model, version, folder
         self._finished: dict[str, Entry] = {}
+        self._lock: FileIO | None = None
 
-    def make_folder(self) -> None:
-        """Make the folder unless it is there. Raises OSError, and ImportRefused."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock file of the folder. The lock dies with this process in any case. Raises ImportRefused."""
+        try:
+            self._make_folder()
+            lock = (self.folder / _LOCK).open("wb", buffering=0)
+        except OSError as error:
+            raise ImportRefused(f"cannot write to {self.folder.parent}: {error.strerror}") from error
+        with lock:
+            if not _take(lock, self.folder / _LOCK):
+                what = f"{self.model}@{self.version}"
+                raise ImportRefused(
+                    f"another import of {what} is running ({self.folder}): wait, or choose another --name"
+                )
+            self._lock = lock
+            yield
 
     def resume(self, fingerprint: str) -> None:
         """Take over what an earlier run with the same fingerprint finished, or begin from nothing."""
@@ -83,7 +98,8 @@ class Draft:
         check_disk_space(self.folder, self._disk_bytes(part_bytes), "Free some, or choose a smaller --dtype")
 
     def publish(self, manifest: Manifest) -> None:
-        """Make the version visible, all at once."""
+        """Make the version visible, all at once. Raises StoreError if something of it is gone."""
+        self._check_whole(manifest)
         write_durably(self.folder / MANIFEST_FILE, manifest.to_json().encode())
         for table in manifest.tables:
             if (self.folder / table.name).exists():  # a table whose rows are all the base's has none
@@ -115,7 +131,7 @@ class Draft:
 
     def abandon_if_empty(self) -> None:
         """Leave no trace if nothing was finished."""
-        if self.folder.exists() and len(_lines(self.folder / _JOURNAL)) < 2:
+        if self._has_folder() and len(_lines(self.folder / _JOURNAL)) < 2:
             self.abandon()
 
     def abandon(self) -> None:
@@ -124,6 +140,27 @@ class Draft:
         if self.store.is_local:
             with contextlib.suppress(OSError):  # not empty: the model has other versions
                 self.folder.parent.rmdir()
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _check_whole(self, manifest: Manifest) -> None:
+        """Raise StoreError unless this import has its folder still, and every file of the version."""
+        kept = set(self._kept_files())
+        gone = [file for file in manifest.own_files if file not in kept] if self._has_folder() else [self.folder]
+        if gone:
+            raise StoreError(
+                f"{manifest.full_name} is not published: somebody removed {gone[0]} while it was imported. Run the same "
+                "import again"
+            )
+
+    def _kept_files(self) -> list[str]:
+        """The files that are where the version will be published from, relative to its folder."""
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")]
+
+    def _has_folder(self) -> bool:
+        """Whether the folder is the one that this import locked."""
+        return self._lock is not None and _is_at(self._lock, self.folder / _LOCK)
 
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return sum(part_bytes)
@@ -147,8 +184,8 @@ class Draft:
 class RemoteDraft(Draft):
     """A version of a remote store under way. It can be resumed on the same machine only."""
 
-    def make_folder(self) -> None:
-        """Make it for this user alone. Its name is known, so others could have made it, with links in it."""
+    def _make_folder(self) -> None:
+        # Its name is known, so others could have made it, with links in it.
         if not own_folder(self.folder):
             raise ImportRefused(
                 f"others may write to {self.folder}: remove it, or set TMPDIR to a folder of this user alone"
@@ -221,7 +258,7 @@ def open_draft(store: Store, model: str, version: str) -> Iterator[Draft]:
         store.versions(model)  # raises without a bucket, before any part is made
     _refuse_taken(store, model, version)
     draft = _draft(store, model, version)
-    with _locked(draft):
+    with draft.locked():
         try:
             _refuse_taken(store, model, version)  # again: another may just have published it
             yield draft
@@ -261,28 +298,40 @@ def _refuse_taken(store: Store, model: str, version: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _locked(draft: Draft) -> Iterator[None]:
-    """Hold the lock file of the draft's folder. The lock dies with this process in any case."""
-    folder = draft.folder
+def remove_idle_draft(folder: Path) -> bool:
+    """Remove a version under way in a local store. False if a process went on with it, and it stays."""
     try:
-        draft.make_folder()
-        lock = (folder / _LOCK).open("wb", buffering=0)
-    except OSError as error:
-        raise ImportRefused(f"cannot write to {folder.parent}: {error.strerror}") from error
-    with lock:
-        if not _take(lock, folder / _LOCK):
-            what = f"{draft.model}@{draft.version}"
-            raise ImportRefused(f"another import of {what} is running ({folder}): wait, or choose another --name")
-        yield
+        with (folder / _LOCK).open("rb", buffering=0) as lock:
+            if not _take(lock, folder / _LOCK):
+                return False
+            going = set_aside(folder)  # nobody can go on with it from here
+    except FileNotFoundError:  # just published, or removed
+        return False
+    shutil.rmtree(going)
+    return True
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder of a local store to one that is nothing but the rest of a removal. Returns that."""
+    going = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(4)}.removing")
+    folder.rename(going)
+    return going
 
 
 def _take(lock: FileIO, path: Path) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # What we hold may be the lock of a folder that was published between our opening and locking it.
+    except BlockingIOError:
+        return False
+    # What we hold may be the lock of a folder that was published between our opening and locking it.
+    return _is_at(lock, path)
+
+
+def _is_at(lock: FileIO, path: Path) -> bool:
+    """Whether an open file is the one at that path."""
+    try:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         return False
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_service.errors import InvalidRequest, StoreError
-from embedding_service.store.draft import idle_drafts
+from embedding_service.store.draft import idle_drafts, remove_idle_draft, set_aside
 from embedding_service.store.store import MANIFEST_FILE, Catalogue, Store
 
 
@@ -75,18 +75,18 @@ def _hidden(store: Store, kind: str, ending: str, folders: list[Path]) -> Iterat
         yield Garbage(kind, name, str(folder), size)
 
 
-def remove(store: Store, garbage: Garbage) -> None:
-    """Remove it. A version leaves the store at once, before its files go.
+def remove(store: Store, garbage: Garbage) -> bool:
+    """Remove it. A version leaves the store at once, before its files go. False if it stays, for it is in use by now.
 
     A service that serves it goes on until its clients have left it. Raises OSError, or what the filesystem does.
     """
-    if garbage.kind != "version":
+    if garbage.kind == "draft":
+        return remove_idle_draft(Path(garbage.location))
+    if garbage.kind == "rest":
         shutil.rmtree(garbage.location)
     elif store.is_local:
-        folder = Path(garbage.location)
-        going = folder.with_name(f".{folder.name}.removing")
-        folder.rename(going)
-        shutil.rmtree(going)
+        shutil.rmtree(set_aside(Path(garbage.location)))
     else:
         store.filesystem.rm_file(f"{garbage.location}/{MANIFEST_FILE}")
         store.filesystem.rm(garbage.location, recursive=True)
+    return True

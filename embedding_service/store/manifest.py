@@ -208,6 +208,13 @@ class Manifest(_Frozen):
         """Bytes of the rows that lie in its own folder: all, or those that are not the base's, with their ids."""
         return self.replaced_bytes if self.base else self.bytes
 
+    @property
+    def own_files(self) -> list[str]:
+        """The files that lie in its own folder, besides the manifest."""
+        if self.base:
+            return [overlay.file for overlays in self.base.overlays.values() for overlay in overlays]
+        return [part.file for table in self.tables for part in table.parts]
+
     def overlays(self, table: str) -> dict[int, Overlay]:
         """The rows that a table replaces, by part. Empty for a version without a base."""
         return {overlay.part: overlay for overlay in self.base.overlays.get(table, ())} if self.base else {}

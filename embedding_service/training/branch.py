@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedding_service.errors import InvalidRequest, NotFound, StoreError, Unavailable
 from embedding_service.machine import write_durably, write_synced
+from embedding_service.store.draft import set_aside
 from embedding_service.store.manifest import Manifest, check_name
 from embedding_service.store.store import Store
 from embedding_service.training.optimizers import optimizer_of
@@ -232,9 +233,7 @@ def remove_branch(store: Store, name: str) -> None:
         raise InvalidRequest(
             f"{name} was trained {max(ago, 0):.0f} s ago: end its trainer, and ask again after {_TRAINED_SECONDS} s"
         )
-    going = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(4)}.removing")
-    folder.rename(going)
-    shutil.rmtree(going, ignore_errors=True)  # `gc` removes what is left
+    shutil.rmtree(set_aside(folder), ignore_errors=True)  # `gc` removes what is left
 
 
 def _check_trainable(manifest: Manifest, dequantize: bool) -> None:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.overlays import rows_file
 from typer.testing import CliRunner
 
 from embedding_service.cli import app
 from embedding_service.errors import StoreError
+from embedding_service.formats import get_format
+from embedding_service.store.draft import open_draft
+from embedding_service.store.garbage import find_garbage, remove
+from embedding_service.store.manifest import Part, Table
+from embedding_service.store.parts import NewPart, PartWriter
 from embedding_service.store.publishing import publish_rows, rollback
 from embedding_service.store.store import Store
 
@@ -114,3 +120,61 @@ def test_imports_that_were_broken_off_go_if_asked_for_and_not_while_they_run(own
     assert (own / "int8" / ".8.importing").exists()
     [answer] = map(json.loads, typed("gc", own, "--keep", 4, "--drafts", "--json"))
     assert [each["name"] for each in answer["would_remove"]] == ["int8@8"]
+
+
+def test_an_import_that_goes_on_stays_and_one_that_lost_something_is_not_published(own: Path) -> None:
+    """One went on between gc's look and its removal, and published a version without parts."""
+    store, shape = Store(own), store_table(Store(own))
+    with open_draft(store, "int8", "7") as draft:
+        draft.resume("job")
+        draft.keep(write_part(draft.folder, shape))
+    [found] = find_garbage(store, 4, drafts=True)
+    with open_draft(store, "int8", "7") as draft:
+        draft.resume("job")
+        assert not remove(store, found)
+        part = draft.finished("t/part-00000.safetensors")
+        assert isinstance(part, Part)
+        manifest = store.manifest("int8", "1").model_copy(
+            update={"version": "7", "tables": (shape.model_copy(update={"parts": (part,)}),)}
+        )
+        (draft.folder / part.file).rename(own / "part")
+        with pytest.raises(StoreError, match=r"int8@7 is not published: somebody removed t/part-00000.safetensors whi"):
+            draft.publish(manifest)
+        (own / "part").rename(draft.folder / part.file)
+        draft.folder.rename(own / "folder")
+        with pytest.raises(StoreError, match=r"int8@7 is not published: somebody removed .*7.importing while"):
+            draft.publish(manifest)
+        (own / "folder").rename(draft.folder)
+        draft.publish(manifest)
+    assert not remove(store, found)
+    assert store.manifest("int8", "7") == manifest
+
+
+def test_a_removal_that_was_cut_off_is_no_hindrance(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version's name was used again, and gc failed at it for good."""
+    publish_rows(own, "int8@1", rows_file(own.parent / "again", np.array([5]), 7), version="0")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_off)
+        typed("gc", own, "--keep", 4, "--yes", code=130)
+    publish_rows(own, "int8@1", rows_file(own.parent / "again", np.array([6]), 7), version="0")
+    kinds = sorted(line.partition(" int8@0")[0] for line in typed("gc", own, "--keep", 4, "--yes"))
+    assert kinds == ["removed rest", "removed version"]
+    assert sorted(path.name for path in (own / "int8").iterdir()) == ["1", "2", "3", "4"]
+
+
+def cut_off(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def store_table(store: Store) -> Table:
+    """The shape of a table of one part."""
+    like = store.manifest("int8", "1").tables[0]
+    return like.model_copy(update={"name": "t", "rows": like.parts[0].rows})
+
+
+def write_part(folder: Path, table: Table) -> Part:
+    """A part of that table."""
+    row_format = get_format(table.dtype)
+    with PartWriter(folder, NewPart("t", 0, 0, table.rows, table.dim, row_format)) as writer:
+        writer.write(row_format.encode(torch.zeros(table.rows, table.dim)))
+        return writer.finish()

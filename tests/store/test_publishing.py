@@ -12,7 +12,6 @@ import pytest
 
 from embedding_service.errors import ImportRefused
 from embedding_service.store import Manifest, Store
-from embedding_service.store import draft as draft_module
 from embedding_service.store.draft import Draft, RemoteDraft, open_draft
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.store import natural_order, next_version
@@ -108,7 +107,7 @@ def test_the_same_job_ends_well_whenever_the_first_one_was_killed(
 def test_a_version_that_was_published_after_the_first_look_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = draft_module._locked
+    real = Draft.locked
 
     @contextmanager
     def published_meanwhile(draft: Draft) -> Iterator[None]:
@@ -116,7 +115,7 @@ def test_a_version_that_was_published_after_the_first_look_is_refused(
         with real(draft):
             yield
 
-    monkeypatch.setattr(draft_module, "_locked", published_meanwhile)
+    monkeypatch.setattr(Draft, "locked", published_meanwhile)
     with pytest.raises(ImportRefused, match="name taken"), open_draft(Store(tmp_path), "m", "1"):
         raise AssertionError("two imports of one name")
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["1"]
