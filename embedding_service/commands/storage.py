@@ -60,11 +60,9 @@ def gc(
 ) -> None:
     """Remove versions that newer ones have replaced. The base of a version or of a branch stays."""
     from embedding_service.store.garbage import find_garbage
-    from embedding_service.training.branch import branches, read_branch
 
     target = open_store(store)
-    pinned = [(branch.model, branch.base) for branch in (read_branch(target, name) for name in branches(target))]
-    found = find_garbage(target, keep, pinned, drafts)
+    found = find_garbage(target, keep, _bases_of_branches(target), drafts)
     if yes:
         found = [garbage for garbage in found if _removed(target, garbage, audit, as_json)]
     elif not as_json:
@@ -78,12 +76,18 @@ def gc(
         say(f"{format_bytes(sum(garbage.bytes for garbage in found))} in all: say --yes to remove them")
 
 
+def _bases_of_branches(store: Store) -> list[tuple[str, str]]:
+    from embedding_service.training.branch import branches, read_branch
+
+    return [(branch.model, branch.base) for branch in (read_branch(store, name) for name in branches(store))]
+
+
 def _removed(store: Store, garbage: Garbage, audit: Path | None, as_json: bool) -> bool:
     """Remove it, unless it is in use by now. Whether it went."""
     from embedding_service.store.garbage import remove
 
     about = f"{garbage.kind} {garbage.name}"
-    if not remove(store, garbage):
+    if not remove(store, garbage, lambda: _bases_of_branches(store)):
         say(f"kept {about}: it is in use by now", err=True)
         return False
     Audit(audit).note("gc", this_user(), model=garbage.name, kind=garbage.kind, store=store.url)

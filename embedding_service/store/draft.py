@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -30,7 +31,9 @@ from embedding_service.store.parts import verify
 from embedding_service.store.store import MANIFEST_FILE, Store, next_version
 from embedding_service.tensorfile import PAGE_BYTES
 
-_JOURNAL, _LOCK = "journal", "lock"
+_JOURNAL, _LOCK, _BASE = "journal", "lock", "base.json"
+# Model and version of a version.
+Root = tuple[str, str]
 
 
 class NoRows(BaseModel):
@@ -70,8 +73,13 @@ class Draft:
             self._lock = lock
             yield
 
-    def resume(self, fingerprint: str) -> None:
-        """Take over what an earlier run with the same fingerprint finished, or begin from nothing."""
+    def resume(self, fingerprint: str, base: Root | None = None) -> None:
+        """Take over what an earlier run with the same fingerprint finished, or begin from nothing.
+
+        base: The whole version whose rows this one replaces. It is noted, so that `gc` leaves it.
+        """
+        if base:
+            write_durably(self.folder / _BASE, json.dumps(base).encode())
         first, *lines = _lines(self.folder / _JOURNAL) or [""]
         if first == fingerprint:
             entries = [entry for entry in map(_read_entry, lines) if entry]
@@ -113,6 +121,7 @@ class Draft:
     def clear_published(self) -> None:
         """Remove this import's own files from the version, the journal last. `has_published` says why."""
         (self._published / _LOCK).unlink(missing_ok=True)
+        (self._published / _BASE).unlink(missing_ok=True)
         (self._published / _JOURNAL).unlink(missing_ok=True)
 
     def has_published(self, fingerprint: str) -> bool:
@@ -296,6 +305,16 @@ def _refuse_taken(store: Store, model: str, version: str) -> None:
             f"name taken: {location} is there already. Choose another --name, or add a version to it with "
             f"--version {newer}"
         )
+
+
+def bases_under_way(store: Store) -> set[Root]:
+    """The versions that versions under way replace rows of."""
+    found = set()
+    for path in Path(store.root).glob(f"*/.*.importing/{_BASE}"):
+        with contextlib.suppress(FileNotFoundError):  # just published
+            model, version = json.loads(path.read_bytes())
+            found.add((model, version))
+    return found
 
 
 def remove_idle_draft(folder: Path) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_service.errors import InvalidRequest, StoreError
-from embedding_service.store.draft import idle_drafts, remove_idle_draft, set_aside
+from embedding_service.store.draft import Root, bases_under_way, idle_drafts, remove_idle_draft, set_aside
 from embedding_service.store.store import MANIFEST_FILE, Catalogue, Store
 
 
@@ -30,11 +30,12 @@ class Garbage:
 
 
 def find_garbage(
-    store: Store, keep: int, pinned: Collection[tuple[str, str]] = (), drafts: bool = False
+    store: Store, keep: int, pinned: Collection[Root] = (), drafts: bool = False
 ) -> list[Garbage]:
     """List what can go.
 
-    keep: the newest versions of each model that stay, 1 and more. So do their bases, and what is `pinned`.
+    keep: the newest versions of each model that stay, 1 and more. So do their bases, those of versions under way, and
+    what is `pinned`.
     drafts: unfinished imports that no process works on, too. They could be gone on with.
     Raises InvalidRequest for a `keep` below 1. Raises StoreError if a version cannot be read, since nobody can tell
     what it needs. Raises what the filesystem does.
@@ -45,7 +46,7 @@ def find_garbage(
     if catalogue.problems:
         reasons = "; ".join(catalogue.problems.values())
         raise StoreError(f"nothing is removed, for what cannot be read may need it. Mend or remove that: {reasons}")
-    needed = _needed(catalogue, keep, pinned)
+    needed = _needed(catalogue, keep, {*pinned, *bases_under_way(store)})
     found = [
         Garbage("version", manifest.full_name, store.location(model, manifest.version), manifest.own_bytes)
         for model, versions in catalogue.manifests.items()
@@ -59,7 +60,7 @@ def find_garbage(
     return found
 
 
-def _needed(catalogue: Catalogue, keep: int, pinned: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+def _needed(catalogue: Catalogue, keep: int, pinned: Collection[Root]) -> set[Root]:
     """Model and version of each version that stays."""
     stays = [manifest for versions in catalogue.manifests.values() for manifest in versions[-keep:]]
     by_name = {(each.model, each.version): each for versions in catalogue.manifests.values() for each in versions}
@@ -75,18 +76,46 @@ def _hidden(store: Store, kind: str, ending: str, folders: list[Path]) -> Iterat
         yield Garbage(kind, name, str(folder), size)
 
 
-def remove(store: Store, garbage: Garbage) -> bool:
+def remove(store: Store, garbage: Garbage, pinned: Callable[[], Collection[Root]] = tuple) -> bool:
     """Remove it. A version leaves the store at once, before its files go. False if it stays, for it is in use by now.
 
     A service that serves it goes on until its clients have left it. Raises OSError, or what the filesystem does.
+
+    pinned: says which versions must stay, as `find_garbage` takes them.
     """
     if garbage.kind == "draft":
         return remove_idle_draft(Path(garbage.location))
     if garbage.kind == "rest":
         shutil.rmtree(garbage.location)
     elif store.is_local:
-        shutil.rmtree(set_aside(Path(garbage.location)))
+        folder = Path(garbage.location)
+        going = set_aside(folder)
+        if _is_needed(store, garbage, pinned, put_back=lambda: going.rename(folder)):
+            return False
+        shutil.rmtree(going)
     else:
-        store.filesystem.rm_file(f"{garbage.location}/{MANIFEST_FILE}")
+        location = f"{garbage.location}/{MANIFEST_FILE}"
+        manifest = store.filesystem.cat_file(location)
+        store.filesystem.rm_file(location)
+        if _is_needed(store, garbage, pinned, put_back=lambda: store.filesystem.pipe_file(location, manifest)):
+            return False
         store.filesystem.rm(garbage.location, recursive=True)
     return True
+
+
+def _is_needed(
+    store: Store, garbage: Garbage, pinned: Callable[[], Collection[Root]], put_back: Callable[[], object]
+) -> bool:
+    """Whether somebody needs a version that was just hidden. It is put back then.
+
+    Whoever publishes over it notes that first, and then looks whether it is there. So one of the two sees the other.
+    """
+    needed = True
+    try:
+        model, _, version = garbage.name.partition("@")
+        # A version whose base is hidden is a problem of the catalogue.
+        needed = (model, version) in {*bases_under_way(store), *pinned()} or bool(store.catalogue().problems)
+    finally:
+        if needed:
+            put_back()
+    return needed

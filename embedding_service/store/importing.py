@@ -76,7 +76,7 @@ def import_checkpoint(
     if published := finish_published(store, name, version, fingerprint):
         return published
     with open_draft(store, name, version) as draft, explained_write_errors(store), _one_torch_thread():
-        draft.resume(fingerprint)
+        draft.resume(fingerprint, root.root if root else None)
         parts = [part for plan in plans for part in plan.parts()]
         meter = Meter(sum(plan.source.bytes for plan in plans), progress)
         try:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from embedding_service.errors import ImportRefused, InvalidRequest, NotFound, OutOfRange, UnencodableRow
+from embedding_service.errors import ImportRefused, InvalidRequest, NotFound, OutOfRange, StoreError, UnencodableRow
 from embedding_service.foreign import shown
 from embedding_service.formats import get_format
 from embedding_service.formats.base import check_finite
@@ -60,7 +60,7 @@ def publish_rows(
         return published
     provenance = _provenance(changes.path, ", ".join(changes.dtypes), changes.bytes)
     with open_draft(store, name, version or version_after(store, name)) as draft, explained_write_errors(store):
-        draft.resume(fingerprint)
+        draft.resume(fingerprint, below.root)
         draft.check_space([changes.bytes + PAGE_BYTES, below.replaced_bytes])
 
         def replaced(table: Table, part: Part) -> Replaced:
@@ -102,7 +102,7 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
         raise InvalidRequest(f"{name}@{to} has the rows that are served already, as {newest.full_name}")
     provenance = _provenance(Path(store.location(name, to)), "", 0)
     with open_draft(store, name, version or version_after(store, name)) as draft, explained_write_errors(store):
-        draft.resume(fingerprint_of("rollback", name, restores))
+        draft.resume(fingerprint_of("rollback", name, restores), source.root)
         draft.check_space([source.replaced_bytes])
         overlays = write_overlays(draft, source.tables, lambda table, part: replaced_rows(store, source, table, part))
         _refuse_if_older(draft, newest)
@@ -162,6 +162,7 @@ def publish_overlays(
 ) -> Manifest:
     """Make a version of these overlays visible, with the tables of `below`. Returns its manifest.
 
+    `draft.resume` was told the base, so that `gc` leaves it. Raises StoreError if it was gone before.
     checkpoint: MODEL@VERSION of the import whose dense half goes with these rows. None: this is an import.
     """
     model, version = below.root
@@ -176,6 +177,11 @@ def publish_overlays(
         provenance=provenance,
         base=Base(model=model, version=version, overlays=dict(overlays), restores=restores, checkpoint=checkpoint),
     )
+    if not draft.store.has(model, version):
+        raise StoreError(
+            f"{manifest.full_name} is not published: its base {model}@{version} was removed meanwhile. Bring that back, "
+            "or choose another base"
+        )
     draft.publish(manifest)
     return manifest
 

@@ -53,7 +53,7 @@ def publish_branch(
         open_draft(store, branch.model, version or version_after(store, branch.model)) as draft,
         explained_write_errors(store),
     ):
-        draft.resume(fingerprint)
+        draft.resume(fingerprint, root.root if root else None)
         try:
             if root:
                 overlays = write_overlays(

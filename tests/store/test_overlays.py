@@ -26,6 +26,7 @@ from embedding_service.errors import (
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.store import Manifest, Store, importing, publishing
 from embedding_service.store.draft import Draft, RemoteDraft
+from embedding_service.store.garbage import find_garbage, remove
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.overlays import read_overlay
 from embedding_service.store.publishing import publish_rows, rollback
@@ -136,13 +137,15 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) ->
 
     def written(*arguments: Any) -> Any:
         overlays = real(*arguments)
-        monkeypatch.setattr(publishing, "write_overlays", real)
+        patch.undo()
         happens()
         return overlays
 
-    monkeypatch.setattr(publishing, "write_overlays", written)
-    yield
-    assert publishing.write_overlays is real
+    with monkeypatch.context() as patch:
+        for module in (publishing, importing):
+            patch.setattr(module, "write_overlays", written)
+        yield
+        assert publishing.write_overlays is real
 
 
 def test_rows_are_not_published_over_a_version_that_is_not_the_newest_any_more(
@@ -165,6 +168,49 @@ def test_rows_are_not_published_over_a_version_that_is_not_the_newest_any_more(
     assert (manifest.full_name, manifest.replaced_rows) == ("tiny@8", 2)
     with meanwhile(monkeypatch, lambda: later("10")):  # whoever names the version gets that one's rows
         assert publish_rows(store, "tiny@1", second, version="9").replaced_rows == 1
+
+
+def test_gc_leaves_the_base_of_what_is_published_meanwhile(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removed the base of a version under way. That was published, could not be served, and stopped gc for good."""
+    store = Store(tmp_path / "store")
+    for version in ("1", "2"):
+        import_checkpoint(checkpoint.folder, store, "tiny", version=version, part_bytes=PART_BYTES)
+    file = changes(tmp_path / "rows", [1])
+    [before] = find_garbage(store, 1)
+    assert before.name == "tiny@1"
+
+    def gc() -> None:
+        assert before not in find_garbage(store, 1)
+        assert not remove(store, before)
+        assert store.has("tiny", "1")
+
+    for publish in (
+        lambda: publish_rows(store, "tiny@1", file, name="tiny+legal"),
+        lambda: rollback(store, "tiny"),
+        lambda: import_checkpoint(checkpoint.folder, store, "tiny", version="4", base="1"),
+    ):
+        with meanwhile(monkeypatch, gc):
+            assert publish().root == ("tiny", "1")
+        assert not remove(store, before)
+    assert not list((tmp_path / "store").rglob("base.json"))
+    assert store.catalogue().problems == {}
+
+
+@pytest.mark.parametrize("scheme", ["", "simplecache::file://"])
+def test_nothing_is_published_over_a_base_that_was_removed(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    store = Store(f"{scheme}{tmp_path}/store")
+    import_checkpoint(checkpoint.folder, store, "tiny", part_bytes=PART_BYTES)
+    with (
+        meanwhile(monkeypatch, lambda: (tmp_path / "store" / "tiny" / "1").rename(tmp_path / "1")),
+        pytest.raises(StoreError, match="tiny@2 is not published: its base tiny@1 was removed meanwhile. Bring that"),
+    ):
+        publish_rows(store, "tiny@1", changes(tmp_path / "rows", [1]))
+    (tmp_path / "1").rename(tmp_path / "store" / "tiny" / "1")
+    assert store.versions("tiny") == ["1"]
 
 
 def test_names_that_are_not_there_or_taken_and_files_that_are_none(checkpoint: Any, tmp_path: Path) -> None:
