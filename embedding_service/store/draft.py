@@ -2,7 +2,8 @@
 
 Parts are written into a folder beside the versions, STORE/MODEL/.VERSION.importing. The folder's journal notes each
 finished part. Publishing writes the manifest and renames the folder. A remote store has no rename. There the folder is
-a temporary one on this machine, each finished part is copied to its final place, and the manifest follows last.
+a temporary one on this machine, each finished part is copied to its final place, and the manifest follows last. A claim
+beside the parts says whose they are: STORE/MODEL/VERSION/.claim. An import looks at it before each copy.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from embedding_service.errors import CorruptPart, ImportRefused, RemoteStoreError, StoreError
-from embedding_service.machine import sync_folder, write_durably
+from embedding_service.machine import read_file, sync_folder, write_durably
 from embedding_service.private_folder import own_folder
 from embedding_service.store.manifest import ID_BYTES, Manifest, Overlay, Part, check_name
 from embedding_service.store.overlays import verify_overlay
@@ -31,9 +35,31 @@ from embedding_service.store.parts import verify
 from embedding_service.store.store import MANIFEST_FILE, Store, next_version
 from embedding_service.tensorfile import PAGE_BYTES
 
-_JOURNAL, _LOCK, _BASE = "journal", "lock", "base.json"
+_JOURNAL, _LOCK, _BASE, _CLAIM = "journal", "lock", "base.json", ".claim"
+_OF_DRAFT = re.compile(r"[^/]+/(part|overlay)-\d+\.safetensors|\.claim")
+# So long after its last write an import into a remote store counts as dead.
+IDLE_HOURS = 24
 # Model and version of a version.
 Root = tuple[str, str]
+
+
+class Claim(BaseModel):
+    """What an import says in a remote store, while it runs, of the version that it makes.
+
+    Attributes:
+        owner: Sets it apart from any other import.
+        host: The machine that it began on.
+        began: When.
+        fingerprint: Of the job.
+        base: The version that it replaces rows of.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    owner: str
+    host: str
+    began: str
+    fingerprint: str
+    base: tuple[str, str] | None = None
 
 
 class NoRows(BaseModel):
@@ -126,17 +152,16 @@ class Draft:
 
     def has_published(self, fingerprint: str) -> bool:
         """Whether an import of this fingerprint published the version and died before it had cleared up."""
-        return self.store.has(self.model, self.version) and any(
-            _lines(journal)[:1] == [fingerprint] for journal in self._published_journals()
-        )
+        there = self.store.has(self.model, self.version)
+        return there and _lines(self._published / _JOURNAL)[:1] == [fingerprint]
+
+    def take_back(self) -> bool:
+        """Remove a manifest that this draft wrote in part. Nobody does in a local store."""
+        return False
 
     @property
     def _published(self) -> Path:
         return self.folder.parent / self.version
-
-    def _published_journals(self) -> list[Path]:
-        """Where the journal of a published version may be."""
-        return [self._published / _JOURNAL]
 
     def abandon_if_empty(self) -> None:
         """Leave no trace if nothing was finished."""
@@ -159,8 +184,8 @@ class Draft:
         gone = [file for file in manifest.own_files if file not in kept] if self._has_folder() else [self.folder]
         if gone:
             raise StoreError(
-                f"{manifest.full_name} is not published: somebody removed {gone[0]} while it was imported. Run the same "
-                "import again"
+                f"{manifest.full_name} is not published: somebody removed {gone[0]} while it was imported. Run the "
+                "same import again"
             )
 
     def _kept_files(self) -> list[str]:
@@ -193,18 +218,29 @@ class Draft:
 class RemoteDraft(Draft):
     """A version of a remote store under way. It can be resumed on the same machine only."""
 
-    def _make_folder(self) -> None:
-        # Its name is known, so others could have made it, with links in it.
-        if not own_folder(self.folder):
-            raise ImportRefused(
-                f"others may write to {self.folder}: remove it, or set TMPDIR to a folder of this user alone"
-            )
+    def resume(self, fingerprint: str, base: Root | None = None) -> None:
+        """Claim the version, or go on with what this draft claimed. Raises ImportRefused if it is another's."""
+        there = self._claim_there()
+        if there and there != self._own_claim():
+            raise self._not_ours(there)
+        if not there or _lines(self.folder / _JOURNAL)[:1] != [fingerprint]:
+            if there:
+                remove_copies(self.store, self._location())
+            # Without a claim, what the journal knows may have been replaced since.
+            (self.folder / _JOURNAL).unlink(missing_ok=True)
+            claim = _new_claim(fingerprint, base)
+            write_durably(self.folder / _CLAIM, claim)
+            self.store.filesystem.makedirs(self._location())
+            if (there := self.store.filesystem.create(self._location(_CLAIM), claim)) != claim:
+                raise self._not_ours(there)
+        super().resume(fingerprint)
 
     def keep(self, part: Entry) -> None:
-        """Copy the file to its final place. Here only the journal remembers it."""
+        """Copy the file to its final place. Here only the journal remembers it. Raises ImportRefused."""
         if isinstance(part, NoRows):
             return super().keep(part)
-        location = self.store.location(self.model, self.version, part.file)
+        self._check_ours()
+        location = self._location(part.file)
         self.store.filesystem.makedirs(location.rpartition("/")[0])
         self.store.filesystem.put_file(str(self.folder / part.file), location)
         super().keep(part)
@@ -212,28 +248,89 @@ class RemoteDraft(Draft):
         return None
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, which makes the version visible."""
-        location = self.store.location(self.model, self.version, MANIFEST_FILE)
-        self.store.filesystem.pipe_file(location, manifest.to_json().encode())
+        """Write the manifest, which makes the version visible. Raises ImportRefused, and StoreError as a local one."""
+        self._check_ours()
+        self._check_whole(manifest)
+        content = manifest.to_json().encode()
+        if self.store.filesystem.create(self._location(MANIFEST_FILE), content) != content:
+            raise _taken(self.store, self.model, self.version)
         self.clear_published()
 
     def clear_published(self) -> None:
-        """Remove the folder, then the journal."""
-        [inside, beside] = self._published_journals()
-        if inside.exists():
-            inside.replace(beside)
+        """Remove the folder here, then the claim. `has_published` says why."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.store.filesystem.rm_file(self._location(_CLAIM))
 
-    def _published_journals(self) -> list[Path]:
-        return [self.folder / _JOURNAL, self.folder.with_suffix(".published")]
+    def has_published(self, fingerprint: str) -> bool:
+        """Whether an import of this fingerprint published the version and died before it had cleared up."""
+        claim = _read_claim(self._claim_there())
+        return claim is not None and claim.fingerprint == fingerprint and self.store.has(self.model, self.version)
+
+    def take_back(self) -> bool:
+        """Remove the manifest if this draft wrote it. Whether it did."""
+        if not self._is_ours():
+            return False
+        self.store.filesystem.rm_file(self._location(MANIFEST_FILE))
+        return True
+
+    def abandon(self) -> None:
+        """Leave no trace here, and none in the store of what is this draft's."""
+        with contextlib.suppress(OSError):  # the store is away: `gc --drafts` finds it later
+            if self._is_ours() and not self.store.has(self.model, self.version):
+                remove_copies(self.store, self._location())
+        super().abandon()
+
+    def _make_folder(self) -> None:
+        # Its name is known, so others could have made it, with links in it.
+        if not own_folder(self.folder):
+            raise ImportRefused(
+                f"others may write to {self.folder}: remove it, or set TMPDIR to a folder of this user alone"
+            )
+
+    def _location(self, *names: str) -> str:
+        return self.store.location(self.model, self.version, *names)
+
+    def _own_claim(self) -> bytes | None:
+        try:
+            return read_file(self.folder / _CLAIM)
+        except OSError:
+            return None
+
+    def _claim_there(self) -> bytes | None:
+        return _claim_at(self.store, self.model, self.version)
+
+    def _is_ours(self) -> bool:
+        """Whether the version's claim is the one that this draft wrote."""
+        claim = self._own_claim()
+        return claim is not None and claim == self._claim_there()
+
+    def _check_ours(self) -> None:
+        """Raise ImportRefused if the version was published by now, or is claimed by another."""
+        _refuse_taken(self.store, self.model, self.version)
+        if not self._is_ours():
+            raise self._not_ours(self._claim_there())
+
+    def _not_ours(self, there: bytes | None) -> ImportRefused:
+        what, claim = f"{self.model}@{self.version}", _read_claim(there)
+        if there is None:
+            return ImportRefused(f"somebody removed the claim of this import of {what}: run the same import again")
+        who = f"{claim.host} since {claim.began}" if claim else "somebody unknown"
+        return ImportRefused(
+            f"{what} is being made by {who}: choose another --version. If that import is dead, remove "
+            f"{self._location(_CLAIM)}. `gc --drafts` does so {IDLE_HOURS} hours after its last write"
+        )
+
+    def _kept_files(self) -> list[str]:
+        found = self.store.filesystem.find(self._location())
+        return [name.rpartition(f"/{self.model}/{self.version}/")[2] for name in found]
 
     def _disk_bytes(self, part_bytes: list[int]) -> int:
         return max(part_bytes, default=0)  # one at a time is on this machine
 
     def _is_whole(self, part: Part | Overlay) -> bool:
         # By its size. To check more it would have to be fetched, and shards do that before they serve it.
-        location = self.store.location(self.model, self.version, part.file)
+        location = self._location(part.file)
         if not self.store.filesystem.exists(location):
             return False
         size = self.store.filesystem.size(location)
@@ -250,9 +347,8 @@ def finish_published(store: Store, model: str, version: str, fingerprint: str) -
     try:
         manifest = store.manifest(model, version)
     except StoreError:
-        if store.is_local:
+        if not draft.take_back():  # half of it, which is written again
             raise
-        store.filesystem.rm_file(store.location(model, version, MANIFEST_FILE))  # half of it: it is written again
         return None
     draft.clear_published()
     return manifest
@@ -297,18 +393,24 @@ def _draft(store: Store, model: str, version: str) -> Draft:
 
 
 def _refuse_taken(store: Store, model: str, version: str) -> None:
-    location = store.location(model, version)
     # A remote version without a manifest is one whose import died. A local one is something that we did not write.
-    if store.has(model, version) or (store.is_local and Path(location).exists()):
-        newer = next_version(store.versions(model) or [version])
-        raise ImportRefused(
-            f"name taken: {location} is there already. Choose another --name, or add a version to it with "
-            f"--version {newer}"
-        )
+    if store.has(model, version) or (store.is_local and Path(store.location(model, version)).exists()):
+        raise _taken(store, model, version)
+
+
+def _taken(store: Store, model: str, version: str) -> ImportRefused:
+    newer = next_version(store.versions(model) or [version])
+    return ImportRefused(
+        f"name taken: {store.location(model, version)} is there already. Choose another --name, or add a version to it "
+        f"with --version {newer}"
+    )
 
 
 def bases_under_way(store: Store) -> set[Root]:
     """The versions that versions under way replace rows of."""
+    if not store.is_local:
+        claims = (_read_claim(_claim_at(store, *each)) for each in store.unpublished())
+        return {claim.base for claim in claims if claim and claim.base}
     found = set()
     for path in Path(store.root).glob(f"*/.*.importing/{_BASE}"):
         with contextlib.suppress(FileNotFoundError):  # just published
@@ -328,6 +430,42 @@ def remove_idle_draft(folder: Path) -> bool:
         return False
     shutil.rmtree(going)
     return True
+
+
+def remove_copies(store: Store, location: str) -> None:
+    """Remove what an import left in a remote store. Its claim goes last, so that nobody begins there before."""
+    files = [name for name in store.filesystem.find(location) if not name.endswith(f"/{_CLAIM}")]
+    if files:
+        store.filesystem.rm(files)
+    with contextlib.suppress(FileNotFoundError):  # there was no claim, and no file is no folder
+        store.filesystem.rm(location, recursive=True)
+
+
+def is_of_draft(name: str) -> bool:
+    """Whether a file of this name, within a version's folder, may be an import's that did not publish."""
+    return _OF_DRAFT.fullmatch(name) is not None
+
+
+def _new_claim(fingerprint: str, base: Root | None) -> bytes:
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    claim = Claim(
+        owner=secrets.token_hex(16), host=socket.gethostname(), began=began, fingerprint=fingerprint, base=base
+    )
+    return claim.model_dump_json().encode()
+
+
+def _claim_at(store: Store, model: str, version: str) -> bytes | None:
+    try:
+        return store.filesystem.cat_file(store.location(model, version, _CLAIM))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+
+
+def _read_claim(content: bytes | None) -> Claim | None:
+    try:
+        return Claim.model_validate_json(content) if content else None
+    except ValidationError:
+        return None
 
 
 def set_aside(folder: Path) -> Path:

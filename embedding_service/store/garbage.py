@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from embedding_service.errors import InvalidRequest, StoreError
-from embedding_service.store.draft import Root, bases_under_way, idle_drafts, remove_idle_draft, set_aside
+from embedding_service.store.draft import (
+    IDLE_HOURS,
+    Root,
+    bases_under_way,
+    idle_drafts,
+    is_of_draft,
+    remove_copies,
+    remove_idle_draft,
+    set_aside,
+)
 from embedding_service.store.store import MANIFEST_FILE, Catalogue, Store
 
 
@@ -17,7 +29,7 @@ class Garbage:
     """Something that can go.
 
     Attributes:
-        kind: "version", "draft" (an import that is not running), or "rest" (of a removal that was cut off).
+        kind: "version", "draft" (of an import that is not running), or "rest" (of a removal that was cut off).
         name: model@version.
         location: Its folder.
         bytes: What it takes.
@@ -29,9 +41,7 @@ class Garbage:
     bytes: int
 
 
-def find_garbage(
-    store: Store, keep: int, pinned: Collection[Root] = (), drafts: bool = False
-) -> list[Garbage]:
+def find_garbage(store: Store, keep: int, pinned: Collection[Root] = (), drafts: bool = False) -> list[Garbage]:
     """List what can go.
 
     keep: the newest versions of each model that stay, 1 and more. So do their bases, those of versions under way, and
@@ -55,8 +65,8 @@ def find_garbage(
     ]
     if store.is_local:
         found += _hidden(store, "rest", ".removing", sorted(Path(store.root).glob("*/.*.removing")))
-        if drafts:
-            found += _hidden(store, "draft", ".importing", idle_drafts(store))
+    if drafts:
+        found += _hidden(store, "draft", ".importing", idle_drafts(store)) if store.is_local else _remote_drafts(store)
     return found
 
 
@@ -76,6 +86,23 @@ def _hidden(store: Store, kind: str, ending: str, folders: list[Path]) -> Iterat
         yield Garbage(kind, name, str(folder), size)
 
 
+def _remote_drafts(store: Store) -> Iterator[Garbage]:
+    """What imports into a remote store left, and nobody has written to for long. Folders with other files stay."""
+    for model, version in store.unpublished():
+        location = store.location(model, version)
+        found = store.filesystem.find(location, detail=True)
+        names = [name.rpartition(f"/{model}/{version}/")[2] for name in found]
+        last = max(map(_written, found.values()), default=time.time())
+        if all(map(is_of_draft, names)) and time.time() - last > IDLE_HOURS * 3600:
+            yield Garbage("draft", f"{model}@{version}", location, sum(each["size"] for each in found.values()))
+
+
+def _written(info: dict[str, Any]) -> float:
+    """When a file was written, as its filesystem names that. One that says nothing may have been written now."""
+    times = [info[key] for key in ("LastModified", "last_modified", "mtime", "created") if key in info]
+    return next((each.timestamp() if isinstance(each, datetime) else float(each) for each in times), time.time())
+
+
 def remove(store: Store, garbage: Garbage, pinned: Callable[[], Collection[Root]] = tuple) -> bool:
     """Remove it. A version leaves the store at once, before its files go. False if it stays, for it is in use by now.
 
@@ -84,7 +111,12 @@ def remove(store: Store, garbage: Garbage, pinned: Callable[[], Collection[Root]
     pinned: says which versions must stay, as `find_garbage` takes them.
     """
     if garbage.kind == "draft":
-        return remove_idle_draft(Path(garbage.location))
+        if store.is_local:
+            return remove_idle_draft(Path(garbage.location))
+        idle = any(each.location == garbage.location for each in _remote_drafts(store))
+        if idle:
+            remove_copies(store, garbage.location)
+        return idle
     if garbage.kind == "rest":
         shutil.rmtree(garbage.location)
     elif store.is_local:

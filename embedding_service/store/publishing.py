@@ -179,8 +179,8 @@ def publish_overlays(
     )
     if not draft.store.has(model, version):
         raise StoreError(
-            f"{manifest.full_name} is not published: its base {model}@{version} was removed meanwhile. Bring that back, "
-            "or choose another base"
+            f"{manifest.full_name} is not published: its base {model}@{version} was removed meanwhile. Bring that "
+            "back, or choose another base"
         )
     draft.publish(manifest)
     return manifest

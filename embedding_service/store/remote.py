@@ -109,6 +109,20 @@ class RemoteFiles:
             with explained(self._url):
                 self._filesystem.makedirs(path, exist_ok=True)
 
+    def create(self, path: str, data: bytes) -> bytes:
+        """Write a file unless there is one. Returns what is there then.
+
+        Stores that cannot do both in one step may lose what another writes at the same time.
+        """
+        if not self.exists(path):
+            with explained(self._url):
+                try:
+                    self._filesystem.pipe_file(path, data, mode="create")
+                except Exception:  # another was faster, or the store knows no such mode
+                    if not self.exists(path):
+                        self._filesystem.pipe_file(path, data)
+        return self.cat_file(path)  # type: ignore[no-any-return]
+
     def check_bucket(self, root: str) -> None:
         """Raise RemoteStoreError if the bucket of a store is not there."""
         if _kind(self._url) in (_GOOGLE, _AZURE) and not self.exists(root.partition("/")[0]):

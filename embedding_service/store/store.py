@@ -156,6 +156,13 @@ class Store:
         self._check_base(manifest)
         return manifest
 
+    def unpublished(self) -> Iterator[tuple[str, str]]:
+        """(model, version) of each folder of a version without a manifest. In a remote store an import made it."""
+        for model in self._folders(self.root):
+            for version in self._folders(self.location(model)):
+                if not self.has(model, version):
+                    yield model, version
+
     def location(self, *names: str) -> str:
         """Where something lies, in the filesystem's own terms: a path for a local store."""
         return "/".join([self.root.rstrip("/"), *names])

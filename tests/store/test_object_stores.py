@@ -40,7 +40,9 @@ from typer.testing import CliRunner
 from embedding_service import EmbeddingClient, cli
 from embedding_service.errors import ImportRefused, RemoteStoreError, StoreError
 from embedding_service.formats import get_format
-from embedding_service.store import Manifest, Store, read_into, remote
+from embedding_service.store import Manifest, Part, Store, garbage, read_into, remote
+from embedding_service.store.draft import RemoteDraft
+from embedding_service.store.garbage import find_garbage
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire import control_pb2 as control
 
@@ -141,6 +143,36 @@ def test_a_bucket_holds_what_a_folder_does(bucket: Bucket, source: Path, tmp_pat
     import_checkpoint(source, bucket.url("whole"), "tiny", version="2", part_bytes=PART_BYTES)
     assert store.versions("tiny") == ["1", "2"]
     assert [each.version for each in store.catalogue().manifests["tiny"]] == ["1", "2"]
+
+
+def test_a_version_in_a_bucket_is_made_by_one(
+    bucket: Bucket, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a dead import left is found and removed."""
+    store, real = Store(bucket.url("claimed")), RemoteDraft.keep
+    import_checkpoint(source, store, "tiny", part_bytes=PART_BYTES)
+
+    def keep(draft: RemoteDraft, part: Part) -> None:
+        real(draft, part)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # that of another machine
+        with pytest.raises(ImportRefused, match=r"tiny@2 is being made by .*remove bucket/claimed/tiny/2/.claim"):
+            import_checkpoint(source, store, "tiny", version="2", dtype="fp16")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RemoteDraft, "keep", keep)
+        import_checkpoint(source, store, "tiny", version="2", part_bytes=PART_BYTES)
+    assert store.filesystem.create(store.location("tiny", "2", ".claim"), b"later") != b"later"
+    assert find_garbage(store, 1, drafts=True) == []
+    monkeypatch.setattr(garbage, "IDLE_HOURS", -1)
+    [found] = find_garbage(store, 1, drafts=True)
+    assert (found.kind, found.name) == ("draft", "tiny@2") and found.bytes > PART_BYTES // 2
+    assert garbage.remove(store, found)
+    assert not store.filesystem.exists(store.location("tiny", "2"))
+    import_checkpoint(source, store, "tiny", version="2", part_bytes=PART_BYTES)
+    [version] = find_garbage(store, 1)
+    assert version.name == "tiny@1" and garbage.remove(store, version)
+    assert store.versions("tiny") == ["2"] and not store.filesystem.exists(store.location("tiny", "1"))
 
 
 @pytest.mark.parametrize(

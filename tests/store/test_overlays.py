@@ -206,7 +206,7 @@ def test_nothing_is_published_over_a_base_that_was_removed(
     import_checkpoint(checkpoint.folder, store, "tiny", part_bytes=PART_BYTES)
     with (
         meanwhile(monkeypatch, lambda: (tmp_path / "store" / "tiny" / "1").rename(tmp_path / "1")),
-        pytest.raises(StoreError, match="tiny@2 is not published: its base tiny@1 was removed meanwhile. Bring that"),
+        pytest.raises(StoreError, match=r"tiny@2 is not published: its base tiny@1 was removed meanwhile. Bring that"),
     ):
         publish_rows(store, "tiny@1", changes(tmp_path / "rows", [1]))
     (tmp_path / "1").rename(tmp_path / "store" / "tiny" / "1")
