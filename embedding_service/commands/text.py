@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Annotated, Any
 
 import typer
 
-from embedding_service.foreign import printable
+from embedding_service.foreign import printable, shown
 from embedding_service.machine import split_address
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def say_json(answer: dict[str, Any]) -> None:
-    """Write one JSON object, in a line. Its escapes keep text of others harmless."""
-    typer.echo(json.dumps(answer))
+    """Write one JSON object, in a line. Its escapes keep text of others harmless. NaN and infinities become null."""
+    typer.echo(json.dumps(_finite(answer), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def say(text: str, err: bool = False) -> None:
@@ -38,7 +48,10 @@ def parse_bytes(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is no size: write 256MiB, 4GB or a number of bytes")
     number, prefix, suffix = match.groups()
     base = 1000 if suffix == "b" else 1024
-    return int(float(number) * base ** ("kmgt".index(prefix) + 1 if prefix else 0))
+    size = float(number) * base ** ("kmgt".index(prefix) + 1 if prefix else 0)
+    if math.isinf(size):
+        raise typer.BadParameter(f"{shown(text)} is too large")
+    return int(size)
 
 
 def format_bytes(count: float) -> str:

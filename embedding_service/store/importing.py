@@ -25,7 +25,17 @@ from embedding_service.errors import ImportRefused, InvalidRequest, UnencodableR
 from embedding_service.formats import FORMATS, RowFormat, get_format
 from embedding_service.store.draft import Draft, explained_write_errors, finish_published, open_draft
 from embedding_service.store.importers import GenericImporter, Importer, TableSource, find_importer
-from embedding_service.store.manifest import Dense, Manifest, Overlay, Part, Provenance, Table, overlay_file
+from embedding_service.store.manifest import (
+    MOST_PARTS,
+    MOST_ROWS,
+    Dense,
+    Manifest,
+    Overlay,
+    Part,
+    Provenance,
+    Table,
+    overlay_file,
+)
 from embedding_service.store.overlays import Replaced
 from embedding_service.store.parts import NewPart, PartWriter, default_rows_per_part, rows_per_part
 from embedding_service.store.progress import Meter, Progress
@@ -72,6 +82,7 @@ def import_checkpoint(
     else:
         root = store.manifest(*store.manifest(name, base).root)
         plans = _plans_like(root, importer, dtype, part_bytes)
+    _check_parts(plans)
     fingerprint = _fingerprint(source, plans, root)
     if published := finish_published(store, name, version, fingerprint):
         return published
@@ -129,6 +140,15 @@ def _plan(source: TableSource, dtype: str, part_bytes: int | None) -> _TablePlan
     else:
         part_rows = rows_per_part(row_bytes, part_bytes)
     return _TablePlan(source, row_format, row_bytes, part_rows)
+
+
+def _check_parts(plans: list[_TablePlan]) -> None:
+    """Raise InvalidRequest if no manifest could hold the parts."""
+    if any(plan.rows_per_part > MOST_ROWS for plan in plans):
+        raise InvalidRequest(f"--part-size is too large: a part has at most {MOST_ROWS:,} rows")
+    count = sum(-(-plan.source.rows // plan.rows_per_part) for plan in plans)
+    if count > MOST_PARTS:
+        raise InvalidRequest(f"{count:,} parts are too many: choose a --part-size that makes at most {MOST_PARTS:,}")
 
 
 def _plans_like(root: Manifest, importer: Importer, dtype: str | None, part_bytes: int | None) -> list[_TablePlan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -221,11 +222,11 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _tables_can_be_told_apart_and_carried(self) -> Manifest:
-        names = [table.name for table in self.tables]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"more than one table is named {', '.join(twice)}")
         if self.bytes > MOST_BYTES or sum(len(table.parts) for table in self.tables) > MOST_PARTS:
             raise ValueError(f"a version has at most {MOST_BYTES:,} bytes in {MOST_PARTS:,} parts")
+        counts = Counter(table.name for table in self.tables)
+        if twice := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"more than one table is named {', '.join(twice)}")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from embedding_service.errors import NotFound, StoreError
+from embedding_service.errors import InvalidRequest, NotFound, StoreError
 from embedding_service.foreign import one_line, printable
 from embedding_service.store.manifest import Manifest, Overlay, Part, Table, check_name
 from embedding_service.store.overlays import read_overlay
@@ -64,6 +64,8 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
+        if not self.url:
+            raise InvalidRequest("a store needs a name: give a folder, or an fsspec URL")
         with explained(self.url):
             filesystem, self.root = _opened(self.url)
         self.is_local = isinstance(filesystem, LocalFileSystem)
@@ -249,11 +251,12 @@ class Store:
         try:
             entries = self.filesystem.ls(location, detail=True)
         except FileNotFoundError:
-            if not isinstance(self.filesystem, RemoteFiles):
-                raise
-            self.filesystem.check_bucket(self.root)
+            if isinstance(self.filesystem, RemoteFiles):
+                self.filesystem.check_bucket(self.root)
             raise FileNotFoundError(f"nothing is at {location}: import into it, or correct the store's URL") from None
         self.answered = time.monotonic()
+        if any(entry["name"] == location and entry["type"] == "file" for entry in entries):
+            raise NotADirectoryError(f"{location} is a file, and a store is a folder: correct the store's URL")
         names = [Path(entry["name"]).name for entry in entries if entry["type"] == "directory"]
         return sorted((name for name in names if not name.startswith(".")), key=natural_order)
 
@@ -305,6 +308,6 @@ def next_version(versions: list[str]) -> str:
     return f"{text}{int(number or 1) + 1}"
 
 
-def natural_order(name: str) -> list[tuple[str, int]]:
-    """Sort key that counts numbers as numbers: "2" before "10", "v9" before "v10"."""
-    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:
+    """Sort key that counts numbers as numbers: "2" before "10", "v9" before "v10". No two names have the same."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)], name

@@ -1,12 +1,15 @@
 """`publish`, `rollback`, `diff` and `import --base`, typed as a person types them."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.checkpoints import longcat_checkpoint
 from support.overlays import rows_file
 from typer.testing import CliRunner
@@ -55,6 +58,22 @@ def test_rows_are_published_compared_and_taken_back(own: Path, tmp_path: Path) -
         said("publish", "--base", "big", "--rows", file, "--store", own)
     with pytest.raises(InvalidRequest, match="is gone when this command ends"):
         said("rollback", "int8", "--store", "memory://x")
+
+
+def test_differences_that_are_no_numbers_are_null(tmp_path: Path) -> None:
+    """They were written as NaN and Infinity, which are no JSON."""
+    for version, value in (("1", 0.0), ("2", math.inf), ("3", math.nan)):
+        save_file({"t": torch.full((4096, 16), value)}, tmp_path / "tables.safetensors")
+        options = ("--name", "m", "--version", version, "--dtype", "keep", "--generic", "t")
+        said("import", tmp_path / "tables.safetensors", "--store", tmp_path / "store", *options)
+
+    def no_json(text: str) -> None:
+        raise AssertionError(text)
+
+    for newer in ("m@2", "m@3"):
+        [line] = said("diff", "m@1", newer, "--store", tmp_path / "store", "--json")
+        [table] = json.loads(line, parse_constant=no_json)["tables"]
+        assert (table["differ"], table["distance"]) == (4096, None)
 
 
 def test_an_import_over_a_base_says_how_many_rows_differ(own: Path, tmp_path: Path) -> None:

@@ -50,7 +50,11 @@ def test_a_store_is_shown_and_verified(own: Path) -> None:
     assert (answer["versions"][1]["base"], answer["versions"][1]["replaced_rows"]) == ("int8@1", 2)
     assert answer["problems"] == []
     assert typed("inspect", own, "--verify")[-1] == "every file of 4 versions is what its checksum says"
-    assert typed("inspect", own.parent / "rows", code=0)[0].startswith("no model in ")
+    (own.parent / "empty").mkdir()
+    assert typed("inspect", own.parent / "empty", code=0)[0].startswith("no model in ")
+    for command in ("inspect", "gc"):
+        with pytest.raises(NotADirectoryError, match="is a file, and a store is a folder"):
+            typed(command, own.parent / "rows")
 
 
 @pytest.mark.parametrize("version", ["1", "2"])

@@ -50,6 +50,8 @@ def test_import_says_what_it_did_and_refuses_to_do_it_twice(checkpoint: Path, tm
         (["--version", "a/b"], 1, "error: 'a/b' cannot be a name"),
         (["--part-size", "1KiB"], 1, "too small"),
         (["--part-size", "much"], 2, "'much' is no size"),
+        (["--part-size", "9" * 400], 2, "is too large"),
+        (["--part-size", "9" * 30], 1, "error: --part-size is too large: a part has at most"),
         (["--surprise"], 2, "No such option"),
         (["--generic", "a=b", "--generic", "a=c"], 2, "names tensor 'a' twice"),
     ],

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from embedding_service.errors import ImportRefused, InvalidRequest, StoreError
 from embedding_service.formats import FORMATS, get_format
 from embedding_service.ngram import NgramHasher
-from embedding_service.store import Manifest, Store, verify
+from embedding_service.store import Manifest, Store, importing, verify
 from embedding_service.store.draft import open_draft
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.tensorfile import PAGE_BYTES
@@ -444,6 +444,15 @@ def test_a_folder_that_others_may_write_to_is_not_used(
     assert theirs.read_text() == "theirs"
     shutil.rmtree(folder)
     import_checkpoint(checkpoint.folder, url, "tiny")
+
+
+def test_more_parts_than_a_manifest_holds_are_refused_before_one_is_written(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "MOST_PARTS", 3)
+    with pytest.raises(InvalidRequest, match=r"parts are too many: choose a --part-size that makes at most 3$"):
+        import_checkpoint(checkpoint.folder, tmp_path / "store", "tiny", part_bytes=PART_BYTES)
+    assert not (tmp_path / "store").exists()
 
 
 def test_files_that_are_in_the_way_are_not_touched(checkpoint: Any, tmp_path: Path) -> None:

@@ -182,6 +182,8 @@ def test_a_version_is_no_larger_than_all_can_carry(monkeypatch: pytest.MonkeyPat
     read(table_of(5, 1), table_of(5, 1, name="other"))
     with pytest.raises(StoreError, match="in 10 parts"):
         read(table_of(5, 1), table_of(6, 1, name="other"))
+    with pytest.raises(StoreError, match="in 10 parts"):  # what is too much is not compared either
+        read(*[table_of(1, 1)] * 11)
 
 
 def test_tables_of_one_name_cannot_be_told_apart() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from embedding_service.errors import CorruptPart, ImportRefused, NotFound, StoreError
+from embedding_service.errors import CorruptPart, ImportRefused, InvalidRequest, NotFound, StoreError
 from embedding_service.formats import get_format
 from embedding_service.store import Store, read_into
 from embedding_service.store.importing import import_checkpoint
@@ -56,6 +56,23 @@ def test_what_is_not_there_is_named_beside_what_is(checkpoint: Any, tmp_path: Pa
 def test_versions_sort_by_their_numbers() -> None:
     mixed = ["v10", "10", "2025.10", "2", "v9", "1", "a", "2025.9"]
     assert sorted(mixed, key=natural_order) == ["1", "2", "10", "2025.9", "2025.10", "a", "v9", "v10"]
+
+
+def test_two_versions_that_are_one_number_have_one_order() -> None:
+    """That of their listing decided which one was served."""
+    assert sorted(["1", "01", "v1", "v01"], key=natural_order) == sorted(["v01", "v1", "01", "1"], key=natural_order)
+
+
+def test_what_is_no_store_is_told(tmp_path: Path) -> None:
+    """Nothing was said of a file. An empty name was the current folder."""
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequest, match="a store needs a name"):
+        Store("")
+    for scheme in ("", "simplecache::file://"):
+        with pytest.raises(NotADirectoryError, match=f"^{tmp_path}/file is a file, and a store is a folder: correct"):
+            Store(f"{scheme}{tmp_path}/file").catalogue()
+        with pytest.raises(FileNotFoundError, match=f"^nothing is at {tmp_path}/nowhere: import into it, or correct"):
+            Store(f"{scheme}{tmp_path}/nowhere").catalogue()
 
 
 def test_a_manifest_that_cannot_be_read_names_its_file(checkpoint: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from store.test_overlays import PART_BYTES, changes
 
 from embedding_service.errors import ImportRefused, StoreError
-from embedding_service.store import Manifest, Store, publishing
+from embedding_service.store import Manifest, Store
 from embedding_service.store.draft import RemoteDraft, finish_published
 from embedding_service.store.garbage import find_garbage, remove
 from embedding_service.store.importing import import_checkpoint
@@ -149,25 +149,22 @@ def test_parts_of_another_machine_are_not_taken_for_own_ones(
 
 
 def test_of_two_publishes_that_chose_one_version_one_is_refused(
-    checkpoint: Any, store: Store, machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Any, store: Store, machines: Machines, tmp_path: Path
 ) -> None:
     imported(checkpoint, store)
     first, second = changes(tmp_path / "rows", [1, 2]), changes(tmp_path / "other", [3])
-    real = publishing.version_after
 
-    def meanwhile(store: Store, name: str) -> str:
-        version = real(store, name)
-        monkeypatch.setattr(publishing, "version_after", real)
+    def meanwhile() -> None:
         machines.use("second")
-        assert publish_rows(store, "tiny@1", first).version == version
+        with pytest.raises(ImportRefused, match="tiny@2 is being made by"):
+            publish_rows(store, "tiny", second)
         machines.use("first")
-        return version
 
-    monkeypatch.setattr(publishing, "version_after", meanwhile)
-    with pytest.raises(ImportRefused, match="name taken"):
-        publish_rows(store, "tiny@1", second)
+    with machines.after_parts(1, meanwhile):
+        assert publish_rows(store, "tiny", first).full_name == "tiny@2"
     assert store.versions("tiny") == ["1", "2"]
     assert store.manifest("tiny").replaced_rows == 2
+    assert publish_rows(store, "tiny", second).replaced_rows == 3
 
 
 def test_a_manifest_is_not_written_over_another(checkpoint: Any, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
