@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from embedding_service.errors import InvalidRequest
 from embedding_service.private_folder import PrivateFolder, own_folder
+from embedding_service.shard import server
 
 PROGRAM = (
     "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
@@ -63,3 +65,16 @@ def test_a_folder_of_a_known_name_is_this_user_s_alone(tmp_path: Path, monkeypat
     assert not any(map(own_folder, (link, shared, file)))
     monkeypatch.setattr(os, "geteuid", lambda: own.stat().st_uid + 1)
     assert not own_folder(own)
+
+
+def test_a_shard_has_no_cache_that_others_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is told to: by default it lies at a name that others know."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setattr(server, "DEFAULT_CACHE", cache)
+    options = server.ShardOptions(
+        controller="127.0.0.1:1", store=f"simplecache::file://{tmp_path}", cache=cache, memory_limit=1 << 20
+    )
+    with pytest.raises(InvalidRequest, match=f"others may write to {cache}: give this user a folder with --cache"):
+        server._Shard(options)
