@@ -196,6 +196,7 @@ class Holdings:
                 await self._read(key, self._load_blocking, key)
             except (EmbeddingServiceError, OSError, MemoryError) as error:
                 if taken:
+                    self._tables[key[:3]].drop(self._part(key))  # it may have come as far as that
                     self._give_back(key)
                 self._fail(key, str(error))
                 return False
@@ -272,9 +273,10 @@ class Holdings:
     def _share(self, key: PartKey, path: Path) -> None:
         """Tell others of a part, unless it lies in two places. Such a one is read by this process alone."""
         rows, part = self._tables[key[:3]], self._part(key)
-        if not rows.replaces(part):
+        if self.sharing and not rows.replaces(part):
+            location = rows.location(part, path)  # opens the file: it may fail, and then nobody was told
             for each in self.sharing:
-                each.hold(key, rows.table, rows.location(part, path))
+                each.hold(key, rows.table, location)
             self._shared.add(key)
 
     @contextmanager

@@ -1,6 +1,7 @@
 """What a shard holds: where its store does not answer, and versions that share rows."""
 
 import asyncio
+import errno
 import operator
 import os
 import shutil
@@ -14,10 +15,12 @@ import pytest
 from support.overlays import new_rows, overlaid_table, rows_file, some_ids
 from support.tiers import MIB
 
+from embedding_service.errors import NotFound
 from embedding_service.formats import get_format
 from embedding_service.placement.parts import PartKey
 from embedding_service.rows import TIERS
 from embedding_service.rows.base import Location
+from embedding_service.rows.mmap import MmapTable
 from embedding_service.rows.ram import RamTable
 from embedding_service.shard import holdings as holdings_module
 from embedding_service.shard.holdings import Holdings
@@ -146,6 +149,37 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
                 await hold(name)
             await hold(*expected)  # the base is over the other one's rows now, where they differ
             assert len(holdings._grounds) == 1
+        await holdings.close()
+
+    asyncio.run(use())
+
+
+def test_a_load_that_fails_at_its_last_step_leaves_nothing_that_answers(store: Path, tmp_path: Path) -> None:
+    key = PartKey("int8", "1", "ngram", 0)
+    fails = True
+
+    class Opened(MmapTable):
+        def location(self, part: Part, path: Path) -> Location:
+            if fails:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+            return super().location(part, path)
+
+    async def use() -> None:
+        nonlocal fails
+        holdings = Holdings(Store(store), Opened, 1 << 30, tmp_path)
+        told = [Told(), Told()]
+        holdings.sharing += told
+        holdings.assign([key])
+        await until(lambda: "Too many open files" in holdings.failures.get(key, ""))
+        table, ids = holdings.table(*key[:3]), np.arange(3)
+        assert table and not table.holds(ids).any()  # lookups of thin clients ask this alone
+        with pytest.raises(NotFound):
+            table.gather(ids, "stored")
+        assert not holdings._taken and not told[0].held and not told[1].held
+        fails = False
+        holdings._room.set()
+        await until(lambda: holdings.held == {key} == told[0].held == told[1].held)
+        assert np.array_equal(table.gather(ids, "stored"), overlaid_table("int8")[ids])
         await holdings.close()
 
     asyncio.run(use())
