@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -115,7 +116,7 @@ class NearServer:
         self._age = age
         self._add_accesses = add_accesses
         self._rights_of = rights_of
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._generations = itertools.count(time.time_ns())
         self._held: dict[int, _Held] = {}  # by generation, the newest last
         self._generation_of: dict[PartKey, int] = {}
@@ -154,8 +155,12 @@ class NearServer:
             return
         part = near.NearPart(model=key.model, version=key.version, part=key.part, table=_info(table))
         part.offset, part.memory = location.offset, bool(in_memory)
+        held = _Held(key, part, fd)
+        if threading.get_ident() == self._thread:
+            self._hold(held)  # at once: a drop may be the loop's next work
+            return
         with suppress(RuntimeError):  # the loop has ended, and this shard with it
-            self._loop.call_soon_threadsafe(self._hold, _Held(key, part, fd))
+            self._loop.call_soon_threadsafe(self._hold, held)
 
     def drop(self, key: PartKey) -> None:
         """No client uses the part's rows any more once this returned; nobody is waited for."""

@@ -165,6 +165,28 @@ def test_n2_no_row_is_wrong_while_parts_come_and_go(shard: NearShard, expected: 
     assert outcomes["none"] > 0
 
 
+def test_n2_a_part_that_the_loop_holds_and_drops_at_once_is_handed_to_nobody(shard: NearShard) -> None:
+    """As a fold does whose version goes at that moment."""
+    part, path = shard.table.parts[0], shard._store.part_path(shard.manifest, shard.table.parts[0])
+    key = shard.part(0)._replace(model="gone")
+    before = open_files()
+
+    def hold_and_drop() -> None:
+        shard.server.hold(key, shard.table, shard.rows.location(part, path))
+        shard.server.drop(key)
+
+    shard.on_loop(hold_and_drop)
+    shard.on_loop(lambda: None)  # what was queued is done
+    assert open_files() == before
+    with hello(shard) as connection:
+        files = files_of(connection)[1]
+        connection.send(near.NearRequest(next=True).SerializeToString())
+        answer, parts = files_of(connection)
+        for file in (*files, *parts):
+            os.close(file)
+    assert {each.model for each in answer.held} == {"fp32"}
+
+
 @contextmanager
 def two_shards(store: Path, folder: Path) -> Iterator[tuple[NearShard, NearShard, NearReader]]:
     """Two of one machine that hold nothing yet, and a reader that follows both."""
