@@ -8,6 +8,7 @@ and after they copy rows, and at whether the view is still the same: rows are us
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import selectors
 import socket
@@ -42,6 +43,8 @@ from embedding_service.near.board import (
 )
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire import near_pb2 as near
+
+log = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -345,17 +348,32 @@ class NearReader:
         reported = time.monotonic()
         try:
             while not self._closed:
-                self._connect()
-                self._wait(woken)
-                self._look()
-                if time.monotonic() - reported >= REPORT_SECONDS:
-                    reported = time.monotonic()
-                    self._report()
+                try:
+                    self._connect()
+                    self._wait(woken)
+                    self._look()
+                    if time.monotonic() - reported >= REPORT_SECONDS:
+                        reported = time.monotonic()
+                        self._report()
+                except Exception as error:
+                    log.exception("near rows come over the wire until their shards are asked again")
+                    self._start_over(f"{type(error).__name__}: {error}")
+                    time.sleep(FIRST_PAUSE)  # should it go on at once
         finally:
-            self._view = View({}, ())
-            for link in list(self._links.values()):
-                self._leave(link, "closed")
+            self._start_over("closed")
             woken.close()
+
+    def _start_over(self, why: str) -> None:
+        """Leave all shards, whatever state they are in. What is mapped goes when nobody reads it any more."""
+        self._view = View({}, ())
+        for link in self._links.values():
+            link.connection.close()
+        self._links.clear()
+        self._tables.clear()
+        with self._lock:
+            places = list(self._places)
+        for shard in places:
+            self._fail(shard, why)
 
     def _wait(self, woken: socket.socket) -> None:
         """Until somebody says something, or it is time to look at the beats."""
@@ -390,8 +408,11 @@ class NearReader:
             authorization = self._authorization(place)
         except (EmbeddingServiceError, ValueError) as error:
             return self._fail(place.shard, str(error))
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         hello = near.NearRequest(version=VERSION, incarnation=place.incarnation, authorization=authorization)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            return self._fail(place.shard, f"no socket: {error.strerror}")
         try:
             connection.connect(place.path)
             connection.send(hello.SerializeToString())

@@ -478,6 +478,54 @@ def test_a_process_without_room_for_maps_says_so(shard: NearShard) -> None:
     os.close(there)
 
 
+def test_a_reader_without_files_for_a_while_is_near_once_there_are_some(shard: NearShard, tmp_path: Path) -> None:
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "?"
+        try:
+            reader = NearReader()
+            reader.follow([shard.place._replace(path=str(tmp_path / "nobody"))])
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            reader.follow([shard.place])
+            until(lambda: reader.states()["shard-1"].endswith(": Too many open files"), "that to be said")
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            wait_for(reader, shard.key)
+            outcome = str(reader.states())
+        finally:
+            os.write(there, outcome.encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(here, 1000).decode() == "{'shard-1': 'near'}"
+    os.close(here)
+    os.close(there)
+
+
+def test_a_reader_goes_on_after_what_nobody_foresaw(shard: NearShard, caplog: pytest.LogCaptureFixture) -> None:
+    class Unforeseen(Exception):
+        pass
+
+    fails = True
+
+    def authorization(place: Place) -> str:
+        if fails and place.shard == "another":
+            raise Unforeseen("by nobody")
+        return ""
+
+    reader = NearReader(authorization)
+    reader.follow([shard.place])
+    wait_for(reader, shard.key)
+    reader.follow([shard.place, shard.place._replace(shard="another")])
+    until(lambda: set(reader.states().values()) == {"Unforeseen: by nobody"}, "it to be said")
+    assert reader.view() is None
+    assert "near rows come over the wire until" in caplog.text
+    fails = False
+    wait_for(reader, shard.key)
+    until(lambda: set(reader.states().values()) == {"near"}, "both to be near")
+    reader.close()
+
+
 def test_n7_rows_that_are_read_count_for_their_parts(shard: NearShard) -> None:
     with near_reader(shard) as reader:
         wait_for(reader, shard.key)
