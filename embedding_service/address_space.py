@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedding_service.errors import NoRoom
@@ -64,6 +65,14 @@ def take_rows(
     taken = np.empty((len(ids), rows.shape[1]), np.uint8) if out is None else out
     torch.index_select(torch.from_numpy(rows), 0, torch.from_numpy(ids), out=torch.from_numpy(taken))
     return taken
+
+
+def most_maps() -> int:
+    """Mappings that the kernel lets a process have. Linux's own number where it does not say."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        return 65_530
 
 
 class AddressSpace:

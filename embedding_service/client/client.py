@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
     Attributes:
         near_rows: Rows that were read in place.
         wired_rows: Rows that shards sent.
-        shards: Of each shard that would be read in place on this machine: "near", or why it is not.
+        shards: Of each shard that would be read in place on this machine: "near", or why it, or some of it, is not.
     """
 
     near_rows: int

@@ -39,7 +39,7 @@ class NearRows:
 
     @property
     def states(self) -> dict[str, str]:
-        """Of each shard of this machine: "near", or why its rows come over the wire."""
+        """Of each shard of this machine: "near", or why its rows, or some of them, come over the wire."""
         return self._reader.states()
 
     def fetch(self, router: Router, lookup: Lookup, deadline: float) -> Steps[None]:

@@ -130,12 +130,14 @@ def _limits() -> Iterator[Finding]:
     few = hard != resource.RLIM_INFINITY and hard < FILES
     remedy = f"Each connection takes a file: ulimit -n {FILES}, or LimitNOFILE of the unit." if few else ""
     yield Finding("open files", BAD if few else GOOD, f"at most {hard:,}" if hard >= 0 else "no limit", remedy)
-    maps = int(Path("/proc/sys/vm/max_map_count").read_text())
+    from embedding_service.address_space import can_seal, most_maps
+    from embedding_service.near.reader import SHARE_OF_MAPS
+
+    maps = most_maps()
     few = maps < 65_530
     remedy = "Each part is mapped by itself: sysctl vm.max_map_count=262144" if few else ""
-    yield Finding("memory maps", NOTE if few else GOOD, f"at most {maps:,}", remedy)
-    from embedding_service.address_space import can_seal
-
+    found = f"at most {maps:,}: a client reads up to {maps // SHARE_OF_MAPS:,} parts in place"
+    yield Finding("memory maps", NOTE if few else GOOD, found, remedy)
     near = can_seal()
     remedy = "" if near else "Clients of this machine read no rows in place: it needs Linux 5.1."
     yield Finding("near rows", GOOD if near else NOTE, "can be shared" if near else "cannot be sealed", remedy)

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from embedding_service.address_space import PAGE, AddressSpace, sealed, take_rows
-from embedding_service.errors import EmbeddingServiceError
+from embedding_service.address_space import PAGE, AddressSpace, most_maps, sealed, take_rows
+from embedding_service.errors import EmbeddingServiceError, NoRoom
 from embedding_service.machine import boot_id
 from embedding_service.near import through_kernel
 from embedding_service.near.board import (
@@ -56,6 +56,8 @@ LOOK_SECONDS, REPORT_SECONDS = 0.2, 1.0
 # A shard that answers nothing for so long, and the pauses before it is tried again.
 PATIENCE, FIRST_PAUSE, LONGEST_PAUSE = 2.0, 0.5, 8.0
 PACKET_BYTES, MOST_FILES, MOST_REPORTED = 256 << 10, 64, 1_000
+# Of the mappings that a process may have, those for parts: each takes one. Others need some too.
+SHARE_OF_MAPS = 4
 # Of a table: no more than a process has addresses for.
 MOST_BYTES = 1 << 46
 # Up to this many rows are counted one by one. Of more rows, a sample stands for all.
@@ -175,12 +177,13 @@ class _Mapping:
 
 @dataclass
 class _Mapped:
-    """A table's range of addresses, and what is mapped there."""
+    """A table's range of addresses, and what is mapped there; `shown`: as it is in the view, None once that changed."""
 
     info: wire.TableInfo
     space: AddressSpace
     reads: npt.NDArray[np.int64]
     parts: dict[int, _Mapping] = field(default_factory=dict)
+    shown: NearTable | None = None
 
     @property
     def part_bytes(self) -> int:
@@ -190,14 +193,19 @@ class _Mapped:
 
 @dataclass(eq=False)
 class _Link:
-    """A connection to a shard; `board` is the number of its board, once it came."""
+    """A connection to a shard; `board` is the number of its board, once it came.
+
+    `asked`: when it was asked last. `parts`: what it hands out, by generation. `left`: what of that is not mapped here,
+    for want of room.
+    """
 
     place: Place
     connection: socket.socket
     asked: float
     board: int | None = None
     silent: bool = False
-    parts: dict[int, tuple[TableKey, int]] = field(default_factory=dict)  # by generation
+    parts: dict[int, tuple[TableKey, int]] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -228,6 +236,7 @@ class NearReader:
         self._links: dict[str, _Link] = {}
         self._failed: dict[str, _Failed] = {}
         self._tables: dict[TableKey, _Mapped] = {}
+        self._mapped, self._most_parts = 0, most_maps() // SHARE_OF_MAPS
         self._peek = np.zeros(0, np.int64).data
 
     def follow(self, places: Sequence[Place]) -> None:
@@ -246,7 +255,7 @@ class NearReader:
         self._poke()
 
     def states(self) -> dict[str, str]:
-        """Of each shard of this machine: "near", or why it is not."""
+        """Of each shard of this machine: "near", or why it, or some of it, is not."""
         with self._lock:
             return dict(self._states)
 
@@ -370,6 +379,7 @@ class NearReader:
             link.connection.close()
         self._links.clear()
         self._tables.clear()
+        self._mapped = 0
         with self._lock:
             places = list(self._places)
         for shard in places:
@@ -447,7 +457,8 @@ class NearReader:
         elif link.board is None or len(files) != len(answer.held):
             raise ValueError("the shard's answer has other files than it names")
         else:
-            self._drop(link, answer.dropped)
+            if answer.dropped:
+                self._drop(link, answer.dropped)
             for part, file in zip(answer.held, files, strict=True):
                 self._take(link, part, file)
         link.asked = time.monotonic()
@@ -470,19 +481,28 @@ class NearReader:
             raise ValueError("the shard's board is of another version")
 
     def _take(self, link: _Link, part: near.NearPart, file: int) -> None:
-        """Map a part. Raises ValueError for one that cannot be, MemoryError."""
+        """Map a part, if there is room for it. Raises ValueError for one that cannot be, MemoryError."""
         assert link.board is not None
         key = (f"{part.model}@{part.version}", part.table.name)
         link.parts[part.generation] = key, part.part
-        table = self._tables.get(key) or self._open(key, part.table)
+        table = self._tables.get(key)
+        if self._mapped >= self._most_parts and not (table and part.part in table.parts):
+            link.left.add(part.generation)
+            return
+        table = table or self._open(key, part.table)
         if table.info != part.table:
             raise ValueError(f"the shards do not agree on table {'/'.join(key)}")
         if part.part in table.parts:  # from another shard; should it go, this one is asked again
             return
         nbytes = _check_part(table, part, file)
-        table.space.map_file(part.part * table.part_bytes, nbytes, file, part.offset)
+        try:
+            table.space.map_file(part.part * table.part_bytes, nbytes, file, part.offset)
+        except NoRoom:  # others have most of the mappings: they get some back, and less is taken from now on
+            self._most_parts = max(self._mapped // 2, MOST_FILES)
+            raise
+        self._mapped += 1
         word = link.board * BOARD_WORDS + part.slot
-        table.parts[part.part] = _Mapping(link, word, part.generation, part.memory)
+        table.parts[part.part], table.shown = _Mapping(link, word, part.generation, part.memory), None
 
     def _open(self, key: TableKey, info: wire.TableInfo) -> _Mapped:
         if not 0 < info.rows * info.row_bytes <= MOST_BYTES or info.rows_per_part < 1:
@@ -499,15 +519,18 @@ class NearReader:
         gone: dict[tuple[TableKey, int], _Mapped] = {}
         for generation in generations:
             place = link.parts.pop(generation, None)
+            link.left.discard(generation)
             table = self._tables.get(place[0]) if place else None
             if place and table:
                 mapping = table.parts.get(place[1])
                 if mapping and mapping.link is link and mapping.generation == generation:
                     del table.parts[place[1]]
-                    gone[place] = table
+                    gone[place], table.shown = table, None
+                    self._mapped -= 1
         self._show()  # before that: a reader of zeros must find another view
         for (_, index), table in gone.items():
-            table.space.unmap(index * table.part_bytes, _rows_of(table.info, index) * table.info.row_bytes)
+            with suppress(NoRoom):  # where a process has all mappings it may have; then it goes with its table
+                table.space.unmap(index * table.part_bytes, _rows_of(table.info, index) * table.info.row_bytes)
         for key in [key for key, table in self._tables.items() if not table.parts]:
             del self._tables[key]
         for other in list(self._links.values()):
@@ -522,7 +545,8 @@ class NearReader:
         link.connection.close()
         self._drop(link, list(link.parts))
         if link.board is not None:
-            self._boards.unmap(link.board * BOARD_BYTES, BOARD_BYTES)
+            with suppress(NoRoom):  # the next board of this number takes its place
+                self._boards.unmap(link.board * BOARD_BYTES, BOARD_BYTES)
         if again:
             self._failed.pop(link.place.shard, None)
         else:
@@ -540,33 +564,52 @@ class NearReader:
                 self._states[shard] = state
 
     def _look(self) -> None:
-        """At the beats: what a silent shard handed out is not shown until it beats again."""
+        """At the beats: what a silent shard handed out is not shown until it beats again.
+
+        A shard is asked again for what was left, once there is room for that and the shard has been quiet for a while.
+        """
         now, changed = time.monotonic(), False
         for link in list(self._links.values()):
             if link.board is None:
                 if now - link.asked > PATIENCE:
                     self._leave(link, "it does not answer")
                 continue
+            quiet = now - link.asked > LONGEST_PAUSE
+            if link.left and quiet and self._mapped + len(link.left) <= self._most_parts:
+                self._leave(link, "connecting", again=True)
+                continue
             silent = _is_silent(self._peek[link.board * BOARD_WORDS + BEAT])
             changed |= silent != link.silent
             link.silent = silent
         if changed:
+            for table in self._tables.values():
+                table.shown = None
             self._show()
 
     def _show(self) -> None:
         """Make a view of what is mapped of shards that beat."""
         tables = {}
         for key, table in self._tables.items():
-            live = {index: each for index, each in table.parts.items() if not each.link.silent}
-            if live:
-                tables[key] = NearTable(table, self._boards, live)
+            if table.shown is None:
+                live = {index: each for index, each in table.parts.items() if not each.link.silent}
+                table.shown = NearTable(table, self._boards, live) if live else None
+            if table.shown is not None:
+                tables[key] = table.shown
         links = [link for link in self._links.values() if link.board is not None and not link.silent]
         for link in self._links.values():
             if link.board is not None:
-                self._state(link.place.shard, "it does not beat" if link.silent else "near")
+                self._state(link.place.shard, "it does not beat" if link.silent else self._near(link))
                 if not link.silent:
                     self._failed.pop(link.place.shard, None)
         self._view = View(tables, [((link.board or 0) * BOARD_WORDS, link.place.shard) for link in links])
+
+    def _near(self, link: _Link) -> str:
+        if not link.left:
+            return "near"
+        return (
+            f"near but for {len(link.left):,} parts: this process maps no more than {self._most_parts:,}; "
+            "raise the sysctl vm.max_map_count"
+        )
 
     def _report(self) -> None:
         """Tell each shard what was read of its parts."""

@@ -1,6 +1,6 @@
 """Rows read in place: what is read is right, whatever becomes of the parts, the shard and their files.
 
-The rules N1 to N7 are those of docs/near.md.
+The rules N1 to N7 and N9 are those of docs/near.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,9 @@ import pytest
 from support.cluster import until
 from support.near import NearShard, near_reader, near_shard, read, read_near, stored_rows, wait_for
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.address_space import PAGE, AddressSpace, memory_file, most_maps
+from embedding_service.errors import InvalidRequest, NoRoom
+from embedding_service.near import reader as reader_module
 from embedding_service.near.board import BOARD_BYTES, VERSION
 from embedding_service.near.reader import NearReader, Place, SomeRows
 from embedding_service.shard.near import Rights
@@ -524,6 +526,89 @@ def test_a_reader_goes_on_after_what_nobody_foresaw(shard: NearShard, caplog: py
     wait_for(reader, shard.key)
     until(lambda: set(reader.states().values()) == {"near"}, "both to be near")
     reader.close()
+
+
+def test_n9_parts_beyond_a_share_of_a_process_maps_come_over_the_wire_until_there_is_room(
+    shard: NearShard, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "SHARE_OF_MAPS", most_maps() // 2)
+    monkeypatch.setattr(reader_module, "LONGEST_PAUSE", 0.1)
+    ids, per_part = np.arange(shard.table.rows), shard.table.rows_per_part
+    left = len(shard.table.parts) - 2
+    with near_reader(shard) as reader:
+        states = reader.states
+        until(lambda: states()["shard-1"].startswith(f"near but for {left} parts: this process maps no"), "the parts")
+        view = until(reader.view, "a view")
+        rows = reader.read(view, view.tables[shard.key], ids)
+        assert isinstance(rows, SomeRows)
+        assert rows.read()
+        assert rows.stored is not None
+        assert np.array_equal(np.unique(ids[rows.positions] // per_part), [0, 1])
+        assert np.array_equal(rows.stored, expected[rows.positions])
+        shard.drop(0, *range(3, left + 2))  # one that is mapped, and all but one that are left
+        until(lambda: states()["shard-1"] == "near", "the part that was left")
+        here = ids[np.isin(ids // per_part, (1, 2))]
+        found = read_near(reader, shard.key, here)
+        assert np.array_equal(found, expected[here])
+
+
+@pytest.mark.skipif(most_maps() > 1 << 18, reason="a process may have more maps than a test should make")
+def test_n9_a_process_without_maps_drops_parts_and_is_near_again(shard: NearShard) -> None:
+    here, there = os.pipe()
+    go_on, goes_on = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "?"
+        try:
+            with near_reader(shard) as reader:
+                table = wait_for(reader, shard.key)
+                space = AddressSpace(2 * most_maps() * PAGE)
+                file = memory_file("filling", PAGE)
+                with suppress(NoRoom):
+                    for page in range(2 * most_maps()):
+                        space.map_file(page * PAGE, PAGE, file, 0)
+                os.write(there, b"full")
+                until(lambda: not table.is_unchanged(), "the drop")
+                without = partial(wait_for, reader, shard.key, whole=False)
+                until(lambda: without() is not table and not without().complete, "a view without the part")
+                del space
+                os.write(there, b"free")
+                os.read(go_on, 1)
+                wait_for(reader, shard.key)
+                outcome = str(reader.states())
+        finally:
+            os.write(there, outcome.encode())
+            os._exit(0)
+    assert os.read(here, 1000) == b"full"
+    shard.drop(1)
+    assert os.read(here, 1000) == b"free"
+    shard.hold(1)
+    os.write(goes_on, b".")
+    assert os.read(here, 1000).decode() == "{'shard-1': 'near'}"
+    os.waitpid(child, 0)
+    for end in (here, there, go_on, goes_on):
+        os.close(end)
+
+
+def test_a_view_is_made_anew_only_of_tables_that_changed(shard: NearShard) -> None:
+    """Or a shard with many parts would cost their square."""
+    part, path = shard.table.parts[0], shard._store.part_path(shard.manifest, shard.table.parts[0])
+    other = shard.part(0)._replace(model="other")
+    other_key = ("other@1", shard.key[1])
+    with near_reader(shard) as reader:
+        shard.server.hold(other, shard.table, shard.rows.location(part, path))
+
+        def the_other_stays() -> bool:
+            """Not where a shard misses its beat, for then all tables go."""
+            table, another = wait_for(reader, shard.key), wait_for(reader, other_key, whole=False)
+            shard.drop(1)
+            until(lambda: wait_for(reader, shard.key, whole=False) is not table, "the drop")
+            stays = wait_for(reader, other_key, whole=False) is another
+            shard.hold(1)
+            return stays
+
+        until(the_other_stays, "a view with the other table as it was")
+        shard.on_loop(lambda: shard.server.drop(other))
 
 
 def test_n7_rows_that_are_read_count_for_their_parts(shard: NearShard) -> None:
