@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Lookups that run ahead at the same time. They wait for shards and hardly compute. Others wait for their turn.
 MOST_AHEAD = 32
+# Seconds that stand for longer ones: a thread can wait no longer than nine times as long.
+_FOR_EVER = 1e9
 # Seconds between two looks whether a version is served.
 _LOOK_SECONDS = 0.1
 # Where a process is. The platform that started it knows that better than its code.
@@ -457,7 +459,7 @@ class EmbeddingClient:
 
     def session_of(self, name: str) -> Session | None:
         """The session of the branch that `model@branch` or `model@branch/table` names, if this client has one."""
-        return self._sessions.get(name.partition("/")[0])
+        return self._sessions.get(name.partition("/")[0]) if isinstance(name, str) else None
 
     def _session(self, name: str, **options: Any) -> Session:
         try:
@@ -503,7 +505,10 @@ class EmbeddingClient:
         return self._near.fetch(self._router, lookup, deadline)
 
     def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + (self._timeout if timeout is None else timeout)
+        seconds = self._timeout if timeout is None else timeout
+        if seconds != seconds:
+            raise InvalidRequest(f"timeout must be seconds, got {seconds}; None stands for the client's own")
+        return time.monotonic() + min(seconds, _FOR_EVER)
 
     def _hasher_of(self, model: Model) -> NgramHasher:
         if model.full_name not in self._hashers:
@@ -511,7 +516,7 @@ class EmbeddingClient:
         return self._hashers[model.full_name]
 
     def _asked_for(self, name: str, ids: Tensor, dtype: torch.dtype) -> RowLookup:
-        model, slash, table = name.partition("/")
+        model, slash, table = name.partition("/") if isinstance(name, str) else ("", "", "")
         if not slash or not table:
             raise InvalidRequest(f"table must be named as MODEL/TABLE, got {name!r}")
         flat = _flat(ids)
@@ -533,6 +538,11 @@ class EmbeddingClient:
     ) -> NgramLookup:
         if dtype not in ENCODINGS:
             raise _no_dtype(dtype)
+        if not isinstance(model, str):
+            raise InvalidRequest(f"model must be named as NAME or NAME@VERSION, got {model!r}")
+        if not isinstance(token_ids, Tensor):
+            given = type(token_ids).__name__
+            raise InvalidRequest(f"token_ids must be an int64 torch.Tensor, got {given}; use torch.tensor(token_ids)")
         return NgramLookup(
             model=model,
             token_ids=token_ids,
@@ -577,9 +587,14 @@ def _flat(ids: Tensor) -> Ids:
     """Integer ids [*] as int64 [n] on the CPU. Raises InvalidRequest for anything else."""
     if not isinstance(ids, Tensor):
         raise InvalidRequest(f"ids must be an integer torch.Tensor, got {type(ids).__name__}; use torch.tensor(ids)")
-    flat = ids if ids.dim() == 1 else ids.reshape(-1)
-    if ids.dtype is torch.int64 and ids.is_cpu:
-        return flat.numpy()
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise InvalidRequest(f"ids must be an integer tensor, got {ids.dtype}")
-    return flat.to("cpu", torch.int64).numpy()
+    try:
+        flat = ids if ids.dim() == 1 else ids.reshape(-1)
+        if ids.dtype is torch.int64 and ids.is_cpu:
+            return flat.numpy()
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise InvalidRequest(f"ids must be an integer tensor, got {ids.dtype}")
+        return flat.to("cpu", torch.int64).numpy()
+    except (RuntimeError, TypeError):
+        if ids.layout is torch.strided and not ids.is_meta:
+            raise
+    raise InvalidRequest(f"ids must be a dense tensor that has values, got {ids.layout} on {ids.device}")

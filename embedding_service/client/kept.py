@@ -22,6 +22,7 @@ from embedding_service.wire.lookup_codec import Bytes
 WAYS = 8
 # A key is a kind's number and, in the low bits, a row id. Tables with more rows than that are not cached.
 _ID_BITS = 40
+MOST_ROWS = 1 << _ID_BITS
 _NOBODY = -1
 # What a slot costs besides its row: its key and when it was asked for last, int64 each.
 _SLOT_BYTES = 16
@@ -72,7 +73,10 @@ class KeptRows:
             return CacheStats(self._hits, self._misses, self._saved, rows)
 
     def find(self, kind: Kind, ids: Ids) -> tuple[npt.NDArray[np.bool_], Bytes]:
-        """Which of the `ids` int64 [n] are here, bool [n], and a copy of their rows, uint8 [hits, row_bytes]."""
+        """Which of the `ids` int64 [n] in [0, MOST_ROWS) are here, bool [n].
+
+        And a copy of their rows, uint8 [hits, row_bytes].
+        """
         with self._lock:
             number = self._kinds.get(kind)
             if number is None:
@@ -85,12 +89,13 @@ class KeptRows:
         return here, rows
 
     def keep(self, kind: Kind, ids: Ids, rows: Bytes) -> None:
-        """Remember the rows uint8 [n, row_bytes] of different `ids` int64 [n] in [0, 2^40)."""
-        if not len(ids) or not self._fits(kind.row_bytes) or int(ids.max()) >> _ID_BITS:
+        """Remember the rows uint8 [n, row_bytes] of different `ids` int64 [n] in [0, MOST_ROWS), if there is room."""
+        if not len(ids):
             return
         with self._lock:
             if kind not in self._kinds:
-                self._make_room(kind.row_bytes)
+                if not self._make_room(kind.row_bytes):
+                    return
                 self._kinds[kind] = next(self._numbers)
             self._slots[kind.row_bytes].keep(_keys(self._kinds[kind], ids), rows)
 
@@ -100,17 +105,20 @@ class KeptRows:
             for kind in [kind for kind in self._kinds if kind.model not in models]:
                 self._slots[kind.row_bytes].drop(self._kinds.pop(kind))
 
-    def _fits(self, row_bytes: int) -> bool:
-        # Several widths share the bytes evenly. A table of whose rows not even a set fits is not cached.
-        return self._bytes // (len(self._slots) + 1) >= WAYS * (row_bytes + _SLOT_BYTES)
+    def _make_room(self, row_bytes: int) -> bool:
+        """Rows of another width need slots of their own. Slots of all widths begin empty, each with an even share.
 
-    def _make_room(self, row_bytes: int) -> None:
-        """Rows of another width need slots of their own. Slots of all widths begin empty, each with an even share."""
+        False: of the widest rows not even a set would fit into that. Then rows of the other width are not cached.
+        """
         if row_bytes in self._slots:
-            return
+            return True
         widths = {row_bytes, *(kind.row_bytes for kind in self._kinds)}
+        share = self._bytes // len(widths)
+        if share < WAYS * (max(widths) + _SLOT_BYTES):
+            return False
         self._slots.clear()  # before the new ones are made, so never twice the bytes
-        self._slots = {width: _Slots(self._bytes // len(widths), width) for width in widths}
+        self._slots = {width: _Slots(share, width) for width in widths}
+        return True
 
 
 def _keys(number: int, ids: Ids) -> Ids:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedding_service.client.kept import Found, Keeper, Kind
+from embedding_service.client.kept import MOST_ROWS, Found, Keeper, Kind
 from embedding_service.client.near import NearRows
 from embedding_service.formats import RowFormat, get_format
 from embedding_service.formats.plain import plain_dtypes
@@ -372,6 +372,8 @@ def near_values(stored: Bytes, decoder: Decoder) -> Tensor:
 def _less_what_is_kept(asked: _Asked, kept: Keeper, model: Model, trusted: bool) -> _Asked:
     """Ask for the rest only."""
     want = asked.want
+    if want.table.rows > MOST_ROWS:
+        return asked
     kind = Kind(model.full_name, want.table.name, want.encoding, want.row_bytes)
     found = kept.find(kind, want.ids, trusted)
     if not len(found.rows):

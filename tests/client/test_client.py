@@ -139,6 +139,10 @@ def test_models(client: EmbeddingClient) -> None:
         ("fp32/ngram", torch.tensor([1.0]), errors.InvalidRequest, "float32"),
         ("fp32/ngram", torch.tensor([True]), errors.InvalidRequest, "bool"),
         ("fp32/ngram", [1, 2], errors.InvalidRequest, "list"),
+        (None, torch.tensor([1]), errors.InvalidRequest, "MODEL/TABLE, got None"),
+        ("fp32/ngram", torch.tensor([1]).to_sparse(), errors.InvalidRequest, "dense.*got torch.sparse_coo on cpu"),
+        ("fp32/ngram", torch.tensor([[1]]).to_sparse(), errors.InvalidRequest, "dense.*got torch.sparse_coo on cpu"),
+        ("fp32/ngram", torch.tensor([1], device="meta"), errors.InvalidRequest, "has values.*on meta"),
     ],
 )
 def test_bad_lookups(client: EmbeddingClient, table: str, ids: torch.Tensor, error: type, message: str) -> None:
@@ -154,6 +158,25 @@ def test_bad_dtype(client: EmbeddingClient) -> None:
 def test_bad_tokens(client: EmbeddingClient) -> None:
     with pytest.raises(errors.InvalidRequest, match=rf"\[0, 2\] is {VOCAB}"):
         client.lookup_ngrams("fp32", torch.tensor([[1, 2, VOCAB]]))
+    with pytest.raises(errors.InvalidRequest, match=r"token_ids.*got list; use torch.tensor\(token_ids\)"):
+        client.lookup_ngrams("fp32", [[1, 2]])  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidRequest, match=r"context must be a torch.Tensor, got list"):
+        client.lookup_ngrams("fp32", torch.tensor([[1, 2]]), [[1]])  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidRequest, match="NAME@VERSION, got None"):
+        client.lookup_ngrams(None, torch.tensor([[1, 2]]))  # type: ignore[arg-type]
+
+
+def test_bad_timeouts(client: EmbeddingClient) -> None:
+    ids, nan = torch.tensor([1]), float("nan")
+    with pytest.raises(errors.InvalidRequest, match="timeout must be seconds, got nan"):
+        client.lookup("fp32/ngram", ids, timeout=nan)
+    with pytest.raises(errors.InvalidRequest, match="timeout must be seconds, got nan"):
+        asyncio.run(client.lookup_async("fp32/ngram", ids, timeout=nan))
+    for timeout in (float("inf"), 1e300):
+        assert client.lookup("fp32/ngram", ids, timeout=timeout).shape == (1, DIM)
+        assert asyncio.run(client.lookup_async("fp32/ngram", ids, timeout=timeout)).shape == (1, DIM)
+    thread = client._transport._watchdog._thread  # has none where all rows are near
+    assert thread is None or thread.is_alive()
 
 
 def test_nobody_at_the_address() -> None:

@@ -12,8 +12,10 @@ from support.cluster import Up, serving
 
 from embedding_service import EmbeddingClient, errors
 from embedding_service.client import kept
-from embedding_service.client.kept import WAYS, KeptRows, Kind
+from embedding_service.client.kept import MOST_ROWS, WAYS, Keeper, KeptRows, Kind
+from embedding_service.client.wants import RowLookup, Tally
 from embedding_service.formats import FORMATS
+from embedding_service.placement.routing import Model, Table
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.wire.lookup_codec import Bytes
 
@@ -88,6 +90,41 @@ def test_a_row_wider_than_the_cache_is_not_kept() -> None:
     cache, ids = KeptRows(MIB), np.arange(2)
     cache.keep(kind(row_bytes=MIB), ids, named(ids, row_bytes=MIB))
     assert check(cache, kind(row_bytes=MIB), ids) == 0
+
+
+def test_rows_that_would_leave_wider_ones_no_set_are_not_kept() -> None:
+    cache, ids = KeptRows(MIB), np.arange(2)
+    wide, narrow, third = 43_688, 1024, 512  # of the widest, a third of the bytes is less than a set
+    for width in (wide, narrow, third, wide, third):
+        cache.keep(kind(row_bytes=width), ids, named(ids, row_bytes=width))
+    assert [check(cache, kind(row_bytes=width), ids) for width in (wide, narrow, third)] == [2, 2, 0]
+    cache.retain(())
+    cache.keep(kind(row_bytes=third), ids, named(ids, row_bytes=third))
+    assert check(cache, kind(row_bytes=third), ids) == 2
+
+
+def test_a_table_of_more_rows_than_keys_tell_apart_is_not_kept() -> None:
+    """Its rows would be taken for those of another kind."""
+    rows = {"few": 100, "most": MOST_ROWS, "more": 2 * MOST_ROWS}
+    owners = np.zeros((2, 1), np.int32)
+    tables = {name: Table(name, count, 4, "fp32", 16, count // 2, owners) for name, count in rows.items()}
+    model = Model("m", "1", "", "{}", tables, False)
+    cache = KeptRows(MIB)
+
+    def lookup(table: str, id: int) -> bool:
+        """Whether the row was kept. The others come now."""
+        options = {"dtype": torch.float32, "device": torch.device("cpu"), "kept": Keeper(cache, lambda: None)}
+        asked = RowLookup(model="m@1", table=table, ids=np.array([id]), shape=(1,), tally=Tally(), **options)  # type: ignore[arg-type]
+        [want] = asked.wants(model)
+        if len(want.ids):
+            want.sink.put(None, np.full((1, 16), 7, np.uint8))
+        asked.result()
+        return not len(want.ids)
+
+    for table, id, stays in (("few", 5, True), ("most", MOST_ROWS - 1, True), ("more", 5, False)):
+        assert not lookup(table, id)
+        assert lookup(table, id) == stays
+    assert not lookup("more", MOST_ROWS + 5)
 
 
 def test_versions_that_are_gone_are_dropped() -> None:

@@ -59,10 +59,6 @@ class CacheStates(RuleBasedStateMachine):
         self.cache.retain(models)
         self.kept = {kind: rows for kind, rows in self.kept.items() if kind.model in models}
 
-    @rule(kind=KINDS)
-    def ids_beyond_the_bound_are_not_kept(self, kind: Kind) -> None:
-        self.cache.keep(kind, np.array([3, 2**40], np.int64), np.zeros((2, kind.row_bytes), np.uint8))
-
     @invariant()
     def stats_say_what_happened(self) -> None:
         held = sum(len(rows) for rows in self.kept.values())
