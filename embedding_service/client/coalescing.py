@@ -33,12 +33,17 @@ class Coalescer:
         self._open: dict[Any, _Together] = {}
 
     async def exchange(self, calls: Sequence[Call], meanwhile: Callable[[], object] | None = None) -> list[Any]:
-        """`GrpcTransport.exchange` for the running loop."""
+        """`GrpcTransport.exchange` for the running loop. If it is cancelled, so are its calls that travel alone."""
         loop = asyncio.get_running_loop()
         outcomes = [self._begin(call, loop) for call in calls]
-        if meanwhile is not None:
-            meanwhile()
-        return [await outcome for outcome in outcomes]
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            return [await outcome for outcome in outcomes]
+        except BaseException:
+            for outcome in outcomes:
+                outcome.cancel()
+            raise
 
     def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
         if not isinstance(call.request, EncodedLookup) or call.nbytes > SMALL:

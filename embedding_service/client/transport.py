@@ -67,7 +67,7 @@ class GrpcTransport:
         self._dropped = False
 
     def send(self, call: Call) -> Future[Any]:
-        """Start a unary call. Raises Unavailable once closed."""
+        """Start a unary call. It ends when its result is cancelled. Raises Unavailable once closed."""
         result: Future[Any] = Future()
         self._enter(result)
         return self._send(call, result)
@@ -219,11 +219,13 @@ class GrpcTransport:
             self._under_way.discard(result)
             raise
         rpc.add_done_callback(lambda rpc: self._answered(result, _outcome(rpc, call, self._access)))
+        result.add_done_callback(lambda result: result.cancelled() and rpc.cancel())
         return result
 
     def _answered(self, result: Future[Any], outcome: Any) -> None:
         self._under_way.discard(result)
-        result.set_result(outcome)
+        if result.set_running_or_notify_cancel():
+            result.set_result(outcome)
 
     def _trips(self, calls: Sequence[Call]) -> Trips:
         """Lookups take streams. What is no lookup, or finds no stream left, is a unary call."""

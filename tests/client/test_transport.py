@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from support.cluster import until
 
 from embedding_service.client import transport as transports
 from embedding_service.client.calls import Call
@@ -27,8 +29,10 @@ class _Shard(EmbeddingServiceServicer):
 
     def __init__(self) -> None:
         self.asked, self.may_end = threading.Semaphore(0), threading.Event()
+        self.ended = threading.Semaphore(0)
 
     def GetRouting(self, request: wire.GetRoutingRequest, context: Any) -> wire.Routing:
+        context.add_callback(self.ended.release)
         self.asked.release()
         if request.term == SLOW:
             self.may_end.wait(60)
@@ -54,6 +58,29 @@ def addresses(shard: _Shard) -> Iterator[list[str]]:
 
 def ask(address: str, term: int = 1) -> Call:
     return Call(address, wire.GetRoutingRequest(term=term), 60.0)
+
+
+def test_calls_of_a_task_that_is_cancelled_end(
+    addresses: list[str], shard: _Shard, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = GrpcTransport()
+
+    async def use() -> None:
+        task = asyncio.create_task(transport.together.exchange([ask(each, SLOW) for each in addresses]))
+        for _ in addresses:
+            assert await asyncio.to_thread(shard.asked.acquire, timeout=30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for _ in addresses:  # both, though the task waited for one of them
+            assert await asyncio.to_thread(shard.ended.acquire, timeout=30)
+        [answer] = await transport.together.exchange([ask(addresses[0])])
+        assert answer.term == 1
+
+    asyncio.run(use())
+    until(lambda: not transport._under_way, "the calls to end here too")
+    transport.close()
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
 
 
 def test_a_connection_to_who_is_named_no_more_ends_after_a_while_and_with_its_calls(
