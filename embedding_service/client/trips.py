@@ -19,6 +19,8 @@ from embedding_service.wire.lookup_codec import read_streamed
 
 # Streams to one address. A shard takes 256 calls on a connection. Further threads make unary calls.
 MOST_STREAMS = 64
+# Seconds for which the watchdog's thread stays though there is nothing to watch.
+LINGER_SECONDS = 60.0
 
 
 class Pool:
@@ -92,7 +94,10 @@ def _end(streams: Sequence[Stream]) -> None:
 
 
 class Watchdog:
-    """Cancels streams whose answer did not come in time. One thread serves all."""
+    """Cancels streams whose answer did not come in time. One thread serves all.
+
+    It ends by itself once nothing was watched for a while, since not everybody closes a client.
+    """
 
     def __init__(self) -> None:
         self._due: dict[Stream, float] = {}
@@ -125,8 +130,9 @@ class Watchdog:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread:
-            self._thread.join()
+            thread = self._thread
+        if thread:
+            thread.join()
 
     def _run(self) -> None:
         while True:
@@ -142,7 +148,10 @@ class Watchdog:
                 self._wakes = min(self._due.values(), default=idle)
                 if not late:
                     # It wakes up for those that are due sooner, and not for those that were forgotten.
-                    self._changed.wait(None if self._wakes == float("inf") else self._wakes - now)
+                    pause = LINGER_SECONDS if self._wakes == float("inf") else self._wakes - now
+                    if not self._changed.wait(pause) and self._wakes == float("inf"):
+                        self._thread = None
+                        return
                     continue
             for stream in late:
                 stream.cancel(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")

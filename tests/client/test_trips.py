@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from support.cluster import until
 
 from embedding_service.client import trips
 from embedding_service.client.calls import Call, Failure
@@ -185,3 +186,22 @@ def test_a_late_answer_is_cancelled(watchdog: Watchdog) -> None:
     while not late.cancelled and time.monotonic() < deadline:
         time.sleep(0.005)
     assert late.cancelled == "no answer in time" and not answered.cancelled
+
+
+def test_the_thread_ends_once_nothing_is_watched_and_another_begins(
+    watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that nobody closes leaves none."""
+    monkeypatch.setattr(trips, "LINGER_SECONDS", 0.01)
+    threads = set()
+    for _ in range(3):
+        late, answered = Stream(), Stream()
+        watchdog.watch({answered: time.monotonic() + 0.02, late: time.monotonic() + 0.03})  # type: ignore[dict-item]
+        threads.add(watchdog._thread)
+        watchdog.forget([answered])  # type: ignore[list-item]
+        until(lambda late=late: late.cancelled, "the late one to be cancelled")  # type: ignore[misc]
+        until(lambda: watchdog._thread is None, "the thread to end")
+    assert len(threads) == 3
+    for thread in threads:
+        assert thread
+        thread.join()
