@@ -28,7 +28,7 @@ from embedding_service.client.wants import ENCODINGS, Lookup, NgramLookup, RowLo
 from embedding_service.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from embedding_service.machine import split_address
 from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Ids, Model, Routing
+from embedding_service.placement.routing import Hashers, Ids, Model, Routing
 from embedding_service.security.access import Access, access_of
 from embedding_service.wire import training_pb2 as wire
 
@@ -129,7 +129,7 @@ class EmbeddingClient:
         self._reads_near = near
         self._topology = os.environ.get(TOPOLOGY, "") if topology is None else topology
         self._access = access_of(tls, token)
-        self._hashers: dict[str, NgramHasher] = {}
+        self._hashers = Hashers()
         self._tally = Tally()
         self._closed = False
         self._begin_fresh(None)
@@ -511,9 +511,7 @@ class EmbeddingClient:
         return time.monotonic() + min(seconds, _FOR_EVER)
 
     def _hasher_of(self, model: Model) -> NgramHasher:
-        if model.full_name not in self._hashers:
-            self._hashers[model.full_name] = model.hasher()
-        return self._hashers[model.full_name]
+        return self._hashers.of(model, self._router.current)
 
     def _asked_for(self, name: str, ids: Tensor, dtype: torch.dtype) -> RowLookup:
         model, slash, table = name.partition("/") if isinstance(name, str) else ("", "", "")

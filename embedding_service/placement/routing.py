@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +101,25 @@ class Model:
         from embedding_service.ngram import NgramHasher  # with torch, which the controller does without
 
         return NgramHasher.from_params(self.family, json.loads(self.hash_params))
+
+
+class Hashers:
+    """Hashers of served models. Those that hash alike (versions, domains) share one, which may take megabytes."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, NgramHasher] = {}
+        self._alike: WeakValueDictionary[tuple[str, str], NgramHasher] = WeakValueDictionary()
+
+    def of(self, model: Model, routing: Routing | None) -> NgramHasher:
+        """A model's. Those of models that `routing`, the current one, has no more go when another one is made."""
+        hasher = self._made.get(model.full_name)
+        if hasher is None:
+            alike = model.family, model.hash_params
+            hasher = self._alike[alike] = self._alike.get(alike) or model.hasher()
+            served = {each.full_name for each in routing.models} if routing else set()
+            kept = {name: made for name, made in self._made.items() if name in served}
+            self._made = {**kept, model.full_name: hasher}  # threads may look at the one before
+        return hasher
 
 
 class Routing:

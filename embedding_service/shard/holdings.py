@@ -304,6 +304,14 @@ class Holdings:
         if not any(other[:3] == key[:3] for other in self.held | self._tasks.keys()):
             self._tables.pop(key[:3]).close()
             self._close_unused(self._root(key))
+        self._forget_manifests()
+
+    def _forget_manifests(self) -> None:
+        """Of versions that nothing here is of any more. A fold may still need its version's."""
+        if not self._folding:
+            used = {key[:2] for key in (*self.held, *self._tasks, *self._wanted, *self._tables)}
+            for name in self._manifests.keys() - used:
+                del self._manifests[name]
 
     # Folding in: where a version is alone with a part of the ground, its rows are put there
 
@@ -318,7 +326,11 @@ class Holdings:
             users.folds += 1
             task = asyncio.create_task(self._fold_apart(key, users))
             self._folding.add(task)
-            task.add_done_callback(self._folding.discard)
+            task.add_done_callback(self._folded)
+
+    def _folded(self, task: asyncio.Task[None]) -> None:
+        self._folding.discard(task)
+        self._forget_manifests()
 
     async def _fold_apart(self, key: PartKey, users: _Users) -> None:
         try:

@@ -25,8 +25,7 @@ from embedding_service.client.wants import StoredRows, Want
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest, NotFound, Redirect
 from embedding_service.front import UNREAD_BYTES
 from embedding_service.methods import Context, Method
-from embedding_service.ngram import NgramHasher
-from embedding_service.placement.routing import Model, Routing, check_ids
+from embedding_service.placement.routing import Hashers, Model, Routing, check_ids
 from embedding_service.rows.base import Bytes, Ids, TableRows
 from embedding_service.security.identity import Caller
 from embedding_service.serving import RequestLimits, RoutingService, Server, abort
@@ -116,7 +115,7 @@ class LookupService(HeldRows, RoutingService):
         RoutingService.__init__(self)
         self._router = router
         self._transport = transport
-        self._hashers: dict[str, NgramHasher] = {}
+        self._hashers = Hashers()
         self._unread = Unread(budget)
 
     def add_to(self, server: Server) -> None:
@@ -258,7 +257,7 @@ class LookupService(HeldRows, RoutingService):
         request = asked.request
         encoding = encoding_of(request.encoding)
         model = self.known_model(request.model, caller)
-        hasher = self._hasher(model)
+        hasher = self._hashers.of(model, self._router.current)
         batch = request.batch or 1
         tables = [model.table(table.name) for table in hasher.tables]
         row_bytes = row_bytes_of(tables[0].dtype, tables[0].dim, encoding)
@@ -291,11 +290,6 @@ class LookupService(HeldRows, RoutingService):
             encoding=request.encoding or wire.ROW_ENCODING_FLOAT32,
             version=model.version,
         )
-
-    def _hasher(self, model: Model) -> NgramHasher:
-        if model.full_name not in self._hashers:
-            self._hashers[model.full_name] = model.hasher()
-        return self._hashers[model.full_name]
 
     def _age(self) -> tuple[int, int]:
         routing = self._router.current

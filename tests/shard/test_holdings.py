@@ -131,6 +131,7 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
                 here = ids[ids >= but * base.tables[0].rows_per_part]
                 assert table and np.array_equal(table.gather(here, "stored"), expected[name][here])
             assert all(holdings.table(*name, "ngram") is None for name in expected if name not in names)
+            await until(lambda: holdings._manifests.keys() == {*names})  # once no fold is under way
 
         await hold(("int8", "1"))
         await hold(*expected)  # for which there would be no room three times
@@ -142,6 +143,7 @@ def test_t12_a_base_and_what_overlies_it_are_held_once(store: Path, tmp_path: Pa
         holdings.assign([])
         await until(lambda: not holdings._taken)
         assert holdings.held_bytes == 0 and not told.held and not holdings._grounds
+        await until(lambda: not holdings._manifests)  # a fold may be under way
         for name in (("int8", "2"), ("int8", "1"), ("int8+legal", "1"), ("int8", "2")):
             await hold(name)  # alone: its rows are folded in, and then others read it in place
             if tier == "ram":
