@@ -3,6 +3,7 @@
 Rules
 - A request reaches the application when its body is whole. It takes no place before that.
 - Headers come within HEAD_SECONDS, and a body within BODY_SECONDS after them. Otherwise the answer is 408.
+- Headers and trailers of a request are bounded, also while the request before it is under way.
 - A client that reads nothing for UNREAD_SECONDS is cut off.
 - If all connections are taken, a new one replaces the one that waits longest for a whole request. A handshake of TLS
   counts as waiting, and has HEAD_SECONDS.
@@ -31,7 +32,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_worker.http_errors import RETRY_AFTER, WholeAnswers, error_body
 
@@ -39,6 +40,7 @@ from model_worker.http_errors import RETRY_AFTER, WholeAnswers, error_body
 MAX_BODY_BYTES = 8 * 2**20
 # Of all requests together, from their first byte to the end of their answer.
 MAX_HELD_BYTES = 256 * 2**20
+# Of the headers of a request, and of its trailers.
 MAX_HEAD_BYTES = 64 * 2**10
 # Of a refused body. A client that still sends it has its answer already.
 _MAX_REFUSED_BYTES = 2 * MAX_BODY_BYTES
@@ -189,17 +191,21 @@ class _Config(uvicorn.Config):
         return found
 
 
-class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """uvicorn's protocol of one HTTP connection, with the limits that uvicorn does not have."""
+class GuardedHttp(HttpToolsProtocol):
+    """uvicorn's protocol of one HTTP connection, with the limits that uvicorn does not have.
+
+    The parser of httptools keeps headers and trailers of any size, also those of the next request while one is under
+    way. So they are counted as it tells them. Bytes of which it tells nothing yet count too.
+    """
 
     most = MAX_CONNECTIONS
     # Connections without a whole request, the one that waits longest first.
     _waiting: dict[GuardedHttp | _Handshake, None] = {}  # noqa: RUF012 (one for all)
 
-    def connection_made(self, transport: Transport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """As asyncio has it."""
         super().connection_made(transport)
-        self._head_bytes = 0
+        self._head_bytes = self._untold_bytes = self._refused_bytes = 0
         self._head_timer: TimerHandle | None = None
         self._unread_timer: TimerHandle | None = None
         self.make_room(self)
@@ -215,8 +221,14 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
     def data_received(self, data: bytes) -> None:
         """As asyncio has it."""
+        self._untold_bytes += len(data)
+        answering = self._under_way or self._in_refused_body
         super().data_received(data)
         if self.transport.is_closing():
+            return
+        if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
+            told = f"the headers are over {MAX_HEAD_BYTES >> 10} KiB, the most this server takes: send fewer"
+            self._close(None if answering else (431, told))
             return
         if self._under_way:
             self._stop_timing()
@@ -224,11 +236,37 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
                 self._waiting.pop(self, None)
             return
         self._wait_for_request()
-        self._head_bytes += len(data)
-        refused_body = self.cycle is not None and self.cycle.more_body
-        if self._head_bytes > (_MAX_REFUSED_BYTES if refused_body else MAX_HEAD_BYTES):
-            told = f"the headers are over {MAX_HEAD_BYTES >> 10} KiB, the most this server takes: send fewer"
-            self._close(None if refused_body else (431, told))
+        if self._in_refused_body:
+            self._refused_bytes += len(data)
+            if self._refused_bytes > _MAX_REFUSED_BYTES:
+                self._close(None)
+
+    def on_message_begin(self) -> None:
+        """As httptools has it."""
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """As httptools has it."""
+        super().on_url(url)
+        self._head_bytes += len(url)
+        self._untold_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """As httptools has it. Trailers come here too."""
+        super().on_header(name, value)
+        self._head_bytes += len(b"%s: %s\r\n" % (name, value))
+        self._untold_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        """As httptools has it."""
+        super().on_body(body)
+        self._untold_bytes = 0
+
+    def on_message_complete(self) -> None:
+        """As httptools has it."""
+        super().on_message_complete()
+        self._untold_bytes = 0
 
     def on_response_complete(self) -> None:
         """As uvicorn has it."""
@@ -251,20 +289,25 @@ class GuardedHttp(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     def _under_way(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def _in_refused_body(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+
     def _wait_for_request(self) -> None:
         self._waiting.setdefault(self)
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _stop_timing(self) -> None:
-        self._head_bytes = 0
+        self._refused_bytes = 0
         if self._head_timer:
             self._head_timer.cancel()
             self._head_timer = None
 
     def _give_up(self) -> None:
         told = f"no request came within {HEAD_SECONDS:g} s of the connection: send its headers faster"
-        self._close((408, told) if self._head_bytes and self.cycle is None else None)
+        begun = self._head_bytes or self._untold_bytes
+        self._close((408, told) if begun and self.cycle is None else None)
 
     @classmethod
     def make_room(cls, new: GuardedHttp | _Handshake) -> None:

@@ -205,6 +205,40 @@ def test_headers_without_end_are_431(server: Server) -> None:
     assert "64 KiB" in body["error"]["message"]
 
 
+def test_whole_headers_that_are_too_large_are_431(server: Server) -> None:
+    connection = server.connect(HEAD + b"X-Filler: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n")
+    assert told(connection)[0] == 431
+
+
+HOLD = b"POST /hold HTTP/1.1\r\nHost: test\r\n"
+LAST_CHUNK = b"0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "piece"),
+    [
+        (HOLD + b"Transfer-Encoding: chunked\r\n\r\n" + LAST_CHUNK, b"a:b\r\n" * 1000),
+        (HOLD + b"Transfer-Encoding: chunked\r\n\r\n" + LAST_CHUNK, b"x" * 5000),
+        (HOLD + b"Content-Length: 0\r\n\r\n" + HEAD, b"a:b\r\n" * 1000),
+        (HOLD + b"Content-Length: 0\r\n\r\n" + HEAD + b"X: ", b"x" * 5000),
+        (HOLD + b"Content-Length: 0\r\n\r\nPOST /", b"x" * 5000),
+        (
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n850000\r\n" + b"x" * 0x850000 + b"\r\n" + LAST_CHUNK,
+            b"a:b\r\n" * 999,
+        ),
+    ],
+    ids=["trailers", "a trailer", "next headers", "next header", "next url", "trailers of a refused body"],
+)
+def test_headers_without_end_after_a_request_are_cut_off(server: Server, first: bytes, piece: bytes) -> None:
+    connection = server.connect(first)
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            connection.sendall(piece)
+            time.sleep(0.001)
+    connection.close()
+    until(lambda: server.running == 0, "the request to be given up")
+
+
 @pytest.mark.parametrize("length", [b"Content-Length: 9000000", b"Transfer-Encoding: chunked"])
 def test_a_body_that_is_too_large_is_413_and_not_read_for_ever(server: Server, length: bytes) -> None:
     connection = server.connect(HEAD + length + b"\r\n\r\n")
