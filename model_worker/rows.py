@@ -74,8 +74,10 @@ class Tables:
         return first.ask(partial(self._ngrams, tokens, context, dtype))
 
     def prefetch_ngrams(self, tokens: Tensor, context: Tensor | None, dtype: torch.dtype) -> RowsToCome:
-        """Begin `lookup_ngrams` and return at once."""
+        """Begin `lookup_ngrams` and return at once. The caller may then change the tokens."""
         asked = []
+        # They may be looked up again later, and a model updates its look-back in place.
+        tokens, context = tokens.clone(), None if context is None else context.clone()
         for share in self._shares(len(tokens)):
             ours = tokens[share.rows], None if context is None else context[share.rows], dtype
             future = self.source.prefetch_ngrams(self.resolve(share.name), ours[0], ours[1], dtype=dtype)

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from embedding_service import EmbeddingClient
-from embedding_service.errors import InvalidRequest, NoGradients, StoreError, Unavailable
+from embedding_service.errors import InvalidRequest, NoGradients, NotFound, StoreError, Unavailable
 from embedding_service.store.importing import import_checkpoint
 from embedding_service.store.split import split_checkpoint
 from model_worker import attach, load_model
@@ -302,7 +302,7 @@ class Watched:
         self.open.set()
         self._threads = ThreadPoolExecutor(1)
         self.ahead = self.at_once = 0
-        self.broken = False
+        self.broken = self.replaced = False
 
     def hasher(self, model: str) -> Any:
         return self._client.hasher(model)
@@ -320,6 +320,8 @@ class Watched:
         assert self.open.wait(180)
         if self.broken:
             raise Unavailable("no shard answers")
+        if self.replaced:
+            raise NotFound("another version is served by now")
         return self._client.prefetch_ngrams(*args, **kwargs).result()
 
     def lookup(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -350,7 +352,10 @@ def test_rows_are_fetched_while_earlier_layers_run(watched: tuple[Any, Watched],
     assert (source.ahead, source.at_once) == (1, 0)
 
 
-def test_a_slow_lookup_has_the_look_back_of_its_own_step(watched: tuple[Any, Watched], here: Any) -> None:
+@pytest.mark.parametrize("replaced", [False, True], ids=["once", "again, as the version was replaced"])
+def test_a_slow_lookup_has_the_look_back_of_its_own_step(
+    watched: tuple[Any, Watched], here: Any, replaced: bool
+) -> None:
     """The model updates its look-back in place: here before the lookup, which must not see that, has begun."""
     model, source = watched
     ids = some_ids()
@@ -363,6 +368,7 @@ def test_a_slow_lookup_has_the_look_back_of_its_own_step(watched: tuple[Any, Wat
 
     table = model.model.layers[1].ple.ple_embedding.ngram_embedding
     table.register_forward_pre_hook(lambda *_: source.open.set())
+    source.replaced = replaced
     assert torch.equal(in_two(model), in_two(here))
     assert source.at_once == 0
 
