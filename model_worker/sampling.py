@@ -58,12 +58,18 @@ def log_probability(logits: Tensor, token: int, most: int) -> TokenLogprob:
 
 
 def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """The next token from float32 [V] logits on the CPU."""
+    """The next token from float32 [V] logits on the CPU. Raises FloatingPointError: some are NaN or infinite."""
+    greatest = logits.max()
+    if not greatest.isfinite():
+        raise FloatingPointError(
+            "the model's logits are not finite: the rows of the tables that the request names, or the weights, hold "
+            "NaN or values that are too large; correct those and publish them again"
+        )
     if params.temperature == 0:
         return int(logits.argmax())
     # The greatest becomes 0 first, so that a tiny temperature cannot overflow. It must not be 0 in float32.
     temperature = max(params.temperature, _TINY)
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
+    probabilities = ((logits - greatest) / temperature).softmax(-1)
     if params.top_p < 1:
         ordered, tokens = probabilities.sort(descending=True)
         before = ordered.cumsum(0) - ordered

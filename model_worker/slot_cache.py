@@ -64,14 +64,18 @@ class SlotLayer(DynamicLayer):
             return
         length = other.keys.shape[2]
         self._make_room(other.keys, other.values, row + 1, length)
-        self.keys[row, :, :length] = other.keys[0]
-        self.values[row, :, :length] = other.values[0]
+        self._write(row, other.keys[0], other.values[0])
 
     def move(self, row: int, to: int, length: int) -> None:
         """Put the first slots of a row into another one."""
         if self.is_initialized:
-            self.keys[to, :, :length] = self.keys[row, :, :length]
-            self.values[to, :, :length] = self.values[row, :, :length]
+            self._write(to, self.keys[row, :, :length], self.values[row, :, :length])
+
+    def _write(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Give a row its first slots. The rest is 0, for a NaN that another sequence left there passes any mask."""
+        for ours, theirs in ((self.keys, keys), (self.values, values)):
+            ours[row, :, : theirs.shape[1]] = theirs
+            ours[row, :, theirs.shape[1] :] = 0
 
     def of_row(self, row: int, length: int) -> DynamicLayer:
         """A copy of a row's first positions, as a layer of that sequence alone."""

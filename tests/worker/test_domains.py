@@ -247,7 +247,10 @@ def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path
 
 
 class Several(LocalTables):
-    """Tables of that name, and of others with other rows. `goes`: called at a lookup, so that a name goes then."""
+    """Tables of that name, and of others with other rows. `goes`: called at a lookup, so that a name goes then.
+
+    Those of own+nan are not finite.
+    """
 
     goes: Callable[[str], object] | None = None
 
@@ -257,7 +260,9 @@ class Several(LocalTables):
         if self.goes and model == "own+bc":
             self.goes(model)
             raise NotFound(f"no {model}")
-        return super().lookup_ngrams(model, token_ids, context, **options).roll(len(model), -1)
+        rows = super().lookup_ngrams(model, token_ids, context, **options).roll(len(model), -1)
+        # Only those of new tokens, so that the request is in the batch by then.
+        return rows * torch.nan if model == "own+nan" and token_ids.shape[1] == 1 else rows
 
 
 @pytest.mark.parametrize("when", ["between two steps", "within a step"])
@@ -292,6 +297,25 @@ def test_a_request_whose_tables_go_ends_alone(
         assert stays.tokens() == alone["own+a"]
         with pytest.raises(NotFound, match=r"no own\+bc"):
             job(engine, "own+bc").outcome()
+    finally:
+        engine.close()
+
+
+def test_rows_that_are_not_finite_fail_their_request_alone(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Nor do those that come after it, to its place in the batch, meet what it left there."""
+    model: Any = load_model(model_folder)
+    tables = worker_families.attach(model, Several(model_folder), "own").tables
+    engine = Engine(model, tokenizer, max_batch=2, tables=tables)
+    try:
+        alone = job(engine, "own").tokens()
+        stays = Job(engine, [5, 6] * 20, greedy(1500, ignore_eos=True), "own+a")
+        until(lambda: engine.running == 1, "it to run")
+        with pytest.raises(FloatingPointError, match="not finite"):
+            Job(engine, [7, 8, 9, 10] * 3, greedy(24), "own+nan").outcome()
+        assert job(engine, "own").tokens() == alone
+        assert not any(event.error or event.finish_reason for event in list(stays.events.queue))
     finally:
         engine.close()
 

@@ -429,6 +429,30 @@ def test_a_pass_has_bounded_places_and_at_most_half_are_padding() -> None:
     assert next_pass([], 500, 80, 9) == []
 
 
+def test_a_row_holds_nothing_of_the_sequence_before(model: LongcatFlashForCausalLM) -> None:
+    """What the mask hides must be finite: 0 times NaN is NaN."""
+    cache = SlotCache(model.config, torch.float32, torch.device("cpu"))
+
+    def join(length: int, value: float) -> None:
+        alone = DynamicCache()
+        alone.layers = [DynamicLayer()]
+        alone.update(*[torch.full((1, 1, length, 4), value)] * 2, 0)
+        cache.join(alone)
+
+    def read(cached: list[int]) -> torch.Tensor:
+        cache.inputs(cached, [1] * len(cached))
+        new = torch.full((len(cached), 1, 1, 4), 1.0)
+        return torch.cat(cache.update(new, new, 0))
+
+    for length, value in ((9, torch.nan), (3, 2.0), (9, torch.nan)):
+        join(length, value)
+    cache.keep([1], 3)
+    join(4, 2.0)
+    join(2, 2.0)
+    assert read([3, 4, 2]).isfinite().all()
+    assert read([3, 4, 9]).isfinite().all()
+
+
 def test_attention_over_latents_is_that_of_transformers(model: LongcatFlashForCausalLM) -> None:
     """For rows of different lengths. Few new tokens go that way, many do not."""
     latent: Any = model.model.layers[0].self_attn[0]

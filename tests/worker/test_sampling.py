@@ -40,6 +40,16 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: list[int]) -> 
     assert [token for token, share in enumerate(seen) if share] == kept
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
+    params = SamplingParams(1, temperature=temperature)
+    with pytest.raises(FloatingPointError, match="publish them again"):
+        choose(torch.tensor([0.5, bad, 0.1]), params, params.generator())
+    # A token that is never to come may have minus infinity.
+    assert choose(torch.tensor([0.5, -float("inf")]), params, params.generator()) == 0
+
+
 def test_a_seed_decides() -> None:
     def draw(seed: int | None) -> list[int]:
         params = SamplingParams(1, seed=seed)
