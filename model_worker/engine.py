@@ -11,7 +11,8 @@ Rules
   long for prompts, and short prompts do not wait for long ones. Where few run and many wait, the bound is higher.
 - What a prompt has in common with earlier ones is not run again (`prefixes`).
 - The choices of one HTTP request are requests of their own, taken all or none.
-- A failed prefill ends the requests of its pass. A failed step ends the requests of its batch. The engine goes on.
+- A failed prefill ends the requests of its pass. A request that cannot join the batch ends alone. A failed step ends
+  the requests of its batch. The engine goes on.
 - Each request has its rows from the tables that it names. Where those are served no more, it ends alone.
 
 transformers' continuous batching (`generate_batch`, tried with 5.23) does not fit. It lays all requests end to end in
@@ -314,7 +315,10 @@ class Engine:
                     self._prefill()
                     self._step()
                 except Exception as error:
-                    self._fail(self._running, error)
+                    # A prompt that has been run is nothing without its logits.
+                    lost = [run for run in self._joining if run.is_whole]
+                    self._joining = deque(run for run in self._joining if run not in lost)
+                    self._fail([*self._running, *(run.request for run in lost)], error)
                     self._forget()
         joining = [prompt.request for prompt in self._joining]
         self._fail([*self._running, *joining, *self._waiting], Unavailable("the worker is shutting down"))
@@ -371,10 +375,10 @@ class Engine:
             self._fail([run.request for run in runs], error)
             return 0
         for run, row in zip(runs, logits, strict=True):
-            self._joining.remove(run)
             if run.is_whole:
                 self._first_token(run, row)
-            else:
+            self._joining.remove(run)
+            if not run.is_whole:
                 self._joining.append(run)
         return places
 
@@ -409,9 +413,15 @@ class Engine:
     def _first_token(self, run: PromptRun, logits: Tensor) -> None:
         """Give a request its first token from float [1, V] logits, and a place in the batch if it goes on."""
         self._on_first_token(time.perf_counter() - run.request.submitted)
-        if self._check(run.request, [], logits):
-            self._running.append(run.request)
+        if not self._check(run.request, [], logits):
+            return
+        try:
             self._join(run)
+        except Exception as error:
+            self._keep(list(range(len(self._running))))  # some layers may have its row already
+            self._fail([run.request], error)
+        else:
+            self._running.append(run.request)
 
     def _version(self, request: Request) -> str:
         """NAME@VERSION of the tables that a request's rows come from now. Raises NotFound: it has none any more."""
@@ -497,10 +507,15 @@ class Engine:
             if self._running[hole] in leaving:
                 rows[hole] = rows[-1]
                 rows.pop()
+        self._keep(rows)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Let only these rows of the batch go on, in this order."""
         self._running = [self._running[row] for row in rows]
         if not rows:
             self._forget()
             return
+        assert self._cache
         longest = max(request.cached for request in self._running)
         self._cache.keep(rows, longest)
         if self._drafter:

@@ -36,7 +36,7 @@ from model_worker.longcat_attention import LatentAttention
 from model_worker.prefill import PromptRun, next_pass
 from model_worker.prefixes import BLOCK
 from model_worker.sampling import SamplingParams
-from model_worker.slot_cache import SlotCache
+from model_worker.slot_cache import SlotCache, SlotLayer
 from model_worker.worker import Generation
 
 pytestmark = pytest.mark.slow
@@ -301,6 +301,30 @@ def test_a_failed_step_ends_its_batch_and_no_more(gated: tuple[Engine, Gate]) ->
             job.outcome()
     assert engine.alive
     assert Job(engine, [5, 6], greedy(8)).tokens() == expected
+
+
+def test_a_failed_join_ends_one_request(gated: tuple[Engine, Gate], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One runs, and two others are run in one pass. The first of them gets no memory for its second layer."""
+    engine, tables = gated
+    engine._max_batch = 3
+    asked, take = [([5] * length, greedy(40, ignore_eos=True)) for length in (9, 20, 21)], SlotLayer.take
+    expected = [Job(engine, *each).tokens() for each in asked]
+
+    def take_or_fail(layer: SlotLayer, row: int, other: Any) -> None:
+        take(layer, row, other)
+        cache: Any = engine._cache
+        if other.get_seq_length() == 20 and layer is cache.layers[1]:
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(SlotLayer, "take", take_or_fail)
+    runs = Job(engine, *asked[0])
+    until(lambda: runs.request.completion, "the first to run")
+    tables.open.clear()
+    fails, joins = (Job(engine, *each) for each in asked[1:])
+    tables.open.set()
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        fails.outcome()
+    assert [runs.tokens(), joins.tokens()] == [expected[0], expected[2]]
 
 
 def test_closing_fails_what_runs_and_waits(gated: tuple[Engine, Gate]) -> None:
