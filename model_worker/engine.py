@@ -400,7 +400,8 @@ class Engine:
             if isinstance(cache, SlotCache):
                 run.cache = cache.of_row(row, run.done)
             if self._drafter:
-                run.hidden.append(self._drafter.hidden[row, : len(ran)])
+                hidden = self._drafter.hidden[row, : len(ran)]
+                run.drafts = self._drafter.prefill(run.drafts, run.request.prompt, hidden)
             self._keep_beginning(run)
         return logits[torch.arange(len(runs)), end][:, None], len(runs) * max(map(len, tokens))
 
@@ -429,8 +430,8 @@ class Engine:
 
     def _join(self, run: PromptRun) -> None:
         config, device = self._model.config, self._model.device
-        if self._drafter:
-            self._drafter.join(run.request.prompt, torch.cat(run.hidden))
+        if self._drafter and run.drafts:
+            self._drafter.join(run.drafts)
         if self._cache is None and not self._has_slots:
             self._cache = PaddedCache(run.cache, device)
             return

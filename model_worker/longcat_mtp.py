@@ -7,6 +7,7 @@ For a further guess it takes its own hidden state in place of the main model's. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
     LongcatFlashRMSNorm,
 )
 
-from model_worker.batch_cache import PaddedCache
 from model_worker.checkpoint import CheckpointTensors, refuse_tensors
 from model_worker.longcat_attention import use_latents
 from model_worker.slot_cache import SlotCache
@@ -78,6 +78,15 @@ def published_name(name: str) -> str:
     return f"{DRAFT_TENSORS}layers.0.{'transformer_layer.' if module == 'mlp' else ''}{name}"
 
 
+@dataclass
+class DraftRun:
+    """A prompt that is run: keys and values of its first `done` places, the main model's last state [1, hidden]."""
+
+    slots: SlotCache
+    done: int = 0
+    last: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class LongcatDrafter:
     """Guesses for a batch with the draft layer. Its keys and values lie in slots of their own.
 
@@ -101,20 +110,32 @@ class LongcatDrafter:
     def _keep_hidden(self, body: Any, args: Any, output: Any) -> None:
         self.hidden = output.last_hidden_state
 
-    def join(self, tokens: Sequence[int], hidden: Tensor) -> None:
-        """A sequence joins as the last row. tokens: its prompt. hidden: [prompt, hidden], the main model's states."""
-        cache = DynamicCache()
-        cache.layers = [DynamicLayer()]
-        if len(hidden) > 1:
-            inputs = PaddedCache(cache, hidden.device).inputs([0], [len(hidden) - 1])
-            causal = torch.ones(len(hidden) - 1, len(hidden) - 1, device=hidden.device, dtype=torch.bool).tril()
-            mask = torch.zeros(causal.shape, dtype=hidden.dtype, device=hidden.device)
-            mask = mask.masked_fill(~causal, torch.finfo(hidden.dtype).min)
-            self._run([tokens[1:]], hidden[None, :-1], {**inputs, "attention_mask": mask[None, None]})
+    def prefill(self, run: DraftRun | None, prompt: Sequence[int], hidden: Tensor) -> DraftRun:
+        """Run a prompt's next chunk, at whose places the main model has the last states [n, hidden]. run: its first."""
+        run = run or self._begin()
+        tokens = prompt[run.done + 1 : run.done + 1 + len(hidden)]  # what follows the whole prompt is not known yet
+        if tokens:
+            self._run([tokens], hidden[None, : len(tokens)], run.slots.inputs([run.done], [len(tokens)]))
+        run.done += len(tokens)
+        run.last = hidden[-1:].clone()
+        return run
+
+    def _begin(self) -> DraftRun:
+        empty = DynamicCache()
+        empty.layers = [DynamicLayer()]
+        run = DraftRun(self._new_slots())
+        run.slots.join(empty)
+        return run
+
+    def _new_slots(self) -> SlotCache:
+        return SlotCache(self._model.config, self._model.dtype, self._model.device)
+
+    def join(self, run: DraftRun) -> None:
+        """A sequence joins as the last row. Its whole prompt has been run."""
         if self._slots is None:
-            self._slots = SlotCache(self._model.config, self._model.dtype, self._model.device)
-        self._slots.join(cache)
-        self._fresh.append(hidden[-1:])
+            self._slots = self._new_slots()
+        self._slots.join(run.slots.of_row(0, run.done))
+        self._fresh.append(run.last)
 
     def checked(self, kept: Sequence[int]) -> None:
         """A pass was checked, in which each sequence kept so many of its places."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from transformers import DynamicCache
 
 from model_worker.prefixes import BLOCK
 
 if TYPE_CHECKING:
     from model_worker.engine import Request
+    from model_worker.longcat_mtp import DraftRun
 
 
 @dataclass(eq=False)
@@ -23,8 +23,8 @@ class PromptRun:
     tables: str
     cache: DynamicCache
     done: int
-    hidden: list[Tensor] = field(default_factory=list)
-    """With a draft layer: the model's last states [n, hidden] of each chunk."""
+    drafts: DraftRun | None = None
+    """With a draft layer: what that has run."""
 
     @property
     def left(self) -> int:

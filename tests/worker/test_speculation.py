@@ -20,7 +20,7 @@ from transformers import LongcatFlashForCausalLM, PreTrainedTokenizerFast, Qwen4
 from embedding_service.errors import InvalidRequest, StoreError
 from model_worker.checkpoint import CheckpointTensors
 from model_worker.drafts import PromptDrafts, same_width
-from model_worker.engine import Engine, Request
+from model_worker.engine import PREFILL_TOKENS, Engine, Request
 from model_worker.families import attach as attach_tables
 from model_worker.families import check
 from model_worker.longcat import LocalTables, load_model
@@ -233,6 +233,19 @@ def test_the_draft_layer_guesses_what_it_says_by_definition(
     assert engine.parameter_bytes == sum(tensor.nbytes for tensor in held)
     for sequence, guess in said:
         assert guess == guesses_of(model, layer, sequence, 3)[: len(guess)]
+
+
+def test_the_draft_layer_runs_a_prompt_in_chunks(with_draft_layer: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Engine(attached(with_draft_layer)[0], tokenizer, speculate="mtp")
+    layer: Any = engine._drafter._layer  # type: ignore[union-attr]
+    prompt, widths = prompts(1)[0] * 100, list[int]()
+    layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    try:
+        Job(engine, prompt, greedy(2, ignore_eos=True)).tokens()
+    finally:
+        engine.close()
+    assert sum(widths) >= len(prompt)
+    assert max(widths) == PREFILL_TOKENS
 
 
 def test_a_draft_layer_that_knows_is_right(
