@@ -115,14 +115,7 @@ class _Share(NamedTuple):
 
     def ask(self, look_up: Callable[[str], Tensor]) -> Tensor:
         """Their rows. If the version was replaced at this moment, those of its successor."""
-        known = self.tables.resolve(self.name)
-        try:
-            return look_up(known)
-        except NotFound:
-            successor = self.tables.resolve(self.name)
-            if successor == known:
-                raise
-            return look_up(successor)
+        return of_the_served(partial(self.tables.resolve, self.name), look_up)
 
 
 class _Asked(NamedTuple):
@@ -163,6 +156,18 @@ def _joined(shares: Sequence[tuple[_Share, Tensor]]) -> Tensor:
     for share, values in shares:
         together[share.rows] = values
     return together
+
+
+def of_the_served(version: Callable[[], str], look_up: Callable[[str], Tensor]) -> Tensor:
+    """The rows of the version that is served. If it was replaced at this moment, those of its successor."""
+    known = version()
+    try:
+        return look_up(known)
+    except NotFound:
+        successor = version()
+        if successor == known:
+            raise
+        return look_up(successor)
 
 
 @dataclass

@@ -49,8 +49,8 @@ class EngramRows(nn.Module):
         """
         ids = indices.cpu()
         known = (ids >= 0) & (ids < self.rows)
-        name = f"{self._served.now()}/{self.table}"
-        rows = self._served.client.lookup(name, ids.where(known, 0), dtype=torch.bfloat16)
+        safe, look_up = ids.where(known, 0), self._served.client.lookup
+        rows = self._served.ask(lambda name: look_up(f"{name}/{self.table}", safe, dtype=torch.bfloat16))
         out.copy_(rows.masked_fill_(~known[..., None], 0))
 
     def collapse_huge_pages(self) -> None:

@@ -19,7 +19,7 @@ from vllm.models import qwen4_exp as published
 from vllm.models.qwen4_exp.nvidia import ngram_embedding as published_embedding
 from vllm.models.qwen4_exp.nvidia.model_state import Qwen4ExpModelState
 
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, NotFound
 from model_worker.vllm.tables import ServedTables, TablesElsewhere, swapped
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -55,8 +55,13 @@ class FetchedRows(nn.Module):
         """Begin to look up the rows of int64 [tokens, heads] ids."""
         return self._served.client.prefetch(f"{self._served.now()}/{self.table}", ids.cpu(), dtype=self.weight.dtype)
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep [tokens, heads, dim], the rows of the coming step."""
+    def keep(self, ids: Tensor, answer: Future[Tensor]) -> None:
+        """Keep the [tokens, heads, dim] rows of the coming step, which were asked for."""
+        try:
+            rows = answer.result()
+        except NotFound:  # the version was replaced at this moment
+            look_up, dtype = self._served.client.lookup, self.weight.dtype
+            rows = self._served.ask(lambda name: look_up(f"{name}/{self.table}", ids.cpu(), dtype=dtype))
         self.weight[: len(rows)].copy_(rows)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -87,9 +92,9 @@ class RowsBeforeForward(Qwen4ExpModelState):
             (layer.ngram_embedding, layer.compute_ngram_ids(tokens, inputs["query_start_loc"], inputs["ngram_context"]))
             for layer in self._layers
         ]
-        under_way = [(rows, rows.ask(ids)) for rows, ids in asked]
-        for rows, answer in under_way:
-            rows.keep(answer.result())
+        under_way = [(rows, ids, rows.ask(ids)) for rows, ids in asked]
+        for rows, ids, answer in under_way:
+            rows.keep(ids, answer)
         return inputs  # type: ignore[no-any-return]
 
 

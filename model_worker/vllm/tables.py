@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor
 from embedding_service import EmbeddingClient, NgramHasher, RemoteEmbedding
 from embedding_service.errors import EmbeddingServiceError, InvalidRequest
 from model_worker.domains import Domains
-from model_worker.rows import check_same_hash
+from model_worker.rows import check_same_hash, of_the_served
 
 CONFIG_KEY = "embedding_service"
 _NEEDED = {"address", "model"}
@@ -76,6 +76,10 @@ class ServedTables:
         """
         return self._domains.resolve(self.name)
 
+    def ask(self, look_up: Callable[[str], Tensor]) -> Tensor:
+        """What `look_up` finds for `now()`. If that version was replaced at this moment, for its successor."""
+        return of_the_served(self.now, look_up)
+
     def counts(self) -> dict[str, int]:
         """Rows by where they came from, and those of the row cache."""
         rows, cache = self.client.statistics, self.client.cache
@@ -126,8 +130,13 @@ class ServedEmbedding(RemoteEmbedding):
         self._served, self._named = served, table
 
     def _ask(self, ids: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
-        self.table = f"{self._served.now()}/{self._named}"
-        return super()._ask(ids, context, dtype)
+        ask = super()._ask
+
+        def look_up(name: str) -> Tensor:
+            self.table = f"{name}/{self._named}"
+            return ask(ids, context, dtype)
+
+        return self._served.ask(look_up)
 
 
 class TablesElsewhere:

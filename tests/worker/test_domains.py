@@ -246,6 +246,21 @@ def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path
         worker.close()
 
 
+def test_vllm_goes_on_with_what_is_published(checkpoints: dict[str, Path], families: Up, store: Path) -> None:
+    """The old version leaves in the moment in which the new one comes. No step may fail, for that ends the engine."""
+    served = ServedTables(families.address, "qwen4_exp", load_model(checkpoints["qwen4_exp"]).config)
+    table, ids = served.hasher.tables[0], torch.arange(4)
+    rows = served.embedding(
+        table.name, table.rows, served.client.lookup(f"qwen4_exp/{table.name}", ids).shape[1], torch.float32
+    )
+    before = rows(ids)
+    publish(store, store.parent, "qwen4_exp@1", 4)
+    until(lambda: not torch.equal(rows(ids), before), "the rows that were published")
+    assert served.now() == "qwen4_exp@2"
+    assert torch.equal(rows(ids)[1::2], before[1::2])
+    served.client.close()
+
+
 class Several(LocalTables):
     """Tables of that name, and of others with other rows. `goes`: called at a lookup, so that a name goes then.
 

@@ -460,7 +460,7 @@ def test_a_row_holds_nothing_of_the_sequence_before(model: LongcatFlashForCausal
     def join(length: int, value: float) -> None:
         alone = DynamicCache()
         alone.layers = [DynamicLayer()]
-        alone.update(*[torch.full((1, 1, length, 4), value)] * 2, 0)
+        alone.update(torch.full((1, 1, length, 4), value), torch.full((1, 1, length, 4), value), 0)
         cache.join(alone)
 
     def read(cached: list[int]) -> torch.Tensor:
