@@ -284,6 +284,7 @@ class Engine:
         """
         requests = [Request(prompt, params, self.spelling, emit, tables) for prompt, params, emit in choices]
         with self._changed:
+            self._waiting = deque(request for request in self._waiting if not request.cancelled)
             if self._taken + len(requests) > self.capacity:
                 self.refused += len(requests)
                 raise EngineBusy(

@@ -279,6 +279,18 @@ def test_a_full_queue_refuses(gated: tuple[Engine, Gate]) -> None:
     assert len(Job(engine, [9], greedy(3)).tokens()) == 3
 
 
+def test_cancelled_requests_leave_the_queue_to_others(gated: tuple[Engine, Gate]) -> None:
+    engine, tables = gated
+    tables.open.clear()
+    first = Job(engine, [5, 6], greedy(3))
+    until(lambda: not engine.waiting, "the first to be taken up")
+    for job in [Job(engine, [7, 8], greedy(3)) for _ in range(4)]:
+        job.request.cancel()
+    others = [Job(engine, [7, 8], greedy(3)) for _ in range(4)]
+    tables.open.set()
+    assert [len(job.tokens()) for job in [first, *others]] == [3] * 5
+
+
 def test_a_failed_prefill_ends_one_request(gated: tuple[Engine, Gate]) -> None:
     engine, tables = gated
     expected = Job(engine, [5, 6], greedy(8)).tokens()
