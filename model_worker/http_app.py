@@ -21,7 +21,7 @@ from embedding_service.security.quotas import Quota
 from model_worker.engine import EngineBusy
 from model_worker.http_errors import RETRY_AFTER, error_body
 from model_worker.http_limits import WholeBodies
-from model_worker.keys import CALLER, Admission, NotAllowed, refusal, require, spend
+from model_worker.keys import CALLER, Admission, NotAllowed, give_back, refusal, require, spend
 from model_worker.openapi import (
     CreateChatCompletionResponse,
     CreateCompletionResponse,
@@ -190,16 +190,21 @@ def _sequence(worker: Worker, body: GenerationRequest, prompt: list[int], where:
 async def _answer(
     worker: Worker, body: GenerationRequest, sequences: list[_Sequence], reply: Reply, caller: Caller | None
 ) -> Response:
-    spend(caller, sum(len(prompt) for prompt, _ in sequences))
+    prompt_tokens = sum(len(prompt) for prompt, _ in sequences)
+    spend(caller, prompt_tokens)
     # Choices are numbered across the prompts, those of the first prompt first.
     wanted = [(prompt, params) for prompt, choices in sequences for params in choices]
-    generation = worker.generate(wanted, streamed=body.stream, tables=body.model)
+    try:
+        generation = worker.generate(wanted, streamed=body.stream, tables=body.model)
+    except EngineBusy:
+        give_back(caller, prompt_tokens)
+        raise
     events = _owed(generation, caller.quota) if caller and caller.quota else generation.events()
     # Until the first event no status is sent. So a failure before it can still have its own status.
     first = await anext(events)
 
     def usage() -> dict[str, int]:
-        return usage_of(sum(len(prompt) for prompt, _ in sequences), generation.completion_tokens)
+        return usage_of(prompt_tokens, generation.completion_tokens)
 
     if body.stream:
         told = usage if body.stream_options.include_usage else None

@@ -76,6 +76,12 @@ def spend(caller: Caller | None, tokens: int) -> None:
         raise NotAllowed(error) from None
 
 
+def give_back(caller: Caller | None, tokens: int) -> None:
+    """What was spent was not had."""
+    if caller and caller.quota:
+        caller.quota.give_back(tokens=tokens)
+
+
 class Admission:
     """An ASGI middleware that lets in who has a key, as many requests at once as the policy says."""
 

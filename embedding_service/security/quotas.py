@@ -72,9 +72,9 @@ class Quota:
         """Take tokens that nobody could count before."""
         self._take(tokens=tokens)
 
-    def give_back(self, rows: int, nbytes: int) -> None:
+    def give_back(self, rows: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
         """What was spent was not had."""
-        self._take(-rows, -nbytes)
+        self._take(-rows, -nbytes, -tokens)
 
     def _take(self, rows: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
         with self._lock:

@@ -29,6 +29,7 @@ from embedding_service.security.policy import digest_of
 from embedding_service.security.proofs import prove
 from model_worker.http_app import build_app
 from model_worker.keys import Keys
+from model_worker.sampling import SamplingParams
 from model_worker.worker import Worker, WorkerConfig
 
 pytestmark = pytest.mark.slow
@@ -449,6 +450,7 @@ def guarded(http: TestClient, worker: Worker, tmp_path_factory: pytest.TempPathF
         "other": {"tokens": ["other"], "read": ["large"]},
         "watcher": {"tokens": ["watcher"], "rights": ["metrics"]},
         "thrifty": {"tokens": ["thrifty"], "read": ["*"], "tokens_per_second": 1},
+        "patient": {"tokens": ["patient"], "read": ["*"], "tokens_per_second": 1},
         "busy": {"tokens": ["busy"], "read": ["*"], "calls": 1},
     }
     worker.keys = Keys(write_policy(tmp_path_factory.mktemp("policy"), identities))
@@ -515,6 +517,21 @@ def test_s8_what_is_over_a_quota_is_429_and_says_for_how_long(guarded: TestClien
     one.leave()
     for _ in range(3):  # each call gives its place back
         assert [model.id for model in with_key(guarded, "busy").models.list()] == ["small"]
+
+
+def test_s8_a_request_that_finds_no_place_costs_no_tokens(guarded: TestClient, worker: Worker) -> None:
+    engine, held = worker._engine, SamplingParams(1500, ignore_eos=True)
+    requests = engine.submit_all([([5, 6], held, lambda event: None)] * engine.capacity)
+    patient = with_key(guarded, "patient")
+    try:
+        for _ in range(3):
+            with pytest.raises(openai.RateLimitError, match="run or wait already"):
+                patient.completions.create(**ASKED)
+    finally:
+        for each in requests:
+            each.cancel()
+    until(lambda: not engine.running, "places")
+    assert patient.completions.create(**ASKED).choices[0].text
 
 
 def test_s8_json_has_a_bounded_depth(http: TestClient) -> None:
