@@ -217,6 +217,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_timing()
         self._waiting.pop(self, None)
         self.resume_writing()
+        self._stop_watching()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
@@ -225,6 +226,7 @@ class GuardedHttp(HttpToolsProtocol):
         answering = self._under_way or self._in_refused_body
         super().data_received(data)
         if self.transport.is_closing():
+            self._watch()
             return
         if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
             told = f"the headers are over {MAX_HEAD_BYTES >> 10} KiB, the most this server takes: send fewer"
@@ -271,19 +273,34 @@ class GuardedHttp(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """As uvicorn has it."""
         super().on_response_complete()
+        self._watch()
         if not self._under_way:
             self._waiting[self] = None
 
     def pause_writing(self) -> None:
         """As asyncio has it."""
         super().pause_writing()
-        self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+        self._watch()
 
     def resume_writing(self) -> None:
-        """As asyncio has it."""
+        """As asyncio has it. The rest of an answer may still be unread."""
+        super().resume_writing()
+        self._watch()
+
+    def _watch(self) -> None:
+        """From now on the client has UNREAD_SECONDS to take what is written. asyncio alone would wait for ever."""
+        self._stop_watching()
+        if self.transport.get_write_buffer_size():
+            self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._cut_off)
+
+    def _stop_watching(self) -> None:
         if self._unread_timer:
             self._unread_timer.cancel()
-        super().resume_writing()
+
+    def _cut_off(self) -> None:
+        still_answered = self._under_way and not self.flow.write_paused and not self.transport.is_closing()
+        if self.transport.get_write_buffer_size() and not still_answered:
+            self.transport.abort()
 
     @property
     def _under_way(self) -> bool:
@@ -324,10 +341,12 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_timing()
         self._waiting.pop(self, None)
         if self.transport.is_closing():
+            self.transport.abort()  # it only waits for its client to read
             return
         if answer:
             self.transport.write(_response(*answer))
         self.transport.close()
+        self._watch()
 
 
 class _Handshake(asyncio.Protocol):

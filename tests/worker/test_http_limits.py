@@ -64,6 +64,8 @@ class Server:
                     pass
             elif scope["path"] == "/flood":
                 await StreamingResponse(self.flood())(scope, receive, send)
+            elif scope["path"] == "/unread":
+                await self.answer_till_a_rest_is_unread(send)
             elif scope["path"] == "/lost":
                 pass
             elif scope["path"] == "/lost-in-the-middle":
@@ -91,6 +93,18 @@ class Server:
                 await asyncio.sleep(0)
         finally:
             self.cut_off.set()
+
+    @property
+    def connections(self) -> list[Any]:
+        return list(self._server.server_state.connections)
+
+    async def answer_till_a_rest_is_unread(self, send: Send) -> None:
+        """To the only connection. The rest is too small to stop the application."""
+        [connection] = self.connections
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not connection.transport.get_write_buffer_size():
+            await send({"type": "http.response.body", "body": b"x" * 8000, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     def connect(self, sent: bytes = b"") -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=180)
@@ -311,6 +325,27 @@ def test_a_server_full_of_requests_refuses_a_connection(server: Server) -> None:
 def test_a_client_that_reads_nothing_is_cut_off(hasty: Server) -> None:
     connection = hasty.connect(b"POST /flood HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
     assert hasty.cut_off.wait(180)
+    connection.close()
+
+
+UNREAD = b"POST /unread HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
+
+
+def test_a_client_that_does_not_read_an_answers_end_is_cut_off(hasty: Server) -> None:
+    connection = hasty.connect(UNREAD)
+    until(lambda: hasty.connections, "the connection")
+    until(lambda: not hasty.connections, "it to be cut off")
+    connection.close()
+
+
+def test_an_answer_that_is_not_read_makes_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    until(lambda: not server.connections, "earlier connections to end")
+    connection = server.connect(UNREAD)
+    until(lambda: [each for each in server.connections if each.transport.is_closing()], "its time to be over")
+    monkeypatch.setattr(GuardedHttp, "most", 1)
+    for _ in range(2):
+        assert httpx.post(server.url, content=b"abc", headers={"Connection": "close"}, timeout=120).status_code == 200
+        until(lambda: not server.connections, "the connection to end")
     connection.close()
 
 
