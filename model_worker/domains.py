@@ -72,6 +72,17 @@ class Domains:
             )
         return found.full_name
 
+    def of_another(self, name: str) -> str:
+        """Why a served model NAME+DOMAIN is none of this worker's. Empty: it is not served."""
+        try:
+            found = self._service.model(name)
+        except NotFound:
+            return ""
+        return (
+            f"{found.full_name} goes with the checkpoint that was imported as {found.checkpoint}, and this worker has "
+            f"that of {self._checkpoint}"
+        )
+
     def _ask(self) -> None:
         """Learn which others there are, unless that was just asked. Raises ServiceError."""
         with self._lock:

@@ -282,6 +282,8 @@ def _check_name(worker: Worker, name: str, caller: Caller | None) -> None:
     if not (worker.domains.has(name) and _may_use(worker, name, caller)):
         may = _may_use(worker, worker.name, caller)
         serves = f"this server serves {worker.name!r}, and GET /v1/models lists those for domains"
+        if caller is None and name.startswith(f"{worker.name}+") and (why := worker.domains.of_another(name)):
+            serves = why
         raise BadRequest(
             f"the model {clipped(name)} does not exist: "
             f"{serves if may else 'this server has none that your key may use'}",

@@ -88,6 +88,11 @@ class KeptRows:
             self._saved += rows.nbytes
         return here, rows
 
+    def miss(self, rows: int) -> None:
+        """Count rows that were not looked for."""
+        with self._lock:
+            self._misses += rows
+
     def keep(self, kind: Kind, ids: Ids, rows: Bytes) -> None:
         """Remember the rows uint8 [n, row_bytes] of different `ids` int64 [n] in [0, MOST_ROWS), if there is room."""
         if not len(ids):
@@ -165,6 +170,7 @@ class Keeper:
     def find(self, kind: Kind, ids: Ids, trusted: bool) -> Found:
         """What is kept of `ids` int64 [n]. All are in range, since others are no keys."""
         if not trusted:
+            self.rows.miss(len(ids))
             return Found(kind, np.zeros(len(ids), np.bool_), np.empty((0, kind.row_bytes), np.uint8))
         return Found(kind, *self.rows.find(kind, ids))
 

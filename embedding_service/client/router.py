@@ -434,7 +434,8 @@ class Router:
             if self._clock() + pause >= deadline:
                 raise Unavailable(
                     f"no embedding service answers at {', '.join(self._seeds)} "
-                    f"({failure.code.name}: {failure.message}); check the address, and `embedding-service status` there"
+                    f"({failure.code.name}: {failure.message}); check the address, "
+                    "whether it speaks TLS (tls=..., --tls), and `embedding-service status` there"
                 )
             yield Pause(pause)
         return None

@@ -213,7 +213,7 @@ class ControllerState:
         self._dirty = True
         if known and known.report.incarnation != report.incarnation:
             why = IdTaken(f"shard id {known.name} was taken over by {report.address} after a silence")
-            self._refuse(known.stream, known.report, why)
+            self._refuse(known.stream, known.report, why, logging.INFO)
         elif known:
             self._out.append(Dismiss(known.stream))
 
@@ -237,10 +237,12 @@ class ControllerState:
             self._dirty = True
             self._out.append(Dismiss(stream))
 
-    def _refuse(self, stream: Stream, report: control.ShardReport, why: EmbeddingServiceError) -> None:
+    def _refuse(
+        self, stream: Stream, report: control.ShardReport, why: EmbeddingServiceError, level: int = logging.ERROR
+    ) -> None:
         """End a registration with the reason, which status tells as well."""
         if self.fleet.refuse(report.shard_id, why):
-            log.error("refused shard %r at %r: %s", report.shard_id[:100], report.address[:100], why)
+            log.log(level, "refused shard %r at %r: %s", report.shard_id[:100], report.address[:100], why)
         self._out.append(Dismiss(stream, why))
 
     # The store

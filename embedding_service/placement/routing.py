@@ -178,7 +178,8 @@ class Routing:
         """`name` (its newest served version) or `name@version`; raises NotFound, naming the known ones."""
         if name not in self.by_name:
             known = ", ".join(model.full_name for model in self.models) or "none yet"
-            raise NotFound(f"no model {name!r} is served; served models: {known}")
+            branch = "; rows of a branch are read while client.train lasts" if "@" in name else ""
+            raise NotFound(f"no model {name!r} is served; served models: {known}{branch}")
         return self.by_name[name]
 
 

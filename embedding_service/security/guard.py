@@ -28,7 +28,10 @@ MOST_KNOWN = 10_000
 MOST_TOKEN = 8 << 10
 
 HEADER, SCHEME = "authorization", "bearer "
-MISSING = "the call shows nobody's right: send a token in the metadata 'authorization', as 'Bearer TOKEN'"
+MISSING = (
+    "UNAUTHENTICATED: the call shows nobody's right. Commands take --tls or --token-file, Python's client tls= or "
+    "token=; others send the metadata 'authorization' as 'Bearer TOKEN'"
+)
 _UNSAID = "the process that passed the call on did not say whose it is"
 
 

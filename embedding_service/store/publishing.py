@@ -94,7 +94,10 @@ def rollback(store: str | Path | Store, name: str, *, to: str | None = None, ver
     if to is None:
         before = [each for each in store.versions(name) if natural_order(each) < natural_order(served)]
         if not before:
-            raise NotFound(f"{name}@{served} is served, and {store.url} has no version before it")
+            rows = (
+                f"{newest.full_name} has the rows of version {restored}" if restored else f"{name}@{served} is served"
+            )
+            raise NotFound(f"{rows}, and {store.url} has no version before it: name another one with --to")
         to = before[-1]
     source = store.manifest(name, to)
     restores = (source.base.restores if source.base else None) or to

@@ -160,10 +160,19 @@ def test_a_lookup_of_kept_rows_asks_nobody(service: Up, monkeypatch: pytest.Monk
     with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
         tokens = torch.tensor([[5, 3, 8, 5, 3, 8]])
         rows = cached.lookup_ngrams("int8@1", tokens)
+        assert cached.cache and cached.cache.stats.misses > 0
         cached._transport.close()
         assert torch.equal(cached.lookup_ngrams("int8@1", tokens), rows)
         with pytest.raises(errors.Unavailable):
             cached.lookup_ngrams("int8@1", tokens + 1)
+
+
+def test_rows_that_may_be_of_an_older_version_count_as_misses(service: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "TRUSTED_SECONDS", 0.0)
+    with EmbeddingClient(service.address, timeout=60, cache_bytes=MIB, near=False) as cached:
+        for _ in range(2):
+            cached.lookup("int8/ngram", torch.arange(7))
+        assert cached.cache and (cached.cache.stats.hits, cached.cache.stats.misses) == (0, 14)
 
 
 def test_ids_out_of_range_are_never_found(service: Up) -> None:

@@ -292,7 +292,9 @@ def test_t11_rollback_serves_the_version_before_again(checkpoint: Any, tmp_path:
         assert (manifest.version, manifest.base and manifest.base.restores) == (new, restores)
         assert store.manifest("tiny") == manifest
         assert np.array_equal(stored_rows(store, manifest), rows[restores])
-    with pytest.raises(NotFound, match=r"tiny@1 is served, and .* has no version before it"):
+    with pytest.raises(
+        NotFound, match=r"tiny@5 has the rows of version 1, and .* has no version before it: name another one with --to"
+    ):
         rollback(store, "tiny")
     with pytest.raises(InvalidRequest, match="tiny@1 has the rows that are served already, as tiny@5"):
         rollback(store, "tiny", to="1")

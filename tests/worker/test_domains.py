@@ -241,7 +241,11 @@ def test_a_request_picks_a_domain_by_the_models_name(checkpoints: dict[str, Path
             assert text("longcat+legal") == texts["longcat+legal"]  # its base is still version 1
             import_checkpoint(checkpoints["longcat"], store, "longcat+code", version="2", dtype="fp32")
             until(lambda: listed() == ["longcat", "longcat+legal"], "a version of another import to be refused")
-            assert complete(http, "longcat+code").status_code == 404
+            answer = complete(http, "longcat+code")
+            assert answer.status_code == 404
+            assert (
+                "imported as longcat+code@2, and this worker has that of longcat@1" in answer.json()["error"]["message"]
+            )
     finally:
         worker.close()
 
