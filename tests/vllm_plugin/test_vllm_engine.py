@@ -25,8 +25,8 @@ CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_s
 CPU = {"enforce_eager": True}
 # A model, its class where the plugin's own is not the one, and options of the engine.
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    # Latent attention is neither chunked nor cached on a CPU.
-    "longcat": ("longcat", "", {"dtype": "float32", **CPU}),
+    # Latent attention is neither chunked nor cached on a CPU. One with AMX takes bfloat16 only, unless it is told.
+    "longcat": ("longcat", "", {"dtype": "float32", "attention_backend": "CPU_MLA", **CPU}),
     "llama": ("llama", "ngram_llama:NgramLlama", {"dtype": "float32", **CPU, **CHUNKED}),
     "qwen": ("qwen", "model_worker.vllm.qwen4_exp:Qwen4ExpForCausalLM", {"dtype": "bfloat16", **CPU, **CHUNKED}),
     # With CUDA graphs.
@@ -91,6 +91,7 @@ def test_the_server(
     model = models["longcat"]
     log, port = tmp_path / "server.log", free_port()
     options = ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", "--max-model-len=256", "--dtype=float32"]
+    options.append("--attention-backend=CPU_MLA")
     settings = service(tables.address, "longcat")["additional_config"]
     with log.open("wb") as output:
         server = subprocess.Popen(

@@ -27,7 +27,7 @@ from test_vllm_engine import ENGINES, ROUNDS, SHORT
 pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 START_SECONDS = 900
-WORDS = "--dtype float32 --enforce-eager --max-model-len 256"
+WORDS = "--dtype float32 --attention-backend CPU_MLA --enforce-eager --max-model-len 256"
 SCALING = ("--max-replicas=2", "--max-batch=1", "--upscale-delay=1", "--downscale-delay=5", "--drain-seconds=300")
 BODY: dict[str, Any] = {
     "model": "longcat",
