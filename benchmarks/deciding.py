@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from benchmarks.growth.swarm import CHECKSUM, ROW_BYTES, table_of
 from embedding_service.controller.events import (
     Event,
     Joined,
@@ -32,37 +33,17 @@ from embedding_service.controller.state import ControllerState, Settings
 from embedding_service.machine import spare_collections
 from embedding_service.placement.demand import Placement
 from embedding_service.placement.parts import PartKey
-from embedding_service.store.manifest import Base, Manifest, Overlay, Part, Table, overlay_file, part_file
+from embedding_service.store.manifest import Base, Manifest, Overlay, overlay_file
 from embedding_service.store.store import Catalogue
 from embedding_service.wire import control_pb2 as control
 
 LIMIT_SECONDS = 0.5
-COPIES, ROWS, DIM, ROW_BYTES = 2, 1000, 256, 260
-CHECKSUM = "xxh3-128:" + "0" * 32
+COPIES = 2
 
 
 def manifests(parts: int, domains: int) -> list[Manifest]:
     """A base, and domains that replace a row of it."""
-    table = Table(
-        name="ngram",
-        rows=parts * ROWS,
-        dim=DIM,
-        dtype="int8",
-        row_bytes=ROW_BYTES,
-        rows_per_part=ROWS,
-        parts=tuple(
-            Part(
-                index=index,
-                first_row=index * ROWS,
-                rows=ROWS,
-                file=part_file("ngram", index),
-                bytes=ROWS * ROW_BYTES,
-                checksum=CHECKSUM,
-            )
-            for index in range(parts)
-        ),
-    )
-    about: dict[str, Any] = {"version": "1", "family": "", "hash_params": {}, "tables": (table,)}
+    about: dict[str, Any] = {"version": "1", "family": "", "hash_params": {}, "tables": (table_of(parts),)}
     row = Overlay(part=0, rows=1, file=overlay_file("ngram", 0), bytes=ROW_BYTES + 8, checksum=CHECKSUM)
     base = Base(model="m", version="1", overlays={"ngram": (row,)})
     each = [Manifest(model=f"m+{number}", format_version=2, base=base, **about) for number in range(domains)]

@@ -23,7 +23,7 @@ from embedding_service.client.status import get_status
 from embedding_service.machine import free_port
 from embedding_service.placement.routing import Routing
 from embedding_service.shard.registration import HEARTBEAT_SECONDS
-from embedding_service.store.manifest import Manifest, Part, Table
+from embedding_service.store.manifest import Manifest, Part, Table, part_file
 from embedding_service.wire import control_pb2 as control
 from embedding_service.wire import embedding_pb2 as wire
 from embedding_service.wire.control_pb2_grpc import ControlServiceStub
@@ -36,22 +36,23 @@ PATIENCE = 120.0
 # GetRouting calls that are measured.
 ASKED = 300
 ROWS, ROW_BYTES, DIM = 4096, 260, 256
+CHECKSUM = "xxh3-128:" + "0" * 32
 
 
-def write_manifest(store: Path, parts: int) -> None:
-    """A model of `parts` parts without their files. A controller reads no rows."""
+def table_of(parts: int) -> Table:
+    """A table of `parts` parts without their files. A controller reads no rows."""
     described = tuple(
         Part(
             index=index,
             first_row=index * ROWS,
             rows=ROWS,
-            file=f"ngram/part-{index:05d}.safetensors",
+            file=part_file("ngram", index),
             bytes=ROWS * ROW_BYTES,
-            checksum="xxh3-128:" + "0" * 32,
+            checksum=CHECKSUM,
         )
         for index in range(parts)
     )
-    table = Table(
+    return Table(
         name="ngram",
         rows=parts * ROWS,
         dim=DIM,
@@ -60,7 +61,11 @@ def write_manifest(store: Path, parts: int) -> None:
         rows_per_part=ROWS,
         parts=described,
     )
-    manifest = Manifest(model="large", version="1", family="", hash_params={}, tables=(table,))
+
+
+def write_manifest(store: Path, parts: int) -> None:
+    """A model with one such table."""
+    manifest = Manifest(model="large", version="1", family="", hash_params={}, tables=(table_of(parts),))
     folder = store / "large" / "1"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(manifest.to_json())
