@@ -28,6 +28,11 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def kind_of(status: int) -> str:
+    """OpenAI's type of error for a status."""
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
 class WholeAnswers:
     """Gives each request an answer with an end, in OpenAI's form.
 
@@ -82,9 +87,8 @@ class _Answer:
 def _of_serve(status: int, told: bytes) -> JSONResponse:
     if status == 404:  # of its paths. The application's own 404 is JSON.
         return _unavailable(_NO_REPLICA)
-    kind = "server_error" if status >= 500 else "invalid_request_error"
     headers = RETRY_AFTER if status in (429, 503) else None
-    return JSONResponse(error_body(told.decode(errors="replace"), kind), status, headers)
+    return JSONResponse(error_body(told.decode(errors="replace"), kind_of(status)), status, headers)
 
 
 def _unavailable(message: str) -> JSONResponse:

@@ -34,7 +34,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from model_worker.http_errors import RETRY_AFTER, WholeAnswers, error_body
+from model_worker.http_errors import RETRY_AFTER, WholeAnswers, error_body, kind_of
 
 # A prompt of a million tokens is about half of this.
 MAX_BODY_BYTES = 8 * 2**20
@@ -424,7 +424,7 @@ class _Handshake(asyncio.Protocol):
 
 def _response(status: int, message: str) -> bytes:
     """An answer on a connection where no request is known."""
-    body = json.dumps(error_body(message, "server_error" if status == 503 else "invalid_request_error")).encode()
+    body = json.dumps(error_body(message, kind_of(status))).encode()
     head = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
         "Content-Type: application/json",
